@@ -1,0 +1,118 @@
+"""Strict configuration: one frozen pydantic model per component, filled from a YAML file and ``--set`` overrides.
+
+A component *is* its configuration: its parameters are the fields of a frozen model, so what was validated is what is
+written into the manifest. Unknown keys are errors with a suggestion, because a silently ignored ``temprature`` costs
+a training run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kdcache.errors import ConfigError, did_you_mean
+
+
+class Config(BaseModel):
+    """Base of every configuration and record: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+C = TypeVar("C", bound=Config)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping; raises ``ConfigError`` naming file and line."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read configuration file {path}: {error.strerror}") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings, found {type(data).__name__}")
+    return data
+
+
+def merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with ``changes`` laid over it, mapping by mapping (other values replace)."""
+    merged = dict(base)
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), dict):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """Turn ``["a.b=1", "c=x"]`` into ``{"a": {"b": 1}, "c": "x"}``; values are read as YAML."""
+    tree: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set takes key.sub=value, found {assignment!r}")
+        try:
+            nested: Any = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the value of --set {assignment} is not valid YAML: {error}") from None
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        tree = merge(tree, nested)
+    return tree
+
+
+def build(model: type[C], data: Mapping[str, Any], *, source: str = "configuration") -> C:
+    """Validate ``data`` as ``model``; raises ``ConfigError`` with one readable line per problem."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(model, problem) for problem in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+
+
+def load(
+    model: type[C],
+    *,
+    file: str | Path | None = None,
+    assignments: Iterable[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> C:
+    """Build ``model`` from a YAML ``file``, then explicit ``options``, then ``--set`` ``assignments`` (later wins)."""
+    data = read_yaml(file) if file else {}
+    data = merge(data, options or {})
+    data = merge(data, parse_assignments(assignments))
+    return build(model, data, source=str(file) if file else "settings")
+
+
+def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
+    location = problem["loc"]
+    path = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown setting {path!r}, {did_you_mean(str(location[-1]), _fields_at(model, location[:-1]))}"
+    if problem["type"] == "missing":
+        return f"{path!r} is required"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{path!r}: {message} (found {problem.get('input')!r})" if path else message
+
+
+def _fields_at(model: type[BaseModel], location: Iterable[Any]) -> list[str]:
+    """Names of the settings that exist at ``location`` of ``model`` (empty where that is no nested model)."""
+    current: Any = model
+    for part in location:
+        annotation = current.model_fields[part].annotation if part in getattr(current, "model_fields", {}) else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not nested:
+            return []
+        current = nested[0]
+    return list(current.model_fields)
