@@ -1,0 +1,91 @@
+"""A causal language model as two parts: a body that yields hidden states and a head that yields logits.
+
+Whoever needs logits of many positions takes them from the head in chunks, so that no [positions, vocabulary] array
+exists for a whole batch. The split is checked, not assumed: `split_model` runs both ways on a few tokens and refuses
+the split when the two disagree, because families add scales and soft caps between head and loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """The map from hidden states to logits: ``cap(scale * (hidden @ weight.T + bias))``.
+
+    ``weight_VD`` and ``bias_V`` are the model's own parameters (tied or not), so gradients reach them.
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of rows of the head, V."""
+        return self.weight_VD.shape[0]
+
+    def narrow(self, vocab_size: int) -> LMHead:
+        """Return the head over the first ``vocab_size`` ids only (views: padding rows are never multiplied)."""
+        bias = None if self.bias_V is None else self.bias_V[:vocab_size]
+        return LMHead(self.weight_VD[:vocab_size], bias, self.scale, self.softcap)
+
+    def logits(self, hidden_PD: Tensor) -> Tensor:
+        """Return logits [P, V] of hidden states [P, D], in the dtype of the model."""
+        return self.finish(nn.functional.linear(hidden_PD, self.weight_VD, self.bias_V))
+
+    def finish(self, logits_PV: Tensor) -> Tensor:
+        """Apply the family's scale and soft cap to the product of hidden states and weights."""
+        if self.scale != 1.0:
+            logits_PV = logits_PV * self.scale
+        if self.softcap is not None:
+            logits_PV = self.softcap * torch.tanh(logits_PV / self.softcap)
+        return logits_PV
+
+
+def split_model(model: Any) -> tuple[nn.Module, LMHead] | None:
+    """Split a Hugging Face causal LM into its body and `LMHead`, or return None when they do not reproduce its logits.
+
+    The body, called with the usual inputs, returns an output whose ``last_hidden_state`` the head turns into logits.
+    """
+    output_embeddings = model.get_output_embeddings()
+    body = model.base_model
+    if output_embeddings is None or body is model:
+        return None
+    config = model.config.get_text_config()
+    scale = 1.0
+    if getattr(config, "logit_scale", None):  # Cohere multiplies
+        scale = float(config.logit_scale)
+    elif getattr(config, "logits_scaling", None):  # Granite divides
+        scale = 1.0 / float(config.logits_scaling)
+    head = LMHead(
+        output_embeddings.weight,
+        getattr(output_embeddings, "bias", None),
+        scale,
+        getattr(config, "final_logit_softcapping", None),
+    )
+    return (body, head) if _reproduces(model, body, head) else None
+
+
+@torch.no_grad()
+def _reproduces(model: Any, body: nn.Module, head: LMHead) -> bool:
+    device = head.weight_VD.device
+    probe = torch.arange(8, device=device).remainder(head.vocab_size)[None]
+    training = model.training
+    model.eval()
+    try:
+        expected = model(input_ids=probe, use_cache=False).logits.float()
+        found = head.logits(body(input_ids=probe, use_cache=False).last_hidden_state).float()
+    finally:
+        model.train(training)
+    if found.shape != expected.shape:
+        return False
+    # The same product in another batch shape may round differently by a unit or two of the model's dtype.
+    slack = 16 * torch.finfo(head.weight_VD.dtype).eps * float(expected.abs().max())
+    return bool((found - expected).abs().max() <= slack)
