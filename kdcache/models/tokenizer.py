@@ -1,0 +1,170 @@
+"""Which tokenizer made the ids, by content, and a fast encoder over it.
+
+Token ids are the contract between cache and student, so two tokenizers are *the same* when they give every text the
+same ids: vocabulary, merges, normaliser, pre-tokeniser and added tokens, plus which ids begin and end a text. Names,
+paths, chat templates, padding (many recipes set the pad token to EOS), truncation, decoders and the post-processor are
+left out: they change how a tokenizer is used, not what an id means. BOS and EOS that the post-processor adds are in the
+cache's tokens already.
+
+Tokenizers without a `tokenizers` backend have no description of their rules; they are told apart by vocabulary and
+class alone, and a warning says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import tokenizers
+
+from kdcache.schema import TokenizerRecord
+
+logger = logging.getLogger(__name__)
+
+_PROBE = "a probe"
+_RULES = {"model": "model or merges", "normalizer": "normaliser", "pre_tokenizer": "pre-tokeniser"}
+
+
+def tokenizer_record(tokenizer: Any) -> TokenizerRecord:
+    """Describe a Hugging Face tokenizer by content.
+
+    ``vocab_size`` is the true size: the highest id of vocabulary and added tokens, plus one.
+    """
+    description = _describe(tokenizer)
+    canonical = json.dumps(description, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return TokenizerRecord(
+        sha256=hashlib.sha256(canonical.encode()).hexdigest(),
+        vocab_size=true_vocab_size(tokenizer),
+        bos_id=tokenizer.bos_token_id,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+    )
+
+
+def true_vocab_size(tokenizer: Any) -> int:
+    """Return the highest token id plus one, over vocabulary and added tokens."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def describe_difference(a: Any, b: Any) -> list[str]:
+    """Say in words what distinguishes two tokenizers; empty exactly when their `tokenizer_record` hashes are equal."""
+    first, second = _describe(a), _describe(b)
+    if first == second:
+        return []
+    found = _vocabulary_differences(first["vocab"], second["vocab"])
+    for rule, words in _RULES.items():
+        if first["rules"].get(rule) != second["rules"].get(rule):
+            found.append(f"{words} differs")
+    if first["added_tokens"] != second["added_tokens"]:
+        found.append("added tokens differ")
+    for name in ("bos", "eos"):
+        if first[name] != second[name]:
+            found.append(f"{name} token differs: {_show(first[name])} against {_show(second[name])}")
+    return found or ["the tokenizers are of different classes"]
+
+
+class TextEncoder:
+    """Turn texts into token ids exactly as the tokenizer does, special tokens included.
+
+    ``bos_id`` is set only if the tokenizer really begins a text with it (GPT-2 has a BOS token and never adds it).
+    ``eos_id`` is the token that ends a text, whether or not the tokenizer adds it; ``appends_eos`` says whether
+    `encode` already ends every text with it.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        backend = _backend(tokenizer)
+        self._tokenizer = tokenizer
+        # A copy, because truncation and padding are state of the tokenizer that its owner may rely on.
+        self._backend = None if backend is None else copy.deepcopy(backend)
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        before, after = self._added_around()
+        self.bos_id: int | None = before[0] if before else None
+        self.appends_eos = bool(after)
+        self.eos_id: int | None = after[-1] if after else tokenizer.eos_token_id
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Return one list of token ids per text, never truncated."""
+        return self._encode(texts, add_special_tokens=True)
+
+    def _encode(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        if self._backend is not None:
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+            return [encoding.ids for encoding in encodings]
+        # verbose=False: a text longer than the model's context is normal here, it is split into sequences later.
+        encoded = self._tokenizer(texts, add_special_tokens=add_special_tokens, truncation=False, verbose=False)
+        return [list(ids) for ids in encoded["input_ids"]]
+
+    def _added_around(self) -> tuple[list[int], list[int]]:
+        """Return the ids that the tokenizer puts before and after a text."""
+        [plain] = self._encode([_PROBE], add_special_tokens=False)
+        [full] = self._encode([_PROBE], add_special_tokens=True)
+        num_added = len(full) - len(plain)
+        for start in range(num_added + 1):
+            if full[start : start + len(plain)] == plain:
+                return full[:start], full[start + len(plain) :]
+        return [], []
+
+
+def _backend(tokenizer: Any) -> Any | None:
+    backend = getattr(tokenizer, "_tokenizer", None)
+    return backend if isinstance(backend, tokenizers.Tokenizer) else None
+
+
+def _describe(tokenizer: Any) -> dict[str, Any]:
+    """Everything that decides which ids a text gets, as JSON values."""
+    backend = _backend(tokenizer)
+    if backend is None:
+        logger.warning(
+            "%s has no tokenizers backend: it is identified by its vocabulary only, not by its rules",
+            type(tokenizer).__name__,
+        )
+    full = {} if backend is None else json.loads(backend.to_str())
+    return {
+        "vocab": dict(tokenizer.get_vocab()),
+        "rules": _rules(full) if full else {"class": type(tokenizer).__name__},
+        "added_tokens": sorted((_added_token(token) for token in full.get("added_tokens", [])), key=lambda t: t["id"]),
+        "bos": [tokenizer.bos_token_id, tokenizer.bos_token],
+        "eos": [tokenizer.eos_token_id, tokenizer.eos_token],
+    }
+
+
+def _rules(full: Mapping[str, Any]) -> dict[str, Any]:
+    model = dict(full["model"])
+    # A list holds what a mapping of ids does not say (the scores of a Unigram model); a mapping is in "vocab" already.
+    if isinstance(model.get("vocab"), dict):
+        del model["vocab"]
+    # Merges are written "a b" by old versions of tokenizers and ["a", "b"] by new ones.
+    if "merges" in model:
+        model["merges"] = [m.split(" ") if isinstance(m, str) else list(m) for m in model["merges"]]
+    return {"model": model, "normalizer": full.get("normalizer"), "pre_tokenizer": full.get("pre_tokenizer")}
+
+
+def _added_token(token: Mapping[str, Any]) -> dict[str, Any]:
+    # "special" only decides what decoding skips, and loading a tokenizer may set it.
+    return {name: value for name, value in token.items() if name != "special"}
+
+
+def _vocabulary_differences(a: Mapping[str, int], b: Mapping[str, int]) -> list[str]:
+    found = []
+    num_a, num_b = max(a.values(), default=-1) + 1, max(b.values(), default=-1) + 1
+    if num_a != num_b:
+        found.append(f"vocabulary size {num_a} against {num_b}")
+    by_id_a, by_id_b = ({number: token for token, number in vocab.items()} for vocab in (a, b))
+    for number in range(min(num_a, num_b)):
+        if by_id_a.get(number) != by_id_b.get(number):
+            found.append(f"id {number} is {by_id_a.get(number)!r} against {by_id_b.get(number)!r}")
+            break  # one example is enough to see which pair of tokenizers this is
+    return found
+
+
+def _show(special: list[Any]) -> str:
+    number, token = special
+    return "none" if number is None else f"{token!r} (id {number})"

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+from tokenizers import processors
+from transformers import AutoTokenizer
+
+from kdcache.models.tokenizer import TextEncoder, describe_difference, tokenizer_record
+from tests.tiny import SENTENCES, bpe_tokenizer, word_tokenizer
+
+
+def template(tokenizer, single):
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    return tokenizer
+
+
+def test_record_counts_added_tokens_and_special_ids():
+    tokenizer = bpe_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<extra>"])
+    record = tokenizer_record(tokenizer)
+    assert record.vocab_size == size + 1
+    assert (record.bos_id, record.eos_id, record.pad_id) == (0, 1, None)
+
+
+def test_record_survives_saving_and_loading(tmp_path):
+    tokenizer = bpe_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "somewhere")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "somewhere")
+    assert tokenizer_record(loaded) == tokenizer_record(tokenizer)
+    assert describe_difference(loaded, tokenizer) == []
+
+
+def test_use_does_not_change_identity():
+    tokenizer = bpe_tokenizer()
+    before = tokenizer_record(tokenizer).sha256
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer(SENTENCES, padding=True, truncation=True, max_length=4)
+    tokenizer.backend_tokenizer.enable_padding(pad_id=1, length=8)
+    assert tokenizer_record(tokenizer).sha256 == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (lambda: bpe_tokenizer(vocab_size=300), "vocabulary size 290 against 300"),
+        (lambda: bpe_tokenizer(lowercase=True), "normaliser differs"),
+        (lambda: bpe_tokenizer(eos_token="<s>"), "eos token differs: '</s>' (id 1) against '<s>' (id 0)"),
+        (lambda: word_tokenizer(["x"]), "id 0 is '<s>' against '<unk>'"),
+    ],
+)
+def test_differences_are_told_in_words(changed, words):
+    ours, other = bpe_tokenizer(), changed()
+    assert words in describe_difference(ours, other)
+    assert tokenizer_record(ours).sha256 != tokenizer_record(other).sha256
+
+
+def test_same_size_other_words():
+    differences = describe_difference(word_tokenizer(["x", "y"]), word_tokenizer(["y", "x"]))
+    assert differences == ["id 3 is 'x' against 'y'"]
+
+
+def test_other_merges_with_equal_vocabulary():
+    a, b = bpe_tokenizer(), bpe_tokenizer()
+    import json
+
+    from tokenizers import Tokenizer
+
+    state = json.loads(b.backend_tokenizer.to_str())
+    state["model"]["merges"].reverse()
+    b._tokenizer = Tokenizer.from_str(json.dumps(state))
+    assert describe_difference(a, b) == ["model or merges differs"]
+
+
+def test_tokenizer_without_backend_is_described_by_vocabulary_and_says_so(caplog):
+    class Slow:
+        bos_token_id = eos_token_id = pad_token_id = bos_token = eos_token = None
+
+        def get_vocab(self):
+            return {"a": 0, "b": 7}
+
+    with caplog.at_level(logging.WARNING):
+        record = tokenizer_record(Slow())
+    assert record.vocab_size == 8
+    assert "Slow has no tokenizers backend" in caplog.text
+    assert describe_difference(Slow(), Slow()) == []
+    assert describe_difference(Slow(), bpe_tokenizer())
+
+
+def test_encoder_gives_what_the_tokenizer_gives_and_ignores_its_limits(recwarn, caplog):
+    tokenizer = bpe_tokenizer(model_max_length=4)
+    expected = [tokenizer(text, verbose=False)["input_ids"] for text in SENTENCES]
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=100)
+    assert TextEncoder(tokenizer).encode([*SENTENCES, ""]) == [*expected, []]
+    assert tokenizer.backend_tokenizer.truncation is not None, "the tokenizer itself is left as it was"
+    assert "longer than" not in caplog.text
+    assert TextEncoder(tokenizer).encode([]) == []
+
+
+def test_bos_only_where_texts_really_begin_with_it():
+    unused = TextEncoder(bpe_tokenizer())
+    assert (unused.bos_id, unused.eos_id, unused.appends_eos) == (None, 1, False)
+    used = TextEncoder(template(bpe_tokenizer(), "<s> $A"))
+    assert (used.bos_id, used.eos_id, used.appends_eos) == (0, 1, False)
+    assert used.encode(["the"])[0][0] == 0
+
+
+def test_eos_added_by_the_tokenizer_itself():
+    tokenizer = template(bpe_tokenizer(), "$A </s>")
+    tokenizer.eos_token = None
+    encoder = TextEncoder(tokenizer)
+    assert (encoder.bos_id, encoder.eos_id, encoder.appends_eos) == (None, 1, True)
+    assert encoder.encode(["the"])[0][-1] == 1
