@@ -1,10 +1,10 @@
 """Records: what flows between the layers and what stands in the manifest.
 
 Shape suffixes used throughout kdcache: N sequences, T tokens, P positions (rows), K kept ids, V vocabulary, D width,
-B batch, L positions of one padded sequence. All log-probabilities are natural logarithms; losses and entropies are nats.
+B batch, L positions of one padded sequence. Logarithms are natural; losses and entropies are in nats.
 
-Two kinds of records live here. Dataclasses hold arrays in memory (`Targets`, `Sequence`, `SequenceBatch`); frozen
-pydantic models (`Plan`, `ShardRecord`, `Manifest`) are written as JSON and describe a cache completely.
+Two kinds of records live here. Dataclasses hold arrays in memory (`Targets`, `Sequence`, `SequenceBatch`);
+frozen pydantic models (`Plan`, `ShardRecord`, `Manifest`) are written as JSON and describe a cache completely.
 """
 
 from __future__ import annotations
@@ -153,6 +153,11 @@ class ArrayRecord(Config):
     dtype: str
     rows: Literal["positions", "tokens", "sequences", "table"]
     shape: tuple[int, ...] = ()
+
+    @property
+    def path(self) -> str:
+        """Name of the array inside its object, such as ``positions/topk_gaps``."""
+        return f"{self.rows}/{self.name}"
 
 
 class FieldRecord(Config):

@@ -1,0 +1,20 @@
+"""The cache: plan, shards, manifest; writing, reading and verifying them (numpy, zarr, pyarrow, fsspec; never torch)."""
+
+from kdcache.cache.folder import Folder
+from kdcache.cache.order import epoch_order
+from kdcache.cache.reader import Cache, describe, open_cache
+from kdcache.cache.verify import VerifyReport, verify
+from kdcache.cache.writer import CacheWriter, ShardData, token_arrays
+
+__all__ = [
+    "Cache",
+    "CacheWriter",
+    "Folder",
+    "ShardData",
+    "VerifyReport",
+    "describe",
+    "epoch_order",
+    "open_cache",
+    "token_arrays",
+    "verify",
+]

@@ -1,1 +1,32 @@
-"""placeholder"""
+"""Codecs: meaning to numbers and back (arrays in, arrays out; never torch, never files)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from kdcache.codecs.hidden import HIDDEN_CODECS, HiddenCodec
+from kdcache.codecs.topk import TOPK_CODECS, TopKCodec
+from kdcache.config import Config, build
+from kdcache.errors import ConfigError, did_you_mean
+
+__all__ = ["HIDDEN_CODECS", "TOPK_CODECS", "HiddenCodec", "TopKCodec", "hidden_codec", "topk_codec"]
+
+C = TypeVar("C", bound=Config)
+
+
+def topk_codec(parameters: Mapping[str, Any]) -> TopKCodec:
+    """Build the codec of top-k targets that ``parameters`` (a name and its settings) describe."""
+    return _from_table(TOPK_CODECS, parameters)
+
+
+def hidden_codec(parameters: Mapping[str, Any]) -> HiddenCodec:
+    """Build the codec of hidden states that ``parameters`` describe."""
+    return _from_table(HIDDEN_CODECS, parameters)
+
+
+def _from_table(table: Mapping[str, type[C]], parameters: Mapping[str, Any]) -> C:
+    name = str(parameters.get("name"))
+    if name not in table:
+        raise ConfigError(f"there is no codec {name!r}, {did_you_mean(name, table)}")
+    return build(table[name], parameters, source=f"codec {name}")

@@ -1,0 +1,101 @@
+"""A folder at any fsspec URL, with the few operations a cache needs.
+
+Objects are written whole and become visible whole: on a local disk through a temporary name, fsync and rename; on an
+object store a single PUT is already atomic. Nothing here lists directories except `names`, which only clean-up and
+error messages use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from kdcache.errors import CacheError
+
+#: Suffix of files that are still being written; never read, removed by the next writer.
+TEMPORARY = ".tmp"
+
+
+class Folder:
+    """A folder at ``url`` (a local path or any fsspec URL)."""
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        self.url = os.fspath(url)
+        try:
+            self._fs, root = fsspec.core.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise CacheError(f"cannot open {self.url}: {error}") from None
+        self.root = str(root).rstrip("/")
+
+    @property
+    def local_path(self) -> Path | None:
+        """The folder on this machine's disk, None when it is elsewhere."""
+        return Path(self.root) if isinstance(self._fs, LocalFileSystem) else None
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of object ``name``; raises ``FileNotFoundError``."""
+        data: bytes = self._fs.cat_file(self._path(name))
+        return data
+
+    def exists(self, name: str) -> bool:
+        """Whether object ``name`` is there."""
+        return bool(self._fs.exists(self._path(name)))
+
+    def size(self, name: str) -> int | None:
+        """Bytes of object ``name``, None when it is missing."""
+        try:
+            return int(self._fs.info(self._path(name))["size"])
+        except FileNotFoundError:
+            return None
+
+    def names(self, directory: str = "") -> list[str]:
+        """Sorted names (relative to the folder) of what lies directly in ``directory``; empty if there is none."""
+        try:
+            found = self._fs.ls(self._path(directory), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(str(path).rstrip("/").removeprefix(self.root).lstrip("/") for path in found)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write object ``name`` so that it is seen either whole or not at all, and survives a power cut."""
+        local = self.local_path
+        if local is None:
+            self._fs.pipe_file(self._path(name), data)
+            return
+        target = local / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}{TEMPORARY}")
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _fsync_directory(target.parent)
+
+    def remove(self, name: str) -> None:
+        """Remove object ``name`` if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}" if name else self.root
+
+    def __str__(self) -> str:
+        return self.url
+
+
+def _fsync_directory(directory: Path) -> None:
+    # A rename is durable only once its directory is; Windows has no such call and needs none.
+    if os.name == "nt":
+        return
+    descriptor: Any = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

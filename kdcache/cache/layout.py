@@ -1,0 +1,203 @@
+"""Where things lie in a cache, and how its JSON records are read and written.
+
+::
+
+    <cache>/
+      plan.json  plan.parquet               what will be written; fixed before the teacher runs
+      tokenizer/                            the teacher's tokenizer files
+      shards/000012-<attempt>.zarr.zip      tokens and targets of a shard
+      fields/hidden-30/000012-<attempt>.zarr.zip   a big field of the same shard
+      sequences/000012-<attempt>.arrow      one row per sequence of the shard
+      commits/000012.json                   written last: the shard exists from here on
+      manifest.json                         plan + commit records: the cache is complete
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import PurePosixPath
+from typing import TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from kdcache.cache.folder import Folder
+from kdcache.config import Config
+from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
+from kdcache.schema import FORMAT_VERSION, FieldRecord, Manifest, ObjectRecord, Plan, ShardRecord
+
+MANIFEST, PLAN, PLAN_TABLE = "manifest.json", "plan.json", "plan.parquet"
+COMMITS, SHARDS, FIELDS, SEQUENCES, TOKENIZER = "commits", "shards", "fields", "sequences", "tokenizer"
+
+#: The field every cache has: tokens, masks and targets. Its objects lie in ``shards/``.
+TARGETS_FIELD = "targets"
+#: The per-sequence Arrow table is an object of every shard, but not an array field.
+SEQUENCES_FIELD = "sequences"
+
+R = TypeVar("R", bound=Config)
+
+
+def commit_name(shard: int) -> str:
+    """Name of the commit record of ``shard``."""
+    return f"{COMMITS}/{shard:06d}.json"
+
+
+def object_name(field: str, shard: int, attempt: str) -> str:
+    """Name of the object that holds ``field`` of ``shard``."""
+    if field == SEQUENCES_FIELD:
+        return f"{SEQUENCES}/{shard:06d}-{attempt}.arrow"
+    directory = SHARDS if field == TARGETS_FIELD else f"{FIELDS}/{field}"
+    return f"{directory}/{shard:06d}-{attempt}.zarr.zip"
+
+
+def object_directories(plan: Plan) -> list[str]:
+    """Every directory that may hold objects of this cache."""
+    return [SHARDS, SEQUENCES, *(f"{FIELDS}/{f.name}" for f in plan.fields if f.name != TARGETS_FIELD)]
+
+
+def sha256(data: bytes) -> str:
+    """Return the hexadecimal SHA-256 of ``data``."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def to_json(record: Config) -> bytes:
+    """Return ``record`` as JSON; equal records give equal bytes."""
+    return (json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+
+
+def from_json(model: type[R], data: bytes, where: str) -> R:
+    """Parse a record; raises ``CorruptCacheError`` naming ``where``."""
+    try:
+        return model.model_validate(json.loads(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise CorruptCacheError(f"{where} is damaged: {place}: {first['msg']}") from None
+    except ValueError as error:
+        raise CorruptCacheError(f"{where} is not valid JSON: {error}") from None
+
+
+def write_object(folder: Folder, name: str, data: bytes) -> ObjectRecord:
+    """Write an object and return its record."""
+    folder.write(name, data)
+    return ObjectRecord(path=name, num_bytes=len(data), sha256=sha256(data))
+
+
+def read_object(folder: Folder, record: ObjectRecord, where: str) -> bytes:
+    """Read an object of the recorded size; raises ``CorruptCacheError`` naming ``where`` and the file."""
+    size = folder.size(record.path)
+    if size is None:
+        raise CorruptCacheError(f"{where}: file {record.path} is missing from {folder}")
+    if size != record.num_bytes:
+        raise CorruptCacheError(f"{where}: file {record.path} has {size} bytes, the manifest says {record.num_bytes}")
+    return folder.read(record.path)
+
+
+def table_to_ipc(table: pa.Table) -> bytes:
+    """Return ``table`` as an Arrow IPC file, zstd-compressed."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(table)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def table_from_ipc(data: bytes, where: str) -> pa.Table:
+    """Read an Arrow IPC file; raises ``CorruptCacheError``."""
+    try:
+        return pa.ipc.open_file(pa.BufferReader(data)).read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CorruptCacheError(f"{where} is not a readable Arrow file: {error}") from None
+
+
+def table_to_parquet(table: pa.Table) -> bytes:
+    """Return ``table`` as a Parquet file; equal tables give equal bytes."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def read_plan(folder: Folder) -> Plan | None:
+    """Return the plan of the cache in ``folder``, None when there is none."""
+    try:
+        data = folder.read(PLAN)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return from_json(Plan, data, f"{folder}/{PLAN}")
+
+
+def read_commit(folder: Folder, shard: int) -> ShardRecord | None:
+    """Return the commit record of ``shard``, None when it is not committed."""
+    try:
+        data = folder.read(commit_name(shard))
+    except FileNotFoundError:
+        return None
+    return from_json(ShardRecord, data, f"{folder}/{commit_name(shard)}")
+
+
+def read_manifest(folder: Folder) -> tuple[Manifest, str]:
+    """Return the manifest and its SHA-256, the cache's fingerprint.
+
+    Raises ``IncompleteCacheError`` when the dump has not finished, ``CorruptCacheError`` when the manifest is damaged
+    or names files outside the cache, and ``CacheError`` when there is no cache.
+    """
+    try:
+        data = folder.read(MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        raise _no_manifest(folder) from None
+    manifest = from_json(Manifest, data, f"{folder}/{MANIFEST}")
+    if manifest.format_version > FORMAT_VERSION:
+        raise CacheError(
+            f"{folder} has format version {manifest.format_version}, this kdcache reads up to {FORMAT_VERSION}; "
+            "install a newer kdcache"
+        )
+    _check_consistent(manifest, folder)
+    return manifest, sha256(data)
+
+
+def _no_manifest(folder: Folder) -> CacheError:
+    plan = read_plan(folder)
+    if plan is None:
+        return CacheError(f"there is no cache in {folder} (no {MANIFEST}); make one with kdcache dump-teacher")
+    done = sum(folder.exists(commit_name(shard)) for shard in range(plan.num_shards))
+    return IncompleteCacheError(
+        f"{folder} is unfinished: {done} of {plan.num_shards} shards are written; "
+        "run the same kdcache dump-teacher command again to finish it"
+    )
+
+
+def _check_consistent(manifest: Manifest, folder: Folder) -> None:
+    where = f"{folder}/{MANIFEST}"
+    if [shard.index for shard in manifest.shards] != list(range(manifest.num_shards)):
+        raise CorruptCacheError(f"{where}: shards are not 0..{manifest.num_shards - 1} in order")
+    for name in ("num_sequences", "num_positions", "num_tokens"):
+        total = sum(getattr(shard, name) for shard in manifest.shards)
+        if total != getattr(manifest, name):
+            raise CorruptCacheError(f"{where}: shards hold {total} {name}, the plan says {getattr(manifest, name)}")
+    fields = {SEQUENCES_FIELD, *(field.name for field in manifest.fields)}
+    for shard in manifest.shards:
+        if set(shard.objects) != fields:
+            raise CorruptCacheError(f"{where}: shard {shard.index} has {sorted(shard.objects)}, not {sorted(fields)}")
+        for record in shard.objects.values():
+            check_relative(record.path, where)
+    for record in manifest.tokenizer_files:
+        check_relative(record.path, where)
+
+
+def check_relative(path: str, where: str) -> None:
+    """Refuse a path that leaves the cache: a manifest may come from a stranger."""
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path or not path:
+        raise CorruptCacheError(f"{where}: path {path!r} leads outside the cache")
+
+
+def field_of(plan: Plan, name: str) -> FieldRecord:
+    """Return field ``name``; raises ``CacheError`` listing what the cache holds."""
+    try:
+        return plan.field(name)
+    except KeyError:
+        held = ", ".join(field.name for field in plan.fields)
+        raise CacheError(f"the cache has no field {name!r}; it holds {held}") from None

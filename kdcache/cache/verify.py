@@ -1,0 +1,175 @@
+"""Verifying a cache: first that every byte is what was written, then (deep) that what it decodes to makes sense.
+
+Hashes need no decoding and find any flipped bit; the deep pass finds what hashes cannot, a writer that wrote nonsense
+correctly. Both only collect problems, each with file, shard and field, so one run names everything that is wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from kdcache.cache import layout
+from kdcache.cache.folder import Folder
+from kdcache.cache.reader import Cache, load_shard
+from kdcache.cache.writer import build_manifest
+from kdcache.codecs import hidden_codec
+from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
+from kdcache.schema import Manifest, ObjectRecord, SequenceBatch, ShardRecord, Targets
+
+Progress = Callable[[int, int], None]
+
+#: Rows decoded at once by the deep pass.
+_DEEP_POSITIONS = 1 << 16
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` found; empty ``problems`` means the cache is sound."""
+
+    path: str
+    deep: bool
+    num_objects: int = 0
+    num_bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify(path: str, *, deep: bool = False, progress: Progress | None = None) -> VerifyReport:
+    """Check sizes and hashes of every file of the cache at ``path``; with ``deep`` also decode and check every row.
+
+    Raises ``IncompleteCacheError`` or ``CacheError`` when there is no finished cache to verify. ``progress`` is called
+    with (bytes done, bytes in all).
+    """
+    folder = Folder(path)
+    report = VerifyReport(str(path), deep)
+    try:
+        manifest, fingerprint = layout.read_manifest(folder)
+    except CorruptCacheError as error:
+        report.problems.append(str(error))
+        return report
+    report.problems.extend(_check_records(folder, manifest))
+    total = manifest.num_bytes * (2 if deep else 1)
+    done = 0
+    for shard in manifest.shards:
+        sound = True
+        for name, record in shard.objects.items():
+            problem = _check_object(folder, record, f"shard {shard.index}, field {name}")
+            if problem:
+                sound = False
+                report.problems.append(problem)
+            report.num_objects += 1
+            report.num_bytes += record.num_bytes
+            done += record.num_bytes
+            if progress:
+                progress(done, total)
+        if deep and sound:
+            report.problems.extend(_check_content(Cache(folder, manifest, fingerprint), shard))
+        done += shard.num_bytes if deep else 0
+        if progress:
+            progress(done, total)
+    return report
+
+
+def _check_records(folder: Folder, manifest: Manifest) -> Iterator[str]:
+    """Compare the manifest with the plan and the commit records, of which it must be the exact sum."""
+    try:
+        rebuilt = build_manifest(folder)
+    except IncompleteCacheError:
+        raise
+    except CacheError as error:
+        yield f"manifest.json cannot be checked against its records: {error}"
+    else:
+        if layout.to_json(rebuilt) != folder.read(layout.MANIFEST):
+            yield "manifest.json, plan.json and the records in commits/ disagree: one of them was changed"
+    table = folder.read(layout.PLAN_TABLE) if folder.exists(layout.PLAN_TABLE) else b""
+    if layout.sha256(table) != manifest.table_sha256:
+        yield f"file {layout.PLAN_TABLE} is missing or damaged (its sha256 is not the plan's)"
+    for record in manifest.tokenizer_files:
+        problem = _check_object(folder, record, "tokenizer")
+        if problem:
+            yield problem
+
+
+def _check_object(folder: Folder, record: ObjectRecord, where: str) -> str | None:
+    try:
+        data = layout.read_object(folder, record, where)
+    except CorruptCacheError as error:
+        return str(error)
+    if layout.sha256(data) != record.sha256:
+        return f"{where}: file {record.path} is damaged (its sha256 is not the recorded one)"
+    return None
+
+
+def _check_content(cache: Cache, shard: ShardRecord) -> Iterator[str]:
+    where = f"shard {shard.index}, field {layout.TARGETS_FIELD}, file {shard.objects[layout.TARGETS_FIELD].path}"
+    try:
+        yield from (f"{where}: {problem}" for problem in _content_problems(cache, shard))
+    except CorruptCacheError as error:
+        yield str(error)
+
+
+def _content_problems(cache: Cache, shard: ShardRecord) -> Iterator[str]:
+    begin, end = int(cache.shard_starts[shard.index]), int(cache.shard_starts[shard.index + 1])
+    where = f"shard {shard.index}, field {layout.SEQUENCES_FIELD}"
+    table = layout.table_from_ipc(layout.read_object(cache.folder, shard.objects[layout.SEQUENCES_FIELD], where), where)
+    if table.num_rows != shard.num_sequences:
+        yield f"the per-sequence table has {table.num_rows} rows for {shard.num_sequences} sequences"
+        return
+    lengths = np.asarray(table["num_positions"])
+    step = max(1, int(_DEEP_POSITIONS // max(float(lengths.mean()), 1.0))) if len(lengths) else 1
+    for first in range(begin, end, step):
+        batch = cache.read(range(first, min(first + step, end)))
+        yield from _token_problems(cache, batch, table.slice(first - begin, step))
+        yield from _target_problems(batch.targets, cache.vocab_size)
+    arrays = load_shard(cache.folder, cache.manifest, shard, (layout.TARGETS_FIELD, *cache.manifest.hidden_layers))
+    for name in cache.manifest.hidden_layers:
+        states = hidden_codec(cache.manifest.field(name).codec).decode(arrays.fields[name]["states"])
+        if not np.isfinite(states).all():
+            yield f"field {name} holds values that are not finite"
+
+
+def _token_problems(cache: Cache, batch: SequenceBatch, table: pa.Table) -> Iterator[str]:
+    if batch.tokens_T.size and int(batch.tokens_T.max()) >= cache.vocab_size:
+        yield f"token id {int(batch.tokens_T.max())} is outside the vocabulary of {cache.vocab_size}"
+    if set(np.unique(batch.loss_mask_P)) - {0, 1}:
+        yield "loss_mask holds values other than 0 and 1"
+    pieces = np.split(batch.tokens_T, batch.token_offsets_N1[1:-1])
+    for index, tokens, recorded in zip(batch.indices, pieces, table["token_hash"].to_pylist(), strict=True):
+        if token_hash(tokens) != recorded:
+            yield f"sequence {index}: tokens do not match the token_hash of the per-sequence table"
+
+
+def token_hash(tokens_T: np.ndarray) -> str:
+    """Return the 16-digit hexadecimal BLAKE2b of a sequence's ids as little-endian uint32."""
+    return hashlib.blake2b(np.ascontiguousarray(tokens_T, dtype="<u4").tobytes(), digest_size=8).hexdigest()
+
+
+def _target_problems(targets: Targets, vocab_size: int) -> Iterator[str]:
+    ids = targets.ids_PK
+    if int(ids.max(initial=0)) >= vocab_size:
+        yield f"kept id {int(ids.max())} is outside the vocabulary of {vocab_size}"
+    ordered = np.sort(ids, axis=1)
+    if (ordered[:, 1:] == ordered[:, :-1]).any():
+        yield "a row keeps the same id twice"
+    if not (np.diff(targets.logprobs_PK, axis=1) <= 0).all():
+        yield "log-probabilities increase along a row"
+    # Codes on a half-precision grid may put a log-probability a rounding above 0.
+    for name, values in (("logprobs", targets.logprobs_PK), ("log_tail", targets.log_tail_P)):
+        if np.isnan(values).any() or (values > 1e-3).any():
+            yield f"{name} holds values that are not log-probabilities"
+    mass = np.exp(targets.logprobs_PK.astype(np.float64)).sum(axis=1) + np.exp(targets.log_tail_P.astype(np.float64))
+    if not (np.abs(mass - 1) < 1e-3).all():
+        yield f"kept mass and tail add up to {mass[np.argmax(np.abs(mass - 1))]:.6f} in a row, not to 1"
+    if not (np.isfinite(targets.gold_logprob_P) & (targets.gold_logprob_P < 1e-3)).all():
+        yield "gold_logprob holds values that are not log-probabilities"
+    if not (np.isfinite(targets.entropy_P) & (targets.entropy_P > -1e-3)).all():
+        yield "entropy holds values below 0 or not finite"

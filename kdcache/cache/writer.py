@@ -1,0 +1,281 @@
+"""Writing a cache: plan first, shards in any order, commit records last, manifest at the very end.
+
+A shard is its objects plus a commit record that is written after them. Killing the process at any instant therefore
+loses at most the shards in flight; what lies about without a record is garbage, which the next writer removes. A
+committed shard is never touched again. The lock makes a second process on the same output fail at once; it belongs
+to the operating system, so it vanishes with a killed process.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from kdcache.cache import layout
+from kdcache.cache.folder import TEMPORARY, Folder
+from kdcache.cache.shard_file import pack
+from kdcache.codecs import topk_codec
+from kdcache.errors import CacheError, CorruptCacheError
+from kdcache.schema import ArrayRecord, FieldRecord, Manifest, ObjectRecord, Plan, ShardRecord, Statistics, Targets
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+
+
+@dataclass
+class ShardData:
+    """Everything a shard holds, ready to be encoded; rows in the order of its sequences.
+
+    ``labels_P`` are the corpus's own tokens at the rows, as the task aligned them (for statistics; they are not stored,
+    the task derives them from the tokens again). ``hidden`` maps field names to states that are already encoded (they are encoded batch by batch, because in
+    float32 a shard of them would not fit). ``table`` is the per-sequence table.
+    """
+
+    index: int
+    tokens_T: NDArray[np.uint32]
+    num_tokens_N: NDArray[np.int64]
+    num_positions_N: NDArray[np.int64]
+    loss_mask_P: NDArray[np.uint8]
+    labels_P: NDArray[Any]
+    targets: Targets
+    table: pa.Table
+    segment_ids_T: NDArray[np.uint16] | None = None
+    hidden: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+
+def token_arrays(vocab_size: int, packed: bool) -> tuple[ArrayRecord, ...]:
+    """Describe the arrays that stand beside the targets in every shard."""
+    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    records = [
+        ArrayRecord(name="tokens", dtype=dtype, rows="tokens"),
+        ArrayRecord(name="loss_mask", dtype="uint8", rows="positions"),
+        ArrayRecord(name="num_tokens", dtype="uint32", rows="sequences"),
+        ArrayRecord(name="num_positions", dtype="uint32", rows="sequences"),
+    ]
+    if packed:
+        records.append(ArrayRecord(name="segment_ids", dtype="uint16", rows="tokens"))
+    return tuple(records)
+
+
+class CacheWriter:
+    """The one process that may write to ``folder``; use it as a context manager, it holds the lock."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self.plan: Plan | None = None
+        self._lock: FileLock | None = None
+
+    def __enter__(self) -> CacheWriter:
+        local = self.folder.local_path
+        if local is not None:
+            if local.exists() and not local.is_dir():
+                raise CacheError(f"output {local} is a file; give a directory")
+            local.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(local / LOCK)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise CacheError(
+                    f"another process is writing to {local}; wait for it or choose another output"
+                ) from None
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def begin(self, plan: Plan, table: pa.Table, tokenizer_files: Mapping[str, bytes]) -> list[int]:
+        """Start the planned cache or resume it; return the shards that are not committed.
+
+        Raises ``CacheError`` when the folder holds another cache (saying what differs) or something else entirely.
+        """
+        existing = layout.read_plan(self.folder)
+        if existing is None:
+            self._start(plan, table, tokenizer_files)
+            existing = plan
+        else:
+            _check_same_plan(existing, plan, self.folder)
+        self.plan = existing
+        committed = self._committed()
+        self._remove_garbage(committed)
+        return [shard for shard in range(existing.num_shards) if shard not in committed]
+
+    def _start(self, plan: Plan, table: pa.Table, tokenizer_files: Mapping[str, bytes]) -> None:
+        ours = {layout.PLAN_TABLE, layout.TOKENIZER, LOCK}
+        strange = [n for n in self.folder.names() if n not in ours and not n.endswith(TEMPORARY)]
+        if strange:
+            raise CacheError(
+                f"output {self.folder} is not empty and holds no cache (found {strange[0]}); choose another directory"
+            )
+        for name, data in tokenizer_files.items():
+            self.folder.write(f"{layout.TOKENIZER}/{name}", data)
+        self.folder.write(layout.PLAN_TABLE, layout.table_to_parquet(table))
+        self.folder.write(layout.PLAN, layout.to_json(plan))
+
+    def _committed(self) -> dict[int, ShardRecord]:
+        assert self.plan is not None
+        records = {}
+        for shard in range(self.plan.num_shards):
+            try:
+                record = layout.read_commit(self.folder, shard)
+            except CorruptCacheError as error:
+                log.warning("%s; shard %d is made again", error, shard)
+                continue
+            if record is None:
+                continue
+            if all(self.folder.size(item.path) == item.num_bytes for item in record.objects.values()):
+                records[shard] = record
+            else:
+                log.warning("files of shard %d are missing or cut short; it is made again", shard)
+        return records
+
+    def _remove_garbage(self, committed: Mapping[int, ShardRecord]) -> None:
+        assert self.plan is not None
+        kept = {item.path for record in committed.values() for item in record.objects.values()}
+        for directory in layout.object_directories(self.plan):
+            for name in self.folder.names(directory):
+                if name not in kept:
+                    self.folder.remove(name)
+        for directory in ("", layout.COMMITS, layout.TOKENIZER):
+            for name in self.folder.names(directory):
+                if name.endswith(TEMPORARY):
+                    self.folder.remove(name)
+
+    def write_shard(self, data: ShardData) -> ShardRecord:
+        """Encode, write and commit one shard; safe to call from another thread than the teacher's."""
+        assert self.plan is not None
+        attempt = secrets.token_hex(4)
+        objects: dict[str, ObjectRecord] = {}
+        for item in self.plan.fields:
+            name = layout.object_name(item.name, data.index, attempt)
+            objects[item.name] = layout.write_object(self.folder, name, pack(_encode_field(item, data, self.plan)))
+        name = layout.object_name(layout.SEQUENCES_FIELD, data.index, attempt)
+        objects[layout.SEQUENCES_FIELD] = layout.write_object(
+            self.folder, name, layout.table_to_ipc(_with_statistics(data))
+        )
+        record = ShardRecord(
+            index=data.index,
+            attempt=attempt,
+            num_sequences=len(data.num_tokens_N),
+            num_tokens=len(data.tokens_T),
+            num_positions=data.targets.num_positions,
+            objects=objects,
+            statistics=_statistics(data),
+        )
+        self.folder.write(layout.commit_name(data.index), layout.to_json(record))
+        return record
+
+    def finalise(self) -> Manifest:
+        """Write the manifest from the plan and the commit records; refuses holes."""
+        return finalise(self.folder)
+
+
+def build_manifest(folder: Folder) -> Manifest:
+    """Return the manifest that the plan and the commit records of ``folder`` make (it is never anything more)."""
+    plan = layout.read_plan(folder)
+    if plan is None:
+        raise CacheError(f"there is no plan in {folder}")
+    shards = [layout.read_commit(folder, shard) for shard in range(plan.num_shards)]
+    holes = [index for index, shard in enumerate(shards) if shard is None]
+    if holes:
+        raise CacheError(f"{folder} cannot be finished: {len(holes)} shards are missing, the first is {holes[0]}")
+    files = []
+    for name in folder.names(layout.TOKENIZER):
+        data = folder.read(name)
+        files.append(ObjectRecord(path=name, num_bytes=len(data), sha256=layout.sha256(data)))
+    return Manifest(
+        **plan.model_dump(), shards=tuple(shard for shard in shards if shard is not None), tokenizer_files=tuple(files)
+    )
+
+
+def finalise(folder: Folder) -> Manifest:
+    """Write (or write again) the manifest of a cache whose shards are all committed."""
+    manifest = build_manifest(folder)
+    folder.write(layout.MANIFEST, layout.to_json(manifest))
+    return manifest
+
+
+def _check_same_plan(existing: Plan, wanted: Plan, folder: Folder) -> None:
+    before, after = (p.model_dump(mode="json", exclude={"provenance"}) for p in (existing, wanted))
+    if before == after:
+        return
+    lines = list(_differences(before, after))
+    raise CacheError(
+        f"output {folder} holds another cache: {'; '.join(lines[:4])}{' ...' if len(lines) > 4 else ''}. "
+        "Repeat the command that began it, or choose another output"
+    )
+
+
+def _differences(before: Any, after: Any, path: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = [*before, *(key for key in after if key not in before)]
+        return [
+            line for key in keys for line in _differences(before.get(key), after.get(key), f"{path}.{key}".lstrip("."))
+        ]
+    return [] if before == after else [f"{path} is {_short(before)} there and {_short(after)} here"]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _encode_field(record: FieldRecord, data: ShardData, plan: Plan) -> dict[str, NDArray[Any]]:
+    if record.name != layout.TARGETS_FIELD:
+        values: dict[str, NDArray[Any]] = {"states": data.hidden[record.name]}
+    else:
+        values = {
+            "tokens": data.tokens_T,
+            "loss_mask": data.loss_mask_P,
+            "num_tokens": data.num_tokens_N,
+            "num_positions": data.num_positions_N,
+            **topk_codec(record.codec).encode(data.targets, plan.tokenizer.vocab_size),
+        }
+        if data.segment_ids_T is not None:
+            values["segment_ids"] = data.segment_ids_T
+    return {array.path: values[array.name].astype(array.dtype, copy=False) for array in record.arrays}
+
+
+def _per_sequence_sum(values_P: NDArray[Any], data: ShardData) -> NDArray[np.float64]:
+    ends = np.cumsum(data.num_positions_N)
+    cumulated = np.concatenate([[0.0], np.cumsum(values_P, dtype=np.float64)])
+    result: NDArray[np.float64] = cumulated[ends] - cumulated[ends - data.num_positions_N]
+    return result
+
+
+def _with_statistics(data: ShardData) -> pa.Table:
+    """Return the per-sequence table with the teacher's mean loss, entropy and kept mass: what curricula sort by."""
+    mask_P = data.loss_mask_P.astype(np.float64)
+    count_N = _per_sequence_sum(mask_P, data)
+    table = data.table
+    columns = {
+        "teacher_loss": -data.targets.gold_logprob_P,
+        "teacher_entropy": data.targets.entropy_P,
+        "kept_mass": -np.expm1(data.targets.log_tail_P),
+    }
+    table = table.append_column("num_targets", pa.array(count_N.astype(np.int64)))
+    for name, values_P in columns.items():
+        mean_N = _per_sequence_sum(values_P * mask_P, data) / np.maximum(count_N, 1)
+        table = table.append_column(name, pa.array(mean_N.astype(np.float32)))
+    return table
+
+
+def _statistics(data: ShardData) -> Statistics:
+    valid = data.loss_mask_P.astype(bool)
+    targets = data.targets
+    return Statistics(
+        num_positions=int(valid.sum()),
+        teacher_loss_sum=float(-targets.gold_logprob_P[valid].sum(dtype=np.float64)),
+        entropy_sum=float(targets.entropy_P[valid].sum(dtype=np.float64)),
+        kept_mass_sum=float(-np.expm1(targets.log_tail_P[valid].astype(np.float64)).sum()),
+        top1_correct=int((targets.ids_PK[:, 0] == data.labels_P)[valid].sum()),
+    )

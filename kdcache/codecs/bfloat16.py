@@ -1,0 +1,20 @@
+"""Bfloat16 in numpy, which has no such type: the upper 16 bits of a float32, rounded to nearest even."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Return the bfloat16 bits of finite or infinite ``values``, any shape."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    # Adding half a unit (less one when the kept part is even) before truncating rounds to nearest even.
+    return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
+
+
+def from_bfloat16(bits: NDArray[Any]) -> NDArray[np.float32]:
+    """Return the float32 values of bfloat16 ``bits``."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
