@@ -1,0 +1,121 @@
+"""Which sequences an optimiser step trains on, and how they reach the device.
+
+A *step* is the next S sequences of the epoch's order, S = sequences per micro-batch x gradient accumulation x ranks.
+Only then is it dealt out: any split of the step into micro-batches and ranks sees the same sequences, none twice (the
+usual sampler repeats sequences at an epoch's end to make ranks even), so the gradient does not depend on the split.
+Inside a step sequences are grouped by length, which only saves padding. The order is a pure function of (cache, seed,
+epoch), so the number of steps done is all that resuming has to know.
+
+The last step of an epoch may be smaller. When it has fewer sequences than micro-batches, some micro-batches are
+*empty*: they stand in with one sequence whose loss mask is 0, because every rank has to take part in every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset
+
+from kdcache.cache import Cache, epoch_order
+from kdcache.schema import SequenceBatch
+from kdcache.tasks.causal_lm import collate
+
+
+class MicroBatches(BatchSampler):
+    """The micro-batches of one rank, epoch by epoch, as lists of sequence numbers; set ``epoch`` before iterating."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        *,
+        batch_sequences: int,
+        accumulation: int,
+        seed: int,
+        window_shards: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        self.epoch = 0
+        # What DataLoader and its friends look for on a batch sampler.
+        self.batch_size = batch_sequences
+        self.drop_last = False
+        self._cache = cache
+        self._accumulation = accumulation
+        self._seed = seed
+        self._window_shards = window_shards
+        self._rank = rank
+        self._num_ranks = num_ranks
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences of a full optimiser step, over all micro-batches and ranks."""
+        return self.batch_size * self._accumulation * self._num_ranks
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps that see every sequence once."""
+        return -(-len(self._cache) // self.sequences_per_step)
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * self._accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        cache = self._cache
+        order = epoch_order(cache.shard_starts, self._seed, self.epoch, self._window_shards, cache.fingerprint)
+        for start in range(0, len(order), self.sequences_per_step):
+            yield from self._mine(order[start : start + self.sequences_per_step])
+
+    def _mine(self, step: NDArray[np.int64]) -> Iterator[list[int]]:
+        """Yield this rank's micro-batches of a step."""
+        by_length = step[np.argsort(self._cache.lengths_N[step], kind="stable")]
+        pieces = np.array_split(by_length, self._accumulation * self._num_ranks)
+        for piece in pieces[self._rank :: self._num_ranks]:
+            # Neighbours in a shard are decoded together.
+            yield np.sort(piece).tolist()
+
+
+class CacheDataset(Dataset[SequenceBatch]):
+    """A cache as a data set whose items are read a micro-batch at a time."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+
+    def __len__(self) -> int:
+        return len(self._cache)
+
+    def __getitems__(self, indices: list[int]) -> SequenceBatch:
+        if indices:
+            return self._cache.read(indices)
+        stand_in = self._cache.read([int(self._cache.lengths_N.argmin())])
+        stand_in.loss_mask_P = np.zeros_like(stand_in.loss_mask_P)
+        return stand_in
+
+
+def training_loader(cache: Cache, batches: MicroBatches, pad_id: int, num_workers: int = 0) -> DataLoader[Any]:
+    """Return a loader of collated micro-batches as CPU tensors.
+
+    ``num_workers`` is 0 by default: a decoded batch is larger than an encoded one, so sending it from another process
+    costs more than decoding it.
+    """
+    dataset: Dataset[Any] = CacheDataset(cache)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=partial(to_tensors, pad_id=pad_id),
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def to_tensors(batch: SequenceBatch, pad_id: int) -> dict[str, Tensor]:
+    """Collate decoded sequences into tensors (see ``kdcache.tasks.causal_lm.collate`` for names and shapes)."""
+    # A view of an encoded array may be read-only, which torch.from_numpy only warns about.
+    return {
+        name: torch.from_numpy(np.require(value, requirements="W")) for name, value in collate(batch, pad_id).items()
+    }

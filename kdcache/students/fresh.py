@@ -1,0 +1,85 @@
+"""Fresh students: random weights, with ids and lengths taken from the cache.
+
+Whatever the cache knows is not asked again: vocabulary size and special ids come from its tokenizer, and there are at
+least as many positions as its longest sequence has.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, set_seed
+
+from kdcache.config import read_yaml
+from kdcache.errors import ConfigError, StudentError, did_you_mean
+from kdcache.schema import Manifest
+from kdcache.students.config import StudentConfig
+from kdcache.students.sizes import SIZES, llama_config
+
+logger = logging.getLogger(__name__)
+
+
+def max_length(manifest: Manifest) -> int:
+    """Return the most positions that a sequence of the cache can have."""
+    return int(manifest.sequences["max_length"])
+
+
+def build_fresh(config: StudentConfig, manifest: Manifest, tokenizer: Any, name: str) -> Any:
+    """Build a student with random weights; ``name`` is what error messages call it. Raises `StudentError`."""
+    hf_config = fresh_hf_config(config, manifest, tokenizer)
+    set_seed(config.seed)
+    try:
+        return AutoModelForCausalLM.from_config(hf_config, dtype=getattr(torch, config.dtype))
+    except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise StudentError(f"cannot build student {name}: {first_line(error)}") from None
+
+
+def fresh_hf_config(config: StudentConfig, manifest: Manifest, tokenizer: Any) -> Any:
+    """Return the Hugging Face configuration of a fresh student, with ids and lengths taken from the cache."""
+    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    vocab_size = manifest.tokenizer.vocab_size
+    if config.size is not None:
+        # Rotary positions cost no parameters, so there is no reason to tie the student to this cache's length.
+        return llama_config(
+            SIZES[config.size], vocab_size, max_position_embeddings=max(2048, max_length(manifest)), **ids
+        )
+    assert config.config_file is not None
+    settings = _read_config_file(config.config_file)
+    found = settings.get("vocab_size", vocab_size)
+    if found != vocab_size:
+        logger.info("vocab_size %s of %s is replaced by the cache's %d", found, config.config_file, vocab_size)
+    hf_config = _hf_config(settings | ids | {"vocab_size": vocab_size}, config.config_file)
+    positions = getattr(hf_config, "max_position_embeddings", None)
+    if positions is not None and positions < max_length(manifest):
+        hf_config.max_position_embeddings = max_length(manifest)
+    return hf_config
+
+
+def _read_config_file(path: str) -> dict[str, Any]:
+    if Path(path).is_dir():
+        path = str(Path(path) / "config.json")
+    settings = read_yaml(path)  # JSON is YAML
+    if "model_type" not in settings:
+        raise ConfigError(f"{path} has no 'model_type' (such as llama or gpt2), so its architecture is unknown")
+    return settings
+
+
+def _hf_config(settings: dict[str, Any], path: str) -> Any:
+    model_type = settings.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        hint = did_you_mean(str(model_type), CONFIG_MAPPING)
+        # Hundreds of architectures are no help in a message.
+        hint = hint if hint.startswith("did") else "transformers has no architecture of a similar name"
+        raise StudentError(f"{path}: unknown model_type {model_type!r}, {hint}")
+    try:
+        return AutoConfig.for_model(model_type, **settings)
+    except Exception as error:  # configuration classes validate with exceptions of several libraries
+        raise StudentError(f"{path}: {first_line(error)}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a foreign error's message: the rest is advice to callers of that library."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,201 @@
+"""Students: a pretrained model, a fresh one from a configuration file, or a fresh one of a named size.
+
+Ids are the contract between cache and student, so everything here serves one question: does this model speak the
+cache's token ids? A fresh student is built around the cache's tokenizer. A pretrained one brings its own, which must
+be the same by content; a model without tokenizer files is taken on trust when its vocabulary is large enough, and a
+warning says so. Rows of the student beyond the true vocabulary (padding to a round number) stay in the saved model
+but take no part in any loss.
+
+Remote code is never run: the architecture must be one that transformers knows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from kdcache.errors import StudentError
+from kdcache.models.lm_head import LMHead, split_model
+from kdcache.models.tokenizer import describe_difference
+from kdcache.schema import Manifest
+from kdcache.students.config import StudentConfig
+from kdcache.students.fresh import build_fresh, first_line, max_length
+
+logger = logging.getLogger(__name__)
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass
+class Student:
+    """A student that fits a cache: model, the cache's tokenizer, body and head, and the true vocabulary size."""
+
+    model: Any
+    tokenizer: Any
+    body: nn.Module
+    vocab_size: int
+    _head: LMHead
+
+    @property
+    def head(self) -> LMHead:
+        """The LM head over the true vocabulary, built from the model's current parameters.
+
+        Built anew each time: a view of the weight that outlives a step would keep that step's autograd graph.
+        """
+        embeddings = self.model.get_output_embeddings()
+        current = replace(self._head, weight_VD=embeddings.weight, bias_V=getattr(embeddings, "bias", None))
+        return current.narrow(self.vocab_size)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters, tied ones once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def pad_id(self) -> int:
+        """An id to pad with; which one is irrelevant, padding is never attended nor learnt."""
+        tokenizer = self.tokenizer
+        return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+    def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the last hidden states [P, D] of the real positions of a collated batch."""
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+        output: Tensor = self.body(**inputs, use_cache=False).last_hidden_state
+        return output.flatten(0, 1)[batch["rows"]]
+
+
+def load_student(config: StudentConfig, manifest: Manifest, tokenizer_dir: str | Path) -> Student:
+    """Load or build the student of ``config`` and check that it fits the cache of ``manifest``.
+
+    ``tokenizer_dir`` holds the cache's tokenizer files. Raises `StudentError` for a model that cannot be loaded, is
+    not a causal language model, has another tokenizer, too few ids or too few positions; `ConfigError` for a
+    configuration file that cannot be read.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
+    name = config.model or config.config_file or f"of size {config.size}"
+    if config.is_fresh:
+        model = build_fresh(config, manifest, tokenizer, name)
+    else:
+        model = _pretrained(config, name)
+        _check_tokenizer(config, manifest, tokenizer, name)
+    return _fit(model, tokenizer, manifest, name)
+
+
+def _fit(model: Any, tokenizer: Any, manifest: Manifest, name: str) -> Student:
+    vocab_size = manifest.tokenizer.vocab_size
+    embeddings = model.get_input_embeddings()
+    if embeddings.num_embeddings < vocab_size:
+        raise StudentError(
+            f"student {name} knows {embeddings.num_embeddings} token ids, but the cache uses {vocab_size}: "
+            "choose a model with the teacher's tokenizer"
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and positions < max_length(manifest):
+        raise StudentError(
+            f"student {name} takes at most {positions} positions, but the cache has sequences of up to "
+            f"{max_length(manifest)}: choose another student or dump with a smaller max_length"
+        )
+    split = split_model(model)
+    if split is None:
+        raise StudentError(
+            f"student {name} ({type(model).__name__}) cannot be split into a body and an LM head that reproduce its "
+            "logits; choose another architecture"
+        )
+    body, head = split
+    if not _is_causal(body, vocab_size):
+        raise StudentError(
+            f"student {name} ({type(model).__name__}) lets a position see later tokens, so it is not a causal language "
+            "model; choose a decoder"
+        )
+    return Student(model, tokenizer, body, vocab_size, head)
+
+
+def _pretrained(config: StudentConfig, name: str) -> Any:
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise StudentError(f"student {name} has no config.json: give the directory of a saved Hugging Face model")
+    if not path.is_dir() and _looks_local(name):
+        raise StudentError(f"student {name} does not exist: give a directory or the name of a model on the hub")
+    try:
+        with _quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name, revision=config.revision, dtype=getattr(torch, config.dtype), output_loading_info=True
+            )
+    except Exception as error:  # transformers, the hub client and safetensors raise a dozen kinds here
+        raise StudentError(f"cannot load student {name} as a causal language model: {first_line(error)}") from None
+    if missing := sorted(report["missing_keys"]):
+        raise StudentError(
+            f"student {name} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}: "
+            "it is not a causal language model"
+        )
+    return model
+
+
+def _check_tokenizer(config: StudentConfig, manifest: Manifest, tokenizer: Any, name: str) -> None:
+    own = own_tokenizer(name, config.revision)
+    if own is None:
+        logger.warning(
+            "student %s has no tokenizer files: taken on trust that its ids mean what the cache's %d ids mean",
+            name,
+            manifest.tokenizer.vocab_size,
+        )
+        return
+    differences = describe_difference(own, tokenizer)
+    if differences:
+        raise StudentError(
+            f"student {name} has another tokenizer than the cache: {'; '.join(differences)}. Token ids would not mean "
+            "the same; choose a student with the teacher's tokenizer, or a fresh one (size or config_file)"
+        )
+
+
+def own_tokenizer(name: str, revision: str | None = None) -> Any | None:
+    """Return the tokenizer that lies beside a model, None if it has none; raises `StudentError` for a broken one."""
+    path = Path(name)
+    if path.is_dir() and not any((path / file).is_file() for file in _TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except Exception as error:  # see _pretrained
+        if path.is_dir():
+            raise StudentError(f"cannot load the tokenizer of student {name}: {first_line(error)}") from None
+        return None
+
+
+def _looks_local(name: str) -> bool:
+    # Hub names are "owner/model" or "model"; everything else can only have been meant as a path.
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+
+
+@torch.no_grad()
+def _is_causal(body: Any, vocab_size: int) -> bool:
+    """Whether the first positions' hidden states stay the same when the last token changes."""
+    device = next(body.parameters()).device
+    tokens = torch.arange(6, device=device).remainder(vocab_size).repeat(2, 1)
+    tokens[1, -1] = (tokens[1, -1] + 1) % vocab_size
+    training = body.training
+    body.eval()
+    try:
+        first, second = body(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1].float()
+    finally:
+        body.train(training)
+    return torch.allclose(first, second, rtol=1e-2, atol=1e-3)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence reports about missing weights: they are checked, and told as an error."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)

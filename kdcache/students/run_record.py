@@ -1,0 +1,154 @@
+"""``kdcache_run.json``: what a training run was made from and how it went, beside the model that it made.
+
+It is written when the run begins (so that a half-finished run is recognised and protected) and again when it ends.
+Resuming compares it with the new configuration, because a run that continues with another learning rate or on another
+cache is neither of the two runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from kdcache import __version__
+from kdcache.cache import Cache
+from kdcache.errors import ConfigError
+from kdcache.students.load import Student
+
+RUN_FILE = "kdcache_run.json"
+
+#: Settings that may differ between a run and its continuation: where things are, and how the work is divided or told.
+_FREE = {
+    "cache",
+    "output",
+    "device",
+    "data_workers",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+    # What counts is their product with the number of processes.
+    "batch_sequences",
+    "gradient_accumulation",
+    # What counts is the number of steps that they make.
+    "epochs",
+    "max_steps",
+}
+
+_RESULTS = ("steps", "losses", "seconds", "tokens_per_s")
+
+
+def settings_that_decide(config: Mapping[str, Any], sequences_per_step: int, steps: int) -> dict[str, Any]:
+    """Return the settings that decide the weights which a run ends with."""
+    decided = {name: value for name, value in config.items() if name not in _FREE}
+    return {**decided, "sequences_per_step": sequences_per_step, "steps": steps}
+
+
+def read_run(directory: str | Path) -> dict[str, Any] | None:
+    """Return the record of the run that made ``directory``, None if there is none that can be read."""
+    try:
+        record = json.loads((Path(directory) / RUN_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def check_output(output: str | Path, *, resume: bool) -> None:
+    """Raise ``ConfigError`` if training into ``output`` would destroy what lies there."""
+    path = Path(output)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"output {path} is a file; give a directory")
+    holds_run = (path / RUN_FILE).exists() or any(path.glob("checkpoint-*"))
+    if holds_run and not resume:
+        raise ConfigError(f"output {path} already holds a run; continue it with --resume or choose another directory")
+    if not holds_run and any(
+        (path / name).exists() for name in ("config.json", "model.safetensors", "manifest.json", "plan.json")
+    ):
+        raise ConfigError(f"output {path} holds a model or a cache that no run made; choose another directory")
+
+
+@dataclass
+class RunRecord:
+    """The record of a run in progress."""
+
+    path: Path
+    content: dict[str, Any]
+    finished: dict[str, Any] | None = None
+    """The results, if the run that is resumed has finished already."""
+
+    @classmethod
+    def begin(
+        cls,
+        output: str | Path,
+        *,
+        settings: Mapping[str, Any],
+        config: Mapping[str, Any],
+        cache: Cache,
+        student: Student,
+        resume: bool,
+        write: bool,
+    ) -> RunRecord:
+        """Make the record (and write it, on the process that ``write``s); compare it with the run that is resumed.
+
+        Raises ``ConfigError`` when the run in ``output`` had other settings or another cache.
+        """
+        content = {
+            "status": "running",
+            "settings": {**settings, "cache_fingerprint": cache.fingerprint},
+            "config": dict(config),
+            "cache": {"fingerprint": cache.fingerprint, "corpus": cache.manifest.corpus.fingerprint},
+            "teacher": cache.manifest.teacher.model_dump(mode="json"),
+            "tokenizer": cache.manifest.tokenizer.model_dump(mode="json"),
+            "student": {"architecture": type(student.model).__name__, "num_parameters": student.num_parameters},
+            "versions": _versions(),
+        }
+        # Compared as JSON would give it back.
+        content = json.loads(json.dumps(content))
+        before = read_run(output) if resume else None
+        if before is not None:
+            _check_same_run(before.get("settings", {}), content["settings"], output)
+            if before.get("status") == "finished":
+                return cls(Path(output) / RUN_FILE, before, {name: before[name] for name in _RESULTS})
+        record = cls(Path(output) / RUN_FILE, content)
+        if write:
+            record._write()
+        return record
+
+    def finish(self, **results: Any) -> None:
+        """Write the record again with the results of the run."""
+        self.content |= {"status": "finished", **results}
+        self._write()
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.content, indent=2) + "\n")
+        os.replace(temporary, self.path)
+
+
+def _check_same_run(before: Mapping[str, Any], after: Mapping[str, Any], output: str | Path) -> None:
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    if not changed:
+        return
+    lines = [f"{name} was {before.get(name)!r} and is {after.get(name)!r}" for name in changed]
+    raise ConfigError(
+        f"cannot resume {output} with other settings: {'; '.join(lines)}. Repeat those of the run "
+        f"({RUN_FILE} holds them), or begin a new run that starts from this student (student.model: {output})"
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "kdcache": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,214 @@
+"""The Hugging Face Trainer, made to keep one promise: the gradient of a step does not depend on how it is split.
+
+What the stock Trainer would do otherwise, and what is overridden for it:
+
+- it counts labels to find the loss's denominator, wrongly for some models and not at all for those whose ``forward``
+  takes no keyword arguments: here the loss masks of all micro-batches and ranks are summed;
+- distributed data parallelism *averages* gradients over ranks, so the loss is multiplied by their number;
+- its samplers repeat or drop sequences at the end of an epoch, and accelerate re-shards them: here `MicroBatches`
+  already yields this rank's share;
+- several visible GPUs without a launcher would mean ``nn.DataParallel``, which splits a batch of flat rows at the wrong
+  places: here one process uses one device;
+- checkpoints are those of the *student* alone, plain Hugging Face directories that load without kdcache.
+
+The module it trains is any ``forward(batch, num_valid) -> (loss, sums, count)`` with the model under ``.student``:
+distributed wrappers then see one forward, whatever the loss is made of.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from kdcache.students.batches import MicroBatches
+from kdcache.students.load import Student
+
+STATE_FILE = "trainer_state.json"
+
+
+class Distillation(nn.Module):
+    """Base of what a `DistillationTrainer` trains: a student, and a forward that returns its loss on a batch."""
+
+    #: For the Trainer: the loss is already divided by the number of positions of the whole step.
+    accepts_loss_kwargs = True
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.model = student.model
+        self.student = student
+
+    def forward(self, batch: Mapping[str, Tensor], num_valid: Tensor) -> tuple[Tensor, dict[str, Tensor], int]:
+        """Return the loss, each term's unweighted sum over the valid positions (detached), and their number."""
+        raise NotImplementedError
+
+
+class DistillationTrainer(Trainer):
+    """A Trainer over `Distillation`, whose loader yields this rank's micro-batches."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        module: Distillation,
+        args: TrainingArguments,
+        loader: DataLoader[Any],
+        batches: MicroBatches,
+        **kwargs: Any,
+    ) -> None:
+        args._n_gpu = min(args.n_gpu, 1)
+        super().__init__(model=module, args=args, train_dataset=loader.dataset, **kwargs)
+        self.model_accepts_loss_kwargs = True
+        self.student = module.student
+        self._loader = loader
+        self.meter = _Meter()
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Flow(batches))
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        return self._loader
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        count = torch.stack([batch["loss_mask"].sum() for batch in batch_samples]).sum().to(device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, sums, count = model(inputs, num_items_in_batch)
+        self.meter.add(sums, count, inputs["labels"].numel())
+        loss = loss * self.accelerator.num_processes
+        return (loss, sums) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # The Trainer also logs a summary at the end, which repeats what has been said.
+        if "loss" in logs:
+            super().log({**logs, **self.meter.read(self.accelerator)}, start_time)
+
+    # ----------------------------------------------------------------------------------------------- checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
+            save_student(self.student, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        model = self.student.model
+        saved = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+
+    def load_checkpoint(self, checkpoint: Path, state: TrainerState) -> None:
+        """Take over the student and the state of a finished run's last checkpoint."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+
+
+def save_student(student: Student, output: str | Path) -> None:
+    """Write model and tokenizer as a plain Hugging Face directory."""
+    student.model.save_pretrained(output)
+    student.tokenizer.save_pretrained(output)
+
+
+def last_checkpoint(output: str | Path) -> Path | None:
+    """Return the newest *complete* checkpoint under ``output``: its state is written last, so it must be readable."""
+    numbered = []
+    for path in Path(output).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        suffix = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if suffix.isdigit() and _readable(path / STATE_FILE):
+            numbered.append((int(suffix), path))
+    return max(numbered)[1] if numbered else None
+
+
+def _readable(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+class _Meter:
+    """Sums of each loss term and of positions since it was last read; ``total_positions`` since it was made."""
+
+    def __init__(self) -> None:
+        self.total_positions = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._num_valid = 0
+        self._num_positions = 0
+        self._since_s = time.perf_counter()
+
+    def add(self, sums: Mapping[str, Tensor], num_valid: int, num_positions: int) -> None:
+        """Add a micro-batch; sums stay on the device, so nothing waits for it."""
+        for name, value in sums.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._num_valid += num_valid
+        self._num_positions += num_positions
+
+    def read(self, accelerator: Any) -> dict[str, float]:
+        """Return each term's mean per valid position and the speed in tokens per second, and start anew."""
+        names = list(self._sums)
+        counts = [self._num_valid, self._num_positions]
+        local = torch.tensor([*(self._sums[name].item() for name in names), *counts], dtype=torch.float64)
+        total = accelerator.reduce(local.to(accelerator.device)) if accelerator.num_processes > 1 else local
+        *sums, num_valid, num_positions = total.tolist()
+        self.total_positions += int(num_positions)
+        speed = num_positions / max(time.perf_counter() - self._since_s, 1e-9)
+        self._reset()
+        means = {name: value / max(num_valid, 1) for name, value in zip(names, sums, strict=True)}
+        return {**means, "tokens_per_s": round(speed, 1)}
+
+
+class _Flow(TrainerCallback):
+    """Tell the micro-batches which epoch begins, also when a run resumes inside one; log the last step."""
+
+    def __init__(self, batches: MicroBatches) -> None:
+        self._batches = batches
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._batches.epoch = state.global_step // self._batches.steps_per_epoch
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with steps, their rate, the time left, and the latest loss of every term."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not state.is_world_process_zero,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        hidden = ("epoch", "learning_rate", "grad_norm", "step")
+        shown = {name: f"{value:.4g}" for name, value in (logs or {}).items() if name not in hidden}
+        self._bar.set_postfix({name.replace("tokens_per_s", "tokens/s"): value for name, value in shown.items()})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.close()
