@@ -236,6 +236,11 @@ class Plan(Config):
         raise KeyError(name)
 
     @property
+    def top_k(self) -> int:
+        """Number of ids kept at every position, K."""
+        return next(a.shape[0] for a in self.field("targets").arrays if a.rows == "positions" and a.shape)
+
+    @property
     def hidden_layers(self) -> tuple[str, ...]:
         """Names of the stored hidden-state fields, such as ``hidden-30``."""
         return tuple(item.name for item in self.fields if item.name.startswith("hidden-"))

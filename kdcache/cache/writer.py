@@ -205,7 +205,9 @@ def finalise(folder: Folder) -> Manifest:
 
 
 def _check_same_plan(existing: Plan, wanted: Plan, folder: Folder) -> None:
-    before, after = (p.model_dump(mode="json", exclude={"provenance"}) for p in (existing, wanted))
+    # Names and paths may change while the content stays; content is what the hashes beside them compare.
+    unimportant: Any = {"provenance": True, "teacher": {"name", "revision"}, "corpus": {"sources"}}
+    before, after = (p.model_dump(mode="json", exclude=unimportant) for p in (existing, wanted))
     if before == after:
         return
     lines = list(_differences(before, after))

@@ -16,7 +16,9 @@ import copy
 import hashlib
 import json
 import logging
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -168,3 +170,10 @@ def _vocabulary_differences(a: Mapping[str, int], b: Mapping[str, int]) -> list[
 def _show(special: list[Any]) -> str:
     number, token = special
     return "none" if number is None else f"{token!r} (id {number})"
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """Return the files that ``save_pretrained`` writes, by name: enough to load the tokenizer anywhere."""
+    with tempfile.TemporaryDirectory(prefix="kdcache-") as directory:
+        tokenizer.save_pretrained(directory)
+        return {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir()) if path.is_file()}

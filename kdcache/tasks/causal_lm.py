@@ -16,6 +16,11 @@ from kdcache.schema import SequenceBatch
 NAME = "causal-lm"
 
 
+def labels(tokens: list[NDArray[np.uint32]]) -> NDArray[np.int64]:
+    """Return the next token of every row, [P] int64, sequence by sequence."""
+    return np.concatenate([item[1:] for item in tokens]).astype(np.int64)
+
+
 def pad_batch(
     tokens: list[NDArray[np.uint32]],
     pad_id: int,
@@ -37,7 +42,7 @@ def pad_batch(
     batch: dict[str, NDArray[Any]] = {
         "input_ids": input_ids,
         "rows": np.flatnonzero(real_BL),
-        "labels": np.concatenate([item[1:] for item in tokens]).astype(np.int64),
+        "labels": labels(tokens),
     }
     if segment_ids is None:
         batch["attention_mask"] = real_BL.astype(np.int64)

@@ -1,1 +1,6 @@
-"""placeholder"""
+"""Teachers: models that turn sequences into targets, and what is kept of their logits."""
+
+from kdcache.teachers.huggingface import HuggingFaceTeacher, TeacherConfig, TeacherOutput, load_teacher, parse_layers
+from kdcache.teachers.keep import keep_top_k
+
+__all__ = ["HuggingFaceTeacher", "TeacherConfig", "TeacherOutput", "keep_top_k", "load_teacher", "parse_layers"]

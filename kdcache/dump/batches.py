@@ -1,0 +1,146 @@
+"""From the sequences of a shard to batches, and from batches back to rows in the shard's order.
+
+Sequences of similar length go together, so little is padded; the longest go first, so a batch that does not fit fails
+in the first second and not in the last hour.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdcache.codecs import HiddenCodec
+from kdcache.errors import TeacherError
+from kdcache.schema import Sequence, Targets, TeacherRecord
+from kdcache.teachers import TeacherOutput, keep_top_k
+from kdcache.teachers.huggingface import hidden_to_numpy
+from kdcache.teachers.keep import NonFiniteLogitsError
+
+log = logging.getLogger(__name__)
+
+
+class Teacher(Protocol):
+    """What a dump needs of a teacher."""
+
+    record: TeacherRecord
+
+    def run(self, sequences: SequenceOf[Sequence], layers: SequenceOf[int] = ()) -> TeacherOutput:
+        """Run one batch."""
+        ...
+
+
+def batches_by_length(lengths_N: NDArray[np.int64], batch_tokens: int) -> list[list[int]]:
+    """Group sequences, longest first, so that (count x longest) of a group stays within ``batch_tokens``.
+
+    Returns lists of indices into ``lengths_N``; a sequence longer than the budget makes a group of its own.
+    """
+    order = np.argsort(-lengths_N, kind="stable")
+    groups: list[list[int]] = []
+    for index in order.tolist():
+        if groups and (len(groups[-1]) + 1) * lengths_N[groups[-1][0]] <= batch_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+class BatchRunner:
+    """Runs batches through the teacher and keeps their targets; halves a batch that does not fit in memory."""
+
+    def __init__(self, teacher: Teacher, top_k: int, layers: SequenceOf[int], hidden_codec: HiddenCodec) -> None:
+        self.teacher = teacher
+        self.top_k = top_k
+        self.layers = list(layers)
+        self.hidden_codec = hidden_codec
+        self._fits: float = float("inf")
+
+    def run(self, sequences: list[Sequence], emit: Callable[[list[Sequence], Targets, dict[str, Any]], None]) -> None:
+        """Run ``sequences`` in as few passes as fit, handing each pass's result to ``emit``."""
+        padded = len(sequences) * max(s.num_positions for s in sequences)
+        if len(sequences) > 1 and padded > self._fits:
+            self._run_halves(sequences, emit)
+            return
+        try:
+            result = self._forward(sequences)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            result = None
+        if result is not None:
+            emit(sequences, *result)
+            return
+        if len(sequences) == 1:
+            raise TeacherError(
+                f"one sequence of {sequences[0].num_positions} positions does not fit in the memory of the teacher's "
+                "device; use a smaller --max-length, another --dtype or a larger device"
+            )
+        # Remembered, so that later batches are halved before they fail and not after.
+        self._fits = padded / 2
+        log.warning("out of memory at %d tokens; going on with batches of at most %d", padded, padded // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._run_halves(sequences, emit)
+
+    def _run_halves(self, sequences: list[Sequence], emit: Callable[..., None]) -> None:
+        middle = (len(sequences) + 1) // 2
+        for half in (sequences[:middle], sequences[middle:]):
+            self.run(half, emit)
+
+    def _forward(self, sequences: list[Sequence]) -> tuple[Targets, dict[str, NDArray[Any]]]:
+        output = self.teacher.run(sequences, self.layers)
+        try:
+            targets = keep_top_k(output.logits, output.labels_P, self.top_k)
+        except NonFiniteLogitsError as error:
+            raise TeacherError(f"{error}{_place(sequences, error.row)}") from None
+        hidden = {
+            f"hidden-{layer}": self.hidden_codec.encode(hidden_to_numpy(output.hidden[layer])) for layer in self.layers
+        }
+        return targets, hidden
+
+
+def _place(sequences: list[Sequence], row: int) -> str:
+    ends = np.cumsum([s.num_positions for s in sequences])
+    number = int(np.searchsorted(ends, row, side="right"))
+    position = row - (int(ends[number - 1]) if number else 0)
+    return (
+        f" (sequence {sequences[number].index}, position {position}). Nothing of this batch was written; try another "
+        "--dtype (float16 overflows in many models) or check the weights"
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+class ShardRows:
+    """The rows of one shard, filled batch by batch in any order."""
+
+    def __init__(self, lengths_N: NDArray[np.int64], first_sequence: int, top_k: int) -> None:
+        self._first = first_sequence
+        self._offsets = np.concatenate([[0], np.cumsum(lengths_N)])
+        total = int(self._offsets[-1])
+        self.targets = Targets(
+            ids_PK=np.zeros((total, top_k), dtype=np.int32),
+            logprobs_PK=np.zeros((total, top_k), dtype=np.float32),
+            log_tail_P=np.zeros(total, dtype=np.float32),
+            gold_logprob_P=np.zeros(total, dtype=np.float32),
+            entropy_P=np.zeros(total, dtype=np.float32),
+        )
+        self.hidden: dict[str, NDArray[Any]] = {}
+
+    def put(self, sequences: list[Sequence], targets: Targets, hidden: dict[str, NDArray[Any]]) -> None:
+        """Store the result of one batch at the rows of its sequences."""
+        spans = [s.index - self._first for s in sequences]
+        rows = np.concatenate([np.arange(self._offsets[n], self._offsets[n + 1]) for n in spans])
+        for name in vars(self.targets):
+            getattr(self.targets, name)[rows] = getattr(targets, name)
+        for name, states in hidden.items():
+            if name not in self.hidden:
+                self.hidden[name] = np.zeros((len(self.targets.ids_PK), states.shape[1]), dtype=states.dtype)
+            self.hidden[name][rows] = states

@@ -1,0 +1,79 @@
+"""The configuration of a dump: what ``kdcache dump-teacher`` reads from a file, options and ``--set``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from kdcache.codecs import HIDDEN_CODECS, TOPK_CODECS
+from kdcache.config import Config
+from kdcache.corpus import CorpusConfig, SequenceConfig
+from kdcache.errors import did_you_mean
+from kdcache.tasks import TASKS, causal_lm
+from kdcache.teachers import TeacherConfig
+
+
+class TargetsConfig(Config):
+    """What is kept of the teacher's distribution at every position."""
+
+    top_k: int = Field(default=64, ge=1)
+    codec: dict[str, Any] = Field(default={"name": "compact"}, validate_default=True)
+    """A codec's name, or a mapping with ``name`` and its settings."""
+
+    @field_validator("codec", mode="before")
+    @classmethod
+    def _known_codec(cls, value: Any) -> Any:
+        return _codec_settings(value, TOPK_CODECS)
+
+
+class HiddenStatesConfig(Config):
+    """Which hidden states are stored, if any."""
+
+    layers: tuple[str | int, ...] = ()
+    """Layer numbers: 0 is the embeddings, ``last`` the state after the final norm, negative ones count from the end."""
+    codec: dict[str, Any] = Field(default={"name": "bf16"}, validate_default=True)
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            return (value,)
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("codec", mode="before")
+    @classmethod
+    def _known_codec(cls, value: Any) -> Any:
+        return _codec_settings(value, HIDDEN_CODECS)
+
+
+class DumpConfig(Config):
+    """Everything a dump needs; each part belongs to the component it configures."""
+
+    output: str
+    teacher: TeacherConfig
+    corpus: CorpusConfig
+    task: str = causal_lm.NAME
+    sequences: SequenceConfig = SequenceConfig()
+    targets: TargetsConfig = TargetsConfig()
+    hidden_states: HiddenStatesConfig = HiddenStatesConfig()
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens per forward, padding included (default 4,096 on a CPU, else 16,384); halved when out of memory."""
+    shard_positions: int | None = Field(default=None, ge=1)
+    """Positions per shard (default: chosen from the corpus so that a crash loses little and files stay few)."""
+
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, value: str) -> str:
+        if value not in TASKS:
+            raise ValueError(f"there is no such task, {did_you_mean(value, TASKS)}")
+        return value
+
+
+def _codec_settings(value: Any, table: dict[str, Any]) -> Any:
+    settings = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else value
+    name = settings.get("name") if isinstance(settings, dict) else None
+    if name not in table:
+        raise ValueError(f"there is no such codec, {did_you_mean(str(name), table)}")
+    # The component validates its own settings and fills in its defaults, which then stand in the manifest.
+    return table[name].model_validate(settings).model_dump()

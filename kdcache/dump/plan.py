@@ -1,0 +1,104 @@
+"""The plan of a dump: everything that is decided before the teacher runs over the corpus."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from kdcache.cache import layout
+from kdcache.cache.writer import token_arrays
+from kdcache.codecs import hidden_codec, topk_codec
+from kdcache.corpus import Corpus, SequencePlan, assign_shards
+from kdcache.dump.config import DumpConfig
+from kdcache.errors import ConfigError
+from kdcache.schema import CorpusRecord, FieldRecord, Plan, TeacherRecord, TokenizerRecord
+
+#: A shard is not made larger than this (uncompressed), because it is assembled in memory.
+_SHARD_BYTES = 512 << 20
+_LIBRARIES = ("kdcache", "torch", "transformers", "tokenizers", "datasets", "zarr", "numcodecs", "numpy", "pyarrow")
+
+
+def make_fields(config: DumpConfig, teacher: TeacherRecord, vocab_size: int, layers: list[int]) -> list[FieldRecord]:
+    """Describe the fields that this dump stores; raises ``ConfigError`` when K exceeds the vocabulary."""
+    top_k = config.targets.top_k
+    if top_k > vocab_size:
+        raise ConfigError(f"--top-k {top_k} is more than the {vocab_size} ids of the tokenizer's vocabulary")
+    codec = topk_codec(config.targets.codec)
+    packed = config.sequences.packing == "window" and not config.sequences.attend_across_documents
+    arrays = (*token_arrays(vocab_size, packed), *codec.arrays(top_k, vocab_size))
+    fields = [
+        FieldRecord(name=layout.TARGETS_FIELD, codec=codec.model_dump(), arrays=arrays),
+    ]
+    states = hidden_codec(config.hidden_states.codec)
+    fields.extend(
+        FieldRecord(name=f"hidden-{layer}", codec=states.model_dump(), arrays=states.arrays(teacher.hidden_size))
+        for layer in layers
+    )
+    return fields
+
+
+def shard_positions(config: DumpConfig, num_positions: int, teacher: TeacherRecord, num_layers: int) -> int:
+    """Return how many positions a shard holds: about 32 shards, of 2^14 to 2^19 positions, within 512 MB of memory."""
+    if config.shard_positions is not None:
+        return config.shard_positions
+    per_position = 8 * config.targets.top_k + 4 * teacher.hidden_size * num_layers + 16
+    wanted = min(max(num_positions // 32, 1 << 14), 1 << 19)
+    return max(1, min(wanted, _SHARD_BYTES // per_position))
+
+
+def make_plan(
+    config: DumpConfig,
+    corpus: Corpus,
+    sequences: SequencePlan,
+    teacher: TeacherRecord,
+    tokenizer: TokenizerRecord,
+    layers: list[int],
+) -> tuple[Plan, pa.Table, NDArray[np.int64]]:
+    """Return the plan, the table of plan.parquet (one row per piece of a document) and the starts of the shards."""
+    fields = make_fields(config, teacher, tokenizer.vocab_size, layers)
+    size = shard_positions(config, sequences.num_positions, teacher, len(layers))
+    starts = assign_shards(sequences.lengths_N, size)
+    table = sequences.table()
+    shard_of = np.searchsorted(starts, np.asarray(table["sequence"]), side="right") - 1
+    table = table.append_column("shard", pa.array(shard_of.astype(np.int32)))
+    plan = Plan(
+        task=config.task,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        corpus=CorpusRecord(
+            sources=tuple(corpus.sources),
+            text_field=config.corpus.text_field,
+            fingerprint=corpus.fingerprint,
+            num_documents=sequences.num_documents,
+            num_empty=sequences.num_empty,
+            num_too_short=sequences.num_too_short,
+            metadata_columns=tuple(corpus.metadata_columns),
+            licence=config.corpus.licence,
+        ),
+        sequences=config.sequences.model_dump(mode="json"),
+        fields=tuple(fields),
+        num_sequences=sequences.num_sequences,
+        num_positions=sequences.num_positions,
+        num_tokens=sequences.num_tokens,
+        num_shards=len(starts) - 1,
+        table_sha256=layout.sha256(layout.table_to_parquet(table)),
+        provenance=_provenance(config),
+    )
+    return plan, table, starts
+
+
+def _provenance(config: DumpConfig) -> dict[str, Any]:
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        versions[name] = importlib.metadata.version(name)
+    return {
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions,
+        "configuration": config.model_dump(mode="json"),
+    }

@@ -1,0 +1,185 @@
+"""A Hugging Face causal LM as a teacher: sequences in, targets and hidden states out.
+
+The body runs on a padded batch; everything after it works on the real positions only. Hidden states of middle layers
+come from the model's own ``output_hidden_states``; index n is the state after layer n, 0 the embeddings, and the last
+one is taken after the final norm, as every Hugging Face model does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcache.config import Config
+from kdcache.errors import ConfigError, TeacherError
+from kdcache.models.lm_head import LMHead, split_model
+from kdcache.models.loading import load_causal_lm, parse_dtype, pick_device
+from kdcache.models.weights import weights_sha256
+from kdcache.schema import Sequence, TeacherRecord
+from kdcache.tasks import causal_lm
+
+log = logging.getLogger(__name__)
+
+
+class TeacherConfig(Config):
+    """Which teacher, and how it runs."""
+
+    model: str
+    """Hub id, local directory, or a .gguf file."""
+    dtype: str = "auto"
+    """``auto`` keeps the checkpoint's own (GGUF: float32 on a CPU, bfloat16 elsewhere)."""
+    device: str = "auto"
+    revision: str | None = None
+
+
+@dataclass
+class TeacherOutput:
+    """What the teacher says about the P real positions of a batch, sequence by sequence.
+
+    ``logits(start, stop)`` yields rows [stop - start, V] over the true vocabulary, on the teacher's device; ``hidden``
+    maps layer numbers to states [P, D] in the teacher's dtype.
+    """
+
+    logits: Callable[[int, int], Tensor]
+    labels_P: Tensor
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+
+
+class HuggingFaceTeacher:
+    """A causal LM in eval mode, split into body and head where that reproduces its logits."""
+
+    def __init__(self, model: Any, name: str, vocab_size: int, revision: str | None = None) -> None:
+        self.model = model.eval()
+        self.device = next(model.parameters()).device
+        self.vocab_size = vocab_size
+        self._split = split_model(model)
+        if self._split is None:
+            log.warning("the LM head of %s cannot be split off; its full logits are made batch by batch", name)
+        rows = self._split[1].vocab_size if self._split else int(model.config.get_text_config().vocab_size)
+        if rows < vocab_size:
+            raise TeacherError(
+                f"the tokenizer has {vocab_size} ids, but {name} only predicts {rows}: tokenizer and model do not match"
+            )
+        _check_causal(self, name)
+        self.record = _describe(model, name, rows, revision)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers; hidden states are numbered 0 (embeddings) to this (after the final norm)."""
+        return self.record.num_layers
+
+    @torch.inference_mode()
+    def run(self, sequences: SequenceOf[Sequence], layers: SequenceOf[int] = ()) -> TeacherOutput:
+        """Run the teacher over one batch; ``layers`` are the hidden states to return."""
+        segments = [s.segment_ids_T for s in sequences if s.segment_ids_T is not None]
+        batch = causal_lm.pad_batch([s.tokens_T for s in sequences], pad_id=0, segment_ids=segments or None)
+        tensors = {name: torch.from_numpy(value).to(self.device) for name, value in batch.items()}
+        rows, labels = tensors.pop("rows"), tensors.pop("labels")
+        grid = tensors["input_ids"].shape[0] * tensors["input_ids"].shape[1]
+        everything = len(rows) == grid
+
+        def real(values_BLX: Tensor) -> Tensor:
+            flat = values_BLX.reshape(grid, values_BLX.shape[-1])
+            return flat if everything else flat.index_select(0, rows)
+
+        wants_middle = any(layer != self.num_layers for layer in layers)
+        module = self.model if self._split is None else self._split[0]
+        output = module(
+            **tensors, use_cache=False, output_hidden_states=wants_middle or (bool(layers) and not self._split)
+        )
+        if self._split is None:
+            logits_PV = real(output.logits[..., : self.vocab_size])
+            last = output.hidden_states[-1] if layers else logits_PV
+            logits = partial(_rows_of, logits_PV)
+        else:
+            last = output.last_hidden_state
+            logits = partial(_head_rows, self._split[1].narrow(self.vocab_size), real(last))
+        hidden = {layer: real(last if layer == self.num_layers else output.hidden_states[layer]) for layer in layers}
+        return TeacherOutput(logits, labels, hidden)
+
+
+def _rows_of(logits_PV: Tensor, start: int, stop: int) -> Tensor:
+    return logits_PV[start:stop]
+
+
+def _head_rows(head: LMHead, hidden_PD: Tensor, start: int, stop: int) -> Tensor:
+    return head.logits(hidden_PD[start:stop])
+
+
+def load_teacher(config: TeacherConfig, vocab_size: int) -> HuggingFaceTeacher:
+    """Load the teacher; raises ``TeacherError`` when there is none or it is not a causal LM."""
+    device = pick_device(config.device)
+    if config.dtype != "auto":
+        dtype = parse_dtype(config.dtype)
+    elif config.model.endswith(".gguf"):
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    else:
+        dtype = None
+    model = load_causal_lm(config.model, dtype=dtype, revision=config.revision, error=TeacherError)
+    return HuggingFaceTeacher(model.to(device), config.model, vocab_size, config.revision)
+
+
+def parse_layers(names: SequenceOf[str | int], num_layers: int) -> list[int]:
+    """Turn ``["last", 12, -2]`` into sorted layer numbers; negative ones count from the end, ``last`` is -1."""
+    layers = set()
+    for name in names:
+        text = str(name).strip()
+        try:
+            number = num_layers if text == "last" else int(text)
+        except ValueError:
+            raise ConfigError(f"hidden states are chosen by layer number or 'last', found {text!r}") from None
+        layer = number + num_layers + 1 if number < 0 else number
+        if not 0 <= layer <= num_layers:
+            raise ConfigError(f"the teacher has no hidden state {text}; it has 0 (embeddings) to {num_layers} (last)")
+        layers.add(layer)
+    return sorted(layers)
+
+
+def hidden_to_numpy(states_PD: Tensor) -> NDArray[np.float32]:
+    """Return hidden states as float32 on the CPU."""
+    return states_PD.float().cpu().numpy()
+
+
+def _describe(model: Any, name: str, vocab_rows: int, revision: str | None) -> TeacherRecord:
+    config = model.config.get_text_config()
+    return TeacherRecord(
+        name=name,
+        architecture=type(model).__name__,
+        weights_sha256=weights_sha256(model),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_layers=int(config.num_hidden_layers),
+        hidden_size=int(config.hidden_size),
+        vocab_size=vocab_rows,
+        revision=getattr(model.config, "_commit_hash", None) or revision,
+    )
+
+
+@torch.inference_mode()
+def _check_causal(teacher: HuggingFaceTeacher, name: str) -> None:
+    """Refuse a model that looks ahead: its targets would leak labels (a BERT loads as a causal LM without complaint)."""
+    tokens = np.arange(9, dtype=np.uint32) % teacher.vocab_size
+    changed = tokens.copy()
+    changed[7] = (changed[7] + 1) % teacher.vocab_size
+    mask = np.ones(8, dtype=np.uint8)
+    plain, other = (teacher_logits(teacher, Sequence(0, t, mask)) for t in (tokens, changed))
+    if torch.isnan(plain).any():
+        return  # the dump itself reports it, with the position
+    slack = 16 * torch.finfo(plain.dtype).eps * float(plain.abs().max())
+    if float((plain[:7] - other[:7]).abs().max()) > slack:
+        raise TeacherError(f"{name} is not a causal language model: its prediction depends on tokens that come later")
+
+
+def teacher_logits(teacher: HuggingFaceTeacher, sequence: Sequence) -> Tensor:
+    """Return all logits [L, V] of one short sequence, in the teacher's dtype."""
+    output = teacher.run([sequence])
+    return output.logits(0, len(output.labels_P))
