@@ -1,1 +1,17 @@
-"""placeholder"""
+"""The corpus: documents in, token sequences out (never torch or transformers)."""
+
+from kdcache.corpus.documents import Corpus, CorpusConfig, load_corpus
+from kdcache.corpus.layout import assign_shards
+from kdcache.corpus.sequences import Encoder, SequenceConfig, SequencePlan, plan_sequences, token_hash
+
+__all__ = [
+    "Corpus",
+    "CorpusConfig",
+    "Encoder",
+    "SequenceConfig",
+    "SequencePlan",
+    "assign_shards",
+    "load_corpus",
+    "plan_sequences",
+    "token_hash",
+]

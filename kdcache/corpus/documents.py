@@ -1,0 +1,193 @@
+"""A corpus: documents in one fixed order with stable ids, read from text, JSON lines, Parquet or the hub.
+
+The order of the documents and their ids depend on the names and contents of the files only, so a dump can be resumed
+on another machine, and the fingerprint says whether two dumps read the same texts. Nothing here keeps texts in
+memory; see `readers` for how they are reached.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import Field
+
+from kdcache.config import Config
+from kdcache.corpus.readers import Reader, no_columns
+from kdcache.corpus.sources import find_sources
+from kdcache.corpus.text_files import Split
+from kdcache.errors import CorpusError
+from kdcache.schema import Document
+
+_BATCH_DOCUMENTS = 256
+
+
+class CorpusConfig(Config):
+    """Which documents to read: ``paths`` are files, directories, patterns or ``hf:NAME[:CONFIG][@SPLIT]``."""
+
+    paths: tuple[str, ...] = Field(min_length=1)
+    text_field: str = "text"
+    """Column of a table that holds the text."""
+    split_text: Split = "file"
+    """What one document of a .txt file is; paragraphs are separated by blank lines."""
+    limit_documents: int | None = Field(default=None, ge=1)
+    licence: str | None = None
+
+
+class Corpus:
+    """Documents in order, with random access; made by `load_corpus`."""
+
+    def __init__(self, config: CorpusConfig, readers: Sequence[tuple[str, Reader]]) -> None:
+        self.config = config
+        self._ids = [source_id for source_id, _ in readers]
+        self._readers = [reader for _, reader in readers]
+        offsets = np.cumsum([0, *(reader.num_rows for reader in self._readers)])
+        self._offsets = np.minimum(offsets, config.limit_documents or offsets[-1])
+        self._schema = _union([(reader.name, reader.metadata_schema) for reader in self._readers])
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The paths as they were given."""
+        return self.config.paths
+
+    @property
+    def metadata_columns(self) -> tuple[str, ...]:
+        """All columns besides the text, over all files; a file that lacks one has nulls."""
+        return tuple(self._schema.names)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over id and text of every document, in order; reads the whole corpus once."""
+        digest = hashlib.sha256()
+        for start, texts in self.iter_texts(_BATCH_DOCUMENTS):
+            for document_id, text in zip(self.document_ids(range(start, start + len(texts))), texts, strict=True):
+                for data in (document_id.encode(), text.encode()):
+                    # Each length goes first, or moving a character from the text to the id would not be seen.
+                    digest.update(len(data).to_bytes(8, "little") + data)
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return int(self._offsets[-1])
+
+    def __getitem__(self, index: int) -> Document:
+        index = range(len(self))[index]
+        return self._documents(index, self.texts(index, index + 1))[0]
+
+    def __iter__(self) -> Iterator[Document]:
+        for batch in self.iter_batches(_BATCH_DOCUMENTS):
+            yield from batch
+
+    def iter_batches(self, num_documents: int) -> Iterator[list[Document]]:
+        """Yield all documents in lists of ``num_documents`` (the last may be shorter)."""
+        for start, texts in self.iter_texts(num_documents):
+            yield self._documents(start, texts)
+
+    def iter_texts(self, num_documents: int) -> Iterator[tuple[int, list[str]]]:
+        """Yield the index of the first document and the texts of each batch, without ids and metadata."""
+        for start in range(0, len(self), num_documents):
+            yield start, self.texts(start, min(start + num_documents, len(self)))
+
+    def texts(self, start: int, stop: int) -> list[str]:
+        """Return the texts of documents ``start`` to ``stop``."""
+        texts: list[str] = []
+        for reader, rows in self._locate(np.arange(start, stop)):
+            try:
+                texts += self._readers[reader].texts(int(rows[0]), int(rows[-1]) + 1)
+            except OSError as error:
+                raise CorpusError(f"cannot read {self._readers[reader].name}: {error.strerror or error}") from None
+        return texts
+
+    def document_ids(self, indices: Sequence[int] | NDArray[np.int64]) -> list[str]:
+        """Return the ids of the documents at ``indices`` (any order, repeats allowed)."""
+        documents = np.asarray(indices, np.int64)
+        readers = np.searchsorted(self._offsets, documents, side="right") - 1
+        rows = documents - self._offsets[readers]
+        pairs = zip(readers.tolist(), rows.tolist(), strict=True)
+        return [self._ids[r] if self._readers[r].is_single else f"{self._ids[r]}:{row}" for r, row in pairs]
+
+    def metadata_table(self, indices: Sequence[int] | NDArray[np.int64]) -> pa.Table:
+        """Return one row of `metadata_columns` for each document in ``indices`` (any order, repeats allowed)."""
+        if not self._schema.names:
+            return no_columns(len(indices))
+        documents, inverse = np.unique(np.asarray(indices, np.int64), return_inverse=True)
+        if not len(documents):
+            return self._schema.empty_table()
+        parts = [
+            _conform(self._readers[reader].metadata(rows.tolist()), len(rows), self._schema)
+            for reader, rows in self._locate(documents)
+        ]
+        return pa.concat_tables(parts).take(pa.array(inverse.reshape(-1)))
+
+    def _locate(self, documents: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Yield each reader that holds some of the sorted ``documents``, with their rows in it."""
+        cuts = np.searchsorted(documents, self._offsets)
+        for reader in np.flatnonzero(np.diff(cuts)).tolist():
+            yield reader, documents[cuts[reader] : cuts[reader + 1]] - self._offsets[reader]
+
+    def _documents(self, start: int, texts: list[str]) -> list[Document]:
+        indices = range(start, start + len(texts))
+        ids = self.document_ids(indices)
+        rows = self.metadata_table(indices).to_pylist() if self._schema.names else [{} for _ in texts]
+        return [Document(*fields) for fields in zip(ids, texts, rows, strict=True)]
+
+
+def load_corpus(config: CorpusConfig) -> Corpus:
+    """Find and open all sources of a corpus.
+
+    Raises ``CorpusError`` if one is missing, unsupported, broken or without the text field, or if there is no
+    document at all. Sources after the first ``limit_documents`` documents are not opened.
+    """
+    readers: list[tuple[str, Reader]] = []
+    num_documents = 0
+    for source in find_sources(config.paths):
+        reader = source.open(config.text_field, config.split_text)
+        readers.append((source.id, reader))
+        num_documents += reader.num_rows
+        if config.limit_documents is not None and num_documents >= config.limit_documents:
+            break
+    if num_documents == 0:
+        raise CorpusError(f"the corpus has no documents: {', '.join(config.paths)} hold no rows")
+    return Corpus(config, readers)
+
+
+def _union(schemas: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
+    """Return all columns in order of appearance; types that do not go together become strings."""
+    types: dict[str, pa.DataType] = {}
+    for _, schema in schemas:
+        for column in schema:
+            types[column.name] = _common_type(types.get(column.name, pa.null()), column.type)
+    return pa.schema(list(types.items()))
+
+
+def _common_type(left: pa.DataType, right: pa.DataType) -> pa.DataType:
+    try:
+        pair = [pa.schema([("x", kind)]) for kind in (left, right)]
+        return pa.unify_schemas(pair, promote_options="permissive").field("x").type
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.string()
+
+
+def _conform(table: pa.Table, num_rows: int, schema: pa.Schema) -> pa.Table:
+    """Give ``table`` exactly the columns of ``schema``: missing ones null, others converted."""
+    columns = []
+    for column in schema:
+        if column.name not in table.column_names:
+            columns.append(pa.nulls(num_rows, column.type))
+        else:
+            columns.append(_to_type(table[column.name], column.type))
+    return pa.table(columns, schema=schema)
+
+
+def _to_type(values: pa.ChunkedArray, kind: pa.DataType) -> Any:
+    if values.type.equals(kind):
+        return values
+    if kind == pa.string() and not pa.types.is_large_string(values.type):
+        as_text: Callable[[Any], str] = lambda value: json.dumps(value, default=str, ensure_ascii=False)  # noqa: E731
+        return pa.array([None if value is None else as_text(value) for value in values.to_pylist()], kind)
+    return values.cast(kind)

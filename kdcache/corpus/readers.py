@@ -1,0 +1,39 @@
+"""One source of documents, whatever its format: the interface that the formats implement and the corpus reads.
+
+A reader is opened once and then only asked for ranges of rows. It never holds the texts: text files are read where
+they lie, tables are memory-mapped by HF datasets, so a corpus may be larger than memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import pyarrow as pa
+
+
+class Reader(Protocol):
+    """Rows of one file or of one hub data set; ``name`` is how messages call it."""
+
+    name: str
+    num_rows: int
+    #: True if the source is one document, whose id then needs no row number.
+    is_single: bool
+
+    @property
+    def metadata_schema(self) -> pa.Schema:
+        """Columns besides the text, with the types of the source."""
+        ...
+
+    def texts(self, start: int, stop: int) -> list[str]:
+        """Return the texts of rows ``start`` to ``stop``; null texts are empty."""
+        ...
+
+    def metadata(self, rows: Sequence[int]) -> pa.Table:
+        """Return the columns of `metadata_schema` for ``rows``."""
+        ...
+
+
+def no_columns(num_rows: int) -> pa.Table:
+    """Return a table of ``num_rows`` rows without columns."""
+    return pa.table({"row": pa.nulls(num_rows)}).select([])
