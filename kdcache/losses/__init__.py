@@ -1,1 +1,26 @@
-"""placeholder"""
+"""Losses between a student and its teacher's cached rows, and the objective that sums them.
+
+`Objective` trains, `score_positions` evaluates; both walk over the positions in chunks (`chunked`), show each chunk to
+the losses as a `ChunkView`, and know the losses from one table, `LOSSES`. Nothing here reads a cache.
+"""
+
+from kdcache.losses.divergences import LOSSES, CrossEntropy, ForwardKL, Loss
+from kdcache.losses.objective import Objective, ObjectiveConfig, ObjectiveOutput
+from kdcache.losses.scores import PositionScores, per_position_values, score_positions
+from kdcache.losses.teacher_rows import TeacherRows
+from kdcache.losses.view import ChunkView
+
+__all__ = [
+    "LOSSES",
+    "ChunkView",
+    "CrossEntropy",
+    "ForwardKL",
+    "Loss",
+    "Objective",
+    "ObjectiveConfig",
+    "ObjectiveOutput",
+    "PositionScores",
+    "TeacherRows",
+    "per_position_values",
+    "score_positions",
+]

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kdcache.config import Config, load
+from kdcache.errors import ConfigError
+from kdcache.losses import LOSSES, ObjectiveConfig, TeacherRows
+
+
+class Settings(Config):
+    objective: ObjectiveConfig = ObjectiveConfig()
+
+
+def objective(*assignments: str) -> dict:
+    return load(Settings, assignments=[f"objective.{item}" for item in assignments]).objective.model_dump()
+
+
+def test_one_field_per_row_of_the_table():
+    assert list(ObjectiveConfig.model_fields) == list(LOSSES)
+    assert len(LOSSES) >= 2
+
+
+@pytest.mark.parametrize(
+    ("assignments", "expected"),
+    [
+        ([], {"forward_kl": (0.9, 1.0), "cross_entropy": (0.1,)}),
+        (["forward_kl.temperature=2"], {"forward_kl": (0.9, 2.0), "cross_entropy": (0.1,)}),
+        (["forward_kl.weight=1"], {"forward_kl": (1.0, 1.0), "cross_entropy": None}),
+        (["cross_entropy.weight=1"], {"forward_kl": None, "cross_entropy": (1.0,)}),
+        (["cross_entropy=null"], {"forward_kl": (0.9, 1.0), "cross_entropy": None}),
+        (["forward_kl.weight=0", "cross_entropy.weight=2"], {"forward_kl": (0.0, 1.0), "cross_entropy": (2.0,)}),
+    ],
+)
+def test_weights_are_given_all_or_not_at_all(assignments, expected):
+    found = {name: loss and tuple(loss.values()) for name, loss in objective(*assignments).items()}
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_what_is_written_into_a_record_reads_back_the_same():
+    config = ObjectiveConfig.model_validate({"cross_entropy": {"weight": 0.5}})
+    assert ObjectiveConfig.model_validate(config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["forward_kl.temprature=2"], "unknown setting 'objective.forward_kl.temprature', did you mean 'temperature'"),
+        (["foward_kl.weight=1"], "unknown setting 'objective.foward_kl', did you mean 'forward_kl'"),
+        (["forward_kl.weight=-1"], "'objective.forward_kl.weight': .* greater than or equal to 0 .found -1"),
+        (["forward_kl.weight=.nan"], "'objective.forward_kl.weight'"),
+        (["forward_kl.temperature=0"], "'objective.forward_kl.temperature': .* greater than 0 .found 0"),
+        (["forward_kl.weight=much"], "'objective.forward_kl.weight': .*valid number.* .found 'much'"),
+        (["forward_kl=3"], "'objective.forward_kl'"),
+        (["forward_kl.weight=0"], "at least one of forward_kl, cross_entropy.* needs a weight above 0"),
+        (["forward_kl=null", "cross_entropy=null"], "needs a weight above 0"),
+        (["forward_kl.temperature=2", "cross_entropy.weight=1"], "'objective.forward_kl.weight' is required"),
+    ],
+)
+def test_wrong_settings_give_readable_errors(assignments, message):
+    with pytest.raises(ConfigError, match=message):
+        objective(*assignments)
+
+
+def test_a_batch_without_the_teachers_rows_says_what_is_missing():
+    with pytest.raises(ConfigError, match=r"teacher_log_tail, .* not found among teacher_ids.*remove_unused_columns"):
+        TeacherRows.from_batch({"teacher_ids": torch.zeros(1, 1)})
