@@ -11,6 +11,7 @@ Remote code is never run: the architecture must be one that transformers knows.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -104,6 +105,7 @@ def _fit(model: Any, tokenizer: Any, manifest: Manifest, name: str) -> Student:
             f"student {name} takes at most {positions} positions, but the cache has sequences of up to "
             f"{max_length(manifest)}: choose another student or dump with a smaller max_length"
         )
+    _check_packing(model, manifest, name)
     split = split_model(model)
     if split is None:
         raise StudentError(
@@ -126,7 +128,7 @@ def _pretrained(config: StudentConfig, name: str) -> Any:
     if not path.is_dir() and _looks_local(name):
         raise StudentError(f"student {name} does not exist: give a directory or the name of a model on the hub")
     try:
-        with _quiet():
+        with quiet_loading():
             model, report = AutoModelForCausalLM.from_pretrained(
                 name, revision=config.revision, dtype=getattr(torch, config.dtype), output_loading_info=True
             )
@@ -175,6 +177,15 @@ def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 
+def _check_packing(model: Any, manifest: Manifest, name: str) -> None:
+    packed = any(array.name == "segment_ids" for field in manifest.fields for array in field.arrays)
+    if packed and "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        raise StudentError(
+            f"student {name} ({type(model).__name__}) takes no position ids, so it cannot keep the packed documents of "
+            "this cache apart; choose another architecture or a cache without packing"
+        )
+
+
 @torch.no_grad()
 def _is_causal(body: Any, vocab_size: int) -> bool:
     """Whether the first positions' hidden states stay the same when the last token changes."""
@@ -191,11 +202,14 @@ def _is_causal(body: Any, vocab_size: int) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence reports about missing weights: they are checked, and told as an error."""
-    verbosity = transformers_logging.get_verbosity()
+def quiet_loading() -> Iterator[None]:
+    """Silence transformers while it loads: missing weights are checked and told as an error, bars are noise."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -38,7 +38,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kdcache.students.batches import MicroBatches
-from kdcache.students.load import Student
+from kdcache.students.load import Student, quiet_loading
 
 STATE_FILE = "trainer_state.json"
 
@@ -109,7 +109,8 @@ class DistillationTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.student.model
-        saved = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        with quiet_loading():
+            saved = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
 
     def load_checkpoint(self, checkpoint: Path, state: TrainerState) -> None:

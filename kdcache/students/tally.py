@@ -1,0 +1,64 @@
+"""What is summed over positions to judge a model: the same sums for the teacher and for every student.
+
+Sums, not means, so that batches of any size add up exactly; float64, because a million float32 addends would not.
+
+The expected calibration error follows Guo et al. (2017, "On Calibration of Modern Neural Networks", section 2): top-1
+confidences in 15 bins of equal width, mean over bins of |accuracy - confidence|, weighted by the bin's share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+NUM_BINS = 15
+
+
+@dataclass
+class Calibration:
+    """Counts, confidences and hits per confidence bin; bin i holds confidences in (i / 15, (i + 1) / 15]."""
+
+    count: NDArray[np.float64] = field(default_factory=lambda: np.zeros(NUM_BINS))
+    confidence: NDArray[np.float64] = field(default_factory=lambda: np.zeros(NUM_BINS))
+    correct: NDArray[np.float64] = field(default_factory=lambda: np.zeros(NUM_BINS))
+
+    def add(self, confidence_P: NDArray[np.floating], correct_P: NDArray[np.bool_]) -> None:
+        """Add P predictions: the probability of the top-1 id, and whether it was the corpus's own token."""
+        bins = np.clip(np.ceil(confidence_P.astype(np.float64) * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
+        self.count += np.bincount(bins, minlength=NUM_BINS)
+        self.confidence += np.bincount(bins, weights=confidence_P, minlength=NUM_BINS)
+        self.correct += np.bincount(bins, weights=correct_P, minlength=NUM_BINS)
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error, between 0 and 1."""
+        return float(np.abs(self.correct - self.confidence).sum() / max(self.count.sum(), 1))
+
+
+@dataclass
+class Tally:
+    """Sums over the positions that count of one model's predictions against corpus and teacher."""
+
+    calibration: Calibration = field(default_factory=Calibration)
+    num_positions: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(
+        self,
+        valid_P: NDArray[np.bool_],
+        *,
+        top1_prob_P: NDArray[np.floating],
+        correct_P: NDArray[np.bool_],
+        **values_P: NDArray[np.generic],
+    ) -> None:
+        """Add the positions of a batch where ``valid_P``; ``values_P`` are further values to average."""
+        self.num_positions += int(valid_P.sum())
+        self.calibration.add(top1_prob_P[valid_P], correct_P[valid_P])
+        for name, value_P in {"top1_accuracy": correct_P, **values_P}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value_P[valid_P].sum(dtype=np.float64))
+
+    def mean(self, name: str) -> float:
+        """Return the mean per position of the values called ``name``."""
+        return self.sums.get(name, 0.0) / max(self.num_positions, 1)
