@@ -9,6 +9,7 @@ frozen pydantic models (`Plan`, `ShardRecord`, `Manifest`) are written as JSON a
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -53,6 +54,11 @@ class Sequence:
     def num_positions(self) -> int:
         """Number of predicted positions, one fewer than tokens."""
         return len(self.tokens_T) - 1
+
+
+def token_hash(tokens_T: IntArray) -> str:
+    """Return the hash of a sequence's ids: 16 hexadecimal digits of BLAKE2b over them as little-endian uint32."""
+    return hashlib.blake2b(np.ascontiguousarray(tokens_T, dtype="<u4").tobytes(), digest_size=8).hexdigest()
 
 
 @dataclass

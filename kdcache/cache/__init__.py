@@ -1,4 +1,4 @@
-"""The cache: plan, shards, manifest; writing, reading and verifying them (numpy, zarr, pyarrow, fsspec; never torch)."""
+"""The cache: plan, shards, manifest; writing, reading, verifying (numpy, zarr, pyarrow, fsspec; never torch)."""
 
 from kdcache.cache.folder import Folder
 from kdcache.cache.order import epoch_order

@@ -6,7 +6,6 @@ correctly. Both only collect problems, each with file, shard and field, so one r
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -19,7 +18,7 @@ from kdcache.cache.reader import Cache, load_shard
 from kdcache.cache.writer import build_manifest
 from kdcache.codecs import hidden_codec
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
-from kdcache.schema import Manifest, ObjectRecord, SequenceBatch, ShardRecord, Targets
+from kdcache.schema import Manifest, ObjectRecord, SequenceBatch, ShardRecord, Targets, token_hash
 
 Progress = Callable[[int, int], None]
 
@@ -146,11 +145,6 @@ def _token_problems(cache: Cache, batch: SequenceBatch, table: pa.Table) -> Iter
     for index, tokens, recorded in zip(batch.indices, pieces, table["token_hash"].to_pylist(), strict=True):
         if token_hash(tokens) != recorded:
             yield f"sequence {index}: tokens do not match the token_hash of the per-sequence table"
-
-
-def token_hash(tokens_T: np.ndarray) -> str:
-    """Return the 16-digit hexadecimal BLAKE2b of a sequence's ids as little-endian uint32."""
-    return hashlib.blake2b(np.ascontiguousarray(tokens_T, dtype="<u4").tobytes(), digest_size=8).hexdigest()
 
 
 def _target_problems(targets: Targets, vocab_size: int) -> Iterator[str]:

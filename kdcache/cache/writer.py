@@ -35,9 +35,9 @@ LOCK = ".lock"
 class ShardData:
     """Everything a shard holds, ready to be encoded; rows in the order of its sequences.
 
-    ``labels_P`` are the corpus's own tokens at the rows, as the task aligned them (for statistics; they are not stored,
-    the task derives them from the tokens again). ``hidden`` maps field names to states that are already encoded (they are encoded batch by batch, because in
-    float32 a shard of them would not fit). ``table`` is the per-sequence table.
+    ``labels_P`` are the corpus's own tokens at the rows, as the task aligned them; they serve the statistics and are
+    not stored, since the task derives them from the tokens. ``hidden`` maps field names to states that are already
+    encoded: in float32 a shard of them would not fit. ``table`` is the per-sequence table.
     """
 
     index: int

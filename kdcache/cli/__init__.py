@@ -1,1 +1,93 @@
-"""placeholder"""
+"""The command line: thin commands over the library, loaded one by one so that ``--help`` is instant.
+
+A command reads options, calls one function of the library and prints its result; it holds no logic of its own.
+Mistakes of the user (any ``KdcacheError``) print one message and exit with 1; wrong usage exits with 2; an interrupt
+with 130.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+
+import click
+
+from kdcache.errors import KdcacheError, did_you_mean
+
+#: Every command: its module and its one-line help, kept here so that listing them imports nothing.
+COMMANDS = {
+    "dump-teacher": ("kdcache.cli.dump_teacher", "Run a teacher over a corpus and write what it knows to a cache."),
+    "train-student": ("kdcache.cli.train_student", "Train a student from a cache, without the teacher."),
+    "evaluate": ("kdcache.cli.evaluate", "Compare students with the teacher on a held-out cache."),
+    "inspect": ("kdcache.cli.inspect", "Show what a cache holds: teacher, corpus, fields, sizes, statistics."),
+    "verify": ("kdcache.cli.verify", "Check every byte of a cache, its content, or run the teacher again."),
+    "peek": ("kdcache.cli.peek", "Show a text of a cache with the teacher's choices at some positions."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise click.UsageError(f"there is no command {args[0]!r}, {did_you_mean(args[0], COMMANDS)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="kdcache")
+def cli() -> None:
+    """Offline knowledge distillation of language models.
+
+    Run the teacher once over a corpus and keep what it knows in a cache; then train and compare as many students as
+    you like without ever loading the teacher again.
+
+    \b
+      kdcache dump-teacher  --teacher MODEL --corpus texts/ --output cache
+      kdcache train-student --cache cache --student-size small --output run
+      kdcache evaluate      --cache held-out-cache --student run
+    """
+
+
+def main() -> None:
+    """Run the command line; the entry point of ``kdcache``."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted. What is finished is kept; the same command goes on from there.", err=True)
+        sys.exit(130)
+    except KdcacheError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; that is no mistake.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,7 @@
 
 from kdcache.corpus.documents import Corpus, CorpusConfig, load_corpus
 from kdcache.corpus.layout import assign_shards
-from kdcache.corpus.sequences import Encoder, SequenceConfig, SequencePlan, plan_sequences, token_hash
+from kdcache.corpus.sequences import Encoder, SequenceConfig, SequencePlan, plan_sequences
 
 __all__ = [
     "Corpus",
@@ -13,5 +13,4 @@ __all__ = [
     "assign_shards",
     "load_corpus",
     "plan_sequences",
-    "token_hash",
 ]

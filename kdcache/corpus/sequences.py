@@ -8,7 +8,6 @@ The tokenizer arrives as an `Encoder`: this layer knows neither transformers nor
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
@@ -22,7 +21,7 @@ from kdcache.corpus.documents import Corpus
 from kdcache.corpus.layout import Layout, ragged_layout, window_layout
 from kdcache.corpus.spool import TokenSpool
 from kdcache.errors import ConfigError, CorpusError
-from kdcache.schema import Sequence
+from kdcache.schema import Sequence, token_hash
 
 _BATCH_DOCUMENTS = 256
 _MAX_PACKED_LENGTH = 65_535  # segment ids are uint16
@@ -206,11 +205,6 @@ def plan_sequences(
     else:
         layout = ragged_layout(counts[document_D], config.max_length, prefix=encoder.bos_id is not None)
     return SequencePlan(corpus, config, layout, tokens, document_D, encoder.bos_id, num_empty)
-
-
-def token_hash(tokens_T: NDArray[np.uint32]) -> str:
-    """Return 16 hex digits of BLAKE2b over the ids as little-endian uint32, the same on every machine."""
-    return hashlib.blake2b(np.asarray(tokens_T).astype("<u4").tobytes(), digest_size=8).hexdigest()
 
 
 def _tokenise(

@@ -14,6 +14,15 @@ from kdcache.tasks import TASKS, causal_lm
 from kdcache.teachers import TeacherConfig
 
 
+def _codec_settings(value: Any, table: dict[str, Any]) -> Any:
+    settings = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else value
+    name = settings.get("name") if isinstance(settings, dict) else None
+    if name not in table:
+        raise ValueError(f"there is no such codec, {did_you_mean(str(name), table)}")
+    # The component validates its own settings and fills in its defaults, which then stand in the manifest.
+    return table[name].model_validate(settings).model_dump()
+
+
 class TargetsConfig(Config):
     """What is kept of the teacher's distribution at every position."""
 
@@ -68,12 +77,3 @@ class DumpConfig(Config):
         if value not in TASKS:
             raise ValueError(f"there is no such task, {did_you_mean(value, TASKS)}")
         return value
-
-
-def _codec_settings(value: Any, table: dict[str, Any]) -> Any:
-    settings = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else value
-    name = settings.get("name") if isinstance(settings, dict) else None
-    if name not in table:
-        raise ValueError(f"there is no such codec, {did_you_mean(str(name), table)}")
-    # The component validates its own settings and fills in its defaults, which then stand in the manifest.
-    return table[name].model_validate(settings).model_dump()

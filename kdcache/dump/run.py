@@ -7,9 +7,7 @@ one: numpy, blosc and the disk release the GIL, so the teacher hardly notices.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -91,7 +89,8 @@ def dump_teacher(config: DumpConfig, *, progress: bool = True) -> DumpResult:
     Raises ``ConfigError``, ``CorpusError``, ``TeacherError`` or ``CacheError``; what was committed before stays, and
     the same call goes on from there.
     """
-    with CacheWriter(Folder(config.output)) as writer, _load(config, progress) as parts:
+    parts = _load(config, progress)
+    with CacheWriter(Folder(config.output)) as writer:
         return dump(
             parts.sequences,
             parts.teacher,
@@ -148,39 +147,38 @@ def dump(
 
 def estimate_dump(config: DumpConfig, *, progress: bool = True) -> DumpEstimate:
     """Plan the dump of ``config`` and time the teacher on a few batches; writes nothing."""
-    with _load(config, progress) as parts:
-        plan, sequences = parts.plan, parts.sequences
-        runner = _runner(parts.teacher, plan, parts.layers)
-        chosen = _pilot_sequences(sequences)
-        warm = chosen[: max(1, len(chosen) // 4)]
-        _run_rows(warm, sequences, runner, parts.batch_tokens)
-        began = time.perf_counter()
-        rows, picked = _run_rows(chosen, sequences, runner, parts.batch_tokens)
-        elapsed = time.perf_counter() - began
-        count = rows.targets.num_positions
-        num_bytes = _encoded_bytes(rows, picked, plan)
-        committed = _committed(config.output)
-        left = plan.num_positions * (1 - committed / max(plan.num_shards, 1))
-        return DumpEstimate(
-            output=config.output,
-            num_documents=plan.corpus.num_documents,
-            num_empty=plan.corpus.num_empty,
-            num_too_short=plan.corpus.num_too_short,
-            num_sequences=plan.num_sequences,
-            num_positions=plan.num_positions,
-            num_shards=plan.num_shards,
-            num_shards_committed=committed,
-            bytes_per_token=num_bytes / count,
-            total_bytes=int(plan.num_positions * num_bytes / count),
-            tokens_per_s=count / elapsed,
-            eta_s=left * elapsed / count,
-            kept_mass=float(-np.expm1(rows.targets.log_tail_P).mean()),
-            teacher_loss=float(-rows.targets.gold_logprob_P.mean()),
-        )
+    parts = _load(config, progress)
+    plan, sequences = parts.plan, parts.sequences
+    runner = _runner(parts.teacher, plan, parts.layers)
+    chosen = _pilot_sequences(sequences)
+    warm = chosen[: max(1, len(chosen) // 4)]
+    _run_rows(warm, sequences, runner, parts.batch_tokens)
+    began = time.perf_counter()
+    rows, picked = _run_rows(chosen, sequences, runner, parts.batch_tokens)
+    elapsed = time.perf_counter() - began
+    count = rows.targets.num_positions
+    num_bytes = _encoded_bytes(rows, picked, plan)
+    committed = _committed(config.output)
+    left = plan.num_positions * (1 - committed / max(plan.num_shards, 1))
+    return DumpEstimate(
+        output=config.output,
+        num_documents=plan.corpus.num_documents,
+        num_empty=plan.corpus.num_empty,
+        num_too_short=plan.corpus.num_too_short,
+        num_sequences=plan.num_sequences,
+        num_positions=plan.num_positions,
+        num_shards=plan.num_shards,
+        num_shards_committed=committed,
+        bytes_per_token=num_bytes / count,
+        total_bytes=int(plan.num_positions * num_bytes / count),
+        tokens_per_s=count / elapsed,
+        eta_s=left * elapsed / count,
+        kept_mass=float(-np.expm1(rows.targets.log_tail_P).mean()),
+        teacher_loss=float(-rows.targets.gold_logprob_P.mean()),
+    )
 
 
-@contextlib.contextmanager
-def _load(config: DumpConfig, progress: bool) -> Iterator[_Parts]:
+def _load(config: DumpConfig, progress: bool) -> _Parts:
     """Load what ``config`` names, cheapest first, so that a mistake shows before the teacher is loaded."""
     corpus: Corpus = load_corpus(config.corpus)
     name, revision = config.teacher.model, config.teacher.revision
@@ -188,12 +186,11 @@ def _load(config: DumpConfig, progress: bool) -> Iterator[_Parts]:
     record = tokenizer_record(tokenizer)
     with bar(len(corpus), "tokenise", "doc", enabled=progress) as meter:
         sequences = plan_sequences(corpus, TextEncoder(tokenizer), config.sequences, progress=reporter(meter))
-    with contextlib.closing(sequences):
-        teacher = load_teacher(config.teacher, record.vocab_size)
-        layers = parse_layers(config.hidden_states.layers, teacher.num_layers)
-        plan, table, starts = make_plan(config, corpus, sequences, teacher.record, record, layers)
-        batch_tokens = config.batch_tokens or (4096 if teacher.device.type == "cpu" else 16384)
-        yield _Parts(plan, table, starts, sequences, teacher, layers, tokenizer_files(tokenizer), batch_tokens)
+    teacher = load_teacher(config.teacher, record.vocab_size)
+    layers = parse_layers(config.hidden_states.layers, teacher.num_layers)
+    plan, table, starts = make_plan(config, corpus, sequences, teacher.record, record, layers)
+    batch_tokens = config.batch_tokens or (4096 if teacher.device.type == "cpu" else 16384)
+    return _Parts(plan, table, starts, sequences, teacher, layers, tokenizer_files(tokenizer), batch_tokens)
 
 
 def _runner(teacher: Teacher, plan: Plan, layers: list[int]) -> BatchRunner:

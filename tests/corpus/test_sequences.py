@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.config import build
-from kdcache.corpus import CorpusConfig, SequenceConfig, assign_shards, plan_sequences, token_hash
+from kdcache.corpus import CorpusConfig, SequenceConfig, assign_shards, plan_sequences
 from kdcache.corpus.documents import Corpus
 from kdcache.errors import ConfigError, CorpusError
+from kdcache.schema import token_hash
 
 from .conftest import ByteEncoder, write_json
 

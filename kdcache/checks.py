@@ -1,0 +1,122 @@
+"""Checks that need the teacher: does it, run again, say what the cache says?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.cache import Cache
+from kdcache.errors import CacheError
+from kdcache.progress import bar
+from kdcache.schema import Sequence, SequenceBatch, Targets
+from kdcache.teachers import TeacherConfig, keep_top_k, load_teacher
+
+#: Mean KL (nats) allowed between the teacher run again and the cache: what the codec costs at most, plus what another
+#: batch shape changes in the teacher's own arithmetic.
+_CODEC_SLACK = {"compact": 5e-4, "fp16": 1e-4, "bf16": 5e-4, "exact": 1e-6}
+_DTYPE_SLACK = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-3}
+
+
+@dataclass(frozen=True)
+class TeacherCheck:
+    """What came of running the teacher again over ``num_sequences`` of a cache."""
+
+    num_sequences: int
+    num_positions: int
+    same_weights: bool
+    mean_kl: float
+    """Mean KL over kept ids and tail, teacher run now || cache, in nats."""
+    allowed_kl: float
+    mean_gold_difference: float
+    """Mean absolute difference of the gold token's log-probability."""
+    top1_agreement: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the cache is this teacher's."""
+        return self.same_weights and self.mean_kl <= self.allowed_kl
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {**asdict(self), "ok": self.ok}
+
+
+def verify_against_teacher(
+    cache: Cache, num_sequences: int, *, teacher: TeacherConfig | None = None, progress: bool = True
+) -> TeacherCheck:
+    """Run the teacher over ``num_sequences`` sequences spread over ``cache`` and compare what it says with the cache.
+
+    ``teacher`` is where to load it from, by default the name and dtype in the manifest. Raises ``TeacherError`` when
+    it cannot be loaded.
+    """
+    record = cache.manifest.teacher
+    config = teacher or TeacherConfig(model=record.name, dtype=record.dtype, revision=record.revision)
+    if config.dtype == "auto":
+        config = config.model_copy(update={"dtype": record.dtype})
+    if num_sequences < 1:
+        raise CacheError(f"at least one sequence has to be checked, found {num_sequences}")
+    runner = load_teacher(config, cache.vocab_size)
+    chosen = np.unique(np.linspace(0, len(cache) - 1, num_sequences).astype(int)).tolist()
+    divergences, gold, agree = [], [], []
+    with bar(len(chosen), "teacher", "seq", enabled=progress) as meter:
+        for index in chosen:
+            stored = cache.read([index])
+            output = runner.run([_sequence(stored)])
+            again = keep_top_k(output.logits, output.labels_P, cache.manifest.top_k)
+            divergences.append(bucket_kl(again, stored.targets))
+            gold.append(np.abs(again.gold_logprob_P - stored.targets.gold_logprob_P))
+            agree.append(again.ids_PK[:, 0] == stored.targets.ids_PK[:, 0])
+            meter.update()
+    codec = str(cache.manifest.field("targets").codec["name"])
+    return TeacherCheck(
+        num_sequences=len(chosen),
+        num_positions=sum(map(len, gold)),
+        same_weights=runner.record.weights_sha256 == record.weights_sha256,
+        mean_kl=float(np.concatenate(divergences).mean()),
+        allowed_kl=_CODEC_SLACK[codec] + _DTYPE_SLACK[record.dtype],
+        mean_gold_difference=float(np.concatenate(gold).mean()),
+        top1_agreement=float(np.concatenate(agree).mean()),
+    )
+
+
+def _sequence(batch: SequenceBatch) -> Sequence:
+    return Sequence(batch.indices[0], batch.tokens_T, batch.loss_mask_P, batch.segment_ids_T)
+
+
+def bucket_kl(first: Targets, second: Targets) -> NDArray[np.float64]:
+    """Return KL(first || second), [P] nats, over the ids that both keep and one bucket for all others.
+
+    A coarsening, hence a lower bound of the full KL; ids that only one keeps (ties at rank K) are in the bucket.
+    """
+    p_PK = np.exp(first.logprobs_PK.astype(np.float64))
+    log_q_PK, shared_PK = _look_up(first.ids_PK, second)
+    p_head = np.where(shared_PK, p_PK, 0.0)
+    q_head = np.where(shared_PK, np.exp(log_q_PK), 0.0)
+    head = np.where(p_head > 0, p_head * (first.logprobs_PK - log_q_PK), 0.0).sum(axis=1)
+    p_tail, q_tail = (_tail(mass.sum(axis=1), t, shared_PK) for mass, t in ((p_head, first), (q_head, second)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        tail = np.where(p_tail > 0, p_tail * (np.log(p_tail) - np.log(q_tail)), 0.0)
+    result: NDArray[np.float64] = head + np.nan_to_num(tail, nan=0.0, posinf=np.inf)
+    return result
+
+
+def _look_up(ids_PK: NDArray[Any], targets: Targets) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return the log-probability that ``targets`` gives to each of ``ids_PK``, and whether it keeps the id."""
+    span = int(max(ids_PK.max(), targets.ids_PK.max())) + 1
+    row = np.arange(len(ids_PK), dtype=np.int64)[:, None] * span
+    keys = (targets.ids_PK.astype(np.int64) + row).reshape(-1)
+    order = np.argsort(keys)
+    wanted = ids_PK.astype(np.int64) + row
+    place = np.minimum(np.searchsorted(keys[order], wanted), len(keys) - 1)
+    found = keys[order][place] == wanted
+    values = targets.logprobs_PK.reshape(-1).astype(np.float64)[order][place]
+    return np.where(found, values, 0.0), found
+
+
+def _tail(head_P: NDArray[np.float64], targets: Targets, shared_PK: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return the mass outside the shared ids: the exact stored tail where all ids are shared, else what they leave."""
+    stored = np.exp(targets.log_tail_P.astype(np.float64))
+    return np.where(shared_PK.all(axis=1), stored, np.maximum(1 - head_P, 1e-12))

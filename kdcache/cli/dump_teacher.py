@@ -1,0 +1,143 @@
+"""``kdcache dump-teacher``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from kdcache.cli import options
+from kdcache.codecs import HIDDEN_CODECS, TOPK_CODECS
+from kdcache.tasks import TASKS
+
+_EPILOG = """\b
+Examples:
+  kdcache dump-teacher --teacher HuggingFaceTB/SmolLM2-135M --corpus texts/ --output cache --dry-run
+  kdcache dump-teacher --teacher ./teacher.gguf --corpus 'data/*.jsonl' --text-field body --output cache
+  kdcache dump-teacher --config dump.yaml --set targets.codec.grid=32
+
+A dump that was interrupted goes on where it stopped when the same command runs again.
+"""
+
+
+@click.command("dump-teacher", context_settings=options.CONTEXT, epilog=_EPILOG)
+@click.option("--teacher", metavar="ID_OR_PATH", help="Hub id, local directory or .gguf file of a causal LM.")
+@click.option(
+    "--corpus",
+    multiple=True,
+    metavar="PATH",
+    help="A .txt, .jsonl or .parquet file, a directory, a glob, or hf:NAME[:CONFIG][@SPLIT]. Repeatable.",
+)
+@click.option("--output", metavar="CACHE", help="Directory of the cache.")
+@click.option("--task", type=click.Choice(list(TASKS)), help="What a position is.  [default: causal-lm]")
+@click.option("--top-k", type=int, help="Token ids kept at every position.  [default: 64]")
+@click.option("--codec", type=click.Choice(list(TOPK_CODECS)), help="How kept values are stored.  [default: compact]")
+@click.option("--hidden-states", metavar="LAYERS", help="Also store these hidden states, such as last,12.")
+@click.option("--hidden-codec", type=click.Choice(list(HIDDEN_CODECS)), help="How they are stored.  [default: bf16]")
+@click.option("--max-length", type=int, help="Positions per sequence; longer documents are split.  [default: 512]")
+@click.option("--pack", is_flag=True, help="Fill windows of --max-length with several documents, kept apart.")
+@click.option("--text-field", help="Field or column that holds the text.  [default: text]")
+@click.option(
+    "--split-text", type=click.Choice(["file", "paragraph", "line"]), help="Documents of .txt files.  [default: file]"
+)
+@click.option("--limit-documents", type=int, help="Use only the first documents.")
+@click.option("--batch-tokens", type=int, help="Tokens per forward pass.  [default: 4096 on a CPU, else 16384]")
+@click.option("--dtype", help="float32, bfloat16 or float16.  [default: the checkpoint's own]")
+@click.option("--device", help="cpu, cuda, cuda:1, mps.  [default: the best there is]")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@options.config_options
+@click.option("--dry-run", is_flag=True, help="Plan, time a pilot, print size and ETA; write nothing.")
+@options.json_option
+@options.quiet_option
+def command(
+    config_file: str | None, assignments: tuple[str, ...], dry_run: bool, as_json: bool, quiet: bool, **given: Any
+) -> None:
+    """Run a teacher over a corpus once and write what it knows to a cache.
+
+    For every position the cache keeps the most probable token ids with their log-probabilities, the exact mass of all
+    others, the log-probability of the corpus's own next token and the entropy; on request also hidden states.
+    """
+    from kdcache.config import load
+    from kdcache.dump import DumpConfig, dump_teacher, estimate_dump
+
+    settings = options.nest(
+        {
+            "teacher.model": given["teacher"],
+            "teacher.dtype": given["dtype"],
+            "teacher.device": given["device"],
+            "teacher.revision": given["revision"],
+            "corpus.paths": given["corpus"],
+            "corpus.text_field": given["text_field"],
+            "corpus.split_text": given["split_text"],
+            "corpus.limit_documents": given["limit_documents"],
+            "sequences.max_length": given["max_length"],
+            "sequences.packing": "window" if given["pack"] else None,
+            "targets.top_k": given["top_k"],
+            "targets.codec": given["codec"],
+            "hidden_states.layers": given["hidden_states"],
+            "hidden_states.codec": given["hidden_codec"],
+            "output": given["output"],
+            "task": given["task"],
+            "batch_tokens": given["batch_tokens"],
+        }
+    )
+    config = load(DumpConfig, file=config_file, assignments=assignments, options=settings)
+    if dry_run:
+        estimate = estimate_dump(config, progress=not quiet)
+        if as_json:
+            options.echo_json(estimate.to_dict())
+        else:
+            _echo_estimate(estimate)
+        return
+    result = dump_teacher(config, progress=not quiet)
+    manifest = result.manifest
+    if as_json:
+        options.echo_json(
+            {
+                "output": result.output,
+                "num_positions": manifest.num_positions,
+                "num_positions_written": result.num_positions_written,
+                "num_shards": manifest.num_shards,
+                "num_shards_written": result.num_shards_written,
+                "num_bytes": manifest.num_bytes,
+                "bytes_per_token": manifest.bytes_per_token,
+                "teacher_s": result.teacher_s,
+                "tokens_per_s": result.num_positions_written / max(result.teacher_s, 1e-9),
+            }
+        )
+        return
+    if result.num_positions_written == 0:
+        click.echo(f"{result.output} is complete already; nothing was written.")
+        return
+    click.echo(
+        f"Wrote {result.num_positions_written:,} positions in {result.num_shards_written} shards to {result.output}: "
+        f"{options.human_bytes(manifest.num_bytes)}, {manifest.bytes_per_token:.1f} bytes/token, "
+        f"{result.num_positions_written / max(result.teacher_s, 1e-9):,.0f} tokens/s."
+    )
+    corpus = manifest.corpus
+    if corpus.num_empty or corpus.num_too_short:
+        click.echo(
+            f"Of {corpus.num_documents:,} documents {corpus.num_empty:,} were empty and {corpus.num_too_short:,} had a "
+            "single token; they predict nothing and were left out."
+        )
+
+
+def _echo_estimate(estimate: Any) -> None:
+    options.echo_rows(
+        [
+            (
+                "documents",
+                f"{estimate.num_documents:,} ({estimate.num_empty:,} empty, {estimate.num_too_short:,} short)",
+            ),
+            ("sequences", f"{estimate.num_sequences:,}"),
+            ("positions", f"{estimate.num_positions:,}"),
+            ("shards", f"{estimate.num_shards:,} ({estimate.num_shards_committed:,} written already)"),
+            ("bytes/token", f"{estimate.bytes_per_token:.1f} (pilot)"),
+            ("size", options.human_bytes(estimate.total_bytes)),
+            ("kept mass", f"{estimate.kept_mass:.3f} (pilot)"),
+            ("teacher loss", f"{estimate.teacher_loss:.3f} nats (pilot)"),
+            ("speed", f"{estimate.tokens_per_s:,.0f} tokens/s (pilot)"),
+            ("time", options.human_seconds(estimate.eta_s)),
+        ]
+    )
+    click.echo(f"Nothing was written; run it without --dry-run to fill {estimate.output}.")

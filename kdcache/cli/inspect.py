@@ -1,0 +1,67 @@
+"""``kdcache inspect``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from kdcache.cli import options
+
+
+@click.command("inspect", context_settings=options.CONTEXT)
+@click.argument("cache")
+@options.json_option
+def command(cache: str, as_json: bool) -> None:
+    """Show what CACHE holds: teacher, tokenizer, corpus, fields, sizes and statistics.
+
+    Reads the manifest alone; needs neither torch nor the teacher.
+    """
+    from kdcache.cache import describe, open_cache
+
+    opened = open_cache(cache)
+    description = describe(opened)
+    if as_json:
+        options.echo_json(description)
+        return
+    manifest, totals = opened.manifest, description["totals"]
+    teacher, corpus = manifest.teacher, manifest.corpus
+    rows: list[tuple[str, Any]] = [
+        ("cache", f"{cache} (format {manifest.format_version}, {manifest.task})"),
+        ("fingerprint", opened.fingerprint),
+        (
+            "teacher",
+            f"{teacher.name}: {teacher.architecture}, {teacher.num_parameters / 1e6:,.1f} M parameters, "
+            f"{teacher.dtype}",
+        ),
+        ("weights", f"sha256 {teacher.weights_sha256[:16]}..."),
+        ("tokenizer", f"{opened.vocab_size:,} ids, sha256 {manifest.tokenizer.sha256[:16]}..."),
+        (
+            "corpus",
+            f"{', '.join(corpus.sources)}: {corpus.num_documents:,} documents "
+            f"({corpus.num_empty:,} empty, {corpus.num_too_short:,} of one token), "
+            f"licence {corpus.licence or 'not given'}",
+        ),
+        ("sequences", f"{manifest.num_sequences:,} ({_settings(manifest.sequences)})"),
+        ("positions", f"{manifest.num_positions:,} ({totals['num_targets']:,} count in the loss)"),
+        ("size", f"{options.human_bytes(totals['num_bytes'])} in {manifest.num_shards} shards"),
+        ("bytes/token", f"{totals['bytes_per_token']:.2f}"),
+    ]
+    for item in manifest.fields:
+        size = sum(shard.objects[item.name].num_bytes for shard in manifest.shards) / max(manifest.num_positions, 1)
+        top = f"top {manifest.top_k}, " if item.name == "targets" else ""
+        rows.append((f"  {item.name}", f"{size:.2f} bytes/token ({top}{_settings(item.codec)})"))
+    rows += [
+        ("teacher loss", f"{totals['teacher_loss']:.4f} nats (perplexity {totals['teacher_perplexity']:.2f})"),
+        ("top-1 accuracy", f"{totals['teacher_top1_accuracy']:.4f}"),
+        ("entropy", f"{totals['teacher_entropy']:.4f} nats"),
+        ("kept mass", f"{totals['kept_mass']:.4f}"),
+        ("created", f"{manifest.provenance.get('created')} by kdcache {manifest.provenance['versions']['kdcache']}"),
+    ]
+    if corpus.metadata_columns:
+        rows.insert(6, ("metadata", ", ".join(corpus.metadata_columns)))
+    options.echo_rows(rows)
+
+
+def _settings(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())

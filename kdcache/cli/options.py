@@ -1,0 +1,87 @@
+"""Options that several commands share, and how options become nested settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+def config_options(function: F) -> F:
+    """Add ``--config`` and ``--set``."""
+    function = click.option(
+        "--set",
+        "assignments",
+        multiple=True,
+        metavar="KEY.SUB=VALUE",
+        help="Change any setting, also those without an option of their own; the value is read as YAML. Repeatable.",
+    )(function)
+    return click.option(
+        "--config",
+        "config_file",
+        type=click.Path(dir_okay=False),
+        help="YAML file with settings; options given here win over it, and --set over both.",
+    )(function)
+
+
+def quiet_option(function: F) -> F:
+    """Add ``--quiet``."""
+    return click.option("-q", "--quiet", is_flag=True, help="No progress bars.")(function)
+
+
+def json_option(function: F) -> F:
+    """Add ``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")(
+        function
+    )
+
+
+def nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn ``{"teacher.model": "x", "output": None}`` into ``{"teacher": {"model": "x"}}``, without None and ()."""
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        if value is None or value == ():
+            continue
+        node = tree
+        *parents, last = path.split(".")
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = list(value) if isinstance(value, tuple) else value
+    return tree
+
+
+def echo_json(data: Any) -> None:
+    """Print ``data`` as JSON."""
+    click.echo(json.dumps(data, indent=2, default=str))
+
+
+def echo_rows(rows: list[tuple[str, Any]]) -> None:
+    """Print aligned ``name  value`` lines."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{name.ljust(width)}  {value}")
+
+
+def human_bytes(count: float) -> str:
+    """Return a count of bytes for people: ``12.3 MB`` (powers of 1,000)."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def human_seconds(seconds: float) -> str:
+    """Return a duration for people: ``42 s``, ``3 min 20 s``, ``5 h 12 min``."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60} s"
+    return f"{total // 3600} h {total % 3600 // 60} min"

@@ -1,0 +1,93 @@
+"""``kdcache verify``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from kdcache.cli import options
+
+
+@click.command("verify", context_settings=options.CONTEXT)
+@click.argument("cache")
+@click.option("--deep", is_flag=True, help="Also decode every row and check that it makes sense.")
+@click.option("--against-teacher", type=int, metavar="N", help="Also run the teacher again over N sequences.")
+@click.option("--teacher", metavar="ID_OR_PATH", help="Where to load it from.  [default: the name in the manifest]")
+@click.option("--device", default="auto", help="Device of the teacher.", show_default=True)
+@options.json_option
+@options.quiet_option
+def command(
+    cache: str,
+    deep: bool,
+    against_teacher: int | None,
+    teacher: str | None,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Check that CACHE is what was written.
+
+    Without options: size and SHA-256 of every file, which finds any flipped bit and names file, shard and field. Exits
+    with 1 when something is wrong. Only --against-teacher needs torch.
+    """
+    from kdcache.cache import open_cache, verify
+    from kdcache.progress import bar, reporter
+
+    with bar(0, "verify", "B", enabled=not quiet) as meter:
+        report = verify(cache, deep=deep, progress=reporter(meter))
+    check = None
+    if report.ok and against_teacher is not None:
+        from kdcache.checks import verify_against_teacher
+        from kdcache.teachers import TeacherConfig
+
+        opened = open_cache(cache)
+        record = opened.manifest.teacher
+        config = TeacherConfig(
+            model=teacher or record.name,
+            dtype=record.dtype,
+            device=device,
+            revision=None if teacher else record.revision,
+        )
+        check = verify_against_teacher(opened, against_teacher, teacher=config, progress=not quiet)
+    if as_json:
+        options.echo_json(
+            {
+                "path": report.path,
+                "ok": report.ok and (check is None or check.ok),
+                "deep": report.deep,
+                "num_objects": report.num_objects,
+                "num_bytes": report.num_bytes,
+                "problems": report.problems,
+                "teacher": check.to_dict() if check else None,
+            }
+        )
+    else:
+        _echo(report, check)
+    if not report.ok or (check is not None and not check.ok):
+        sys.exit(1)
+
+
+def _echo(report: Any, check: Any) -> None:
+    for problem in report.problems:
+        click.echo(f"PROBLEM {problem}")
+    if report.problems:
+        click.echo(
+            f"{len(report.problems)} problems in {report.path}. Fetch the damaged files again, or delete the commit "
+            "record and the manifest of a damaged shard and run the same dump-teacher command to make it again."
+        )
+        return
+    kind = "bytes and content are" if report.deep else "every byte is"
+    click.echo(
+        f"{report.path}: {kind} as written ({report.num_objects} files, {options.human_bytes(report.num_bytes)})."
+    )
+    if check is None:
+        return
+    weights = "same weights" if check.same_weights else "OTHER WEIGHTS than the cache was made with"
+    click.echo(
+        f"Teacher over {check.num_sequences} sequences ({check.num_positions:,} positions): "
+        f"{weights}, mean KL to the cache "
+        f"{check.mean_kl:.2e} nats (allowed {check.allowed_kl:.0e}), gold log-probability off by "
+        f"{check.mean_gold_difference:.2e} on average, top-1 agreement {check.top1_agreement:.4f}."
+    )
