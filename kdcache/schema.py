@@ -21,6 +21,9 @@ from kdcache.config import Config
 
 FORMAT_VERSION = 1
 
+#: Columns that a writer adds to the per-sequence table; metadata of the corpus may not take their names.
+STATISTICS_COLUMNS = ("num_targets", "teacher_loss", "teacher_entropy", "kept_mass")
+
 IntArray = NDArray[np.integer[Any]]
 FloatArray = NDArray[np.floating[Any]]
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import PurePosixPath
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -68,15 +68,26 @@ def to_json(record: Config) -> bytes:
 
 
 def from_json(model: type[R], data: bytes, where: str) -> R:
-    """Parse a record; raises ``CorruptCacheError`` naming ``where``."""
+    """Parse a record; raises ``CorruptCacheError`` naming ``where``, ``CacheError`` for a newer format version."""
     try:
-        return model.model_validate(json.loads(data))
+        values = json.loads(data)
+        _refuse_newer(values, where)
+        return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise CorruptCacheError(f"{where} is damaged: {place}: {first['msg']}") from None
     except ValueError as error:
         raise CorruptCacheError(f"{where} is not valid JSON: {error}") from None
+
+
+def _refuse_newer(values: Any, where: str) -> None:
+    # Before validation: what a later version added would otherwise be reported as damage.
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CacheError(
+            f"{where} has format version {version}, this kdcache reads up to {FORMAT_VERSION}; install a newer kdcache"
+        )
 
 
 def write_object(folder: Folder, name: str, data: bytes) -> ObjectRecord:
@@ -149,11 +160,6 @@ def read_manifest(folder: Folder) -> tuple[Manifest, str]:
     except (FileNotFoundError, NotADirectoryError):
         raise _no_manifest(folder) from None
     manifest = from_json(Manifest, data, f"{folder}/{MANIFEST}")
-    if manifest.format_version > FORMAT_VERSION:
-        raise CacheError(
-            f"{folder} has format version {manifest.format_version}, this kdcache reads up to {FORMAT_VERSION}; "
-            "install a newer kdcache"
-        )
     _check_consistent(manifest, folder)
     return manifest, sha256(data)
 

@@ -106,8 +106,11 @@ class CacheWriter:
             _check_same_plan(existing, plan, self.folder)
         self.plan = existing
         committed = self._committed()
+        missing = [shard for shard in range(existing.num_shards) if shard not in committed]
+        if missing:  # a manifest must not outlive its shards: its presence means that the cache is complete
+            self.folder.remove(layout.MANIFEST)
         self._remove_garbage(committed)
-        return [shard for shard in range(existing.num_shards) if shard not in committed]
+        return missing
 
     def _start(self, plan: Plan, table: pa.Table, tokenizer_files: Mapping[str, bytes]) -> None:
         ours = {layout.PLAN_TABLE, layout.TOKENIZER, LOCK}

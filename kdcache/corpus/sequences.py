@@ -21,7 +21,7 @@ from kdcache.corpus.documents import Corpus
 from kdcache.corpus.layout import Layout, ragged_layout, window_layout
 from kdcache.corpus.spool import TokenSpool
 from kdcache.errors import ConfigError, CorpusError
-from kdcache.schema import Sequence, token_hash
+from kdcache.schema import STATISTICS_COLUMNS, Sequence, token_hash
 
 _BATCH_DOCUMENTS = 256
 _MAX_PACKED_LENGTH = 65_535  # segment ids are uint16
@@ -146,7 +146,7 @@ class SequencePlan:
         Columns: ``sequence``, ``sequence_id``, ``document_id`` (the first one of a window), ``num_documents``,
         ``token_offset`` (in that document), ``num_tokens`` (of the sequence, BOS prefix included),
         ``num_positions``, ``token_hash`` (see `token_hash`), then the metadata of the (first) document. A metadata
-        column with one of these names gets ``corpus_`` before it.
+        column with one of these names, or of `STATISTICS_COLUMNS`, gets ``corpus_`` before it.
         """
         layout, rows = self._layout, slice(start, stop)
         first_N = layout.first_N[rows]
@@ -234,6 +234,6 @@ def _encode(texts: list[str], encoder: Encoder, config: SequenceConfig) -> list[
 
 
 def _free_name(name: str, taken: dict[str, Any]) -> str:
-    while name in taken:
+    while name in taken or name in STATISTICS_COLUMNS:
         name = f"corpus_{name}"
     return name
