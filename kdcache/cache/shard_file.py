@@ -28,6 +28,8 @@ from kdcache.schema import ArrayRecord
 CHUNK_ROWS = 4096
 #: Wide arrays (hidden states) get fewer rows, so that a chunk stays near 1 MB.
 CHUNK_BYTES = 1 << 20
+#: The Zarr codecs of an array, outermost first; nothing else is opened.
+CODECS = (["bytes", "blosc", "crc32c"], ["transpose", "bytes", "blosc", "crc32c"])
 
 
 def pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:
@@ -85,6 +87,8 @@ def unpack(data: bytes, expected: Mapping[str, tuple[ArrayRecord, int | None]], 
                 raise CorruptCacheError(
                     f"{where} has compressed zip entries; a cache object stores its entries as they are"
                 )
+            if sum(entry.file_size for entry in archive.infolist()) > len(data):
+                raise CorruptCacheError(f"{where} has zip entries that overlap")
             keys = {name: archive.read(name) for name in archive.namelist()}
     except (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, EOFError, NotImplementedError, RuntimeError) as error:
         raise CorruptCacheError(f"{where} is not a readable zip: {error}") from None
@@ -116,22 +120,35 @@ def _check_metadata(
 ) -> None:
     try:
         metadata = json.loads(keys[f"{name}/zarr.json"])
-        shape, chunks = metadata["shape"], metadata["chunk_grid"]["configuration"]["chunk_shape"]
+        shape = [int(size) for size in metadata["shape"]]
+        chunks = [int(size) for size in metadata["chunk_grid"]["configuration"]["chunk_shape"]]
         dtype = metadata["data_type"]
+        np.dtype(dtype)
         codecs = [codec["name"] for codec in metadata["codecs"]]
     except (KeyError, ValueError, TypeError) as error:
         raise CorruptCacheError(f"{where} has no usable Zarr metadata ({error!r})") from None
     rows = num_rows if num_rows is not None else int(shape[0]) if shape else 0
-    if list(shape) != [rows, *record.shape] or dtype != record.dtype:
+    if shape != [rows, *record.shape] or dtype != record.dtype:
         wanted = f"{record.dtype} {[rows, *record.shape]}"
         raise CorruptCacheError(f"{where} is {dtype} {shape}, the manifest says {wanted}")
     if num_rows is None and rows > 1 << 24:
         raise CorruptCacheError(f"{where} has {rows} entries, more than any vocabulary")
-    if len(chunks) != len(shape) or not 1 <= chunks[0] <= max(rows, 1) or list(chunks[1:]) != list(record.shape):
+    if len(chunks) != len(shape) or not 1 <= chunks[0] <= max(rows, 1) or chunks[1:] != list(record.shape):
         raise CorruptCacheError(f"{where} has chunks of {chunks} for the shape {shape}")
-    if "crc32c" not in codecs:
-        raise CorruptCacheError(f"{where} has no crc32c checksums (codecs {codecs})")
-    num_chunks = -(-shape[0] // chunks[0])
-    present = sum(key.startswith(f"{name}/c/") for key in keys)
-    if present != num_chunks and shape[0]:
-        raise CorruptCacheError(f"{where} has {present} chunks of {num_chunks}")
+    if codecs not in CODECS:
+        raise CorruptCacheError(f"{where} has the codecs {codecs}; expected one of {list(CODECS)}")
+    num_chunks = -(-rows // chunks[0])
+    _check_chunks(keys, name, num_chunks, chunks, np.dtype(dtype).itemsize, where)
+
+
+def _check_chunks(
+    keys: Mapping[str, bytes], name: str, num_chunks: int, chunks: list[int], item_bytes: int, where: str
+) -> None:
+    chunk_bytes = prod(chunks) * item_bytes
+    for number in range(num_chunks):
+        data = keys.get(f"{name}/c/{number}" + "/0" * (len(chunks) - 1))
+        if data is None:  # Zarr would read it as zeros
+            raise CorruptCacheError(f"{where} has no chunk {number} of {num_chunks}")
+        # Blosc allocates what bytes 4 to 8 of its header say, so they are compared first.
+        if int.from_bytes(data[4:8], "little") != chunk_bytes:
+            raise CorruptCacheError(f"{where}: chunk {number} does not hold {chunk_bytes} bytes")
