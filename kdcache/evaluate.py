@@ -26,6 +26,7 @@ from kdcache.cache import Cache, open_cache
 from kdcache.config import Config
 from kdcache.errors import ConfigError
 from kdcache.losses import ForwardKL, TeacherRows, score_positions
+from kdcache.models.loading import pick_device
 from kdcache.schema import SequenceBatch
 from kdcache.students import Student, StudentConfig, load_student
 from kdcache.students.batches import to_tensors
@@ -87,7 +88,7 @@ def evaluate(
     students: Sequence[str],
     *,
     batch_tokens: int = 8192,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: str = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
     limit_sequences: int | None = None,
     progress: bool = True,
@@ -102,7 +103,7 @@ def evaluate(
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, found {value}")
     cache = open_cache(cache_path)
-    torch_device = _device(device)
+    torch_device = pick_device(device)
     batches = list(_batches(cache, batch_tokens, limit_sequences))
     loaded = [_load(name, cache, dtype) for name in students]
     rows = [
@@ -118,14 +119,6 @@ def evaluate(
         teacher=teacher,
         students=tuple(rows),
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, but this machine has no usable CUDA device; use --device cpu or auto")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def _load(name: str, cache: Cache, dtype: Literal["float32", "bfloat16"]) -> Student:
@@ -226,7 +219,10 @@ def _row(name: str, num_parameters: int, tally: Tally, **more: Any) -> ModelRow:
 def _weight_bytes(name: str) -> int | None:
     """Bytes of the weight files of a local model; unknown for one from the hub."""
     path = Path(name)
-    return sum(file.stat().st_size for pattern in _WEIGHTS for file in path.glob(pattern)) if path.is_dir() else None
+    if not path.exists():
+        return None
+    files = [path] if path.is_file() else [file for pattern in _WEIGHTS for file in path.glob(pattern)]
+    return sum(file.stat().st_size for file in files)
 
 
 def _warnings(name: str, cache: Cache) -> tuple[str, ...]:

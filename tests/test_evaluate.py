@@ -182,11 +182,13 @@ def test_student_with_another_tokenizer_is_refused(cache_path, tmp_path):
 
 
 def test_mistakes(cache_path, tmp_path):
-    with pytest.raises(StudentError, match="does not exist"):
+    with pytest.raises(StudentError, match="there is no model at"):
         run(cache_path, str(tmp_path / "nothing"))
     with pytest.raises(CacheError):
         run(str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match="batch_tokens must be at least 1, found 0"):
         run(cache_path, batch_tokens=0)
+    with pytest.raises(ConfigError, match="device 'gpu' cannot be used"):
+        evaluate(cache_path, [], device="gpu")
     with pytest.raises(ConfigError, match="limit_sequences must be at least 1, found 0"):
         run(cache_path, limit_sequences=0)

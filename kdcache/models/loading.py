@@ -77,10 +77,16 @@ def load_causal_lm(
 
             # Without it the model believes that it is still quantised and refuses .float() and saving.
             arguments["quantization_config"] = GgufConfig(dequantize=True)
-        with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                **arguments, revision=revision or "main", dtype=dtype or "auto"
+        with quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                **arguments, revision=revision or "main", dtype=dtype or "auto", output_loading_info=True
             )
+    if missing := sorted(report["missing_keys"]):
+        # Otherwise they would silently be random numbers.
+        raise error(
+            f"{name} lacks {len(missing)} of the weights of a {type(model).__name__}, such as {missing[0]}: it is "
+            "incomplete or not a causal language model"
+        )
     return model.eval()
 
 
@@ -88,7 +94,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, error: type[Kdcach
     """Load the tokenizer of ``name``; raises ``error`` when it has none."""
     from transformers import AutoTokenizer
 
-    with _readable_failures(name, error), _quiet():
+    with _readable_failures(name, error), quiet():
         return AutoTokenizer.from_pretrained(**source_arguments(name), revision=revision or "main")
 
 
@@ -110,7 +116,7 @@ def _readable_failures(name: str, error: type[KdcacheError]) -> Iterator[None]:
     except ImportError as failure:
         hint = "; install it with pip install 'kdcache[gguf]'" if name.endswith(".gguf") else ""
         raise error(f"{name} needs a package that is not installed: {_first_line(failure)}{hint}") from None
-    except (OSError, ValueError, KeyError, RuntimeError) as failure:
+    except Exception as failure:  # transformers, tokenizers, safetensors and the hub client have no common base
         looks_local = os.path.exists(name) or name.startswith((".", "/", "~")) or name.endswith(".gguf")
         if looks_local and not os.path.exists(name):
             raise error(f"there is no model at {name}") from None
@@ -124,8 +130,8 @@ def _first_line(failure: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the library's loading bars and notes: the commands print their own progress."""
+def quiet() -> Iterator[None]:
+    """Silence the library's bars and notes on loading and saving: the commands print their own progress."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -6,30 +6,28 @@ be the same by content; a model without tokenizer files is taken on trust when i
 warning says so. Rows of the student beyond the true vocabulary (padding to a round number) stay in the saved model
 but take no part in any loss.
 
-Remote code is never run: the architecture must be one that transformers knows.
+How a model is found and what goes wrong with it is the same for teachers: see ``kdcache.models.loading``.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
-from kdcache.errors import StudentError
+from kdcache.errors import CacheError, StudentError
 from kdcache.models.lm_head import LMHead, split_model
+from kdcache.models.loading import load_causal_lm, load_tokenizer, parse_dtype
 from kdcache.models.tokenizer import describe_difference
 from kdcache.schema import Manifest
 from kdcache.students.config import StudentConfig
-from kdcache.students.fresh import build_fresh, first_line, max_length
+from kdcache.students.fresh import build_fresh, max_length
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +79,12 @@ def load_student(config: StudentConfig, manifest: Manifest, tokenizer_dir: str |
     not a causal language model, has another tokenizer, too few ids or too few positions; `ConfigError` for a
     configuration file that cannot be read.
     """
-    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
+    tokenizer = load_tokenizer(str(tokenizer_dir), error=CacheError)
     name = config.model or config.config_file or f"of size {config.size}"
     if config.is_fresh:
         model = build_fresh(config, manifest, tokenizer, name)
     else:
-        model = _pretrained(config, name)
+        model = load_causal_lm(name, dtype=parse_dtype(config.dtype), revision=config.revision, error=StudentError)
         _check_tokenizer(config, manifest, tokenizer, name)
     return _fit(model, tokenizer, manifest, name)
 
@@ -121,27 +119,6 @@ def _fit(model: Any, tokenizer: Any, manifest: Manifest, name: str) -> Student:
     return Student(model, tokenizer, body, vocab_size, head)
 
 
-def _pretrained(config: StudentConfig, name: str) -> Any:
-    path = Path(name)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise StudentError(f"student {name} has no config.json: give the directory of a saved Hugging Face model")
-    if not path.is_dir() and _looks_local(name):
-        raise StudentError(f"student {name} does not exist: give a directory or the name of a model on the hub")
-    try:
-        with quiet_loading():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                name, revision=config.revision, dtype=getattr(torch, config.dtype), output_loading_info=True
-            )
-    except Exception as error:  # transformers, the hub client and safetensors raise a dozen kinds here
-        raise StudentError(f"cannot load student {name} as a causal language model: {first_line(error)}") from None
-    if missing := sorted(report["missing_keys"]):
-        raise StudentError(
-            f"student {name} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}: "
-            "it is not a causal language model"
-        )
-    return model
-
-
 def _check_tokenizer(config: StudentConfig, manifest: Manifest, tokenizer: Any, name: str) -> None:
     own = own_tokenizer(name, config.revision)
     if own is None:
@@ -165,16 +142,11 @@ def own_tokenizer(name: str, revision: str | None = None) -> Any | None:
     if path.is_dir() and not any((path / file).is_file() for file in _TOKENIZER_FILES):
         return None
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
-    except Exception as error:  # see _pretrained
-        if path.is_dir():
-            raise StudentError(f"cannot load the tokenizer of student {name}: {first_line(error)}") from None
-        return None
-
-
-def _looks_local(name: str) -> bool:
-    # Hub names are "owner/model" or "model"; everything else can only have been meant as a path.
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+        return load_tokenizer(name, revision=revision, error=StudentError)
+    except StudentError:
+        if path.exists():
+            raise
+        return None  # on the hub the one way to find out
 
 
 def _check_packing(model: Any, manifest: Manifest, name: str) -> None:
@@ -199,17 +171,3 @@ def _is_causal(body: Any, vocab_size: int) -> bool:
     finally:
         body.train(training)
     return torch.allclose(first, second, rtol=1e-2, atol=1e-3)
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Silence transformers while it loads: missing weights are checked and told as an error, bars are noise."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

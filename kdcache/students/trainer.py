@@ -37,8 +37,9 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from kdcache.models.loading import quiet
 from kdcache.students.batches import MicroBatches
-from kdcache.students.load import Student, quiet_loading
+from kdcache.students.load import Student
 
 STATE_FILE = "trainer_state.json"
 
@@ -109,7 +110,7 @@ class DistillationTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.student.model
-        with quiet_loading():
+        with quiet():
             saved = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
 
@@ -121,7 +122,8 @@ class DistillationTrainer(Trainer):
 
 def save_student(student: Student, output: str | Path) -> None:
     """Write model and tokenizer as a plain Hugging Face directory."""
-    student.model.save_pretrained(output)
+    with quiet():
+        student.model.save_pretrained(output)
     student.tokenizer.save_pretrained(output)
 
 

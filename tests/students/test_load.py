@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -111,18 +112,23 @@ class TestRefused:
         assert "\n" not in str(error.value)
 
     def test_missing_path(self, cache):
-        self.refuse(cache, "does not exist", model="./no/such/student")
+        self.refuse(cache, "there is no model at ./no/such/student", model="./no/such/student")
 
     def test_unreachable_hub_name(self, cache):
-        self.refuse(cache, "cannot load student nobody/nothing", model="nobody/nothing")
+        self.refuse(cache, "cannot load nobody/nothing", model="nobody/nothing")
 
     def test_directory_without_a_model(self, cache, tmp_path):
-        self.refuse(cache, "no config.json", model=str(tmp_path))
+        self.refuse(cache, "cannot load .*config", model=str(tmp_path))
 
     def test_damaged_weights(self, cache, tmp_path):
         path = save(llama(VOCAB_SIZE), tmp_path)
         (tmp_path / "model.safetensors").write_bytes(b"not weights")
-        self.refuse(cache, "cannot load student", model=path)
+        self.refuse(cache, "cannot load", model=path)
+
+    def test_damaged_tokenizer(self, cache, tmp_path):
+        path = save(llama(VOCAB_SIZE), tmp_path)
+        (tmp_path / "tokenizer.json").write_text("{")
+        self.refuse(cache, "cannot load", model=path)
 
     def test_other_tokenizer(self, cache, tmp_path):
         path = save(llama(VOCAB_SIZE), tmp_path, bpe_tokenizer(lowercase=True))
@@ -143,8 +149,20 @@ class TestRefused:
         path = save(bert(BertForSequenceClassification), tmp_path)
         self.refuse(cache, "not a causal language model", model=path)
 
+    def test_model_of_another_task(self, cache, tmp_path):
+        self.refuse(cache, "BertForMaskedLM, not a causal language model", model=save(bert(BertForMaskedLM), tmp_path))
+
+    def test_model_that_lacks_weights(self, cache, tmp_path):
+        path = save(llama(VOCAB_SIZE), tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        del weights["model.layers.1.mlp.up_proj.weight"]
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        self.refuse(cache, "lacks 1 of the weights", model=path)
+
     def test_bidirectional_model(self, cache, tmp_path):
-        self.refuse(cache, "BertLMHeadModel", model=save(bert(BertForMaskedLM), tmp_path))
+        file = tmp_path / "student.yaml"
+        file.write_text("model_type: bert\nhidden_size: 16\nnum_attention_heads: 2\nintermediate_size: 32\n")
+        self.refuse(cache, "BertLMHeadModel", config_file=str(file))
 
     def test_model_that_sees_the_future(self, cache, tmp_path, monkeypatch):
         path = save(llama(VOCAB_SIZE), tmp_path)
