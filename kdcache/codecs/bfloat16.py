@@ -7,12 +7,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_NAN = 0x7FC0
+
 
 def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Return the bfloat16 bits of finite or infinite ``values``, any shape."""
+    """Return the bfloat16 bits of ``values``, any shape."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     # Adding half a unit (less one when the kept part is even) before truncating rounds to nearest even.
-    return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
+    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
+    # The addition would carry a NaN's payload into its exponent and make it infinity or even 0.
+    rounded[np.isnan(values)] = _NAN
+    return rounded
 
 
 def from_bfloat16(bits: NDArray[Any]) -> NDArray[np.float32]:

@@ -1,0 +1,167 @@
+"""Targets and caches made of random numbers: no model, no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from kdcache.cache import CacheWriter, Folder, ShardData, token_arrays
+from kdcache.cache.layout import sha256, table_to_parquet
+from kdcache.codecs import hidden_codec, topk_codec
+from kdcache.schema import CorpusRecord, FieldRecord, Plan, Targets, TeacherRecord, TokenizerRecord, token_hash
+from kdcache.tasks import causal_lm
+
+WIDTH = 6
+
+
+def targets_of(logits_PV: np.ndarray, labels_P: np.ndarray, top_k: int) -> Targets:
+    """Reduce logits to targets in float64, plainly."""
+    logits_PV = logits_PV.astype(np.float64)
+    shifted = logits_PV - logits_PV.max(axis=1, keepdims=True)
+    logprobs_PV = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    ids = np.argsort(-logprobs_PV, axis=1, kind="stable")
+    ordered = np.take_along_axis(logprobs_PV, ids, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_tail = np.log(np.exp(ordered[:, top_k:]).sum(axis=1))
+        entropy = -np.where(np.isfinite(logprobs_PV), np.exp(logprobs_PV) * logprobs_PV, 0.0).sum(axis=1)
+    return Targets(
+        ids_PK=ids[:, :top_k].astype(np.int32),
+        logprobs_PK=ordered[:, :top_k].astype(np.float32),
+        log_tail_P=log_tail.astype(np.float32),
+        gold_logprob_P=logprobs_PV[np.arange(len(labels_P)), labels_P].astype(np.float32),
+        entropy_P=entropy.astype(np.float32),
+    )
+
+
+def random_targets(num_positions: int, top_k: int, vocab_size: int, *, seed: int = 0, scale: float = 3.0) -> Targets:
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(0, scale, (num_positions, vocab_size))
+    return targets_of(logits, generator.integers(0, vocab_size, num_positions), top_k)
+
+
+class SyntheticCache:
+    """What was written, kept in plain lists, so that a test can say what it must read back."""
+
+    def __init__(
+        self,
+        num_sequences: int = 13,
+        *,
+        top_k: int = 4,
+        vocab_size: int = 50,
+        codec: str = "exact",
+        shard_sequences: int = 4,
+        packed: bool = False,
+        hidden: tuple[str, ...] = (),
+        seed: int = 0,
+    ) -> None:
+        generator = np.random.default_rng(seed)
+        self.vocab_size, self.top_k, self.codec, self.hidden_names = vocab_size, top_k, {"name": codec}, hidden
+        self.lengths = generator.integers(1, 9, num_sequences)
+        self.tokens = [generator.integers(0, vocab_size, n + 1).astype(np.uint32) for n in self.lengths]
+        self.masks = [(generator.random(n) < 0.8).astype(np.uint8) for n in self.lengths]
+        self.segments = [np.sort(generator.integers(0, 3, n + 1)).astype(np.uint16) for n in self.lengths]
+        self.packed = packed
+        self.targets = [
+            targets_of(generator.normal(0, 3, (len(t) - 1, vocab_size)), t[1:].astype(int), top_k) for t in self.tokens
+        ]
+        self.states = [{h: generator.normal(size=(n, WIDTH)).astype(np.float32) for h in hidden} for n in self.lengths]
+        self.starts = [*range(0, num_sequences, shard_sequences), num_sequences]
+
+    def fields(self) -> tuple[FieldRecord, ...]:
+        codec = topk_codec(self.codec)
+        arrays = (*token_arrays(self.vocab_size, self.packed), *codec.arrays(self.top_k, self.vocab_size))
+        states = hidden_codec({"name": "exact"})
+        return (
+            FieldRecord(name="targets", codec=codec.model_dump(), arrays=arrays),
+            *(
+                FieldRecord(name=name, codec=states.model_dump(), arrays=states.arrays(WIDTH))
+                for name in self.hidden_names
+            ),
+        )
+
+    def table(self) -> pa.Table:
+        return pa.table(
+            {
+                "sequence": np.arange(len(self.tokens)),
+                "document_id": [f"document {n}" for n in range(len(self.tokens))],
+                "num_positions": self.lengths.astype(np.int32),
+                "token_hash": [token_hash(tokens) for tokens in self.tokens],
+            }
+        )
+
+    def plan(self, **changes: Any) -> Plan:
+        values: dict[str, Any] = {
+            "task": "causal-lm",
+            "teacher": teacher_record(self.vocab_size),
+            "tokenizer": tokenizer_record(self.vocab_size),
+            "corpus": corpus_record(len(self.tokens)),
+            "sequences": {"max_length": 16, "packing": "none"},
+            "fields": self.fields(),
+            "num_sequences": len(self.tokens),
+            "num_positions": int(self.lengths.sum()),
+            "num_tokens": int((self.lengths + 1).sum()),
+            "num_shards": len(self.starts) - 1,
+            "table_sha256": sha256(table_to_parquet(self.table())),
+            "provenance": {"created": "2024-01-01", "versions": {"kdcache": "0.1.0"}},
+        }
+        return Plan(**{**values, **changes})
+
+    def shard(self, index: int) -> ShardData:
+        members = range(self.starts[index], self.starts[index + 1])
+        parts = [self.targets[n] for n in members]
+        return ShardData(
+            index=index,
+            tokens_T=np.concatenate([self.tokens[n] for n in members]),
+            num_tokens_N=self.lengths[members.start : members.stop] + 1,
+            num_positions_N=self.lengths[members.start : members.stop],
+            loss_mask_P=np.concatenate([self.masks[n] for n in members]),
+            labels_P=causal_lm.labels([self.tokens[n] for n in members]),
+            targets=Targets(*(np.concatenate([getattr(p, name) for p in parts]) for name in vars(parts[0]))),
+            table=self.table().slice(members.start, len(members)),
+            segment_ids_T=np.concatenate([self.segments[n] for n in members]) if self.packed else None,
+            hidden={name: np.concatenate([self.states[n][name] for n in members]) for name in self.hidden_names},
+        )
+
+    def write(self, path: Path | str, *, shards: range | None = None, finish: bool = True) -> str:
+        """Write ``shards`` that are missing (default: all) with the real writer."""
+        with CacheWriter(Folder(str(path))) as writer:
+            missing = writer.begin(self.plan(), self.table(), {"tokenizer.json": b'{"version": "1.0"}'})
+            for index in missing:
+                if shards is None or index in shards:
+                    writer.write_shard(self.shard(index))
+            if finish:
+                writer.finalise()
+        return str(path)
+
+
+def teacher_record(vocab_size: int, **changes: Any) -> TeacherRecord:
+    values = {
+        "name": "random-numbers",
+        "architecture": "None",
+        "weights_sha256": "0" * 64,
+        "dtype": "float32",
+        "num_parameters": 1,
+        "num_layers": 2,
+        "hidden_size": WIDTH,
+        "vocab_size": vocab_size,
+    }
+    return TeacherRecord(**{**values, **changes})
+
+
+def tokenizer_record(vocab_size: int) -> TokenizerRecord:
+    return TokenizerRecord(sha256="1" * 64, vocab_size=vocab_size, bos_id=None, eos_id=None, pad_id=None)
+
+
+def corpus_record(num_documents: int) -> CorpusRecord:
+    return CorpusRecord(
+        sources=("made up",),
+        text_field="text",
+        fingerprint="2" * 64,
+        num_documents=num_documents,
+        num_empty=0,
+        num_too_short=0,
+        metadata_columns=(),
+    )
