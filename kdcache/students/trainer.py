@@ -209,9 +209,9 @@ class ProgressBar(TrainerCallback):
         self._bar.update(state.global_step - self._bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        hidden = ("epoch", "learning_rate", "grad_norm", "step")
+        hidden = ("epoch", "learning_rate", "grad_norm", "step", "tokens_per_s")
         shown = {name: f"{value:.4g}" for name, value in (logs or {}).items() if name not in hidden}
-        self._bar.set_postfix({name.replace("tokens_per_s", "tokens/s"): value for name, value in shown.items()})
+        self._bar.set_postfix(shown | {"tokens/s": f"{(logs or {}).get('tokens_per_s', 0):,.0f}"})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.close()
