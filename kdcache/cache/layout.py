@@ -64,7 +64,12 @@ def sha256(data: bytes) -> str:
 
 def to_json(record: Config) -> bytes:
     """Return ``record`` as JSON; equal records give equal bytes."""
-    return (json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+    return canonical_json(record.model_dump(mode="json"))
+
+
+def canonical_json(values: Any) -> bytes:
+    """Return the one form in which records are written: sorted keys, indented by 1, ASCII."""
+    return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
 
 
 def from_json(model: type[R], data: bytes, where: str) -> R:
@@ -77,7 +82,7 @@ def from_json(model: type[R], data: bytes, where: str) -> R:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise CorruptCacheError(f"{where} is damaged: {place}: {first['msg']}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptCacheError(f"{where} is not valid JSON: {error}") from None
 
 
@@ -119,7 +124,7 @@ def table_from_ipc(data: bytes, where: str) -> pa.Table:
     """Read an Arrow IPC file; raises ``CorruptCacheError``."""
     try:
         return pa.ipc.open_file(pa.BufferReader(data)).read_all()
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, ValueError, OSError) as error:
         raise CorruptCacheError(f"{where} is not a readable Arrow file: {error}") from None
 
 
@@ -183,7 +188,12 @@ def _check_consistent(manifest: Manifest, folder: Folder) -> None:
         total = sum(getattr(shard, name) for shard in manifest.shards)
         if total != getattr(manifest, name):
             raise CorruptCacheError(f"{where}: shards hold {total} {name}, the plan says {getattr(manifest, name)}")
-    fields = {SEQUENCES_FIELD, *(field.name for field in manifest.fields)}
+    names = [field.name for field in manifest.fields]
+    if TARGETS_FIELD not in names or len(set(names)) < len(names):
+        raise CorruptCacheError(f"{where}: fields are {names}; expected different ones, {TARGETS_FIELD!r} among them")
+    fields = {SEQUENCES_FIELD, *names}
+    if TARGETS_FIELD not in fields:
+        raise CorruptCacheError(f"{where}: there is no field {TARGETS_FIELD!r}, which every cache has")
     for shard in manifest.shards:
         if set(shard.objects) != fields:
             raise CorruptCacheError(f"{where}: shard {shard.index} has {sorted(shard.objects)}, not {sorted(fields)}")
@@ -196,7 +206,7 @@ def _check_consistent(manifest: Manifest, folder: Folder) -> None:
 def check_relative(path: str, where: str) -> None:
     """Refuse a path that leaves the cache: a manifest may come from a stranger."""
     pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path or not path:
+    if pure.is_absolute() or ".." in pure.parts or not path or any(character in path for character in "\\:\0"):
         raise CorruptCacheError(f"{where}: path {path!r} leads outside the cache")
 
 
