@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from kdcache.codecs import HiddenCodec
 from kdcache.errors import TeacherError
 from kdcache.schema import Sequence, Targets, TeacherRecord
-from kdcache.teachers import TeacherOutput, keep_top_k
+from kdcache.teachers import TeacherOutput
 from kdcache.teachers.huggingface import hidden_to_numpy
-from kdcache.teachers.keep import NonFiniteLogitsError
+from kdcache.teachers.keep import NonFiniteLogitsError, TopKeeper
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class BatchRunner:
     def __init__(self, teacher: Teacher, top_k: int, layers: SequenceOf[int], hidden_codec: HiddenCodec) -> None:
         self.teacher = teacher
         self.top_k = top_k
+        self._keep = TopKeeper(top_k)
         self.layers = list(layers)
         self.hidden_codec = hidden_codec
         self._fits: float = float("inf")
@@ -95,7 +96,7 @@ class BatchRunner:
     def _forward(self, sequences: list[Sequence]) -> tuple[Targets, dict[str, NDArray[Any]]]:
         output = self.teacher.run(sequences, self.layers)
         try:
-            targets = keep_top_k(output.logits, output.labels_P, self.top_k)
+            targets = self._keep(output.logits, output.labels_P)
         except NonFiniteLogitsError as error:
             raise TeacherError(f"{error}{_place(sequences, error.row)}") from None
         hidden = {

@@ -36,9 +36,14 @@ class LMHead:
         bias = None if self.bias_V is None else self.bias_V[:vocab_size]
         return LMHead(self.weight_VD[:vocab_size], bias, self.scale, self.softcap)
 
-    def logits(self, hidden_PD: Tensor) -> Tensor:
-        """Return logits [P, V] of hidden states [P, D], in the dtype of the model."""
-        return self.finish(nn.functional.linear(hidden_PD, self.weight_VD, self.bias_V))
+    def logits(self, hidden_PD: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return logits [P, V] of hidden states [P, D], in the dtype of the model; in ``out`` where that is given."""
+        if out is None:
+            return self.finish(nn.functional.linear(hidden_PD, self.weight_VD, self.bias_V))
+        torch.mm(hidden_PD, self.weight_VD.T, out=out)
+        if self.bias_V is not None:
+            out += self.bias_V
+        return self.finish(out)
 
     def finish(self, logits_PV: Tensor) -> Tensor:
         """Apply the family's scale and soft cap to the product of hidden states and weights."""

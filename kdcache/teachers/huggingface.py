@@ -46,7 +46,7 @@ class TeacherOutput:
     """What the teacher says about the P real positions of a batch, sequence by sequence.
 
     ``logits(start, stop)`` yields rows [stop - start, V] over the true vocabulary, on the teacher's device; ``hidden``
-    maps layer numbers to states [P, D] in the teacher's dtype.
+    maps layer numbers to states [P, D] in the teacher's dtype. Rows of logits are valid until the next call.
     """
 
     logits: Callable[[int, int], Tensor]
@@ -58,10 +58,11 @@ class HuggingFaceTeacher:
     """A causal LM in eval mode, split into body and head where that reproduces its logits."""
 
     def __init__(self, model: Any, name: str, vocab_size: int, revision: str | None = None) -> None:
-        self.model = model.eval()
+        self.model = model.eval().requires_grad_(False)
         self.device = next(model.parameters()).device
         self.vocab_size = vocab_size
         self._split = split_model(model)
+        self._buffer: Tensor | None = None
         if self._split is None:
             log.warning("the LM head of %s cannot be split off; its full logits are made batch by batch", name)
         rows = self._split[1].vocab_size if self._split else int(model.config.get_text_config().vocab_size)
@@ -102,17 +103,22 @@ class HuggingFaceTeacher:
             logits = partial(_rows_of, logits_PV)
         else:
             last = output.last_hidden_state
-            logits = partial(_head_rows, self._split[1].narrow(self.vocab_size), real(last))
+            logits = partial(self._head_rows, self._split[1].narrow(self.vocab_size), real(last))
         hidden = {layer: real(last if layer == self.num_layers else output.hidden_states[layer]) for layer in layers}
         return TeacherOutput(logits, labels, hidden)
+
+    @torch.inference_mode()
+    def _head_rows(self, head: LMHead, hidden_PD: Tensor, start: int, stop: int) -> Tensor:
+        num_rows, buffer = stop - start, self._buffer
+        if buffer is None or len(buffer) < num_rows or buffer.dtype != hidden_PD.dtype:
+            buffer = torch.empty(num_rows, head.vocab_size, dtype=hidden_PD.dtype, device=self.device)
+            # Reused from chunk to chunk: the page faults of fresh memory cost as much as a tenth of the product.
+            self._buffer = buffer
+        return head.logits(hidden_PD[start:stop], out=buffer[:num_rows])
 
 
 def _rows_of(logits_PV: Tensor, start: int, stop: int) -> Tensor:
     return logits_PV[start:stop]
-
-
-def _head_rows(head: LMHead, hidden_PD: Tensor, start: int, stop: int) -> Tensor:
-    return head.logits(hidden_PD[start:stop])
 
 
 def load_teacher(config: TeacherConfig, vocab_size: int) -> HuggingFaceTeacher:
@@ -166,7 +172,7 @@ def _describe(model: Any, name: str, vocab_rows: int, revision: str | None) -> T
 
 @torch.inference_mode()
 def _check_causal(teacher: HuggingFaceTeacher, name: str) -> None:
-    """Refuse a model that looks ahead: its targets would leak labels (a BERT loads as a causal LM without complaint)."""
+    """Refuse a model that looks ahead: its targets would leak labels (a BERT loads as a causal LM too)."""
     tokens = np.arange(9, dtype=np.uint32) % teacher.vocab_size
     changed = tokens.copy()
     changed[7] = (changed[7] + 1) % teacher.vocab_size

@@ -5,8 +5,9 @@ come in chunks from the LM head and are reduced in smaller sub-chunks that stay 
 
 - *top-k in two steps*: the maximum of each of V / 24 strided blocks, then the top k among the elements of the k best
   blocks. Every element outside them is at most the smallest of k block maxima, so the values are exactly the top k.
-- *one exponential*: ``e = exp(z - max)`` gives the normaliser, the tail (its sum with the kept ids set to 0, never
-  1 - head) and, against z, the entropy.
+- *one exponential*: with the kept ids taken out, ``exp(z - max)`` summed is the tail (never 1 - head) and, weighted by
+  z, the tail's share of the entropy; the head's k values are exponentiated apart.
+- *the same two buffers throughout*: fresh megabytes cost more in page faults than the arithmetic on them.
 
 All sums are float32 whatever the teacher's dtype; no [positions, vocabulary] float32 array exists beyond a sub-chunk.
 """
@@ -39,59 +40,87 @@ class ChunkSizes:
     @classmethod
     def for_device(cls, device: torch.device) -> ChunkSizes:
         """Return sizes that measured well: a CPU wants its cache, a GPU wants few launches."""
-        return cls(256, 32) if device.type == "cpu" else cls(2048, 2048)
+        return cls(256, 32) if device.type == "cpu" else cls(2048, 512)
 
 
-@torch.inference_mode()
+class TopKeeper:
+    """Reduces logits to `Targets`, batch after batch, in buffers that it keeps."""
+
+    def __init__(self, top_k: int, chunks: ChunkSizes | None = None) -> None:
+        self.top_k = top_k
+        self._chunks = chunks
+        self._buffers: Tensor | None = None
+
+    @torch.inference_mode()
+    def __call__(self, logits: Callable[[int, int], Tensor], labels_P: Tensor) -> Targets:
+        """Reduce the logits of P positions.
+
+        ``logits(start, stop)`` returns the rows [stop - start, V] over the true vocabulary in the teacher's dtype,
+        valid until the next call; ``labels_P`` are the corpus's own next tokens. Raises ``NonFiniteLogitsError``
+        when a row is NaN or +inf.
+        """
+        chunks = self._chunks or ChunkSizes.for_device(labels_P.device)
+        num_positions = len(labels_P)
+        kept = []
+        for start in range(0, num_positions, chunks.head):
+            stop = min(start + chunks.head, num_positions)
+            logits_CV = logits(start, stop)
+            labels_C = labels_P[start:stop]
+            for first in range(0, stop - start, chunks.reduce):
+                last = first + chunks.reduce
+                kept.append(self._reduce(logits_CV[first:last], labels_C[first:last], chunks.reduce))
+        ids, logprobs, log_tail, gold, entropy = (torch.cat(parts).cpu().numpy() for parts in zip(*kept, strict=True))
+        _check_finite(log_tail, entropy, logprobs)
+        return Targets(ids, logprobs, log_tail, gold, entropy)
+
+    def _reduce(self, logits_CV: Tensor, labels_C: Tensor, max_rows: int) -> tuple[Tensor, ...]:
+        values_CK, ids_CK = top_k_of(logits_CV, self.top_k)
+        top_C1 = values_CK[:, :1].float()
+        head_CK = (values_CK.float() - top_C1).clamp_(min=_LOG_ZERO)
+        gold_C = (logits_CV.gather(1, labels_C[:, None]).float() - top_C1).squeeze(1).clamp_(min=_LOG_ZERO)
+        tail_C, weighted_tail_C = self._tail_sums(logits_CV, ids_CK, top_C1, max_rows)
+        exp_CK = head_CK.exp()
+        total_C = exp_CK.sum(1) + tail_C
+        log_total_C = total_C.log()
+        weighted_C = (exp_CK * head_CK).sum(1) + weighted_tail_C
+        return (
+            ids_CK.to(torch.int32),
+            head_CK - log_total_C[:, None],
+            tail_C.log() - log_total_C,
+            gold_C - log_total_C,
+            # NaN through 0 * NaN or NaN maxima is what _check_finite looks for.
+            log_total_C - weighted_C / total_C,
+        )
+
+    def _tail_sums(self, logits_CV: Tensor, ids_CK: Tensor, top_C1: Tensor, max_rows: int) -> tuple[Tensor, Tensor]:
+        """Return the sums of e and of e * log e over the ids outside K, for e = exp(logit - top)."""
+        shifted_CV, exp_CV = self._workspace(max_rows, logits_CV)
+        torch.sub(logits_CV, top_C1, out=shifted_CV)  # float32: the difference of two dtypes takes the wider
+        shifted_CV.scatter_(1, ids_CK, _LOG_ZERO)
+        torch.exp(shifted_CV, out=exp_CV)
+        tail_C = exp_CV.sum(1)
+        weighted_C = shifted_CV.mul_(exp_CV).sum(1)
+        if torch.isnan(weighted_C).any():  # 0 * -inf: the teacher rules some ids out entirely
+            torch.sub(logits_CV, top_C1, out=shifted_CV).clamp_(min=_LOG_ZERO)
+            shifted_CV.scatter_(1, ids_CK, _LOG_ZERO)
+            weighted_C = shifted_CV.mul_(exp_CV).sum(1)
+        return tail_C, weighted_C
+
+    def _workspace(self, max_rows: int, like_CV: Tensor) -> Tensor:
+        """Return two float32 arrays of the shape of ``like_CV``."""
+        num_rows, vocab_size = like_CV.shape
+        buffers = self._buffers
+        if buffers is None or buffers.device != like_CV.device or buffers.shape[1:] != (max_rows, vocab_size):
+            buffers = torch.empty(2, max_rows, vocab_size, dtype=torch.float32, device=like_CV.device)
+            self._buffers = buffers
+        return buffers[:, :num_rows]
+
+
 def keep_top_k(
     logits: Callable[[int, int], Tensor], labels_P: Tensor, top_k: int, chunks: ChunkSizes | None = None
 ) -> Targets:
-    """Reduce the logits of P positions to `Targets`.
-
-    ``logits(start, stop)`` returns the rows [stop - start, V] over the true vocabulary in the teacher's dtype;
-    ``labels_P`` are the corpus's own next tokens. Raises ``NonFiniteLogitsError`` when a row is NaN or +inf.
-    """
-    chunks = chunks or ChunkSizes.for_device(labels_P.device)
-    num_positions = len(labels_P)
-    kept = []
-    for start in range(0, num_positions, chunks.head):
-        stop = min(start + chunks.head, num_positions)
-        logits_CV = logits(start, stop)
-        labels_C = labels_P[start:stop]
-        for first in range(0, stop - start, chunks.reduce):
-            last = first + chunks.reduce
-            kept.append(_reduce(logits_CV[first:last], labels_C[first:last], top_k))
-    ids, logprobs, log_tail, gold, entropy = (torch.cat(parts).cpu().numpy() for parts in zip(*kept, strict=True))
-    _check_finite(log_tail, entropy, logprobs)
-    return Targets(ids, logprobs, log_tail, gold, entropy)
-
-
-def _reduce(logits_CV: Tensor, labels_C: Tensor, top_k: int) -> tuple[Tensor, ...]:
-    values_CK, ids_CK = top_k_of(logits_CV, top_k)
-    top_C1 = values_CK[:, :1].float()
-    shifted_CV = torch.sub(logits_CV, top_C1)  # float32: the difference of two dtypes takes the wider
-    entropy_parts, tail_C = _sums(shifted_CV, ids_CK)
-    if torch.isnan(entropy_parts).any():  # 0 * -inf: the teacher rules some ids out entirely
-        entropy_parts, tail_C = _sums(shifted_CV.clamp_(min=_LOG_ZERO), ids_CK)
-    head_CK = (values_CK.float() - top_C1).clamp_(min=_LOG_ZERO)
-    total_C = head_CK.exp().sum(1) + tail_C
-    log_total_C = total_C.log()
-    gold_C = (logits_CV.gather(1, labels_C[:, None]).float() - top_C1).squeeze(1).clamp_(min=_LOG_ZERO)
-    return (
-        ids_CK.to(torch.int32),
-        head_CK - log_total_C[:, None],
-        tail_C.log() - log_total_C,
-        gold_C - log_total_C,
-        log_total_C - entropy_parts / total_C,
-    )
-
-
-def _sums(shifted_CV: Tensor, ids_CK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sum of e * log e over all ids, and the sum of e over the ids outside K, for e = exp(shifted)."""
-    exp_CV = shifted_CV.exp()
-    weighted_C = torch.mul(exp_CV, shifted_CV).sum(1)
-    exp_CV.scatter_(1, ids_CK, 0.0)
-    return weighted_C, exp_CV.sum(1)
+    """Reduce one batch of logits to `Targets`; see `TopKeeper`."""
+    return TopKeeper(top_k, chunks)(logits, labels_P)
 
 
 def top_k_of(logits_CV: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
