@@ -1,0 +1,90 @@
+"""``kdcache train-student``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import click
+
+from kdcache.cli import options
+
+_EPILOG = """\b
+Examples:
+  kdcache train-student --cache cache --student-size small --output run --dry-run
+  kdcache train-student --cache cache --student HuggingFaceTB/SmolLM2-135M --output run
+  kdcache train-student --config train.yaml --set objective.forward_kl.temperature=2
+  kdcache train-student --config train.yaml --set objective.cross_entropy.weight=1      (no distillation)
+  accelerate launch --num-processes 2 -m kdcache train-student --config train.yaml
+
+\b
+Whoever gives any weight of the objective gives them all; the default is 0.9 forward_kl + 0.1 cross_entropy.
+"""
+
+
+@click.command("train-student", context_settings=options.CONTEXT, epilog=_EPILOG)
+@click.option("--cache", metavar="CACHE", help="A finished cache, made by dump-teacher.")
+@click.option("--student", metavar="ID_OR_PATH", help="A pretrained student: hub id or local directory.")
+@click.option("--student-config", metavar="FILE", help="A fresh student: a Hugging Face config.json, or YAML.")
+@click.option("--student-size", metavar="SIZE", help="A fresh student: nano, tiny, small, base, medium or large.")
+@click.option("--output", metavar="RUN", help="Directory of the run and of the trained student.")
+@click.option("--max-steps", type=int, help="Optimiser steps, instead of --epochs.")
+@click.option("--epochs", type=float, help="Passes over the cache.  [default: 1]")
+@click.option("--batch-sequences", type=int, help="Sequences per device and micro-batch.  [default: 8]")
+@click.option("--gradient-accumulation", type=int, help="Micro-batches per optimiser step.  [default: 1]")
+@click.option("--learning-rate", type=float, help="Peak.  [default: 1e-3 for a fresh student, else 3e-4]")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Arithmetic of the student.  [default: fp32]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[default: auto]")
+@click.option("--seed", type=int, help="Order of the data and dropout.  [default: 0]")
+@options.config_options
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --output.")
+@click.option("--dry-run", is_flag=True, help="Print sizes, steps and tokens; train nothing.")
+@options.json_option
+@options.quiet_option
+def command(
+    config_file: str | None,
+    assignments: tuple[str, ...],
+    resume: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
+) -> None:
+    """Train a student from a cache; the teacher is never loaded.
+
+    What the cache knows (teacher, tokenizer, top-k, codec) is not configured again. The result in --output is a plain
+    Hugging Face model with its tokenizer: AutoModelForCausalLM.from_pretrained(RUN) needs no kdcache.
+    """
+    from kdcache.config import load
+    from kdcache.train import TrainConfig, plan_training, train_student
+
+    settings = options.nest(
+        {
+            "student.model": given["student"],
+            "student.config_file": given["student_config"],
+            "student.size": given["student_size"],
+            # The other options are called like the settings that they give.
+            **{name: value for name, value in given.items() if not name.startswith("student")},
+        }
+    )
+    config = load(TrainConfig, file=config_file, assignments=assignments, options=settings)
+    if dry_run:
+        plan = plan_training(config)
+        if as_json:
+            options.echo_json(plan)
+        else:
+            options.echo_rows([(name.replace("_", " "), _text(value)) for name, value in plan.items()])
+        return
+    result = train_student(config, resume=resume, progress=not quiet)
+    if as_json:
+        options.echo_json(dataclasses.asdict(result))
+        return
+    losses = ", ".join(f"{name} {value:.4f}" for name, value in result.losses.items())
+    click.echo(
+        f"Trained {result.steps:,} steps in {options.human_seconds(result.seconds)} ({result.tokens_per_s:,.0f} "
+        f"tokens/s); last losses: {losses}. The student is in {result.output}."
+    )
+
+
+def _text(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
