@@ -63,20 +63,21 @@ class Folder:
         return sorted(str(path).rstrip("/").removeprefix(self.root).lstrip("/") for path in found)
 
     def write(self, name: str, data: bytes) -> None:
-        """Write object ``name`` so that it is seen either whole or not at all, and survives a power cut."""
+        """Write object ``name`` so that it is seen either whole or not at all, and survives a power cut.
+
+        Raises ``CacheError`` when it cannot be written (a full disk, no permission, a store that refuses).
+        """
         local = self.local_path
-        if local is None:
-            self._fs.pipe_file(self._path(name), data)
-            return
-        target = local / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}{TEMPORARY}")
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        _fsync_directory(target.parent)
+        try:
+            if local is None:
+                self._fs.pipe_file(self._path(name), data)
+            else:
+                _write_whole(local / name, data)
+        except OSError as error:
+            raise CacheError(
+                f"cannot write {self._path(name)} ({len(data):,} bytes): {error.strerror or error}; what was finished "
+                "before stays, and the same command goes on from there"
+            ) from None
 
     def remove(self, name: str) -> None:
         """Remove object ``name`` if it is there."""
@@ -88,6 +89,22 @@ class Folder:
 
     def __str__(self) -> str:
         return self.url
+
+
+def _write_whole(target: Path, data: bytes) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    _fsync_directory(target.parent)
 
 
 def _fsync_directory(directory: Path) -> None:

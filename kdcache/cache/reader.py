@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from kdcache.cache import layout
 from kdcache.cache.folder import Folder
 from kdcache.cache.shard_file import unpack
-from kdcache.codecs import hidden_codec, topk_codec
-from kdcache.errors import CacheError, CorruptCacheError
+from kdcache.codecs import HiddenCodec, TopKCodec, hidden_codec, topk_codec
+from kdcache.errors import CacheError, ConfigError, CorruptCacheError
 from kdcache.schema import FieldRecord, Manifest, SequenceBatch, ShardRecord, Targets
 
 
@@ -46,7 +46,8 @@ class Cache:
         self.manifest = manifest
         self.fingerprint = fingerprint
         self.max_open_shards = max_open_shards
-        self._codec = topk_codec(manifest.field(layout.TARGETS_FIELD).codec)
+        self._codec, self._hidden_codecs = _build_codecs(folder, manifest)
+        _check_arrays(folder, manifest, self._codec)
         self._open: OrderedDict[tuple[int, tuple[str, ...]], ShardArrays] = OrderedDict()
         self._lock = threading.Lock()
         counts = [shard.num_sequences for shard in manifest.shards]
@@ -75,9 +76,7 @@ class Cache:
         """Return the per-sequence table of the whole cache: ids, documents, lengths, teacher loss, metadata."""
         tables = []
         for shard in self.manifest.shards:
-            where = f"{self.folder}, shard {shard.index}, field {layout.SEQUENCES_FIELD}"
-            data = layout.read_object(self.folder, shard.objects[layout.SEQUENCES_FIELD], where)
-            table = layout.table_from_ipc(data, where)
+            table = load_table(self.folder, shard, columns or ())
             tables.append(table.select(columns) if columns else table)
         return pa.concat_tables(tables, promote_options="default")
 
@@ -143,8 +142,7 @@ class Cache:
             targets=targets,
             segment_ids_T=None if segments is None else segments[tokens],
             hidden={
-                name: hidden_codec(self.manifest.field(name).codec).decode(arrays.fields[name]["states"][positions])
-                for name in hidden
+                name: self._hidden_codecs[name].decode(arrays.fields[name]["states"][positions]) for name in hidden
             },
         )
 
@@ -165,10 +163,8 @@ class Cache:
     def metadata(self, index: int) -> dict[str, Any]:
         """Return the row of the per-sequence table of sequence ``index``."""
         shard = self.manifest.shards[self.shard_of(index)]
-        where = f"{self.folder}, shard {shard.index}, field {layout.SEQUENCES_FIELD}"
-        data = layout.read_object(self.folder, shard.objects[layout.SEQUENCES_FIELD], where)
         row = index - int(self.shard_starts[shard.index])
-        record: dict[str, Any] = layout.table_from_ipc(data, where).slice(row, 1).to_pylist()[0]
+        record: dict[str, Any] = load_table(self.folder, shard).slice(row, 1).to_pylist()[0]
         return record
 
 
@@ -181,6 +177,40 @@ def open_cache(path: str, *, max_open_shards: int = 8) -> Cache:
     folder = Folder(path)
     manifest, fingerprint = layout.read_manifest(folder)
     return Cache(folder, manifest, fingerprint, max_open_shards)
+
+
+def _build_codecs(folder: Folder, manifest: Manifest) -> tuple[TopKCodec, dict[str, HiddenCodec]]:
+    try:
+        return topk_codec(manifest.field(layout.TARGETS_FIELD).codec), {
+            name: hidden_codec(manifest.field(name).codec) for name in manifest.hidden_layers
+        }
+    except ConfigError as error:
+        raise CacheError(
+            f"{folder}/{layout.MANIFEST}: {error} If it was written by a newer kdcache, install it"
+        ) from None
+
+
+def _check_arrays(folder: Folder, manifest: Manifest, codec: TopKCodec) -> None:
+    """Refuse a manifest (it may come from a stranger) whose fields lack an array that reading them needs."""
+    needed = {name: {"states"} for name in manifest.hidden_layers}
+    needed[layout.TARGETS_FIELD] = {"tokens", "loss_mask", "num_tokens", "num_positions"}
+    needed[layout.TARGETS_FIELD] |= {array.name for array in codec.arrays(1, manifest.tokenizer.vocab_size)}
+    for name, arrays in needed.items():
+        missing = sorted(arrays - {array.name for array in manifest.field(name).arrays})
+        if missing:
+            raise CorruptCacheError(f"{folder}/{layout.MANIFEST}: field {name} lacks the array {missing[0]!r}")
+
+
+def load_table(folder: Folder, shard: ShardRecord, columns: Iterable[str] = ()) -> pa.Table:
+    """Read the per-sequence table of a shard, which must have ``columns``; raises ``CorruptCacheError``."""
+    record = shard.objects[layout.SEQUENCES_FIELD]
+    where = f"{folder}, shard {shard.index}, field {layout.SEQUENCES_FIELD}"
+    table = layout.table_from_ipc(layout.read_object(folder, record, where), f"{where}, file {record.path}")
+    missing = [name for name in columns if name not in table.column_names]
+    if missing or table.num_rows != shard.num_sequences:
+        found = f"no column {missing[0]!r}" if missing else f"{table.num_rows} rows for {shard.num_sequences} sequences"
+        raise CorruptCacheError(f"{where}, file {record.path}: the per-sequence table has {found}")
+    return table
 
 
 def load_shard(folder: Folder, manifest: Manifest, shard: ShardRecord, fields: Iterable[str]) -> ShardArrays:

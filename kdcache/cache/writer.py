@@ -79,14 +79,16 @@ class CacheWriter:
         if local is not None:
             if local.exists() and not local.is_dir():
                 raise CacheError(f"output {local} is a file; give a directory")
-            local.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(local / LOCK)
             try:
+                local.mkdir(parents=True, exist_ok=True)
+                self._lock = FileLock(local / LOCK)
                 self._lock.acquire(timeout=0)
             except Timeout:
                 raise CacheError(
                     f"another process is writing to {local}; wait for it or choose another output"
                 ) from None
+            except OSError as error:
+                raise CacheError(f"cannot write to output {local}: {error.strerror or error}") from None
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -135,7 +137,9 @@ class CacheWriter:
                 continue
             if record is None:
                 continue
-            if all(self.folder.size(item.path) == item.num_bytes for item in record.objects.values()):
+            if record.index != shard:
+                log.warning("%s is the record of shard %d; it is made again", layout.commit_name(shard), record.index)
+            elif all(self.folder.size(item.path) == item.num_bytes for item in record.objects.values()):
                 records[shard] = record
             else:
                 log.warning("files of shard %d are missing or cut short; it is made again", shard)

@@ -1,0 +1,209 @@
+"""Caches from a stranger: whatever the manifest says, a readable error and no harm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kdcache.cache import layout, open_cache, verify
+from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
+from tests.synthetic import SyntheticCache
+
+
+def change_manifest(path: Path, change) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    (path / "manifest.json").write_bytes(layout.canonical_json(manifest))
+
+
+def replace_object(path: Path, field: str, data: bytes) -> None:
+    """Replace an object of shard 0 and make the manifest agree with it."""
+
+    def change(manifest):
+        record = manifest["shards"][0]["objects"][field]
+        (path / record["path"]).write_bytes(data)
+        record.update(num_bytes=len(data), sha256=layout.sha256(data))
+
+    change_manifest(path, change)
+
+
+def use(path: Path) -> None:
+    cache = open_cache(str(path))
+    cache.read([0, 12], hidden=cache.manifest.hidden_layers)
+    cache.sequence_table()
+    assert len(cache.lengths_N) == len(cache)
+
+
+@pytest.mark.parametrize(
+    "target", ["/etc/passwd", "../outside", "shards/../../outside", "a\\..\\b", "C:/x", "s3://bucket/x", "", "a\0b"]
+)
+@pytest.mark.parametrize("kind", ["object", "tokenizer"])
+def test_paths_that_leave_the_cache(copy, target, kind):
+    def change(manifest):
+        record = manifest["shards"][1]["objects"]["targets"] if kind == "object" else manifest["tokenizer_files"][0]
+        record["path"] = target
+
+    change_manifest(copy, change)
+    with pytest.raises(CorruptCacheError, match=r"manifest\.json: path .* leads outside the cache"):
+        open_cache(str(copy))
+
+
+def set_at(*path_and_value):
+    *path, last, value = path_and_value
+
+    def change(manifest):
+        node = manifest
+        for part in path:
+            node = node[part]
+        node[last] = value
+
+    return change
+
+
+def all_counts_huge(manifest):
+    extra = 10**13
+    manifest["num_positions"] += extra
+    manifest["num_tokens"] += extra
+    manifest["shards"][0]["num_positions"] += extra
+    manifest["shards"][0]["num_tokens"] += extra
+
+
+def no_targets(manifest):
+    manifest["fields"] = manifest["fields"][1:]
+    for shard in manifest["shards"]:
+        del shard["objects"]["targets"]
+
+
+def lacks_array(name):
+    def change(manifest):
+        for field in manifest["fields"]:
+            field["arrays"] = [array for array in field["arrays"] if array["name"] != name]
+
+    return change
+
+
+LIES = {
+    "huge counts": all_counts_huge,
+    "huge width": set_at("fields", 1, "arrays", 0, "shape", [10**12]),
+    "wrong width": set_at("fields", 1, "arrays", 0, "shape", [7]),
+    "wrong dtype": set_at("fields", 1, "arrays", 0, "dtype", "float64"),
+    "no dtype": set_at("fields", 1, "arrays", 0, "dtype", "quaternion"),
+    "other array": set_at("fields", 1, "arrays", 0, "name", "more"),
+    "rows of something else": set_at("fields", 1, "arrays", 0, "rows", "tokens"),
+    "rows of nothing": set_at("fields", 1, "arrays", 0, "rows", "pages"),
+    "no targets": no_targets,
+    "no tokens": lacks_array("tokens"),
+    "no log_tail": lacks_array("log_tail"),
+    "no states": lacks_array("states"),
+    "shards out of order": lambda manifest: manifest["shards"].reverse(),
+    "shard twice": lambda manifest: manifest["shards"].append(manifest["shards"][0]),
+    "more sequences": set_at("num_sequences", 14),
+    "negative": set_at("shards", 0, "num_positions", -5),
+    "object missing": lambda manifest: manifest["shards"][1]["objects"].pop("hidden-1"),
+    "text for a number": set_at("num_shards", "many"),
+    "unknown key": set_at("colour", "green"),
+    "missing key": lambda manifest: manifest.pop("tokenizer"),
+    "wrong size": set_at("shards", 0, "objects", "targets", "num_bytes", 17),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_lies_in_the_manifest(copy, lie, forbid_large_arrays):
+    change_manifest(copy, LIES[lie])
+    forbid_large_arrays(200 << 20)
+    with pytest.raises(CorruptCacheError) as caught:
+        use(copy)
+    assert str(copy) in str(caught.value)
+    assert "cannot be decoded" not in str(caught.value)
+    report = verify(str(copy), deep=True)
+    assert report.problems
+
+
+def test_an_unknown_codec(copy):
+    change_manifest(copy, set_at("fields", 0, "codec", "name", "compcat"))
+    with pytest.raises(CacheError, match=r"codec 'compcat', did you mean 'compact'") as caught:
+        open_cache(str(copy))
+    assert "manifest.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "plan.json"])
+def test_a_newer_format(copy, name):
+    data = json.loads((copy / name).read_text())
+    (copy / name).write_text(json.dumps({**data, "format_version": 2, "invention": 1}))
+    if name == "plan.json":
+        (copy / "manifest.json").unlink()
+    with pytest.raises(CacheError, match=rf"{name} has format version 2, this kdcache reads up to 1; install a newer"):
+        open_cache(str(copy))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "plan.json"])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"null", b"[]", b"\xff\xfe", b'{"num_shards": 1e999}', b"[" * 100_000, b'"text"'],
+    ids=lambda data: repr(data[:12]),
+)
+def test_garbled_json(copy, name, data):
+    (copy / name).write_bytes(data)
+    if name == "plan.json":
+        (copy / "manifest.json").unlink()
+    with pytest.raises(CorruptCacheError, match=rf"{name} is "):
+        open_cache(str(copy))
+
+
+def test_truncated_manifest(copy):
+    data = (copy / "manifest.json").read_bytes()
+    (copy / "manifest.json").write_bytes(data[: len(data) // 2])
+    with pytest.raises(CorruptCacheError, match=r"manifest\.json is not valid JSON"):
+        open_cache(str(copy))
+
+
+def test_a_table_with_other_rows_or_columns(copy):
+    table = SyntheticCache(packed=True).table()
+    for changed, words in (
+        (table.slice(0, 4), "4 rows for 5 sequences"),
+        (table.slice(0, 5).drop_columns(["num_positions"]), "no column 'num_positions'"),
+    ):
+        replace_object(copy, "sequences", layout.table_to_ipc(changed))
+        with pytest.raises(CorruptCacheError, match=f"shard 0, field sequences.*{words}"):
+            use(copy)
+
+
+@pytest.mark.parametrize("data", [b"", b"ARROW1\0\0nothing", b"x" * 1000], ids=repr)
+def test_a_table_that_is_no_table(copy, data):
+    replace_object(copy, "sequences", data)
+    with pytest.raises(CorruptCacheError, match=r"shard 0, field sequences.* not a readable Arrow file"):
+        use(copy)
+
+
+def test_a_flipped_bit_in_a_table_is_an_error_or_harmless(copy, forbid_large_arrays):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    data = (copy / manifest["shards"][0]["objects"]["sequences"]["path"]).read_bytes()
+    forbid_large_arrays(1 << 30)
+    refused = 0
+    for bit in range(0, 8 * len(data), 97):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        try:
+            layout.table_from_ipc(bytes(damaged), "here")
+        except CorruptCacheError:
+            refused += 1
+    assert refused
+
+
+def test_no_cache(tmp_path):
+    for path in (tmp_path, tmp_path / "missing", Path(__file__)):
+        with pytest.raises(CacheError, match=r"there is no cache in .*; make one with kdcache dump-teacher"):
+            open_cache(str(path))
+    with pytest.raises(CacheError, match="cannot open nosuch://x"):
+        open_cache("nosuch://x")
+
+
+def test_half_a_cache(tmp_path):
+    source = SyntheticCache()
+    source.write(tmp_path, shards=range(2), finish=False)
+    with pytest.raises(IncompleteCacheError, match=r"unfinished: 2 of 4 shards are written; run the same .* again"):
+        open_cache(str(tmp_path))
+    with pytest.raises(IncompleteCacheError):
+        verify(str(tmp_path))
