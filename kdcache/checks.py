@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache import Cache
-from kdcache.errors import CacheError
+from kdcache.errors import CacheError, TeacherError
 from kdcache.progress import bar
 from kdcache.schema import Sequence, SequenceBatch, Targets
 from kdcache.teachers import TeacherConfig, keep_top_k, load_teacher
@@ -58,7 +58,10 @@ def verify_against_teacher(
         config = config.model_copy(update={"dtype": record.dtype})
     if num_sequences < 1:
         raise CacheError(f"at least one sequence has to be checked, found {num_sequences}")
-    runner = load_teacher(config, cache.vocab_size)
+    try:
+        runner = load_teacher(config, cache.vocab_size)
+    except TeacherError as error:
+        raise TeacherError(f"{error}; say where the teacher lies with --teacher") from None
     chosen = np.unique(np.linspace(0, len(cache) - 1, num_sequences).astype(int)).tolist()
     divergences, gold, agree = [], [], []
     with bar(len(chosen), "teacher", "seq", enabled=progress) as meter:

@@ -43,7 +43,7 @@ def command(
     Loss and perplexity on the corpus, KL from the teacher, how often both favour the same token (agreement), accuracy,
     expected calibration error (ECE), size and speed. The teacher's row comes from the cache alone.
     """
-    from kdcache.evaluate import evaluate
+    from kdcache.evaluation import evaluate
 
     evaluation: Any = evaluate(
         cache,

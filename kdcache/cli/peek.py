@@ -31,7 +31,7 @@ def command(cache: str, sequence: int, positions: str | None, select: str, count
     their probabilities, the tail (probability of all ids that were not kept) and the entropy in nats.
     """
     from kdcache.cache import open_cache
-    from kdcache.peek import peek
+    from kdcache.viewer import peek
 
     chosen = _parse_positions(positions)
     result = peek(open_cache(cache), sequence, positions=chosen, select=select, count=count, top=top)

@@ -14,7 +14,11 @@ from kdcache.cli import options
 @click.argument("cache")
 @click.option("--deep", is_flag=True, help="Also decode every row and check that it makes sense.")
 @click.option("--against-teacher", type=int, metavar="N", help="Also run the teacher again over N sequences.")
-@click.option("--teacher", metavar="ID_OR_PATH", help="Where to load it from.  [default: the name in the manifest]")
+@click.option(
+    "--teacher",
+    metavar="ID_OR_PATH",
+    help="Where to load it from.  [default: the name in the manifest, if that is a hub id]",
+)
 @click.option("--device", default="auto", help="Device of the teacher.", show_default=True)
 @options.json_option
 @options.quiet_option

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,7 @@ def make_plan(
     layers: list[int],
 ) -> tuple[Plan, pa.Table, NDArray[np.int64]]:
     """Return the plan, the table of plan.parquet (one row per piece of a document) and the starts of the shards."""
+    teacher = teacher.model_copy(update={"name": public_name(teacher.name)})
     fields = make_fields(config, teacher, tokenizer.vocab_size, layers)
     size = shard_positions(config, sequences.num_positions, teacher, len(layers))
     starts = assign_shards(sequences.lengths_N, size)
@@ -72,7 +75,7 @@ def make_plan(
         teacher=teacher,
         tokenizer=tokenizer,
         corpus=CorpusRecord(
-            sources=tuple(corpus.sources),
+            sources=tuple(public_name(source) for source in corpus.sources),
             text_field=config.corpus.text_field,
             fingerprint=corpus.fingerprint,
             num_documents=sequences.num_documents,
@@ -98,7 +101,19 @@ def _provenance(config: DumpConfig) -> dict[str, Any]:
     for name in _LIBRARIES:
         versions[name] = importlib.metadata.version(name)
     return {
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions,
-        "configuration": config.model_dump(mode="json"),
+        "configuration": _public_configuration(config),
     }
+
+
+def _public_configuration(config: DumpConfig) -> dict[str, Any]:
+    settings = config.model_dump(mode="json", exclude={"output"})
+    settings["teacher"]["model"] = public_name(config.teacher.model)
+    settings["corpus"]["paths"] = [public_name(path) for path in config.corpus.paths]
+    return settings
+
+
+def public_name(path: str) -> str:
+    """Return ``path`` as a cache that is shared may name it: of an absolute path only the last part."""
+    return PurePath(path).name if os.path.isabs(os.path.expanduser(path)) else path

@@ -187,6 +187,8 @@ def _load(config: DumpConfig, progress: bool) -> _Parts:
     with bar(len(corpus), "tokenise", "doc", enabled=progress) as meter:
         sequences = plan_sequences(corpus, TextEncoder(tokenizer), config.sequences, progress=reporter(meter))
     teacher = load_teacher(config.teacher, record.vocab_size)
+    if config.sequences.packing == "window" and not config.sequences.attend_across_documents:
+        teacher.check_packing()
     layers = parse_layers(config.hidden_states.layers, teacher.num_layers)
     plan, table, starts = make_plan(config, corpus, sequences, teacher.record, record, layers)
     batch_tokens = config.batch_tokens or (4096 if teacher.device.type == "cpu" else 16384)

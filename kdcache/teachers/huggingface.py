@@ -23,6 +23,7 @@ from kdcache.config import Config
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.models.lm_head import LMHead, split_model
 from kdcache.models.loading import load_causal_lm, parse_dtype, pick_device
+from kdcache.models.packing import keeps_documents_apart
 from kdcache.models.weights import weights_sha256
 from kdcache.schema import Sequence, TeacherRecord
 from kdcache.tasks import causal_lm
@@ -77,6 +78,14 @@ class HuggingFaceTeacher:
     def num_layers(self) -> int:
         """Number of layers; hidden states are numbered 0 (embeddings) to this (after the final norm)."""
         return self.record.num_layers
+
+    def check_packing(self) -> None:
+        """Raise ``TeacherError`` when the documents of a packed window would see each other."""
+        if not keeps_documents_apart(self.model, self.vocab_size):
+            raise TeacherError(
+                f"{self.record.name} ({self.record.architecture}) reads across the documents of a packed window; dump "
+                "without packing, or set sequences.attend_across_documents=true if that is wanted"
+            )
 
     @torch.inference_mode()
     def run(self, sequences: SequenceOf[Sequence], layers: SequenceOf[int] = ()) -> TeacherOutput:
@@ -186,6 +195,7 @@ def _check_causal(teacher: HuggingFaceTeacher, name: str) -> None:
 
 
 def teacher_logits(teacher: HuggingFaceTeacher, sequence: Sequence) -> Tensor:
-    """Return all logits [L, V] of one short sequence, in the teacher's dtype."""
+    """Return all logits [L, V] of one short sequence, in the teacher's dtype, to keep."""
     output = teacher.run([sequence])
-    return output.logits(0, len(output.labels_P))
+    # The teacher writes its next answer into the same memory; without a copy, two answers would always be equal.
+    return output.logits(0, len(output.labels_P)).clone()

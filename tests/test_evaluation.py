@@ -8,7 +8,7 @@ import torch
 
 from kdcache.cache import open_cache
 from kdcache.errors import CacheError, ConfigError, StudentError
-from kdcache.evaluate import evaluate
+from kdcache.evaluation import evaluate
 from tests.tiny import bpe_tokenizer, llama, make_cache, random_sequences
 
 TOKENIZER = bpe_tokenizer()
