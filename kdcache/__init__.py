@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from kdcache.errors import KdcacheError
     from kdcache.evaluation import evaluate
     from kdcache.losses import Objective, ObjectiveConfig
-    from kdcache.viewer import peek
     from kdcache.train import TrainConfig, plan_training, train_student
+    from kdcache.viewer import peek
 
 __version__ = "0.1.0"
 

@@ -12,13 +12,13 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from kdcache import __version__
 from kdcache.cache import Cache
 from kdcache.errors import ConfigError
 from kdcache.students.load import Student
@@ -147,7 +147,7 @@ def _check_same_run(before: Mapping[str, Any], after: Mapping[str, Any], output:
 
 def _versions() -> dict[str, str]:
     return {
-        "kdcache": __version__,
+        "kdcache": version("kdcache"),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
