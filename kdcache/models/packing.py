@@ -1,0 +1,45 @@
+"""Whether a model keeps the documents of a packed window apart.
+
+Nothing forces it to: transformers separates documents where position ids restart, but only in families whose attention
+asks for it. ALiBi models (BLOOM, MPT, Falcon), OPT and recurrent models (Mamba, RWKV) read across the border without a
+word. So it is measured: what the second document gets is compared with the document alone, and with both read as one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcache.tasks import causal_lm
+
+_LENGTH = 12
+
+
+@torch.no_grad()
+def keeps_documents_apart(model: Any, vocab_size: int) -> bool:
+    """Return whether a document in a packed window gets the logits that it gets alone (in eval mode)."""
+    generator = np.random.default_rng(0)
+    both = generator.integers(0, vocab_size, 2 * _LENGTH).astype(np.uint32)
+    segments = np.repeat(np.arange(2, dtype=np.uint16), _LENGTH)
+    training = model.training
+    model.eval()
+    try:
+        alone, packed, joint = (
+            _last_rows(model, *inputs) for inputs in ((both[_LENGTH:], None), (both, segments), (both, None))
+        )
+    finally:
+        model.train(training)
+    # Another batch shape rounds differently, by how much depends on dtype and depth; reading across is far more.
+    return not bool((packed - alone).abs().mean() > 0.25 * (joint - alone).abs().mean())
+
+
+def _last_rows(model: Any, tokens_T: NDArray[np.uint32], segment_ids_T: NDArray[np.uint16] | None) -> Tensor:
+    batch = causal_lm.pad_batch([tokens_T], pad_id=0, segment_ids=None if segment_ids_T is None else [segment_ids_T])
+    device = next(model.parameters()).device
+    inputs = {n: torch.from_numpy(v).to(device) for n, v in batch.items() if n not in ("rows", "labels")}
+    logits: Tensor = model(**inputs, use_cache=False).logits[0, 1 - _LENGTH :]
+    return logits.float()

@@ -1,0 +1,82 @@
+"""What every test shares: one thread, no network, and one tiny teacher with a cache that was dumped from it."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch and the Hugging Face libraries are imported: the tests must not depend on the machine or on a network.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("kdcache", deadline=None, print_blob=True)
+settings.load_profile("kdcache")
+
+#: Documents of many lengths: empty, one token, shorter and longer than a sequence.
+TEXTS = [
+    "the cat sat on the mat",
+    "",
+    "water boils at one hundred degrees and freezes at zero; " * 4,
+    "a",
+    "a student learns from a teacher who has read everything",
+    "she said that the train would leave at seven, not at eight. " * 2,
+    "naïve café, 東京 and ½ of a 🙂",
+    "to be or not to be",
+    "the dog looked at the cat and the cat looked at the dog " * 3,
+    "x y z",
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten documents with a column of metadata."""
+    path = tmp_path_factory.mktemp("corpus") / "texts.jsonl"
+    rows = [{"text": text, "source": f"page {number}"} for number, text in enumerate(TEXTS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with its tokenizer, saved; its head has more rows than the tokenizer has ids."""
+    from tests.tiny import bpe_tokenizer, llama
+
+    path = tmp_path_factory.mktemp("teacher")
+    tokenizer = bpe_tokenizer()
+    tokenizer.save_pretrained(path)
+    llama(len(tokenizer) + 22, seed=1).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def dumped(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, corpus_file: Path) -> Path:
+    """A cache that `dump_teacher` made of both: several shards, exact values, two layers of hidden states."""
+    from kdcache.config import build
+    from kdcache.dump import DumpConfig, dump_teacher
+
+    path = tmp_path_factory.mktemp("dumped") / "cache"
+    settings = {
+        "output": str(path),
+        "teacher": {"model": str(teacher_dir), "device": "cpu"},
+        "corpus": {"paths": [str(corpus_file)]},
+        "sequences": {"max_length": 16},
+        "targets": {"top_k": 6, "codec": "exact"},
+        "hidden_states": {"layers": ["last", 1], "codec": "exact"},
+        "shard_positions": 60,
+        "batch_tokens": 64,
+    }
+    dump_teacher(build(DumpConfig, settings), progress=False)
+    return path
