@@ -93,5 +93,6 @@ def _echo(report: Any, check: Any) -> None:
         f"Teacher over {check.num_sequences} sequences ({check.num_positions:,} positions): "
         f"{weights}, mean KL to the cache "
         f"{check.mean_kl:.2e} nats (allowed {check.allowed_kl:.0e}), gold log-probability off by "
-        f"{check.mean_gold_difference:.2e} on average, top-1 agreement {check.top1_agreement:.4f}."
+        f"{check.mean_gold_difference:.2e} on average (allowed {check.allowed_gold_difference:.0e}), top-1 agreement "
+        f"{check.top1_agreement:.4f}."
     )

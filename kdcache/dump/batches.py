@@ -99,10 +99,16 @@ class BatchRunner:
             targets = self._keep(output.logits, output.labels_P)
         except NonFiniteLogitsError as error:
             raise TeacherError(f"{error}{_place(sequences, error.row)}") from None
-        hidden = {
-            f"hidden-{layer}": self.hidden_codec.encode(hidden_to_numpy(output.hidden[layer])) for layer in self.layers
-        }
+        hidden = {f"hidden-{n}": self._states(f"hidden-{n}", output.hidden[n], sequences) for n in self.layers}
         return targets, hidden
+
+    def _states(self, name: str, states: torch.Tensor, sequences: list[Sequence]) -> NDArray[Any]:
+        states_PD = hidden_to_numpy(states)
+        bad = ~np.isfinite(states_PD).all(axis=1)
+        if bad.any():
+            place = _place(sequences, int(np.argmax(bad)))
+            raise TeacherError(f"the teacher's {name} is NaN or infinite at {bad.sum()} positions of a batch{place}")
+        return self.hidden_codec.encode(states_PD)
 
 
 def _place(sequences: list[Sequence], row: int) -> str:
