@@ -29,18 +29,28 @@ C = TypeVar("C", bound=Config)
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping; raises ``ConfigError`` naming file and line."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read configuration file {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"configuration file {path} is not text; it must be YAML in UTF-8") from None
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+        raise ConfigError(f"{path} is not valid YAML: {_yaml_problem(error)}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a mapping of settings, found {type(data).__name__}")
     return data
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """Return the problem and its place in one line; the library's own text is a drawing of several."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
 
 
 def merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,7 +74,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         try:
             nested: Any = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ConfigError(f"the value of --set {assignment} is not valid YAML: {error}") from None
+            raise ConfigError(f"the value of --set {assignment} is not valid YAML: {_yaml_problem(error)}") from None
         for part in reversed(key.split(".")):
             nested = {part: nested}
         tree = merge(tree, nested)

@@ -91,7 +91,7 @@ def peek(
     for position in positions:
         if not 0 <= position < targets.num_positions:
             raise CacheError(f"sequence {sequence} has no position {position}; it has 0 to {targets.num_positions - 1}")
-    tokenizer = Tokenizer.from_str(cache.tokenizer_json())
+    tokenizer = _load_tokenizer(cache)
     labels = causal_lm.labels([batch.tokens_T])
     chosen = list(positions) or SELECTIONS[select](targets, count).tolist()
     tokens = batch.tokens_T.tolist()
@@ -113,6 +113,14 @@ def peek(
     ]
     text = tokenizer.decode(tokens, skip_special_tokens=False)
     return PeekResult(sequence, cache.metadata(sequence), text, found)
+
+
+def _load_tokenizer(cache: Cache) -> Tokenizer:
+    text = cache.tokenizer_json()
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises plain Exception
+        raise CacheError(f"the tokenizer.json of {cache.folder} cannot be read: {error}") from None
 
 
 def _show(tokenizer: Any, token_id: int) -> str:

@@ -52,10 +52,13 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with its tokenizer, saved; its head has more rows than the tokenizer has ids."""
+    from tokenizers import decoders
+
     from tests.tiny import bpe_tokenizer, llama
 
     path = tmp_path_factory.mktemp("teacher")
     tokenizer = bpe_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save_pretrained(path)
     llama(len(tokenizer) + 22, seed=1).save_pretrained(path)
     return path

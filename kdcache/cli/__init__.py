@@ -1,8 +1,8 @@
 """The command line: thin commands over the library, loaded one by one so that ``--help`` is instant.
 
 A command reads options, calls one function of the library and prints its result; it holds no logic of its own.
-Mistakes of the user (any ``KdcacheError``) print one message and exit with 1; wrong usage exits with 2; an interrupt
-with 130.
+Mistakes of the user (any ``KdcacheError``) and failures of disk or network (``OSError``) print one message and exit
+with 1; wrong usage exits with 2; an interrupt with 130.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        cli(standalone_mode=False)
+        cli(prog_name="kdcache", standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
@@ -87,6 +87,10 @@ def main() -> None:
         # The reader of our output (head, less) has gone; that is no mistake.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:  # a full disk, no permission, a network that went away
+        place = f"{error.filename}: " if error.filename else ""
+        click.echo(f"Error: {place}{error.strerror or error}", err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -56,11 +56,18 @@ def command(cache: str, as_json: bool) -> None:
         ("top-1 accuracy", f"{totals['teacher_top1_accuracy']:.4f}"),
         ("entropy", f"{totals['teacher_entropy']:.4f} nats"),
         ("kept mass", f"{totals['kept_mass']:.4f}"),
-        ("created", f"{manifest.provenance.get('created')} by kdcache {manifest.provenance['versions']['kdcache']}"),
+        ("created", _created(manifest.provenance)),
     ]
     if corpus.metadata_columns:
         rows.insert(6, ("metadata", ", ".join(corpus.metadata_columns)))
     options.echo_rows(rows)
+
+
+def _created(provenance: dict[str, Any]) -> str:
+    # For people only, so a manifest may say anything here, or nothing.
+    versions = provenance.get("versions")
+    version = versions.get("kdcache") if isinstance(versions, dict) else None
+    return f"{provenance.get('created', 'unknown')} by kdcache {version or 'of an unknown version'}"
 
 
 def _settings(values: dict[str, Any]) -> str:

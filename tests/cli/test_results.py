@@ -1,0 +1,205 @@
+"""What the commands print when all is well."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from kdcache.cache import open_cache, verify
+
+
+def parse(outcome) -> dict:
+    assert outcome.code == 0, outcome.err
+    return json.loads(outcome.out)
+
+
+@pytest.fixture
+def options(teacher_dir, corpus_file, tmp_path):
+    return [
+        "dump-teacher",
+        *("--teacher", teacher_dir),
+        *("--corpus", corpus_file),
+        *("--output", tmp_path / "cache"),
+        *("--device", "cpu"),
+        *("--max-length", 16),
+        *("--top-k", 4),
+        *("--set", "shard_positions=60"),
+        "--quiet",
+    ]
+
+
+def test_dump_teacher(run, options, tmp_path):
+    result = parse(run(*options, "--json"))
+    manifest = open_cache(str(tmp_path / "cache")).manifest
+    assert result["output"] == str(tmp_path / "cache")
+    for name in ("num_positions", "num_shards", "num_bytes", "bytes_per_token"):
+        assert result[name] == getattr(manifest, name)
+    assert result["num_positions_written"] == manifest.num_positions
+    assert result["num_shards_written"] == manifest.num_shards > 1
+    assert result["tokens_per_s"] > 0
+    assert manifest.top_k == 4
+    assert manifest.field("targets").codec["name"] == "compact"
+    again = run(*options)
+    assert again.code == 0
+    assert "is complete already; nothing was written" in again.out
+
+
+def test_dump_teacher_for_people(run, options):
+    outcome = run(*options)
+    assert outcome.code == 0
+    assert "bytes/token" in outcome.out
+    assert "Of 10 documents 1 were empty and 1 had a single token" in outcome.out
+    assert outcome.err == ""
+
+
+def test_progress_goes_to_standard_error(run, options):
+    outcome = run(*[option for option in options if option != "--quiet"], "--json")
+    json.loads(outcome.out)
+    assert "teacher" in outcome.err
+    assert "tok/s" in outcome.err
+
+
+def test_every_option_of_dump_teacher_reaches_the_cache(run, options, tmp_path):
+    more = ["--hidden-states", "last,1", "--hidden-codec", "fp16", "--codec", "exact", "--pack", "--dtype", "bfloat16"]
+    parse(run(*options, *more, "--limit-documents", 5, "--task", "causal-lm", "--batch-tokens", 50, "--json"))
+    manifest = open_cache(str(tmp_path / "cache")).manifest
+    assert manifest.hidden_layers == ("hidden-1", "hidden-2")
+    assert manifest.field("hidden-1").codec == {"name": "fp16"}
+    assert manifest.field("targets").codec["name"] == "exact"
+    assert manifest.sequences["packing"] == "window"
+    assert manifest.sequences["max_length"] == 16
+    assert manifest.corpus.num_documents == 5
+    assert manifest.teacher.dtype == "bfloat16"
+    assert verify(str(tmp_path / "cache"), deep=True).problems == []
+
+
+def test_settings_from_a_file_options_and_set(run, tmp_path, teacher_dir, corpus_file):
+    file = tmp_path / "dump.yaml"
+    file.write_text(
+        f"teacher: {{model: {teacher_dir}, device: cpu}}\ncorpus: {{paths: [{corpus_file}]}}\noutput: nowhere\n"
+        "targets: {top_k: 3, codec: exact}\nsequences: {max_length: 8}\n"
+    )
+    output = tmp_path / "cache"
+    more = ["--output", output, "--top-k", 5, "--set", "targets.top_k=7", "--set", "targets.codec={name: compact}"]
+    parse(run("dump-teacher", "--config", file, *more, "--quiet", "--json"))
+    manifest = open_cache(str(output)).manifest
+    assert manifest.top_k == 7  # --set over options over the file
+    assert manifest.sequences["max_length"] == 8
+    assert manifest.field("targets").codec["name"] == "compact"
+
+
+def test_a_dry_run(run, options, tmp_path):
+    result = parse(run(*options, "--dry-run", "--json"))
+    assert not (tmp_path / "cache").exists()
+    assert result["num_documents"] == 10
+    assert result["num_shards_committed"] == 0
+    assert {"bytes_per_token", "total_bytes", "tokens_per_s", "eta_s", "kept_mass", "teacher_loss"} < set(result)
+    people = run(*options, "--dry-run")
+    assert "Nothing was written" in people.out
+    assert f"{result['num_positions']:,}" in people.out
+
+
+def test_inspect(run, dumped):
+    result = parse(run("inspect", dumped, "--json"))
+    cache = open_cache(str(dumped))
+    assert result["fingerprint"] == cache.fingerprint
+    assert result["totals"]["num_bytes"] == cache.manifest.num_bytes
+    assert result["teacher"]["architecture"] == "LlamaForCausalLM"
+    assert [field["name"] for field in result["fields"]] == ["targets", "hidden-1", "hidden-2"]
+    people = run("inspect", dumped).out
+    for word in (cache.fingerprint, "LlamaForCausalLM", "top 6", "hidden-2", "kept mass", "source"):
+        assert word in people
+
+
+def test_inspect_a_manifest_that_says_nothing_about_its_making(run, dumped, tmp_path):
+    manifest = json.loads((dumped / "manifest.json").read_text())
+    for provenance in ({}, {"versions": "old"}, {"created": None, "versions": {}}):
+        (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "provenance": provenance}))
+        assert run("inspect", tmp_path).code == 0
+
+
+def test_verify(run, dumped):
+    result = parse(run("verify", dumped, "--deep", "--quiet", "--json"))
+    assert result == {
+        "path": str(dumped),
+        "ok": True,
+        "deep": True,
+        "num_objects": result["num_objects"],
+        "num_bytes": open_cache(str(dumped)).manifest.num_bytes,
+        "problems": [],
+        "teacher": None,
+    }
+    assert "every byte is as written" in run("verify", dumped).out
+    assert "bytes and content are as written" in run("verify", dumped, "--deep").out
+
+
+def test_verify_against_the_teacher(run, dumped, teacher_dir):
+    options = ["verify", dumped, "--against-teacher", 3, "--teacher", teacher_dir, "--device", "cpu", "--quiet"]
+    result = parse(run(*options, "--json"))
+    assert result["ok"]
+    assert result["teacher"]["ok"]
+    assert result["teacher"]["num_sequences"] == 3
+    assert result["teacher"]["same_weights"]
+    assert "same weights" in run(*options).out
+
+
+def test_verify_says_what_is_wrong_and_fails(run, dumped, tmp_path):
+    copy = shutil.copytree(dumped, tmp_path / "copy")
+    [name] = [path.relative_to(copy) for path in (copy / "fields" / "hidden-1").glob("000001-*")]
+    damaged = bytearray((copy / name).read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (copy / name).write_bytes(damaged)
+    outcome = run("verify", copy, "--quiet")
+    assert outcome.code == 1
+    assert f"PROBLEM shard 1, field hidden-1: file {name} is damaged" in outcome.out
+    assert "1 problems in" in outcome.out
+    result = run("verify", copy, "--json", "--quiet")
+    assert result.code == 1
+    assert json.loads(result.out)["ok"] is False
+    assert len(json.loads(result.out)["problems"]) == 1
+
+
+def test_peek(run, dumped):
+    result = parse(run("peek", dumped, "--sequence", 2, "--at", "0,3", "--top", 3, "--json"))
+    batch = open_cache(str(dumped)).read([2])
+    assert [position["position"] for position in result["positions"]] == [0, 3]
+    for position in result["positions"]:
+        row = position["position"]
+        assert [choice["id"] for choice in position["top"]] == batch.targets.ids_PK[row, :3].tolist()
+        assert position["gold"]["id"] == batch.tokens_T[row + 1]
+        assert position["gold"]["probability"] == pytest.approx(np.exp(batch.targets.gold_logprob_P[row]))
+        assert position["tail"] == pytest.approx(np.exp(batch.targets.log_tail_P[row]))
+        assert position["entropy"] == pytest.approx(batch.targets.entropy_P[row])
+    assert result["metadata"]["source"].startswith("page ")
+    assert result["text"]
+
+
+@pytest.mark.parametrize("select", ["spread", "entropy", "loss"])
+def test_peek_selects_positions(run, dumped, select):
+    result = parse(run("peek", dumped, "--sequence", 2, "--select", select, "--count", 4, "--json"))
+    chosen = [position["position"] for position in result["positions"]]
+    assert len(chosen) == 4
+    assert chosen == sorted(chosen)
+    targets = open_cache(str(dumped)).read([2]).targets
+    values = {"entropy": -targets.entropy_P, "loss": targets.gold_logprob_P}.get(select)
+    if values is None:
+        assert (chosen[0], chosen[-1]) == (0, targets.num_positions - 1)
+    else:
+        assert values[chosen].max() <= np.delete(values, chosen).min()
+
+
+def test_peek_for_people(run, dumped):
+    outcome = run("peek", dumped, "--sequence", 0, "--count", 3)
+    assert outcome.code == 0
+    assert "the cat sat on the mat" in outcome.out
+    assert outcome.out.count("position ") >= 3
+    assert "* " in outcome.out
+    assert "tail" in outcome.out
+
+
+def test_every_sequence_can_be_shown(run, dumped):
+    for index in range(len(open_cache(str(dumped)))):  # also pieces of characters and emoji
+        assert run("peek", dumped, "--sequence", index).code == 0
