@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from kdcache.cache import CacheWriter, Folder, ShardData, layout, token_arrays
 from kdcache.codecs import topk_codec
-from kdcache.schema import CorpusRecord, FieldRecord, Plan, Targets, TeacherRecord, TokenizerRecord, token_hash
+from kdcache.schema import FieldRecord, Plan, Targets, token_hash
+from tests.synthetic import corpus_record, teacher_record, tokenizer_record
 
 
 def make_targets(generator: np.random.Generator, num_positions: int, top_k: int, vocab_size: int) -> Targets:
@@ -49,26 +50,9 @@ def write_cache(
     table = pa.table({"sequence": np.arange(num_sequences), "shard": np.arange(num_sequences) // per_shard})
     plan = Plan(
         task="causal-lm",
-        teacher=TeacherRecord(
-            name="synthetic",
-            architecture="none",
-            weights_sha256="0" * 64,
-            dtype="float32",
-            num_parameters=0,
-            num_layers=0,
-            hidden_size=0,
-            vocab_size=vocab_size,
-        ),
-        tokenizer=TokenizerRecord(sha256="0" * 64, vocab_size=vocab_size, bos_id=None, eos_id=None, pad_id=None),
-        corpus=CorpusRecord(
-            sources=("synthetic",),
-            text_field="text",
-            fingerprint="0" * 64,
-            num_documents=num_sequences,
-            num_empty=0,
-            num_too_short=0,
-            metadata_columns=(),
-        ),
+        teacher=teacher_record(vocab_size),
+        tokenizer=tokenizer_record(vocab_size),
+        corpus=corpus_record(num_sequences),
         sequences={"max_length": length},
         fields=(field,),
         num_sequences=num_sequences,
