@@ -14,7 +14,7 @@ NAMES = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main()
 
 def options_of(name: str, teacher_dir: Path) -> list[str]:
     options = {
-        "dump": f"--teacher {teacher_dir} --dtype float32 --positions 200 --rounds 1 --max-length 32 --batch-tokens 128",
+        "dump": f"--teacher {teacher_dir} --dtype float32 --positions 200 --rounds 1 --max-length 32",
         "reader": "--positions 600 --length 50 --vocab-size 500 --rounds 1 --shard-positions 200",
     }
     return [*options[name].split(), "--top-k", "4"]
