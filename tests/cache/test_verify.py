@@ -62,7 +62,7 @@ def scratch(sound, tmp_path_factory):
     return Path(shutil.copytree(sound, tmp_path_factory.mktemp("scratch") / "copy"))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_flipped_bit_of_any_file_is_found_and_named(scratch, data):
     for name in files_of(scratch):
@@ -86,7 +86,7 @@ def test_every_single_bit_of_a_record_counts(scratch, name):
     path = scratch / name
     original = path.read_bytes()
     # All bits of some bytes from everywhere: white space, keys, numbers, hashes.
-    for byte in np.linspace(0, len(original) - 1, 60).astype(int).tolist():
+    for byte in np.linspace(0, len(original) - 1, 25).astype(int).tolist():
         for bit in range(8):
             damaged = bytearray(original)
             damaged[byte] ^= 1 << bit
@@ -122,10 +122,9 @@ def test_a_file_that_is_not_as_it_was(copy, index, kind):
         with pytest.raises(IncompleteCacheError, match="3 of 3 shards are written"):
             verify(str(copy))
         return
-    for deep in (False, True):
-        found = problems_of(copy, deep=deep)
-        for word in place:
-            assert word in found
+    found = problems_of(copy, deep=kind == "cut short")
+    for word in place:
+        assert word in found
 
 
 def test_all_damage_is_listed_in_one_run(copy):

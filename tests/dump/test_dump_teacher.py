@@ -96,7 +96,7 @@ def test_targets_and_states_of_every_family(tmp_path, corpus_file, family, packi
     assert verify(config.output, deep=True).problems == []
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 16, 100, 100_000])
+@pytest.mark.parametrize("batch_tokens", [1, 100, 100_000])
 def test_any_batch_size_gives_the_same_targets(tmp_path, corpus_file, teacher_dir, batch_tokens):
     dump_teacher(config_for(teacher_dir, corpus_file, tmp_path, batch_tokens=batch_tokens), progress=False)
     check_cache(tmp_path, teacher_dir)
@@ -139,8 +139,16 @@ def again(cache: Path, teacher_dir: Path, count: int = 5) -> TeacherCheck:
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("codec", [*TOPK_CODECS, {"name": "compact", "grid": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("codec", "dtype"),
+    [
+        *((name, "float32") for name in TOPK_CODECS),
+        ({"name": "compact", "grid": 2}, "float32"),
+        ("exact", "bfloat16"),
+        ("exact", "float16"),
+    ],
+    ids=str,
+)
 def test_the_same_teacher_says_the_same_again(tmp_path, corpus_file, teacher_dir, codec, dtype):
     changes = {"targets": {"top_k": 16, "codec": codec}, "teacher": {"model": str(teacher_dir), "dtype": dtype}}
     dump_teacher(config_for(teacher_dir, corpus_file, tmp_path, **changes), progress=False)
