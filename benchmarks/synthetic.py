@@ -59,6 +59,7 @@ def write_cache(
         num_positions=num_sequences * length,
         num_tokens=num_sequences * (length + 1),
         num_shards=num_shards,
+        shard_positions=1,
         table_sha256=layout.sha256(layout.table_to_parquet(table)),
         provenance={},
     )

@@ -232,6 +232,8 @@ class Plan(Config):
     num_positions: int
     num_tokens: int
     num_shards: int
+    shard_positions: int
+    """Positions after which a shard is closed, from which everyone derives the same shards."""
     table_sha256: str
     """Hash of plan.parquet."""
     provenance: dict[str, Any]

@@ -104,6 +104,7 @@ class SyntheticCache:
             "num_positions": int(self.lengths.sum()),
             "num_tokens": int((self.lengths + 1).sum()),
             "num_shards": len(self.starts) - 1,
+            "shard_positions": 1,
             "table_sha256": sha256(table_to_parquet(self.table())),
             "provenance": {"created": "2024-01-01", "versions": {"kdcache": "0.1.0"}},
         }

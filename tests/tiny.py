@@ -137,6 +137,7 @@ def make_cache(
         num_positions=int(lengths.sum()),
         num_tokens=int((lengths + 1).sum()),
         num_shards=num_shards,
+        shard_positions=1,
         table_sha256="0" * 64,
         provenance={},
     )

@@ -58,7 +58,7 @@ class Folder:
         """Sorted names (relative to the folder) of what lies directly in ``directory``; empty if there is none."""
         try:
             found = self._fs.ls(self._path(directory), detail=False)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(str(path).rstrip("/").removeprefix(self.root).lstrip("/") for path in found)
 

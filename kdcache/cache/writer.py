@@ -79,6 +79,7 @@ class CacheWriter:
         if local is not None:
             if local.exists() and not local.is_dir():
                 raise CacheError(f"output {local} is a file; give a directory")
+            _refuse_foreign(self.folder)  # before the lock: nothing is written into what is not ours
             try:
                 local.mkdir(parents=True, exist_ok=True)
                 self._lock = FileLock(local / LOCK)
@@ -105,7 +106,7 @@ class CacheWriter:
             self._start(plan, table, tokenizer_files)
             existing = plan
         else:
-            _check_same_plan(existing, plan, self.folder)
+            check_same_plan(existing, plan, self.folder)
         self.plan = existing
         committed = self._committed()
         missing = [shard for shard in range(existing.num_shards) if shard not in committed]
@@ -115,12 +116,7 @@ class CacheWriter:
         return missing
 
     def _start(self, plan: Plan, table: pa.Table, tokenizer_files: Mapping[str, bytes]) -> None:
-        ours = {layout.PLAN_TABLE, layout.TOKENIZER, LOCK}
-        strange = [n for n in self.folder.names() if n not in ours and not n.endswith(TEMPORARY)]
-        if strange:
-            raise CacheError(
-                f"output {self.folder} is not empty and holds no cache (found {strange[0]}); choose another directory"
-            )
+        _refuse_foreign(self.folder)
         for name, data in tokenizer_files.items():
             self.folder.write(f"{layout.TOKENIZER}/{name}", data)
         self.folder.write(layout.PLAN_TABLE, layout.table_to_parquet(table))
@@ -211,9 +207,27 @@ def finalise(folder: Folder) -> Manifest:
     return manifest
 
 
-def _check_same_plan(existing: Plan, wanted: Plan, folder: Folder) -> None:
+def _refuse_foreign(folder: Folder) -> None:
+    """Raise ``CacheError`` when ``folder`` holds something that is not the beginning of a cache."""
+    if folder.exists(layout.PLAN):
+        return
+    ours = {layout.PLAN_TABLE, layout.TOKENIZER, LOCK}
+    strange = [name for name in folder.names() if name not in ours and not name.endswith(TEMPORARY)]
+    if strange:
+        raise CacheError(
+            f"output {folder} is not empty and holds no cache (found {strange[0]}); choose another directory"
+        )
+
+
+def check_same_plan(existing: Plan, wanted: Plan, folder: Folder) -> None:
+    """Raise ``CacheError`` saying what differs when ``folder`` holds a cache that is not the ``wanted`` one."""
     # Names and paths may change while the content stays; content is what the hashes beside them compare.
-    unimportant: Any = {"provenance": True, "teacher": {"name", "revision"}, "corpus": {"sources"}}
+    unimportant: Any = {
+        "provenance": True,
+        "table_sha256": True,  # the bytes of a Parquet file change with the library that writes it
+        "teacher": {"name", "revision"},
+        "corpus": {"sources"},
+    }
     before, after = (p.model_dump(mode="json", exclude=unimportant) for p in (existing, wanted))
     if before == after:
         return

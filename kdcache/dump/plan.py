@@ -90,6 +90,7 @@ def make_plan(
         num_positions=sequences.num_positions,
         num_tokens=sequences.num_tokens,
         num_shards=len(starts) - 1,
+        shard_positions=size,
         table_sha256=layout.sha256(layout.table_to_parquet(table)),
         provenance=_provenance(config),
     )

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache import CacheWriter, Folder, ShardData
+from kdcache.cache import CacheWriter, Folder, ShardData, layout
 from kdcache.cache.shard_file import pack
+from kdcache.cache.writer import check_same_plan
 from kdcache.codecs import hidden_codec, topk_codec
 from kdcache.corpus import Corpus, SequencePlan, load_corpus, plan_sequences
 from kdcache.dump.batches import BatchRunner, ShardRows, Teacher, batches_by_length
@@ -146,9 +147,13 @@ def dump(
 
 
 def estimate_dump(config: DumpConfig, *, progress: bool = True) -> DumpEstimate:
-    """Plan the dump of ``config`` and time the teacher on a few batches; writes nothing."""
+    """Plan the dump of ``config`` and time the teacher on a few batches; writes nothing.
+
+    Raises what `dump_teacher` raises, also when the output holds another cache.
+    """
     parts = _load(config, progress)
     plan, sequences = parts.plan, parts.sequences
+    committed = _committed(config.output, plan)
     runner = _runner(parts.teacher, plan, parts.layers)
     chosen = _pilot_sequences(sequences)
     warm = chosen[: max(1, len(chosen) // 4)]
@@ -158,7 +163,6 @@ def estimate_dump(config: DumpConfig, *, progress: bool = True) -> DumpEstimate:
     elapsed = time.perf_counter() - began
     count = rows.targets.num_positions
     num_bytes = _encoded_bytes(rows, picked, plan)
-    committed = _committed(config.output)
     left = plan.num_positions * (1 - committed / max(plan.num_shards, 1))
     return DumpEstimate(
         output=config.output,
@@ -258,12 +262,14 @@ def _encoded_bytes(rows: ShardRows, picked: list[Any], plan: Plan) -> int:
     return size + sum(len(pack({"states": states})) for states in rows.hidden.values())
 
 
-def _committed(output: str) -> int:
-    from kdcache.cache import layout
-
+def _committed(output: str, wanted: Plan) -> int:
+    """Return how many shards of the ``wanted`` cache exist; raises ``CacheError`` when ``output`` holds another."""
     folder = Folder(output)
     plan = layout.read_plan(folder)
-    return sum(folder.exists(layout.commit_name(s)) for s in range(plan.num_shards)) if plan else 0
+    if plan is None:
+        return 0
+    check_same_plan(plan, wanted, folder)
+    return sum(folder.exists(layout.commit_name(s)) for s in range(plan.num_shards))
 
 
 def _show_bytes(meter: Any, written: list[ShardRecord]) -> None:

@@ -11,7 +11,6 @@ How a model is found and what goes wrong with it is the same for teachers: see `
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from kdcache.errors import CacheError, StudentError
 from kdcache.models.lm_head import LMHead, split_model
 from kdcache.models.loading import load_causal_lm, load_tokenizer, parse_dtype
+from kdcache.models.packing import keeps_documents_apart
 from kdcache.models.tokenizer import describe_difference
 from kdcache.schema import Manifest
 from kdcache.students.config import StudentConfig
@@ -151,10 +151,10 @@ def own_tokenizer(name: str, revision: str | None = None) -> Any | None:
 
 def _check_packing(model: Any, manifest: Manifest, name: str) -> None:
     packed = any(array.name == "segment_ids" for field in manifest.fields for array in field.arrays)
-    if packed and "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+    if packed and not keeps_documents_apart(model, manifest.tokenizer.vocab_size):
         raise StudentError(
-            f"student {name} ({type(model).__name__}) takes no position ids, so it cannot keep the packed documents of "
-            "this cache apart; choose another architecture or a cache without packing"
+            f"student {name} ({type(model).__name__}) reads across the packed documents of this cache, which its "
+            "teacher kept apart; choose another architecture or a cache without packing"
         )
 
 
