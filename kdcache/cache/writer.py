@@ -277,8 +277,8 @@ def _per_sequence_sum(values_P: NDArray[Any], data: ShardData) -> NDArray[np.flo
 
 def _with_statistics(data: ShardData) -> pa.Table:
     """Return the per-sequence table with the teacher's mean loss, entropy and kept mass: what curricula sort by."""
-    mask_P = data.loss_mask_P.astype(np.float64)
-    count_N = _per_sequence_sum(mask_P, data)
+    counts_P = data.loss_mask_P.astype(bool)
+    count_N = _per_sequence_sum(counts_P, data)
     table = data.table
     columns = {
         "teacher_loss": -data.targets.gold_logprob_P,
@@ -287,7 +287,7 @@ def _with_statistics(data: ShardData) -> pa.Table:
     }
     table = table.append_column("num_targets", pa.array(count_N.astype(np.int64)))
     for name, values_P in columns.items():
-        mean_N = _per_sequence_sum(values_P * mask_P, data) / np.maximum(count_N, 1)
+        mean_N = _per_sequence_sum(np.where(counts_P, values_P, 0), data) / np.maximum(count_N, 1)
         table = table.append_column(name, pa.array(mean_N.astype(np.float32)))
     return table
 

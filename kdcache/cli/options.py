@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -32,7 +33,15 @@ def config_options(function: F) -> F:
 
 def quiet_option(function: F) -> F:
     """Add ``--quiet``."""
-    return click.option("-q", "--quiet", is_flag=True, help="No progress bars.")(function)
+    return click.option("-q", "--quiet", is_flag=True, callback=_silence, help="No progress bars.")(function)
+
+
+def _silence(ctx: click.Context, parameter: click.Parameter, quiet: bool) -> bool:
+    # Libraries draw bars of their own (the GGUF loader does). tqdm reads this when it is first imported, and nothing
+    # that is loaded before a command runs imports it.
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"
+    return quiet
 
 
 def json_option(function: F) -> F:
