@@ -6,12 +6,12 @@ norm and overflow float16 in some models, which `Fp16HiddenCodec` therefore refu
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.codecs.bfloat16 import from_bfloat16, to_bfloat16
+from kdcache.codecs.floats import BF16, FP16, FP32, FloatFormat
 from kdcache.config import Config
 from kdcache.errors import TeacherError
 from kdcache.schema import ArrayRecord
@@ -21,52 +21,36 @@ FP16_LIMIT = 6e4
 
 
 class HiddenCodec(Config):
-    """Base: one array called ``states``."""
+    """Base: one array called ``states`` in the float format of the subclass."""
 
     name: str
-
-    @property
-    def dtype(self) -> str:
-        """Dtype of the stored array."""
-        raise NotImplementedError
+    _format: ClassVar[FloatFormat]
 
     def encode(self, states_PD: NDArray[np.float32]) -> NDArray[Any]:
         """Encode P rows."""
-        raise NotImplementedError
+        return self._format.pack(states_PD)
 
     def decode(self, stored_PD: NDArray[Any]) -> NDArray[np.float32]:
         """Decode rows to float32."""
-        raise NotImplementedError
+        return self._format.unpack(stored_PD)
 
     def arrays(self, width: int) -> tuple[ArrayRecord, ...]:
         """Describe the stored array."""
-        return (ArrayRecord(name="states", dtype=self.dtype, rows="positions", shape=(width,)),)
+        return (ArrayRecord(name="states", dtype=self._format.dtype, rows="positions", shape=(width,)),)
 
 
 class Bf16HiddenCodec(HiddenCodec):
     """Bfloat16, stored as 16 bits each."""
 
     name: Literal["bf16"] = "bf16"
-
-    @property
-    def dtype(self) -> str:
-        return "uint16"
-
-    def encode(self, states_PD: NDArray[np.float32]) -> NDArray[Any]:
-        return to_bfloat16(states_PD)
-
-    def decode(self, stored_PD: NDArray[Any]) -> NDArray[np.float32]:
-        return from_bfloat16(stored_PD)
+    _format = BF16
 
 
 class Fp16HiddenCodec(HiddenCodec):
     """Float16; refuses magnitudes above 6e4."""
 
     name: Literal["fp16"] = "fp16"
-
-    @property
-    def dtype(self) -> str:
-        return "float16"
+    _format = FP16
 
     def encode(self, states_PD: NDArray[np.float32]) -> NDArray[Any]:
         largest = float(np.abs(states_PD).max(initial=0.0))
@@ -74,26 +58,14 @@ class Fp16HiddenCodec(HiddenCodec):
             raise TeacherError(
                 f"a hidden state reaches {largest:.3g}, float16 holds {FP16_LIMIT:.0f} at most; use the bf16 codec"
             )
-        return states_PD.astype(np.float16)
-
-    def decode(self, stored_PD: NDArray[Any]) -> NDArray[np.float32]:
-        return stored_PD.astype(np.float32)
+        return super().encode(states_PD)
 
 
 class ExactHiddenCodec(HiddenCodec):
     """Float32 as it came."""
 
     name: Literal["exact"] = "exact"
-
-    @property
-    def dtype(self) -> str:
-        return "float32"
-
-    def encode(self, states_PD: NDArray[np.float32]) -> NDArray[Any]:
-        return states_PD.astype(np.float32)
-
-    def decode(self, stored_PD: NDArray[Any]) -> NDArray[np.float32]:
-        return stored_PD.astype(np.float32)
+    _format = FP32
 
 
 #: Every codec of hidden states by its name on the command line.

@@ -19,13 +19,13 @@ exact   float32, every scalar float32                         proofs: decodes to
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from kdcache.codecs.bfloat16 import from_bfloat16, to_bfloat16
+from kdcache.codecs.floats import BF16, FP16, FP32, FloatFormat
 from kdcache.config import Config
 from kdcache.errors import CorruptCacheError
 from kdcache.schema import ArrayRecord, Targets
@@ -140,62 +140,36 @@ def _rank_by_frequency(ids_PK: NDArray[Any], vocab_size: int) -> tuple[NDArray[A
 
 
 class _LogprobCodec(TopKCodec):
-    """Base of the codecs that store ids as they are and one log-probability each."""
+    """Base of the codecs that store ids as they are and one log-probability each, in the subclass's float format."""
+
+    _format: ClassVar[FloatFormat]
 
     def _encode_head(self, targets: Targets, vocab_size: int) -> dict[str, NDArray[Any]]:
         ids_PK = targets.ids_PK.astype(id_dtype(vocab_size))
-        return {"topk_ids": ids_PK, "topk_logprobs": self._pack(targets.logprobs_PK)}
+        return {"topk_ids": ids_PK, "topk_logprobs": self._format.pack(targets.logprobs_PK)}
 
     def _decode_head(self, arrays: Arrays) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        return arrays["topk_ids"], self._unpack(arrays["topk_logprobs"])
+        return arrays["topk_ids"], self._format.unpack(arrays["topk_logprobs"])
 
     def _head_arrays(self, top_k: int, vocab_size: int) -> tuple[ArrayRecord, ...]:
         return (
             ArrayRecord(name="topk_ids", dtype=id_dtype(vocab_size), rows="positions", shape=(top_k,)),
-            ArrayRecord(name="topk_logprobs", dtype=self._packed_dtype, rows="positions", shape=(top_k,)),
+            ArrayRecord(name="topk_logprobs", dtype=self._format.dtype, rows="positions", shape=(top_k,)),
         )
-
-    @property
-    def _packed_dtype(self) -> str:
-        raise NotImplementedError
-
-    def _pack(self, logprobs_PK: NDArray[np.float32]) -> NDArray[Any]:
-        raise NotImplementedError
-
-    def _unpack(self, packed_PK: NDArray[Any]) -> NDArray[np.float32]:
-        raise NotImplementedError
 
 
 class Fp16Codec(_LogprobCodec):
     """Float16 log-probabilities."""
 
     name: Literal["fp16"] = "fp16"
-
-    @property
-    def _packed_dtype(self) -> str:
-        return "float16"
-
-    def _pack(self, logprobs_PK: NDArray[np.float32]) -> NDArray[Any]:
-        return np.maximum(logprobs_PK, np.float32(_FLOOR)).astype(np.float16)
-
-    def _unpack(self, packed_PK: NDArray[Any]) -> NDArray[np.float32]:
-        return packed_PK.astype(np.float32)
+    _format = FP16
 
 
 class Bf16Codec(_LogprobCodec):
-    """Bfloat16 log-probabilities, stored as the 16 bits of each (Zarr v3 has no bfloat16 of its own)."""
+    """Bfloat16 log-probabilities, stored as the 16 bits of each."""
 
     name: Literal["bf16"] = "bf16"
-
-    @property
-    def _packed_dtype(self) -> str:
-        return "uint16"
-
-    def _pack(self, logprobs_PK: NDArray[np.float32]) -> NDArray[Any]:
-        return to_bfloat16(logprobs_PK)
-
-    def _unpack(self, packed_PK: NDArray[Any]) -> NDArray[np.float32]:
-        return from_bfloat16(packed_PK)
+    _format = BF16
 
 
 class ExactCodec(_LogprobCodec):
@@ -203,16 +177,7 @@ class ExactCodec(_LogprobCodec):
 
     name: Literal["exact"] = "exact"
     scalar_dtype: Literal["float16", "float32"] = "float32"
-
-    @property
-    def _packed_dtype(self) -> str:
-        return "float32"
-
-    def _pack(self, logprobs_PK: NDArray[np.float32]) -> NDArray[Any]:
-        return logprobs_PK.astype(np.float32)
-
-    def _unpack(self, packed_PK: NDArray[Any]) -> NDArray[np.float32]:
-        return packed_PK.astype(np.float32)
+    _format = FP32
 
     def _normalise(self, head_PK: NDArray[np.float32], log_tail_P: NDArray[np.float32]) -> NDArray[np.float32]:
         return head_PK

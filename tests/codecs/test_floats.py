@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.codecs.bfloat16 import from_bfloat16, to_bfloat16
+from kdcache.codecs.floats import from_bfloat16, to_bfloat16
 
 
 def of_torch(values: np.ndarray) -> np.ndarray:

@@ -1,7 +1,12 @@
-"""Bfloat16 in numpy, which has no such type: the upper 16 bits of a float32, rounded to nearest even."""
+"""Ways to store float32 numbers: as they are, in half precision, and in bfloat16, which neither numpy nor Zarr v3 has.
+
+A bfloat16 is the upper 16 bits of a float32, rounded to nearest even, and is stored as those bits.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,3 +28,21 @@ def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
 def from_bfloat16(bits: NDArray[Any]) -> NDArray[np.float32]:
     """Return the float32 values of bfloat16 ``bits``."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _to(dtype: str) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    return lambda values: values.astype(dtype)
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """A dtype of stored arrays, and the way there from float32 and back."""
+
+    dtype: str
+    pack: Callable[[NDArray[np.float32]], NDArray[Any]]
+    unpack: Callable[[NDArray[Any]], NDArray[np.float32]]
+
+
+BF16 = FloatFormat("uint16", to_bfloat16, from_bfloat16)
+FP16 = FloatFormat("float16", _to("float16"), _to("float32"))
+FP32 = FloatFormat("float32", _to("float32"), _to("float32"))
