@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,10 @@ from kdcache.models.tokenizer import TextEncoder, tokenizer_files, tokenizer_rec
 from kdcache.tasks import causal_lm
 from kdcache.teachers import TeacherConfig, load_teacher
 from kdcache.teachers.keep import TopKeeper
+
+
+#: A dump overlaps writing one shard with the teacher's work on the next, so there must be several.
+_SHARDS = 4
 
 
 def main() -> None:
@@ -56,7 +61,7 @@ def run(options, directory: Path) -> None:
         corpus=CorpusConfig(paths=(str(corpus_path),)),
         sequences=SequenceConfig(max_length=options.max_length),
         targets=TargetsConfig(top_k=options.top_k, codec=options.codec),
-        shard_positions=options.positions,
+        shard_positions=max(1, options.positions // _SHARDS),
     )
     tokenizer = load_tokenizer(options.teacher)
     record = tokenizer_record(tokenizer)
@@ -64,17 +69,20 @@ def run(options, directory: Path) -> None:
     sequences = plan_sequences(corpus, TextEncoder(tokenizer), config.sequences)
     teacher = load_teacher(config.teacher, record.vocab_size)
     plan, table, starts = make_plan(config, corpus, sequences, teacher.record, record, [])
-    first = range(int(starts[0]), int(starts[1]))
-    lengths = sequences.lengths_N[first.start : first.stop]
-    members = [sequences.sequence(index) for index in first]
-    batches = [[members[n] for n in group] for group in batches_by_length(lengths, options.batch_tokens)]
-    num_positions = int(lengths.sum())
-    one_shard = plan.model_copy(
+    num_shards = min(_SHARDS, plan.num_shards)
+    num_sequences = int(starts[num_shards])
+    num_positions = int(sequences.lengths_N[:num_sequences].sum())
+    batches = [
+        [sequences.sequence(begin + n) for n in group]
+        for begin, end in pairwise(starts[: num_shards + 1].tolist())
+        for group in batches_by_length(sequences.lengths_N[begin:end], options.batch_tokens)
+    ]
+    part = plan.model_copy(
         update={
-            "num_shards": 1,
-            "num_sequences": len(first),
+            "num_shards": num_shards,
+            "num_sequences": num_sequences,
             "num_positions": num_positions,
-            "num_tokens": num_positions + len(first),
+            "num_tokens": num_positions + num_sequences,
         }
     )
     inputs = [model_inputs(batch, teacher.device) for batch in batches]
@@ -105,7 +113,7 @@ def run(options, directory: Path) -> None:
             dump(
                 sequences,
                 teacher,
-                one_shard,
+                part,
                 writer,
                 table=table,
                 starts=starts,

@@ -117,6 +117,8 @@ class CacheWriter:
 
     def _start(self, plan: Plan, table: pa.Table, tokenizer_files: Mapping[str, bytes]) -> None:
         _refuse_foreign(self.folder)
+        for name in self.folder.names(layout.TOKENIZER):  # of a start that was killed, perhaps with another teacher
+            self.folder.remove(name)
         for name, data in tokenizer_files.items():
             self.folder.write(f"{layout.TOKENIZER}/{name}", data)
         self.folder.write(layout.PLAN_TABLE, layout.table_to_parquet(table))
