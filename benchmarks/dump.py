@@ -30,7 +30,6 @@ from kdcache.tasks import causal_lm
 from kdcache.teachers import TeacherConfig, load_teacher
 from kdcache.teachers.keep import TopKeeper
 
-
 #: A dump overlaps writing one shard with the teacher's work on the next, so there must be several.
 _SHARDS = 4
 
