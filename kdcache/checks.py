@@ -17,10 +17,10 @@ from kdcache.teachers import TeacherConfig, keep_top_k, load_teacher
 #: Mean KL (nats) allowed between the teacher run again and the cache: what the codec costs at most, plus what another
 #: batch shape changes in the teacher's own arithmetic.
 _CODEC_SLACK = {"compact": 5e-4, "fp16": 1e-4, "bf16": 5e-4, "exact": 1e-6}
-_DTYPE_SLACK = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-3}
+_DTYPE_SLACK = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-3, "float64": 1e-5}
 #: Mean difference (nats) allowed of the gold token's log-probability. It is what finds rows of another position or
 #: another text: their few kept ids are mostly disjoint, and a KL over shared ids and one bucket then says little.
-_GOLD_SLACK = {"float32": 0.01, "bfloat16": 0.1, "float16": 0.02}
+_GOLD_SLACK = {"float32": 0.01, "bfloat16": 0.1, "float16": 0.02, "float64": 0.01}
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ from kdcache.codecs import HiddenCodec, TopKCodec, hidden_codec, topk_codec
 from kdcache.errors import CacheError, ConfigError, CorruptCacheError
 from kdcache.schema import FieldRecord, Manifest, SequenceBatch, ShardRecord, Targets
 
+#: Encoded shards that stay in memory take at most this much together (but one always stays).
+_OPEN_BYTES = 2 << 30
+
 
 @dataclass
 class ShardArrays:
@@ -156,9 +159,12 @@ class Cache:
         arrays = load_shard(self.folder, self.manifest, self.manifest.shards[shard], (layout.TARGETS_FIELD, *hidden))
         with self._lock:
             self._open[key] = arrays
-            while len(self._open) > self.max_open_shards:
+            while len(self._open) > self.max_open_shards or (len(self._open) > 1 and self._open_bytes() > _OPEN_BYTES):
                 self._open.popitem(last=False)
         return arrays
+
+    def _open_bytes(self) -> int:
+        return sum(array.nbytes for s in self._open.values() for field in s.fields.values() for array in field.values())
 
     def metadata(self, index: int) -> dict[str, Any]:
         """Return the row of the per-sequence table of sequence ``index``."""

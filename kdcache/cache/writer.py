@@ -79,7 +79,7 @@ class CacheWriter:
         if local is not None:
             if local.exists() and not local.is_dir():
                 raise CacheError(f"output {local} is a file; give a directory")
-            _refuse_foreign(self.folder)  # before the lock: nothing is written into what is not ours
+            refuse_foreign(self.folder)  # before the lock: nothing is written into what is not ours
             try:
                 local.mkdir(parents=True, exist_ok=True)
                 self._lock = FileLock(local / LOCK)
@@ -107,6 +107,7 @@ class CacheWriter:
             existing = plan
         else:
             check_same_plan(existing, plan, self.folder)
+            self._restore(existing, table, tokenizer_files)
         self.plan = existing
         committed = self._committed()
         missing = [shard for shard in range(existing.num_shards) if shard not in committed]
@@ -116,13 +117,29 @@ class CacheWriter:
         return missing
 
     def _start(self, plan: Plan, table: pa.Table, tokenizer_files: Mapping[str, bytes]) -> None:
-        _refuse_foreign(self.folder)
+        refuse_foreign(self.folder)
         for name in self.folder.names(layout.TOKENIZER):  # of a start that was killed, perhaps with another teacher
             self.folder.remove(name)
         for name, data in tokenizer_files.items():
             self.folder.write(f"{layout.TOKENIZER}/{name}", data)
         self.folder.write(layout.PLAN_TABLE, layout.table_to_parquet(table))
         self.folder.write(layout.PLAN, layout.to_json(plan))
+
+    def _restore(self, plan: Plan, table: pa.Table, tokenizer_files: Mapping[str, bytes]) -> None:
+        """Write again what stands beside the shards and is missing or damaged, if these are the recorded bytes."""
+        wanted = {layout.PLAN_TABLE: (layout.table_to_parquet(table), plan.table_sha256)}
+        manifest = _standing_manifest(self.folder)
+        recorded = {item.path: item.sha256 for item in manifest.tokenizer_files} if manifest else {}
+        for file, data in tokenizer_files.items():
+            name = f"{layout.TOKENIZER}/{file}"
+            wanted[name] = (data, recorded.get(name, layout.sha256(data)))
+        for name, (data, digest) in wanted.items():
+            if self.folder.exists(name) and layout.sha256(self.folder.read(name)) == digest:
+                continue
+            if layout.sha256(data) == digest:
+                self.folder.write(name, data)
+            else:
+                log.warning("%s/%s is damaged, and other versions of the libraries made it", self.folder, name)
 
     def _committed(self) -> dict[int, ShardRecord]:
         assert self.plan is not None
@@ -180,8 +197,14 @@ class CacheWriter:
         return record
 
     def finalise(self) -> Manifest:
-        """Write the manifest from the plan and the commit records; refuses holes."""
-        return finalise(self.folder)
+        """Write the manifest from the plan and the commit records, unless it stands already; refuses holes."""
+        manifest = build_manifest(self.folder)
+        standing = _standing_manifest(self.folder)
+        # The tokenizer's files are recorded once: whatever lies there later must not become the truth.
+        if standing and standing.model_copy(update={"tokenizer_files": manifest.tokenizer_files}) == manifest:
+            return standing
+        self.folder.write(layout.MANIFEST, layout.to_json(manifest))
+        return manifest
 
 
 def build_manifest(folder: Folder) -> Manifest:
@@ -195,6 +218,8 @@ def build_manifest(folder: Folder) -> Manifest:
         raise CacheError(f"{folder} cannot be finished: {len(holes)} shards are missing, the first is {holes[0]}")
     files = []
     for name in folder.names(layout.TOKENIZER):
+        if name.rpartition("/")[2].startswith("."):  # what file managers and locks leave about
+            continue
         data = folder.read(name)
         files.append(ObjectRecord(path=name, num_bytes=len(data), sha256=layout.sha256(data)))
     return Manifest(
@@ -202,14 +227,16 @@ def build_manifest(folder: Folder) -> Manifest:
     )
 
 
-def finalise(folder: Folder) -> Manifest:
-    """Write (or write again) the manifest of a cache whose shards are all committed."""
-    manifest = build_manifest(folder)
-    folder.write(layout.MANIFEST, layout.to_json(manifest))
-    return manifest
+def _standing_manifest(folder: Folder) -> Manifest | None:
+    """Return the manifest in ``folder``, None when there is none or it is damaged."""
+    try:
+        return layout.read_manifest(folder)[0] if folder.exists(layout.MANIFEST) else None
+    except CorruptCacheError as error:
+        log.warning("%s; it is written again", error)
+        return None
 
 
-def _refuse_foreign(folder: Folder) -> None:
+def refuse_foreign(folder: Folder) -> None:
     """Raise ``CacheError`` when ``folder`` holds something that is not the beginning of a cache."""
     if folder.exists(layout.PLAN):
         return
@@ -267,6 +294,11 @@ def _encode_field(record: FieldRecord, data: ShardData, plan: Plan) -> dict[str,
         }
         if data.segment_ids_T is not None:
             values["segment_ids"] = data.segment_ids_T
+    for array in record.arrays:
+        if values[array.name].shape[1:] != array.shape:
+            # Written as it is, no reader would open it.
+            found = values[array.name].shape[1:]
+            raise CacheError(f"field {record.name}, array {array.name}: rows of {found}, the plan says {array.shape}")
     return {array.path: values[array.name].astype(array.dtype, copy=False) for array in record.arrays}
 
 

@@ -7,6 +7,7 @@ in the first second and not in the last hour.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from typing import Any, Protocol
@@ -69,7 +70,7 @@ class BatchRunner:
             return
         try:
             result = self._forward(sequences)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
             result = None
@@ -122,7 +123,9 @@ def _place(sequences: list[Sequence], row: int) -> str:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    # Only CUDA has a type of its own for it; other devices and CUDA's libraries say it in words.
+    told = re.search(r"out of memory|can't allocate memory|ALLOC_FAILED", str(error))
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or told is not None
 
 
 class ShardRows:

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -26,11 +27,20 @@ _SHARD_BYTES = 512 << 20
 _LIBRARIES = ("kdcache", "torch", "transformers", "tokenizers", "datasets", "zarr", "numcodecs", "numpy", "pyarrow")
 
 
-def make_fields(config: DumpConfig, teacher: TeacherRecord, vocab_size: int, layers: list[int]) -> list[FieldRecord]:
-    """Describe the fields that this dump stores; raises ``ConfigError`` when K exceeds the vocabulary."""
+def check_top_k(config: DumpConfig, vocab_size: int) -> None:
+    """Raise ``ConfigError`` when more ids would be kept than there are."""
+    if config.targets.top_k > vocab_size:
+        raise ConfigError(
+            f"--top-k {config.targets.top_k} is more than the {vocab_size} ids of the tokenizer's vocabulary"
+        )
+
+
+def make_fields(
+    config: DumpConfig, teacher: TeacherRecord, vocab_size: int, layers: list[int], widths: Mapping[int, int]
+) -> list[FieldRecord]:
+    """Describe the fields that this dump stores; ``widths`` are those of layers that differ from the teacher's own."""
+    check_top_k(config, vocab_size)
     top_k = config.targets.top_k
-    if top_k > vocab_size:
-        raise ConfigError(f"--top-k {top_k} is more than the {vocab_size} ids of the tokenizer's vocabulary")
     codec = topk_codec(config.targets.codec)
     packed = config.sequences.packing == "window" and not config.sequences.attend_across_documents
     arrays = (*token_arrays(vocab_size, packed), *codec.arrays(top_k, vocab_size))
@@ -39,7 +49,11 @@ def make_fields(config: DumpConfig, teacher: TeacherRecord, vocab_size: int, lay
     ]
     states = hidden_codec(config.hidden_states.codec)
     fields.extend(
-        FieldRecord(name=f"hidden-{layer}", codec=states.model_dump(), arrays=states.arrays(teacher.hidden_size))
+        FieldRecord(
+            name=f"hidden-{layer}",
+            codec=states.model_dump(),
+            arrays=states.arrays(widths.get(layer, teacher.hidden_size)),
+        )
         for layer in layers
     )
     return fields
@@ -61,10 +75,11 @@ def make_plan(
     teacher: TeacherRecord,
     tokenizer: TokenizerRecord,
     layers: list[int],
+    widths: Mapping[int, int] | None = None,
 ) -> tuple[Plan, pa.Table, NDArray[np.int64]]:
     """Return the plan, the table of plan.parquet (one row per piece of a document) and the starts of the shards."""
     teacher = teacher.model_copy(update={"name": public_name(teacher.name)})
-    fields = make_fields(config, teacher, tokenizer.vocab_size, layers)
+    fields = make_fields(config, teacher, tokenizer.vocab_size, layers, widths or {})
     size = shard_positions(config, sequences.num_positions, teacher, len(layers))
     starts = assign_shards(sequences.lengths_N, size)
     table = sequences.table()

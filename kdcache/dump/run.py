@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from kdcache.cache import CacheWriter, Folder, ShardData, layout
 from kdcache.cache.shard_file import pack
-from kdcache.cache.writer import check_same_plan
+from kdcache.cache.writer import check_same_plan, refuse_foreign
 from kdcache.codecs import hidden_codec, topk_codec
 from kdcache.corpus import Corpus, SequencePlan, load_corpus, plan_sequences
 from kdcache.dump.batches import BatchRunner, ShardRows, Teacher, batches_by_length
 from kdcache.dump.config import DumpConfig
-from kdcache.dump.plan import make_plan
-from kdcache.errors import TeacherError
-from kdcache.models.loading import load_tokenizer
+from kdcache.dump.plan import check_top_k, make_plan
+from kdcache.errors import ConfigError, TeacherError
+from kdcache.models.loading import load_tokenizer, parse_dtype, pick_device
 from kdcache.models.tokenizer import TextEncoder, tokenizer_files, tokenizer_record
 from kdcache.progress import bar, reporter
 from kdcache.schema import Manifest, Plan, ShardRecord
@@ -183,20 +183,36 @@ def estimate_dump(config: DumpConfig, *, progress: bool = True) -> DumpEstimate:
 
 
 def _load(config: DumpConfig, progress: bool) -> _Parts:
-    """Load what ``config`` names, cheapest first, so that a mistake shows before the teacher is loaded."""
+    """Load what ``config`` names, cheapest first, so that most mistakes show before the teacher is loaded."""
+    refuse_foreign(Folder(config.output))
+    pick_device(config.teacher.device)
+    if config.teacher.dtype != "auto":
+        parse_dtype(config.teacher.dtype)
     corpus: Corpus = load_corpus(config.corpus)
     name, revision = config.teacher.model, config.teacher.revision
     tokenizer = load_tokenizer(name, revision=revision, error=TeacherError)
     record = tokenizer_record(tokenizer)
+    check_top_k(config, record.vocab_size)
     with bar(len(corpus), "tokenise", "doc", enabled=progress) as meter:
         sequences = plan_sequences(corpus, TextEncoder(tokenizer), config.sequences, progress=reporter(meter))
     teacher = load_teacher(config.teacher, record.vocab_size)
+    _check_length(sequences, teacher)
     if config.sequences.packing == "window" and not config.sequences.attend_across_documents:
         teacher.check_packing()
     layers = parse_layers(config.hidden_states.layers, teacher.num_layers)
-    plan, table, starts = make_plan(config, corpus, sequences, teacher.record, record, layers)
+    plan, table, starts = make_plan(config, corpus, sequences, teacher.record, record, layers, teacher.widths(layers))
     batch_tokens = config.batch_tokens or (4096 if teacher.device.type == "cpu" else 16384)
     return _Parts(plan, table, starts, sequences, teacher, layers, tokenizer_files(tokenizer), batch_tokens)
+
+
+def _check_length(sequences: SequencePlan, teacher: HuggingFaceTeacher) -> None:
+    # Beyond its context a teacher with learnt positions fails, and one with rotary positions answers badly.
+    longest = int(sequences.lengths_N.max())
+    if teacher.context_length is not None and longest > teacher.context_length:
+        raise ConfigError(
+            f"the longest sequence has {longest} positions, but {teacher.record.name} was made for "
+            f"{teacher.context_length}; use --max-length {teacher.context_length} or less"
+        )
 
 
 def _runner(teacher: Teacher, plan: Plan, layers: list[int]) -> BatchRunner:

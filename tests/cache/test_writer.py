@@ -208,3 +208,54 @@ def test_statistics_do_not_depend_on_how_sequences_are_sharded(tmp_path):
     for other in totals[1:]:
         for name, value in totals[0].model_dump().items():
             assert getattr(other, name) == pytest.approx(value)
+
+
+def test_damaged_tokenizer_files_are_made_good_and_never_recorded(copy):
+    path = copy
+    manifest = (path / "manifest.json").read_bytes()
+    file = path / "tokenizer" / "tokenizer.json"
+    good = file.read_bytes()
+    file.write_bytes(good.replace(b"1.0", b"6.6"))
+    (path / "tokenizer" / ".DS_Store").write_bytes(b"left by a file manager")
+    SOURCE.write(path)
+    assert file.read_bytes() == good
+    assert (path / "manifest.json").read_bytes() == manifest
+    assert verify(str(path)).problems == []
+
+
+def test_a_stray_file_beside_the_tokenizer_does_not_change_the_fingerprint(copy):
+    path = copy
+    manifest = (path / "manifest.json").read_bytes()
+    (path / "tokenizer" / "notes.txt").write_text("mine")
+    SOURCE.write(path)
+    assert (path / "manifest.json").read_bytes() == manifest
+
+
+@pytest.mark.parametrize("damage", ["remove", "overwrite"])
+def test_a_lost_plan_table_is_written_again(copy, damage):
+    path = copy
+    table = path / "plan.parquet"
+    good = table.read_bytes()
+    if damage == "remove":
+        table.unlink()
+    else:
+        table.write_bytes(good[:-1] + b"?")
+    SOURCE.write(path)
+    assert table.read_bytes() == good
+    assert verify(str(path)).problems == []
+
+
+def test_a_damaged_manifest_is_written_again(copy):
+    path = copy
+    manifest = (path / "manifest.json").read_bytes()
+    (path / "manifest.json").write_bytes(manifest[: len(manifest) // 2])
+    SOURCE.write(path)
+    assert (path / "manifest.json").read_bytes() == manifest
+
+
+def test_rows_of_another_width_than_planned_are_refused(tmp_path):
+    cache = SyntheticCache(hidden=("hidden-1",))
+    for states in cache.states:
+        states["hidden-1"] = states["hidden-1"][:, :3]
+    with pytest.raises(CacheError, match=r"field hidden-1, array states: rows of \(3,\), the plan says \(6,\)"):
+        cache.write(tmp_path / "cache")

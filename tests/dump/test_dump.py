@@ -233,3 +233,25 @@ def test_to_a_store_that_is_no_disk(tmp_path, corpus_file):
     run_dump(corpus_file, tmp_path, BigramTeacher())
     run_dump(corpus_file, "memory://dumped/cache", BigramTeacher())
     assert content_of("memory://dumped/cache") == content_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (RuntimeError, "CUDA error: out of memory"),
+        (RuntimeError, "MPS backend out of memory (MPS allocated: 9 GB)"),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        (RuntimeError, "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        (MemoryError, ""),
+    ],
+)
+def test_every_way_of_running_out_of_memory_halves_the_batch(tmp_path, corpus_file, kind, message):
+    class Small(BigramTeacher):
+        def run(self, sequences, layers=()):
+            if len(sequences) > 1:
+                raise kind(message)
+            return super().run(sequences, layers)
+
+    teacher = Small()
+    run_dump(corpus_file, tmp_path / "cache", teacher)
+    check_targets(tmp_path / "cache", teacher)

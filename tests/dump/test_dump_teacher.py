@@ -260,3 +260,82 @@ def test_mistakes_leave_no_output(tmp_path, corpus_file, teacher_dir, changes, e
     with pytest.raises(error, match=words):
         dump_teacher(config_for(teacher_dir, corpus_file, tmp_path / "out", **changes), progress=False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_sequences_longer_than_the_teachers_context_are_refused(tmp_path, corpus_file, family):
+    # GPT-2 fails beyond its context with an index error, Llama answers badly without a word.
+    teacher = save_family(family, tmp_path / "teacher")
+    limit = transformers.AutoConfig.from_pretrained(teacher).max_position_embeddings
+    path = tmp_path / "long.txt"
+    path.write_text("the cat sat on the mat " * 2 * limit)
+    config = config_for(teacher, path, tmp_path / "cache", sequences={"max_length": 4 * limit})
+    with pytest.raises(ConfigError, match=rf"made for {limit}; use --max-length {limit}"):
+        dump_teacher(config, progress=False)
+    dump_teacher(config_for(teacher, path, tmp_path / "cache", sequences={"max_length": limit}), progress=False)
+
+
+def test_short_texts_need_no_shorter_max_length(tmp_path, corpus_file, teacher_dir):
+    path = tmp_path / "short.txt"
+    path.write_text("the cat sat on the mat")
+    dump_teacher(config_for(teacher_dir, path, tmp_path / "cache", sequences={"max_length": 512}), progress=False)
+
+
+def test_a_last_state_of_another_width(tmp_path, corpus_file):
+    tokenizer = bpe_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        word_embed_proj_dim=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=32,
+        max_position_embeddings=64,
+    )
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    layers = {"layers": ["last", 1], "codec": "exact"}
+    dump_teacher(
+        config_for(tmp_path / "teacher", corpus_file, tmp_path / "cache", hidden_states=layers), progress=False
+    )
+    cache = open_cache(str(tmp_path / "cache"))
+    batch = cache.read([0], hidden=cache.manifest.hidden_layers)
+    assert {name: states.shape[1] for name, states in batch.hidden.items()} == {"hidden-1": 16, "hidden-2": 8}
+    assert verify(str(tmp_path / "cache"), deep=True).problems == []
+
+
+def test_a_mixture_of_experts_is_causal(tmp_path, corpus_file):
+    tokenizer = bpe_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    dump_teacher(config_for(tmp_path / "teacher", corpus_file, tmp_path / "cache"), progress=False)
+
+
+@pytest.mark.parametrize("mistake", ["top_k", "dtype", "output"])
+def test_cheap_mistakes_show_before_anything_is_tokenised(tmp_path, corpus_file, teacher_dir, mistake, monkeypatch):
+    def fail(*arguments, **settings):
+        raise AssertionError("tokenised")
+
+    monkeypatch.setattr("kdcache.dump.run.plan_sequences", fail)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.doc").write_text("mine")
+    changes = {
+        "top_k": {"targets": {"top_k": 100_000}},
+        "dtype": {"teacher": {"model": str(teacher_dir), "dtype": "float61"}},
+        "output": {"output": str(tmp_path / "foreign")},
+    }
+    with pytest.raises((ConfigError, CacheError)):
+        dump_teacher(config_for(teacher_dir, corpus_file, tmp_path / "cache", **changes[mistake]), progress=False)
