@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache import Cache
+from kdcache.codecs import topk_codec
 from kdcache.errors import CacheError, TeacherError
 from kdcache.progress import bar
 from kdcache.schema import Sequence, SequenceBatch, Targets
 from kdcache.teachers import TeacherConfig, keep_top_k, load_teacher
 
-#: Mean KL (nats) allowed between the teacher run again and the cache: what the codec costs at most, plus what another
-#: batch shape changes in the teacher's own arithmetic.
-_CODEC_SLACK = {"compact": 5e-4, "fp16": 1e-4, "bf16": 5e-4, "exact": 1e-6}
+#: Mean KL (nats) allowed between the teacher run again and the cache, beside what the codec costs: what another batch
+#: shape changes in the teacher's own arithmetic.
 _DTYPE_SLACK = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-3, "float64": 1e-5}
 #: Mean difference (nats) allowed of the gold token's log-probability. It is what finds rows of another position or
 #: another text: their few kept ids are mostly disjoint, and a KL over shared ids and one bucket then says little.
@@ -83,16 +83,11 @@ def verify_against_teacher(
         num_positions=sum(map(len, gold)),
         same_weights=runner.record.weights_sha256 == record.weights_sha256,
         mean_kl=float(np.concatenate(divergences).mean()),
-        allowed_kl=_codec_slack(cache.manifest.field("targets").codec) + _DTYPE_SLACK[record.dtype],
+        allowed_kl=topk_codec(cache.manifest.field("targets").codec).kl_bound + _DTYPE_SLACK[record.dtype],
         mean_gold_difference=float(np.concatenate(gold).mean()),
         allowed_gold_difference=_GOLD_SLACK[record.dtype],
         top1_agreement=float(np.concatenate(agree).mean()),
     )
-
-
-def _codec_slack(codec: dict[str, Any]) -> float:
-    # Rounding to a grid costs the square of its step; the number above is for a grid of 16.
-    return _CODEC_SLACK[codec["name"]] * max(1.0, (16 / codec.get("grid", 16)) ** 2)
 
 
 def _sequence(batch: SequenceBatch) -> Sequence:

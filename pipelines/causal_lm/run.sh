@@ -16,10 +16,10 @@ say() { printf '\n== %s\n' "$*"; }
 
 # 1. Teacher and texts. Without your own, the embedded teacher and CPython's language reference are used.
 embedded=$("$PYTHON" pipelines/causal_lm/prepare.py "$OUTPUT/corpus")
-if [ -z "${TEACHER:-}" ]; then
-    TEACHER=${embedded:?}
+if [ -z "${TEACHER:-}${CORPUS:-}" ]; then
     export HF_HUB_OFFLINE=1 # nothing is fetched
 fi
+TEACHER=${TEACHER:-${embedded:?}}
 if [ -z "${CORPUS:-}" ]; then
     CORPUS=$OUTPUT/corpus/train.jsonl
     HELD_OUT=$OUTPUT/corpus/held_out.jsonl
