@@ -54,11 +54,18 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 
 
 def merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with ``changes`` laid over it, mapping by mapping (other values replace)."""
+    """Return ``base`` with ``changes`` laid over it, mapping by mapping (other values replace).
+
+    A component may be given by its name alone, so settings laid over a name refine the component of that name:
+    ``{"codec": "compact"}`` under ``{"codec": {"grid": 32}}`` is ``{"codec": {"name": "compact", "grid": 32}}``.
+    """
     merged = dict(base)
     for key, value in changes.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), dict):
-            merged[key] = merge(merged[key], value)
+        previous = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(previous, str) and "name" not in value:
+            previous = {"name": previous}
+        if isinstance(value, Mapping) and isinstance(previous, dict):
+            merged[key] = merge(previous, value)
         else:
             merged[key] = value
     return merged

@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, field_validator
 
 from kdcache.codecs import HIDDEN_CODECS, TOPK_CODECS
-from kdcache.config import Config
+from kdcache.config import Config, build
 from kdcache.corpus import CorpusConfig, SequenceConfig
-from kdcache.errors import did_you_mean
+from kdcache.errors import ConfigError, did_you_mean
 from kdcache.tasks import TASKS, causal_lm
 from kdcache.teachers import TeacherConfig
 
+_CODEC, _HIDDEN_CODEC = "compact", "bf16"
 
-def _codec_settings(value: Any, table: dict[str, Any]) -> Any:
-    settings = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else value
-    name = settings.get("name") if isinstance(settings, dict) else None
+
+def _codec_settings(value: Any, table: Mapping[str, type[Config]], default: str) -> Any:
+    """Return all settings of the codec that ``value`` describes: its name, or settings with or without ``name``."""
+    if not isinstance(value, str | dict):
+        raise ValueError("expected a codec's name or a mapping of its settings")
+    settings = {"name": value} if isinstance(value, str) else {"name": default, **value}
+    name = str(settings["name"])
     if name not in table:
-        raise ValueError(f"there is no such codec, {did_you_mean(str(name), table)}")
+        raise ValueError(f"there is no such codec, {did_you_mean(name, table)}")
     # The component validates its own settings and fills in its defaults, which then stand in the manifest.
-    return table[name].model_validate(settings).model_dump()
+    try:
+        return build(table[name], settings, source=f"codec {name}").model_dump()
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
 
 
 class TargetsConfig(Config):
     """What is kept of the teacher's distribution at every position."""
 
     top_k: int = Field(default=64, ge=1)
-    codec: dict[str, Any] = Field(default={"name": "compact"}, validate_default=True)
-    """A codec's name, or a mapping with ``name`` and its settings."""
+    codec: dict[str, Any] = Field(default={"name": _CODEC}, validate_default=True)
+    """A codec's name, or a mapping of its settings, in which ``name`` may be left out for the default codec."""
 
     @field_validator("codec", mode="before")
     @classmethod
     def _known_codec(cls, value: Any) -> Any:
-        return _codec_settings(value, TOPK_CODECS)
+        return _codec_settings(value, TOPK_CODECS, _CODEC)
 
 
 class HiddenStatesConfig(Config):
@@ -41,7 +50,7 @@ class HiddenStatesConfig(Config):
 
     layers: tuple[str | int, ...] = ()
     """Layer numbers: 0 is the embeddings, ``last`` the state after the final norm, negative ones count from the end."""
-    codec: dict[str, Any] = Field(default={"name": "bf16"}, validate_default=True)
+    codec: dict[str, Any] = Field(default={"name": _HIDDEN_CODEC}, validate_default=True)
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -53,7 +62,7 @@ class HiddenStatesConfig(Config):
     @field_validator("codec", mode="before")
     @classmethod
     def _known_codec(cls, value: Any) -> Any:
-        return _codec_settings(value, HIDDEN_CODECS)
+        return _codec_settings(value, HIDDEN_CODECS, _HIDDEN_CODEC)
 
 
 class DumpConfig(Config):
