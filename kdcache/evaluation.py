@@ -1,9 +1,10 @@
 """Judge students against a cache: how well they predict the corpus, and how close they came to the teacher.
 
 The teacher's row comes from the cache alone: its log-probability of every corpus token is stored. Students are scored
-by one pass over the cache each, in batches of similar length under a token budget. Only positions whose loss mask is 1
-count. KL is the forward KL on the kept ids plus one bucket for the rest, at temperature 1: the exact KL when the cache
-keeps the whole vocabulary, a lower bound otherwise.
+by one pass over the cache each, shard by shard (a batch over all shards would read each again and again), in batches of
+similar length under a token budget. Only positions whose loss mask is 1 count. KL is the forward KL on the kept ids
+plus one bucket for the rest, at temperature 1: the exact KL when the cache keeps the whole vocabulary, a lower bound
+otherwise.
 
 Judge on a cache of texts that no student was trained on. A student whose ``kdcache_run.json`` names this very cache
 gets a warning: such numbers say how well it was fitted, not how well it generalises.
@@ -19,7 +20,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from kdcache.cache import Cache, open_cache
@@ -27,12 +27,12 @@ from kdcache.config import Config
 from kdcache.errors import ConfigError
 from kdcache.losses import ForwardKL, TeacherRows, score_positions
 from kdcache.models.loading import pick_device
-from kdcache.schema import SequenceBatch
 from kdcache.students import Student, StudentConfig, load_student
 from kdcache.students.batches import to_tensors
 from kdcache.students.run_record import read_run
 from kdcache.students.table import render_table
 from kdcache.students.tally import Tally
+from kdcache.tasks.causal_lm import labels
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -128,16 +128,22 @@ def _load(name: str, cache: Cache, dtype: Literal["float32", "bfloat16"]) -> Stu
 
 
 def _batches(cache: Cache, batch_tokens: int, limit_sequences: int | None) -> Iterator[list[int]]:
-    """Yield the sequences of one batch after another, of similar length, longest first (so that memory fails early)."""
+    """Yield the sequences of one batch after another, of similar length, all of one shard.
+
+    Each shard is read once a pass. The shard with the longest sequence comes first, so that memory fails early.
+    """
     indices = np.arange(len(cache))
     if limit_sequences is not None and limit_sequences < len(cache):
         indices = np.linspace(0, len(cache) - 1, limit_sequences).round().astype(np.int64)
-    order = indices[np.argsort(-cache.lengths_N[indices], kind="stable")]
-    start = 0
-    while start < len(order):
-        size = max(1, batch_tokens // int(cache.lengths_N[order[start]]))
-        yield np.sort(order[start : start + size]).tolist()
-        start += size
+    shards = np.searchsorted(cache.shard_starts, indices, side="right")
+    groups = np.split(indices, np.flatnonzero(np.diff(shards)) + 1)
+    for group in sorted(groups, key=lambda group: -int(cache.lengths_N[group].max())):
+        order = group[np.argsort(-cache.lengths_N[group], kind="stable")]
+        start = 0
+        while start < len(order):
+            size = max(1, batch_tokens // int(cache.lengths_N[order[start]]))
+            yield np.sort(order[start : start + size]).tolist()
+            start += size
 
 
 def _teacher_row(cache: Cache, batches: Sequence[list[int]], progress: bool) -> tuple[ModelRow, int]:
@@ -145,10 +151,11 @@ def _teacher_row(cache: Cache, batches: Sequence[list[int]], progress: bool) -> 
     for indices in tqdm(batches, desc="teacher", unit="batch", disable=not progress):
         batch = cache.read(indices)
         targets = batch.targets
+        labels_P = labels(np.split(batch.tokens_T, batch.token_offsets_N1[1:-1]))
         tally.add(
             batch.loss_mask_P.astype(bool),
             top1_prob_P=np.exp(targets.logprobs_PK[:, 0]),
-            correct_P=targets.ids_PK[:, 0] == _labels(batch),
+            correct_P=targets.ids_PK[:, 0] == labels_P,
             loss=-targets.gold_logprob_P,
             entropy=targets.entropy_P,
             kept_mass=-np.expm1(targets.log_tail_P),
@@ -156,11 +163,6 @@ def _teacher_row(cache: Cache, batches: Sequence[list[int]], progress: bool) -> 
     teacher = cache.manifest.teacher
     more = {"entropy": tally.mean("entropy"), "kept_mass": tally.mean("kept_mass")}
     return _row(f"{teacher.name} (teacher)", teacher.num_parameters, tally, **more), tally.num_positions
-
-
-def _labels(batch: SequenceBatch) -> NDArray[np.generic]:
-    # Every token but the first of each sequence, as the task aligns them.
-    return np.delete(batch.tokens_T, batch.token_offsets_N1[:-1])
 
 
 def _student_row(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.cache import open_cache
+from kdcache.cache import open_cache, reader
 from kdcache.errors import CacheError, ConfigError, StudentError
 from kdcache.evaluation import evaluate
 from tests.tiny import bpe_tokenizer, llama, make_cache, random_sequences
@@ -134,6 +134,18 @@ def test_batches_do_not_change_the_numbers(cache_path, student_path, batch_token
     one, other = (run(cache_path, student_path[0], batch_tokens=n).students[0] for n in (64, batch_tokens))
     for name in ("loss", "kl", "agreement", "top1_accuracy", "ece"):
         assert getattr(other, name) == pytest.approx(getattr(one, name), rel=1e-5)
+
+
+@pytest.mark.parametrize("limit", [None, 20])
+def test_every_pass_reads_every_shard_once(tmp_path, teacher, student_path, monkeypatch, limit):
+    drawn = random_sequences(40, VOCAB_SIZE, seed=3)
+    path = str(make_cache(tmp_path / "cache", teacher, TOKENIZER, drawn, num_shards=10))
+    loads = []
+    load_shard = reader.load_shard
+    monkeypatch.setattr(reader, "load_shard", lambda *given: loads.append(given[2].index) or load_shard(*given))
+    result = run(path, student_path[0], batch_tokens=20, limit_sequences=limit)
+    assert result.num_sequences == (limit or 40)
+    assert sorted(loads[:10]) == sorted(loads[10:]) == list(range(10)), "student and teacher, one pass each"
 
 
 def test_limit_takes_sequences_from_the_whole_cache(cache_path, student_path, teacher, sequences):
