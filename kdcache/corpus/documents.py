@@ -1,8 +1,9 @@
 """A corpus: documents in one fixed order with stable ids, read from text, JSON lines, Parquet or the hub.
 
 The order of the documents and their ids depend on the names and contents of the files only, so a dump can be resumed
-on another machine, and the fingerprint says whether two dumps read the same texts. Nothing here keeps texts in
-memory; see `readers` for how they are reached.
+on another machine, and the fingerprint says whether two dumps read the same texts. Texts are read in batches of a
+bounded number of characters and not kept; only a single document has to fit in memory. See `readers` for how texts
+are reached.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from kdcache.errors import CorpusError
 from kdcache.schema import Document
 
 _BATCH_DOCUMENTS = 256
+#: Characters per batch: tokenising takes memory of a hundred times the text.
+_BATCH_CHARACTERS = 4 << 20
 
 
 class CorpusConfig(Config):
@@ -89,19 +92,39 @@ class Corpus:
             yield self._documents(start, texts)
 
     def iter_texts(self, num_documents: int) -> Iterator[tuple[int, list[str]]]:
-        """Yield the index of the first document and the texts of each batch, without ids and metadata."""
-        for start in range(0, len(self), num_documents):
-            yield start, self.texts(start, min(start + num_documents, len(self)))
+        """Yield the index of the first document and the texts of each batch, without ids and metadata.
+
+        A batch has at most ``num_documents`` texts of about four million characters together; a longer text comes
+        alone.
+        """
+        start, batch, num_characters = 0, list[str](), 0
+        for text in self._each_text(num_documents):
+            is_full = len(batch) == num_documents or num_characters + len(text) > _BATCH_CHARACTERS
+            if batch and is_full:
+                yield start, batch
+                start, batch, num_characters = start + len(batch), [], 0
+            batch.append(text)
+            num_characters += len(text)
+        if batch:
+            yield start, batch
 
     def texts(self, start: int, stop: int) -> list[str]:
         """Return the texts of documents ``start`` to ``stop``."""
-        texts: list[str] = []
+        return [text for texts in self._pieces(start, stop) for text in texts]
+
+    def _each_text(self, num_rows: int) -> Iterator[str]:
+        """Yield all texts, read from each source in steps of at most ``num_rows``."""
+        for start in range(0, len(self), num_rows):
+            for texts in self._pieces(start, min(start + num_rows, len(self))):
+                yield from texts
+
+    def _pieces(self, start: int, stop: int) -> Iterator[list[str]]:
+        """Yield the texts of documents ``start`` to ``stop``, source by source."""
         for reader, rows in self._locate(np.arange(start, stop)):
             try:
-                texts += self._readers[reader].texts(int(rows[0]), int(rows[-1]) + 1)
+                yield self._readers[reader].texts(int(rows[0]), int(rows[-1]) + 1)
             except OSError as error:
                 raise CorpusError(f"cannot read {self._readers[reader].name}: {error.strerror or error}") from None
-        return texts
 
     def document_ids(self, indices: Sequence[int] | NDArray[np.int64]) -> list[str]:
         """Return the ids of the documents at ``indices`` (any order, repeats allowed)."""

@@ -1,7 +1,8 @@
 """One source of documents, whatever its format: the interface that the formats implement and the corpus reads.
 
 A reader is opened once and then only asked for ranges of rows. It never holds the texts: text files are read where
-they lie, tables are memory-mapped by HF datasets, so a corpus may be larger than memory.
+they lie, tables are memory-mapped by HF datasets, so a corpus may be larger than memory. A single document may not:
+it is read and tokenised whole.
 """
 
 from __future__ import annotations

@@ -222,15 +222,16 @@ def _tokenise(
         return spool.finish(), np.array(num_tokens, np.int64)
 
 
-def _encode(texts: list[str], encoder: Encoder, config: SequenceConfig) -> list[list[int]]:
+def _encode(texts: list[str], encoder: Encoder, config: SequenceConfig) -> list[NDArray[np.uint32]]:
     """Encode the texts that are not empty; the others have no tokens, not even the tokenizer's special ones."""
     filled = [text for text in texts if text]
-    encoded = iter(encoder.encode(filled) if filled else [])
-    documents = [next(encoded) if text else [] for text in texts]
+    encoded = list(reversed(encoder.encode(filled))) if filled else []
+    # Every list is given up once it is an array, which takes a ninth of its memory.
+    documents = [np.array(encoded.pop() if text else [], np.uint32) for text in texts]
     if not config.append_eos or encoder.eos_id is None:
         return documents
-    eos = encoder.eos_id
-    return [[*tokens, eos] if tokens and tokens[-1] != eos else tokens for tokens in documents]
+    eos = np.uint32(encoder.eos_id)
+    return [np.append(ids, eos) if len(ids) and ids[-1] != eos else ids for ids in documents]
 
 
 def _free_name(name: str, taken: dict[str, Any]) -> str:

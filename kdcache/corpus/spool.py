@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,15 +35,14 @@ class TokenSpool:
     def __exit__(self, *exception: object) -> None:
         self._file.close()  # the memory map has a handle of its own
 
-    def append(self, documents: Sequence[Sequence[int]]) -> None:
+    def append(self, documents: Sequence[NDArray[np.uint32]]) -> None:
         """Append the tokens of some documents."""
-        count = sum(len(tokens) for tokens in documents)
-        flat = np.fromiter(chain.from_iterable(documents), np.uint32, count)
         try:
-            self._file.write(flat.tobytes())
+            for tokens in documents:
+                self._file.write(tokens.tobytes())
         except OSError as error:
             raise _cannot_write(error) from None
-        self.num_tokens += count
+        self.num_tokens += sum(len(tokens) for tokens in documents)
 
     def finish(self) -> NDArray[np.uint32]:
         """Return all tokens, memory-mapped; the file goes away with the array, not with the spool."""

@@ -26,10 +26,15 @@ Split = Literal["file", "paragraph", "line"]
 _BOM = b"\xef\xbb\xbf"
 _BLANK_LINES = re.compile(rb"\r?\n(?:[ \t]*\r?\n)+")
 _BLOCK_BYTES = 1 << 24
+#: Largest file that may be one document, because a document is read and tokenised whole.
+_MAX_DOCUMENT_BYTES = 256 << 20
 
 
 class TextFile:
-    """Documents of one UTF-8 text file; raises ``CorpusError`` where bytes are not UTF-8."""
+    """Documents of one UTF-8 text file.
+
+    Raises ``CorpusError`` where bytes are not UTF-8, and for a file above 256 MB that is to be one document.
+    """
 
     metadata_schema = pa.schema([])
 
@@ -37,6 +42,8 @@ class TextFile:
         self.name = str(path)
         self.is_single = split == "file"
         self._path = path
+        if self.is_single:
+            _check_size(path)
         # A directory may hold a hundred thousand files: nothing is opened before it is needed, or stays open.
         self._spans_N2 = None if split == "file" else _SPLITTERS[split](path)
         self.num_rows = 1 if self._spans_N2 is None else len(self._spans_N2)
@@ -66,6 +73,16 @@ class TextFile:
                 f"{self.name} is not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start}; "
                 f"convert it, e.g. with iconv -t utf-8"
             ) from None
+
+
+def _check_size(path: Path) -> None:
+    size = path.stat().st_size
+    if size > _MAX_DOCUMENT_BYTES:
+        raise CorpusError(
+            f"{path} has {size:,} bytes; as one document, which is tokenised in one piece, it may have up to "
+            f"{_MAX_DOCUMENT_BYTES:,}. Make every line or paragraph a document with --split-text line or "
+            f"--split-text paragraph, or split the file"
+        )
 
 
 def _line_spans(path: Path) -> NDArray[np.int64]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -174,6 +175,41 @@ def test_batches_cross_files_and_equal_random_access(tmp_path, load):
     assert [document for batch in batches for document in batch] == [corpus[i] for i in range(9)] == list(corpus)
     with pytest.raises(IndexError):
         corpus[9]
+
+
+def test_a_batch_of_texts_has_a_bounded_number_of_characters(tmp_path, load, monkeypatch):
+    monkeypatch.setattr("kdcache.corpus.documents._BATCH_CHARACTERS", 10)
+    lengths = [4, 6, 1, 25, 0, 9, 1, 1]
+    write_json(tmp_path / "a.jsonl", *({"text": "x" * n} for n in lengths[:4]))
+    for number, length in enumerate(lengths[4:]):
+        (tmp_path / f"b{number}.txt").write_text("y" * length)
+    found = list(load(tmp_path).iter_texts(100))
+    assert [[len(text) for text in batch] for _, batch in found] == [[4, 6], [1], [25], [0, 9, 1], [1]]
+    assert [start for start, _ in found] == [0, 2, 3, 4, 7]
+    assert [text for _, batch in found for text in batch] == texts(load(tmp_path))
+    assert [len(batch) for _, batch in load(tmp_path).iter_texts(2)] == [2, 1, 1, 2, 2]
+
+
+def test_large_files_are_not_read_before_their_batch(tmp_path, load, monkeypatch):
+    monkeypatch.setattr("kdcache.corpus.documents._BATCH_CHARACTERS", 10)
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text("x" * 8)
+    batches = load(tmp_path).iter_texts(256)
+    assert next(batches) == (0, ["x" * 8])
+    (tmp_path / "4.txt").unlink()
+    assert [start for start, _ in (next(batches), next(batches))] == [1, 2]
+    with pytest.raises(CorpusError, match=r"cannot read .*4\.txt"):
+        list(batches)
+
+
+def test_a_text_file_that_is_too_large_for_one_document_is_refused(tmp_path, load):
+    path = tmp_path / "large.txt"
+    path.write_text("one\ntwo\n")
+    os.truncate(path, (256 << 20) + 1)  # a hole, which takes no room
+    with pytest.raises(CorpusError, match=r"large\.txt has 268,435,457 bytes.*--split-text line"):
+        load(path)
+    os.truncate(path, 256 << 20)
+    assert len(load(path)) == 1
 
 
 def test_metadata_is_the_union_of_columns(tmp_path, load):

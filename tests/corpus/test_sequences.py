@@ -298,6 +298,21 @@ def test_plans_are_deterministic_and_progress_is_told(monkeypatch):
     assert first.table().equals(plan_sequences(corpus, ByteEncoder(), config).table())
 
 
+def test_batches_of_characters_change_no_sequence(monkeypatch):
+    documents = ["abc", "", "de", "fghijklmnopq", "x", "yz"]
+    once = plan(documents, append_eos=True, max_length=4)
+    monkeypatch.setattr("kdcache.corpus.documents._BATCH_CHARACTERS", 5)
+    asked: list[list[str]] = []
+
+    class Asked(ByteEncoder):
+        def encode(self, texts):
+            asked.append(texts)
+            return super().encode(texts)
+
+    assert tokens(plan(documents, Asked(), append_eos=True, max_length=4)) == tokens(once)
+    assert asked == [["abc", "de"], ["fghijklmnopq"], ["x", "yz"]]
+
+
 def test_no_temporary_file_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     found = plan(["abc"])
