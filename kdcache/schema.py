@@ -249,7 +249,7 @@ class Plan(Config):
     @property
     def top_k(self) -> int:
         """Number of ids kept at every position, K."""
-        return next(a.shape[0] for a in self.field("targets").arrays if a.rows == "positions" and a.shape)
+        return next((a.shape[0] for a in self.field("targets").arrays if a.rows == "positions" and a.shape), 0)
 
     @property
     def hidden_layers(self) -> tuple[str, ...]:

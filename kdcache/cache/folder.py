@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +41,28 @@ class Folder:
 
     def read(self, name: str) -> bytes:
         """Return the bytes of object ``name``; raises ``FileNotFoundError``."""
-        data: bytes = self._fs.cat_file(self._path(name))
+        with self._reachable():
+            data: bytes = self._fs.cat_file(self._path(name))
         return data
 
     def exists(self, name: str) -> bool:
         """Whether object ``name`` is there."""
-        return bool(self._fs.exists(self._path(name)))
+        with self._reachable():
+            return bool(self._fs.exists(self._path(name)))
 
     def size(self, name: str) -> int | None:
         """Bytes of object ``name``, None when it is missing."""
         try:
-            return int(self._fs.info(self._path(name))["size"])
+            with self._reachable():
+                return int(self._fs.info(self._path(name))["size"])
         except FileNotFoundError:
             return None
 
     def names(self, directory: str = "") -> list[str]:
         """Sorted names (relative to the folder) of what lies directly in ``directory``; empty if there is none."""
         try:
-            found = self._fs.ls(self._path(directory), detail=False)
+            with self._reachable():
+                found = self._fs.ls(self._path(directory), detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(str(path).rstrip("/").removeprefix(self.root).lstrip("/") for path in found)
@@ -83,6 +88,16 @@ class Folder:
         """Remove object ``name`` if it is there."""
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(name))
+
+    @contextlib.contextmanager
+    def _reachable(self) -> Iterator[None]:
+        """Turn what the clients of remote stores raise (each its own kinds) into one readable error."""
+        try:
+            yield
+        except (OSError, CacheError):
+            raise
+        except Exception as error:
+            raise CacheError(f"cannot reach {self.url}: {error or type(error).__name__}") from None
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root

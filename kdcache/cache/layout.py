@@ -188,6 +188,10 @@ def _check_consistent(manifest: Manifest, folder: Folder) -> None:
         total = sum(getattr(shard, name) for shard in manifest.shards)
         if total != getattr(manifest, name):
             raise CorruptCacheError(f"{where}: shards hold {total} {name}, the plan says {getattr(manifest, name)}")
+    if TARGETS_FIELD not in {field.name for field in manifest.fields} or manifest.top_k < 1:
+        raise CorruptCacheError(f"{where}: field {TARGETS_FIELD} keeps no ids")
+    if not isinstance(manifest.sequences.get("max_length"), int):
+        raise CorruptCacheError(f"{where}: sequences.max_length is not a number")
     fields = {SEQUENCES_FIELD, *(field.name for field in manifest.fields)}
     if TARGETS_FIELD not in fields:
         raise CorruptCacheError(f"{where}: there is no field {TARGETS_FIELD!r}, which every cache has")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from kdcache.cache import layout
 from kdcache.cache.folder import TEMPORARY, Folder
 from kdcache.cache.shard_file import pack
-from kdcache.codecs import topk_codec
+from kdcache.codecs import id_dtype, topk_codec
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.schema import ArrayRecord, FieldRecord, Manifest, ObjectRecord, Plan, ShardRecord, Statistics, Targets
 
@@ -54,7 +54,7 @@ class ShardData:
 
 def token_arrays(vocab_size: int, packed: bool) -> tuple[ArrayRecord, ...]:
     """Describe the arrays that stand beside the targets in every shard."""
-    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    dtype = id_dtype(vocab_size)
     records = [
         ArrayRecord(name="tokens", dtype=dtype, rows="tokens"),
         ArrayRecord(name="loss_mask", dtype="uint8", rows="positions"),
@@ -102,6 +102,10 @@ class CacheWriter:
         Raises ``CacheError`` when the folder holds another cache (saying what differs) or something else entirely.
         """
         existing = layout.read_plan(self.folder)
+        if existing is not None and not self.folder.names(layout.COMMITS) and _differences_of(existing, plan):
+            # A dump that failed before its first shard (NaN, out of memory) must not forbid another attempt.
+            self.folder.remove(layout.PLAN)
+            existing = None
         if existing is None:
             self._start(plan, table, tokenizer_files)
             existing = plan
@@ -250,6 +254,16 @@ def refuse_foreign(folder: Folder) -> None:
 
 def check_same_plan(existing: Plan, wanted: Plan, folder: Folder) -> None:
     """Raise ``CacheError`` saying what differs when ``folder`` holds a cache that is not the ``wanted`` one."""
+    lines = _differences_of(existing, wanted)
+    if lines:
+        raise CacheError(
+            f"output {folder} holds another cache: {'; '.join(lines[:4])}{' ...' if len(lines) > 4 else ''}. "
+            "Repeat the command that began it, or choose another output"
+        )
+
+
+def _differences_of(existing: Plan, wanted: Plan) -> list[str]:
+    """Return what would make the content of two planned caches differ, one line each."""
     # Names and paths may change while the content stays; content is what the hashes beside them compare.
     unimportant: Any = {
         "provenance": True,
@@ -258,13 +272,7 @@ def check_same_plan(existing: Plan, wanted: Plan, folder: Folder) -> None:
         "corpus": {"sources"},
     }
     before, after = (p.model_dump(mode="json", exclude=unimportant) for p in (existing, wanted))
-    if before == after:
-        return
-    lines = list(_differences(before, after))
-    raise CacheError(
-        f"output {folder} holds another cache: {'; '.join(lines[:4])}{' ...' if len(lines) > 4 else ''}. "
-        "Repeat the command that began it, or choose another output"
-    )
+    return _differences(before, after)
 
 
 def _differences(before: Any, after: Any, path: str = "") -> list[str]:

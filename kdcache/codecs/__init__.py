@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from kdcache.codecs.hidden import HIDDEN_CODECS, HiddenCodec
-from kdcache.codecs.topk import TOPK_CODECS, TopKCodec
+from kdcache.codecs.topk import TOPK_CODECS, TopKCodec, id_dtype
 from kdcache.config import Config, build
 from kdcache.errors import ConfigError, did_you_mean
 
-__all__ = ["HIDDEN_CODECS", "TOPK_CODECS", "HiddenCodec", "TopKCodec", "hidden_codec", "topk_codec"]
+__all__ = ["HIDDEN_CODECS", "TOPK_CODECS", "HiddenCodec", "TopKCodec", "hidden_codec", "id_dtype", "topk_codec"]
 
 C = TypeVar("C", bound=Config)
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kdcache.cache import CacheWriter, Folder, ShardData, layout
 from kdcache.cache.shard_file import pack
 from kdcache.cache.writer import check_same_plan, refuse_foreign
-from kdcache.codecs import hidden_codec, topk_codec
+from kdcache.codecs import hidden_codec, id_dtype, topk_codec
 from kdcache.corpus import Corpus, SequencePlan, load_corpus, plan_sequences
 from kdcache.dump.batches import BatchRunner, ShardRows, Teacher, batches_by_length
 from kdcache.dump.config import DumpConfig
@@ -201,7 +201,7 @@ def _load(config: DumpConfig, progress: bool) -> _Parts:
         teacher.check_packing()
     layers = parse_layers(config.hidden_states.layers, teacher.num_layers)
     plan, table, starts = make_plan(config, corpus, sequences, teacher.record, record, layers, teacher.widths(layers))
-    batch_tokens = config.batch_tokens or (4096 if teacher.device.type == "cpu" else 16384)
+    batch_tokens = config.batch_tokens or min(4096 if teacher.device.type == "cpu" else 16384, teacher.max_batch_tokens)
     return _Parts(plan, table, starts, sequences, teacher, layers, tokenizer_files(tokenizer), batch_tokens)
 
 
@@ -274,7 +274,7 @@ def _pilot_sequences(sequences: SequencePlan) -> list[int]:
 def _encoded_bytes(rows: ShardRows, picked: list[Any], plan: Plan) -> int:
     encoded = topk_codec(plan.field("targets").codec).encode(rows.targets, plan.tokenizer.vocab_size)
     tokens = np.concatenate([s.tokens_T for s in picked])
-    size = len(pack({**encoded, "tokens": tokens.astype("uint16" if tokens.max() < 1 << 16 else "uint32")}))
+    size = len(pack({**encoded, "tokens": tokens.astype(id_dtype(plan.tokenizer.vocab_size))}))
     return size + sum(len(pack({"states": states})) for states in rows.hidden.values())
 
 

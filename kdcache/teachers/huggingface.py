@@ -85,6 +85,11 @@ class HuggingFaceTeacher:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
+    @property
+    def max_batch_tokens(self) -> int:
+        """Tokens of a batch that keep logits within 2^28 numbers, where those of a whole batch must exist at once."""
+        return 1 << 30 if self._split is not None else max(1, (1 << 28) // self.record.vocab_size)
+
     def widths(self, layers: SequenceOf[int]) -> dict[int, int]:
         """Return the width of each hidden state (OPT projects its last one to another)."""
         probe = Sequence(0, np.zeros(3, dtype=np.uint32), np.ones(2, dtype=np.uint8))

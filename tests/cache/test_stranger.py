@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kdcache.cache import layout, open_cache, verify
+from kdcache.cache import Folder, layout, open_cache, verify
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
 from tests.synthetic import SyntheticCache
 
@@ -207,3 +207,31 @@ def test_half_a_cache(tmp_path):
         open_cache(str(tmp_path))
     with pytest.raises(IncompleteCacheError):
         verify(str(tmp_path))
+
+
+@pytest.mark.parametrize("change", ["no shapes", "no max_length"])
+def test_a_manifest_that_lacks_what_readers_need(tmp_path, change):
+    path = tmp_path / "cache"
+    SyntheticCache().write(path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    if change == "no shapes":
+        for array in manifest["fields"][0]["arrays"]:
+            array["shape"] = []
+    else:
+        del manifest["sequences"]["max_length"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CorruptCacheError, match=r"keeps no ids|max_length is not a number"):
+        open_cache(str(path))
+
+
+def test_a_store_whose_client_fails_in_its_own_way(monkeypatch):
+    folder = Folder("memory://far/away")
+
+    def refuse(*arguments, **settings):
+        raise LookupError("connection refused by peer")
+
+    for name in ("cat_file", "exists", "info", "ls"):
+        monkeypatch.setattr(folder._fs, name, refuse)
+    for call in (lambda: folder.read("x"), lambda: folder.exists("x"), lambda: folder.size("x"), folder.names):
+        with pytest.raises(CacheError, match=r"cannot reach memory://far/away: connection refused by peer"):
+            call()

@@ -259,3 +259,11 @@ def test_rows_of_another_width_than_planned_are_refused(tmp_path):
         states["hidden-1"] = states["hidden-1"][:, :3]
     with pytest.raises(CacheError, match=r"field hidden-1, array states: rows of \(3,\), the plan says \(6,\)"):
         cache.write(tmp_path / "cache")
+
+
+def test_a_dump_that_wrote_nothing_does_not_forbid_another(tmp_path):
+    SOURCE.write(tmp_path, shards=range(0), finish=False)
+    other = SyntheticCache(seed=9)
+    other.write(tmp_path)
+    assert len(open_cache(str(tmp_path))) == len(other.tokens)
+    assert verify(str(tmp_path), deep=True).problems == []

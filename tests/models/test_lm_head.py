@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
-from kdcache.models.lm_head import LMHead, split_model
+from kdcache.models.lm_head import LMHead, _reproduces, split_model
 from tests.families import SPLITTABLE, unsplittable
 from tests.tiny import llama
 
@@ -69,3 +70,26 @@ def test_scale_bias_and_cap_are_applied_in_that_order():
     head = LMHead(weight, bias, scale=2.0, softcap=3.0)
     expected = 3 * torch.tanh(torch.tensor([[4.0, 4.0]]) / 3)
     torch.testing.assert_close(head.logits(torch.tensor([[1.0, 2.0]])), expected)
+
+
+def test_a_soft_cap_of_another_name_is_read_or_the_split_is_refused():
+    torch.manual_seed(0)
+    config = transformers.RecurrentGemmaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        lru_width=32,
+        logits_soft_cap=5.0,
+        attention_window_size=16,
+    )
+    model = transformers.RecurrentGemmaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(200)
+    for dtype in (torch.float32, torch.bfloat16):
+        split = split_model(model.to(dtype))
+        assert split is not None
+        assert split[1].softcap == 5.0
+    uncapped = LMHead(model.get_output_embeddings().weight)
+    assert not _reproduces(model, model.base_model, uncapped), "a cap that is not applied must be noticed in bfloat16"
