@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from kdcache.config import Config
 from kdcache.corpus.readers import Reader, no_columns
@@ -25,6 +26,8 @@ from kdcache.corpus.sources import find_sources
 from kdcache.corpus.text_files import Split
 from kdcache.errors import CorpusError
 from kdcache.schema import Document
+
+log = logging.getLogger(__name__)
 
 _BATCH_DOCUMENTS = 256
 #: Characters per batch: tokenising takes memory of a hundred times the text.
@@ -41,6 +44,11 @@ class CorpusConfig(Config):
     """What one document of a .txt file is; paragraphs are separated by blank lines."""
     limit_documents: int | None = Field(default=None, ge=1)
     licence: str | None = None
+
+    @field_validator("paths", mode="before")
+    @classmethod
+    def _one_path(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 class Corpus:
@@ -164,7 +172,8 @@ def load_corpus(config: CorpusConfig) -> Corpus:
     """Find and open all sources of a corpus.
 
     Raises ``CorpusError`` if one is missing, unsupported, broken or without the text field, or if there is no
-    document at all. Sources after the first ``limit_documents`` documents are not opened.
+    document at all. Sources after the first ``limit_documents`` documents are not opened. Rows whose text is null or
+    missing are documents without text; a warning counts them.
     """
     readers: list[tuple[str, Reader]] = []
     num_documents = 0
@@ -176,7 +185,25 @@ def load_corpus(config: CorpusConfig) -> Corpus:
             break
     if num_documents == 0:
         raise CorpusError(f"the corpus has no documents: {', '.join(config.paths)} hold no rows")
+    _warn_of_missing_texts(config, [reader for _, reader in readers])
     return Corpus(config, readers)
+
+
+def _warn_of_missing_texts(config: CorpusConfig, readers: Sequence[Reader]) -> None:
+    left = config.limit_documents or sum(reader.num_rows for reader in readers)
+    num_missing, first = 0, ""
+    for reader in readers:
+        missing = reader.num_missing(min(left, reader.num_rows))
+        left -= min(left, reader.num_rows)
+        first = first or (reader.name if missing else "")
+        num_missing += missing
+    if num_missing:
+        log.warning(
+            "%d documents have no %r (null or missing) and are counted as empty; the first is in %s",
+            num_missing,
+            config.text_field,
+            first,
+        )
 
 
 def _union(schemas: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:

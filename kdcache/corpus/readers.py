@@ -30,6 +30,10 @@ class Reader(Protocol):
         """Return the texts of rows ``start`` to ``stop``; null texts are empty."""
         ...
 
+    def num_missing(self, stop: int) -> int:
+        """Return how many of the first ``stop`` rows have no text at all (null or missing), without reading texts."""
+        ...
+
     def metadata(self, rows: Sequence[int]) -> pa.Table:
         """Return the columns of `metadata_schema` for ``rows``."""
         ...

@@ -53,6 +53,12 @@ class TableReader:
                 f"{self.name}, row {row}: field {self._text_field!r} is not UTF-8; convert it, e.g. with iconv -t utf-8"
             ) from None
 
+    def num_missing(self, stop: int) -> int:
+        """Return how many of the first ``stop`` rows have null for a text, or no such field."""
+        if self.num_rows == 0:
+            return 0
+        return int(self._texts.data.column(self._text_field).slice(0, stop).null_count)
+
     def metadata(self, rows: Sequence[int]) -> pa.Table:
         """Return the columns besides the text for ``rows``."""
         if self._metadata is None:

@@ -61,6 +61,10 @@ class TextFile:
             data = file.read(spans[-1][1] - first)
         return [self._decode(data[begin - first : end - first], begin) for begin, end in spans]
 
+    def num_missing(self, stop: int) -> int:
+        """Return 0: a text file is all text."""
+        return 0
+
     def metadata(self, rows: Sequence[int]) -> pa.Table:
         """Return no columns: a text file has only text."""
         return no_columns(len(rows))

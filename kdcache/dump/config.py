@@ -55,9 +55,13 @@ class HiddenStatesConfig(Config):
     @field_validator("layers", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        if isinstance(value, int):
-            return (value,)
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        layers = value if isinstance(value, list | tuple) else (value,)
+        # To Python true is the number 1.
+        if any(isinstance(layer, bool) for layer in layers):
+            raise ValueError("expected layer numbers or last, such as [last, 12]")
+        return layers
 
     @field_validator("codec", mode="before")
     @classmethod
@@ -68,7 +72,7 @@ class HiddenStatesConfig(Config):
 class DumpConfig(Config):
     """Everything a dump needs; each part belongs to the component it configures."""
 
-    output: str
+    output: str = Field(min_length=1)
     teacher: TeacherConfig
     corpus: CorpusConfig
     task: str = causal_lm.NAME

@@ -212,6 +212,31 @@ def test_a_text_file_that_is_too_large_for_one_document_is_refused(tmp_path, loa
     assert len(load(path)) == 1
 
 
+def test_rows_without_a_text_are_told_of(tmp_path, load, caplog):
+    write_json(tmp_path / "a.jsonl", {"text": "a"}, {"text": ""})
+    write_json(tmp_path / "b.jsonl", {"text": "b"}, {"txt": "c"}, {"text": None})
+    write_json(tmp_path / "c.jsonl", {"text": None})
+    pq.write_table(pa.table({"text": ["d", None]}), tmp_path / "d.parquet")
+    (tmp_path / "e.txt").write_text("")
+    assert texts(load(tmp_path)) == ["a", "", "b", "", "", "", "d", "", ""]
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert "4 documents have no 'text' (null or missing) and are counted as empty" in record.getMessage()
+    assert "b.jsonl" in record.getMessage()
+
+
+def test_rows_without_a_text_after_the_limit_are_not_told_of(tmp_path, load, caplog):
+    write_json(tmp_path / "a.jsonl", {"text": "a"}, {"text": ""}, {"text": None}, {"text": None})
+    load(tmp_path, limit_documents=2)
+    assert not caplog.records
+    load(tmp_path, limit_documents=3)
+    assert "1 documents have no 'text'" in caplog.text
+
+
+def test_one_path_needs_no_list(tmp_path):
+    assert build(CorpusConfig, {"paths": "texts.jsonl"}).paths == ("texts.jsonl",)
+
+
 def test_metadata_is_the_union_of_columns(tmp_path, load):
     write_json(tmp_path / "a.jsonl", {"text": "a", "year": 2020, "tag": 1, "deep": {"x": 1}})
     write_json(tmp_path / "b.jsonl", {"text": "b", "tag": "s", "new": True})

@@ -67,3 +67,32 @@ def test_something_else_than_a_codec_is_refused(codec):
 
 def test_the_codec_of_hidden_states_has_a_default_too():
     assert configure(hidden_states={"codec": {}}).hidden_states.codec == configure().hidden_states.codec
+
+
+def test_one_path_may_be_set_as_a_text():
+    assert configure("corpus.paths=texts.jsonl").corpus.paths == ("texts.jsonl",)
+
+
+@pytest.mark.parametrize("paths", ["[]", "3", "null"])
+def test_something_else_than_paths_is_refused(paths):
+    with pytest.raises(ConfigError, match=r"corpus\.paths"):
+        configure(f"corpus.paths={paths}")
+
+
+@pytest.mark.parametrize(
+    ("layers", "found"), [("last,12", ("last", 12)), ("[last, -1]", ("last", -1)), ("3", (3,)), ("[]", ())]
+)
+def test_layers_are_numbers_or_last(layers, found):
+    layers_found = configure(f"hidden_states.layers={layers}").hidden_states.layers
+    assert tuple(str(layer) for layer in layers_found) == tuple(str(layer) for layer in found)
+
+
+@pytest.mark.parametrize("layers", ["true", "[true]", "[1, false]", "[1.5]", "{a: 1}", "null"])
+def test_something_else_than_layers_is_refused(layers):
+    with pytest.raises(ConfigError, match=r"hidden_states\.layers"):
+        configure(f"hidden_states.layers={layers}")
+
+
+def test_an_empty_output_is_refused():
+    with pytest.raises(ConfigError, match=r"'output': .*at least 1 character"):
+        configure("output=''")
