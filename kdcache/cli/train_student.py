@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -58,16 +59,7 @@ def command(
     from kdcache.config import load
     from kdcache.train import TrainConfig, plan_training, train_student
 
-    settings = options.nest(
-        {
-            "student.model": given["student"],
-            "student.config_file": given["student_config"],
-            "student.size": given["student_size"],
-            # The other options are called like the settings that they give.
-            **{name: value for name, value in given.items() if not name.startswith("student")},
-        }
-    )
-    config = load(TrainConfig, file=config_file, assignments=assignments, options=settings)
+    config = load(TrainConfig, file=config_file, assignments=assignments, options=_settings(given))
     if dry_run:
         plan = plan_training(config)
         if as_json:
@@ -84,6 +76,25 @@ def command(
         f"Trained {result.steps:,} steps in {options.human_seconds(result.seconds)} ({result.tokens_per_s:,.0f} "
         f"tokens/s); last losses: {losses}. The student is in {result.output}."
     )
+
+
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that the options give; those that exclude a given one are None, over whatever a file says."""
+    settings = options.nest(
+        {
+            "student.model": given["student"],
+            "student.config_file": given["student_config"],
+            "student.size": given["student_size"],
+            # The other options are called like the settings that they give.
+            **{name: value for name, value in given.items() if not name.startswith("student")},
+        }
+    )
+    if "student" in settings:
+        # Another student has no use for the revision of the file's.
+        settings["student"] = dict.fromkeys(("model", "config_file", "size", "revision")) | settings["student"]
+    if "epochs" in settings or "max_steps" in settings:
+        settings = dict.fromkeys(("epochs", "max_steps")) | settings
+    return settings
 
 
 def _text(value: Any) -> str:

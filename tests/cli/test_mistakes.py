@@ -306,6 +306,8 @@ def test_a_student_with_another_tokenizer(run, dumped, tmp_path):
     [
         (["--student", "/no/such/student"], "/no/such/student"),
         (["--student-size", "huge"], "huge"),
+        (["--student-size", "nano", "--student", "x"], "exactly one of model, config_file and size"),
+        (["--student-size", "nano", "--epochs", "1", "--max-steps", "1"], "epochs or max_steps, not both"),
         (["--student-config", "/no/such/config.json"], "/no/such/config.json"),
         (["--student-size", "nano", "--set", "objective.forward_lk.weight=1"], "did you mean 'forward_kl'"),
         (["--student-size", "nano", "--set", "lerning_rate=1"], "did you mean 'learning_rate'"),

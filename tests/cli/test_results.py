@@ -203,3 +203,22 @@ def test_peek_for_people(run, dumped):
 def test_every_sequence_can_be_shown(run, dumped):
     for index in range(len(open_cache(str(dumped)))):  # also pieces of characters and emoji
         assert run("peek", dumped, "--sequence", index).code == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "expected"),
+    [
+        ("student: {size: tiny}", ["--student-size", "nano"], {"steps": 2}),
+        ("student: {model: nobody/nothing, revision: v1}", ["--student-size", "nano"], {"steps": 2}),
+        ("student: {size: nano}\nepochs: 3", ["--max-steps", 7], {"steps": 7}),
+        ("student: {size: nano}\nmax_steps: 7", ["--epochs", 3], {"steps": 6}),
+        ("student: {size: nano}", ["--student", "TEACHER"], {"learning_rate": 3e-4}),
+    ],
+)
+def test_an_option_wins_over_what_excludes_it_in_the_file(run, dumped, teacher_dir, tmp_path, file, options, expected):
+    config = tmp_path / "train.yaml"
+    sequences = -(-len(open_cache(str(dumped))) // 2)
+    config.write_text(f"cache: {dumped}\noutput: {tmp_path / 'o'}\nbatch_sequences: {sequences}\n{file}\n")
+    options = [teacher_dir if option == "TEACHER" else option for option in options]
+    plan = parse(run("train-student", "--config", config, *options, "--dry-run", "--json", "--quiet"))
+    assert {name: plan[name] for name in expected} == expected
