@@ -1,10 +1,10 @@
 """Which tokenizer made the ids, by content, and a fast encoder over it.
 
 Token ids are the contract between cache and student, so two tokenizers are *the same* when they give every text the
-same ids: vocabulary, merges, normaliser, pre-tokeniser and added tokens, plus which ids begin and end a text. Names,
-paths, chat templates, padding (many recipes set the pad token to EOS), truncation, decoders and the post-processor are
-left out: they change how a tokenizer is used, not what an id means. BOS and EOS that the post-processor adds are in the
-cache's tokens already.
+same ids: vocabulary, merges, normaliser, pre-tokeniser and added tokens. Names, paths, chat templates, padding (many
+recipes set the pad token to EOS), truncation, decoders and the post-processor are left out: they change how a tokenizer
+is used, not what an id means. So are BOS and EOS, in which an instruction-tuned model and its base often differ: those
+that a text got are in the cache's tokens already, and the record names the ids beside the hash.
 
 Tokenizers without a `tokenizers` backend have no description of their rules; they are told apart by vocabulary and
 class alone, and a warning says so.
@@ -63,9 +63,6 @@ def describe_difference(a: Any, b: Any) -> list[str]:
             found.append(f"{words} differs")
     if first["added_tokens"] != second["added_tokens"]:
         found.append("added tokens differ")
-    for name in ("bos", "eos"):
-        if first[name] != second[name]:
-            found.append(f"{name} token differs: {_show(first[name])} against {_show(second[name])}")
     return found or ["the tokenizers are of different classes"]
 
 
@@ -133,8 +130,6 @@ def _describe(tokenizer: Any) -> dict[str, Any]:
         "vocab": dict(tokenizer.get_vocab()),
         "rules": _rules(full) if full else {"class": type(tokenizer).__name__},
         "added_tokens": sorted((_added_token(token) for token in full.get("added_tokens", [])), key=lambda t: t["id"]),
-        "bos": [tokenizer.bos_token_id, tokenizer.bos_token],
-        "eos": [tokenizer.eos_token_id, tokenizer.eos_token],
     }
 
 
@@ -165,11 +160,6 @@ def _vocabulary_differences(a: Mapping[str, int], b: Mapping[str, int]) -> list[
             found.append(f"id {number} is {by_id_a.get(number)!r} against {by_id_b.get(number)!r}")
             break  # one example is enough to see which pair of tokenizers this is
     return found
-
-
-def _show(special: list[Any]) -> str:
-    number, token = special
-    return "none" if number is None else f"{token!r} (id {number})"
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:

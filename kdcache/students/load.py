@@ -134,6 +134,13 @@ def _check_tokenizer(config: StudentConfig, manifest: Manifest, tokenizer: Any, 
             f"student {name} has another tokenizer than the cache: {'; '.join(differences)}. Token ids would not mean "
             "the same; choose a student with the teacher's tokenizer, or a fresh one (size or config_file)"
         )
+    if own.eos_token_id != tokenizer.eos_token_id:
+        logger.warning(
+            "student %s ends a text with %r, the teacher of the cache with %r: it learns and is saved with the latter",
+            name,
+            own.eos_token,
+            tokenizer.eos_token,
+        )
 
 
 def own_tokenizer(name: str, revision: str | None = None) -> Any | None:

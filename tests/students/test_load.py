@@ -94,6 +94,16 @@ def test_student_without_tokenizer_files_is_taken_on_trust_and_says_so(cache, tm
     assert student.tokenizer.get_vocab() == TOKENIZER.get_vocab(), "the cache's tokenizer is saved with it"
 
 
+def test_student_with_another_eos_fits_and_says_so(cache, tmp_path, caplog):
+    path = save(llama(VOCAB_SIZE), tmp_path / "student", bpe_tokenizer(eos_token="<s>"))
+    with caplog.at_level(logging.WARNING):
+        load(cache, model=path)
+    assert "ends a text with '<s>', the teacher of the cache with '</s>'" in caplog.text
+    caplog.clear()
+    load(cache, model=save(llama(VOCAB_SIZE), tmp_path / "same"))
+    assert caplog.text == ""
+
+
 def bert(kind):
     config = BertConfig(
         vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
