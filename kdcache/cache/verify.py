@@ -7,6 +7,7 @@ correctly. Both only collect problems, each with file, shard and field, so one r
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -15,16 +16,16 @@ import pyarrow as pa
 
 from kdcache.cache import layout
 from kdcache.cache.folder import Folder
-from kdcache.cache.reader import Cache, load_shard, load_table
-from kdcache.codecs import hidden_codec
+from kdcache.cache.reader import Cache, load_table
 from kdcache.config import Config
 from kdcache.errors import CacheError, CorruptCacheError, KdcacheError
 from kdcache.schema import Manifest, ObjectRecord, Plan, SequenceBatch, ShardRecord, Targets, token_hash
 
 Progress = Callable[[int, int], None]
 
-#: Rows decoded at once by the deep pass.
+#: Rows decoded at once by the deep pass, fewer if their hidden states would have more numbers than this.
 _DEEP_POSITIONS = 1 << 16
+_DEEP_STATES = 1 << 26
 
 
 @dataclass
@@ -36,6 +37,8 @@ class VerifyReport:
     num_objects: int = 0
     num_bytes: int = 0
     problems: list[str] = field(default_factory=list)
+    num_rewritable: int = 0
+    """How many of the problems are of plan.parquet and the tokenizer's files, which a dump writes again."""
 
     @property
     def ok(self) -> bool:
@@ -56,7 +59,10 @@ def verify(path: str, *, deep: bool = False, progress: Progress | None = None) -
     except CorruptCacheError as error:
         report.problems.append(str(error))
         return report
+    report.problems.extend(_check_rewritable(folder, manifest))
+    report.num_rewritable = len(report.problems)
     report.problems.extend(_check_records(folder, manifest))
+    cache = _open(folder, manifest, fingerprint, report) if deep else None
     total = manifest.num_bytes * (2 if deep else 1)
     done = 0
     for shard in manifest.shards:
@@ -71,8 +77,8 @@ def verify(path: str, *, deep: bool = False, progress: Progress | None = None) -
             done += record.num_bytes
             if progress:
                 progress(done, total)
-        if deep and sound:
-            report.problems.extend(_check_content(folder, manifest, fingerprint, shard))
+        if cache is not None and sound:
+            report.problems.extend(_check_content(cache, shard))
         done += shard.num_bytes if deep else 0
         if progress:
             progress(done, total)
@@ -85,6 +91,10 @@ def _check_records(folder: Folder, manifest: Manifest) -> Iterator[str]:
     yield from _check_record(folder, layout.PLAN, Plan(**manifest.model_dump(include=set(Plan.model_fields))))
     for shard in manifest.shards:
         yield from _check_record(folder, layout.commit_name(shard.index), shard)
+
+
+def _check_rewritable(folder: Folder, manifest: Manifest) -> Iterator[str]:
+    """Check the table of the plan and the tokenizer, which the dump's own command can make again."""
     table = folder.read(layout.PLAN_TABLE) if folder.exists(layout.PLAN_TABLE) else b""
     if layout.sha256(table) != manifest.table_sha256:
         yield f"file {layout.PLAN_TABLE} is missing or damaged (its sha256 is not the plan's)"
@@ -121,12 +131,21 @@ def _check_object(folder: Folder, record: ObjectRecord, where: str) -> str | Non
     return None
 
 
-def _check_content(folder: Folder, manifest: Manifest, fingerprint: str, shard: ShardRecord) -> Iterator[str]:
+def _open(folder: Folder, manifest: Manifest, fingerprint: str, report: VerifyReport) -> Cache | None:
+    """Open the cache for reading shard after shard; what forbids it, such as an unknown codec, is a problem."""
+    try:
+        return Cache(folder, manifest, fingerprint, max_open_shards=1)
+    except KdcacheError as error:
+        report.problems.append(str(error))
+        return None
+
+
+def _check_content(cache: Cache, shard: ShardRecord) -> Iterator[str]:
     where = f"shard {shard.index}, field {layout.TARGETS_FIELD}, file {shard.objects[layout.TARGETS_FIELD].path}"
     try:
-        cache = Cache(folder, manifest, fingerprint)
-        yield from (f"{where}: {problem}" for problem in _content_problems(cache, shard))
-    except KdcacheError as error:  # also a codec that this kdcache does not know
+        # The same problem in several pieces of the shard is one problem.
+        yield from dict.fromkeys(f"{where}: {problem}" for problem in _content_problems(cache, shard))
+    except KdcacheError as error:
         yield str(error)
 
 
@@ -134,16 +153,21 @@ def _content_problems(cache: Cache, shard: ShardRecord) -> Iterator[str]:
     begin, end = int(cache.shard_starts[shard.index]), int(cache.shard_starts[shard.index + 1])
     table = load_table(cache.folder, shard, ("num_positions", "token_hash"))
     lengths = np.asarray(table["num_positions"])
-    step = max(1, int(_DEEP_POSITIONS // max(float(lengths.mean()), 1.0))) if len(lengths) else 1
+    step = max(1, int(_deep_positions(cache) // max(float(lengths.mean()), 1.0))) if len(lengths) else 1
     for first in range(begin, end, step):
-        batch = cache.read(range(first, min(first + step, end)))
+        batch = cache.read(range(first, min(first + step, end)), hidden=cache.manifest.hidden_layers)
         yield from _token_problems(cache, batch, table.slice(first - begin, step))
         yield from _target_problems(batch.targets, cache.vocab_size)
-    arrays = load_shard(cache.folder, cache.manifest, shard, (layout.TARGETS_FIELD, *cache.manifest.hidden_layers))
-    for name in cache.manifest.hidden_layers:
-        states = hidden_codec(cache.manifest.field(name).codec).decode(arrays.fields[name]["states"])
-        if not np.isfinite(states).all():
-            yield f"field {name} holds values that are not finite"
+        for name, states in batch.hidden.items():
+            if not np.isfinite(states).all():
+                yield f"field {name} holds values that are not finite"
+
+
+def _deep_positions(cache: Cache) -> int:
+    """Return how many positions are decoded at once, with the hidden states of all layers as float32."""
+    fields = [cache.manifest.field(name) for name in cache.manifest.hidden_layers]
+    width = sum(math.prod(array.shape) for record in fields for array in record.arrays if array.name == "states")
+    return min(_DEEP_POSITIONS, _DEEP_STATES // max(width, 1))
 
 
 def _token_problems(cache: Cache, batch: SequenceBatch, table: pa.Table) -> Iterator[str]:

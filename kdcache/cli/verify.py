@@ -73,14 +73,27 @@ def command(
         sys.exit(1)
 
 
+def _advice(report: Any) -> str:
+    """Say how to mend what is damaged: shards cost teacher time, the files beside them do not."""
+    advice = []
+    if report.num_rewritable:
+        advice.append(
+            "For plan.parquet and the files of the tokenizer, run the same dump-teacher command again: it writes them "
+            "again."
+        )
+    if len(report.problems) > report.num_rewritable:
+        advice.append(
+            "Fetch the damaged files again, or delete the commit record and the manifest of a damaged shard and run "
+            "the same dump-teacher command to make it again."
+        )
+    return " ".join(advice)
+
+
 def _echo(report: Any, check: Any) -> None:
     for problem in report.problems:
         click.echo(f"PROBLEM {problem}")
     if report.problems:
-        click.echo(
-            f"{len(report.problems)} problems in {report.path}. Fetch the damaged files again, or delete the commit "
-            "record and the manifest of a damaged shard and run the same dump-teacher command to make it again."
-        )
+        click.echo(f"{len(report.problems)} problems in {report.path}. {_advice(report)}")
         return
     kind = "bytes and content are" if report.deep else "every byte is"
     click.echo(

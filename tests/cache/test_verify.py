@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kdcache.cache import layout, open_cache, verify
 from kdcache.cache.shard_file import pack
+from kdcache.cli.verify import command
 from kdcache.errors import CacheError, IncompleteCacheError
 from tests.synthetic import SyntheticCache, random_targets
 
@@ -282,3 +284,55 @@ def test_a_large_shard_is_checked_in_pieces(tmp_path, monkeypatch):
     source.write(tmp_path)
     [problem] = verify(str(tmp_path), deep=True).problems
     assert "entropy" in problem
+
+
+@pytest.mark.parametrize("states", [1, 60, 1 << 20])
+def test_hidden_states_are_checked_in_pieces_too(tmp_path, monkeypatch, states):
+    monkeypatch.setattr(sys.modules["kdcache.cache.verify"], "_DEEP_STATES", states)
+    source = SyntheticCache(20, shard_sequences=20, hidden=("hidden-1", "hidden-2"))
+    source.states[2]["hidden-2"][-1, -1] = np.nan
+    source.states[19]["hidden-2"][0, 0] = np.inf
+    source.write(tmp_path)
+    [problem] = verify(str(tmp_path), deep=True).problems
+    assert problem.endswith("field hidden-2 holds values that are not finite")
+
+
+def test_the_deep_pass_unpacks_every_shard_once(sound, monkeypatch):
+    reader = sys.modules["kdcache.cache.reader"]
+    load, unpacked = reader.load_shard, []
+    monkeypatch.setattr(sys.modules["kdcache.cache.verify"], "_DEEP_POSITIONS", 5)
+    monkeypatch.setattr(reader, "load_shard", lambda *given: unpacked.append(given[2].index) or load(*given))
+    assert verify(str(sound), deep=True).ok
+    assert unpacked == [0, 1, 2]
+
+
+def test_what_no_shard_can_be_read_with_is_one_problem(copy):
+    text = (copy / "manifest.json").read_text()
+    (copy / "manifest.json").write_text(text.replace('"name": "exact"', '"name": "exacter"'))
+    problems = verify(str(copy), deep=True).problems
+    assert len([problem for problem in problems if "there is no codec 'exacter'" in problem]) == 1
+
+
+AGAIN, FETCH = "run the same dump-teacher command again: it writes them again", "delete the commit record"
+
+
+@pytest.mark.parametrize(
+    ("names", "said", "not_said"),
+    [
+        (["plan.parquet"], [AGAIN], [FETCH]),
+        (["tokenizer/tokenizer.json"], [AGAIN], [FETCH]),
+        (["shards"], [FETCH], [AGAIN]),
+        (["commits/000000.json"], [FETCH], [AGAIN]),
+        (["shards", "plan.parquet"], [AGAIN, FETCH], []),
+    ],
+)
+def test_the_advice_fits_the_problem(copy, names, said, not_said):
+    for name in names:
+        path = copy / name
+        if path.is_dir():
+            path = min(path.iterdir())
+        path.write_bytes(path.read_bytes()[:-1])
+    result = CliRunner().invoke(command, [str(copy), "--quiet"])
+    assert result.exit_code == 1
+    assert all(text in result.output for text in said)
+    assert not any(text in result.output for text in not_said)
