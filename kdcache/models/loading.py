@@ -118,18 +118,22 @@ def _readable_failures(name: str, error: type[KdcacheError]) -> Iterator[None]:
         raise
     except ImportError as failure:
         hint = "; install it with pip install 'kdcache[gguf]'" if name.endswith(".gguf") else ""
-        raise error(f"{name} needs a package that is not installed: {_first_line(failure)}{hint}") from None
+        raise error(f"{name} needs a package that is not installed: {first_line(failure)}{hint}") from None
     except Exception as failure:  # transformers, tokenizers, safetensors and the hub client have no common base
         looks_local = os.path.exists(name) or name.startswith((".", "/", "~")) or name.endswith(".gguf")
         if looks_local and not os.path.exists(name):
             raise error(f"there is no model at {name}") from None
         where = "" if looks_local else " (not a local path; as a hub id it could not be loaded either)"
-        raise error(f"cannot load {name}{where}: {_first_line(failure)}") from None
+        raise error(f"cannot load {name}{where}: {first_line(failure)}") from None
 
 
-def _first_line(failure: BaseException) -> str:
-    lines = str(failure).strip().splitlines()
-    return lines[0] if lines else type(failure).__name__
+def first_line(failure: BaseException) -> str:
+    """Return the first line of a foreign error's message, and the next one if that ends in a colon.
+
+    The rest is advice to callers of that library.
+    """
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()] or [type(failure).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 @contextlib.contextmanager

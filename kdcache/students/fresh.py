@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, set_s
 
 from kdcache.config import read_yaml
 from kdcache.errors import ConfigError, StudentError, did_you_mean
+from kdcache.models.loading import first_line
 from kdcache.schema import Manifest
 from kdcache.students.config import StudentConfig
 from kdcache.students.sizes import SIZES, llama_config
@@ -78,8 +79,3 @@ def _hf_config(settings: dict[str, Any], path: str) -> Any:
         return AutoConfig.for_model(model_type, **settings)
     except Exception as error:  # configuration classes validate with exceptions of several libraries
         raise StudentError(f"{path}: {first_line(error)}") from None
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of a foreign error's message: the rest is advice to callers of that library."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
