@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from kdcache.config import Config
 from kdcache.errors import did_you_mean
@@ -24,7 +24,7 @@ class StudentConfig(Config):
     size: str | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
     @model_validator(mode="after")
     def _one_origin(self) -> StudentConfig:
