@@ -29,7 +29,7 @@ from kdcache.losses import ForwardKL, TeacherRows, score_positions
 from kdcache.models.loading import pick_device
 from kdcache.students import Student, StudentConfig, load_student
 from kdcache.students.batches import to_tensors
-from kdcache.students.run_record import read_run
+from kdcache.students.run_record import finite, read_run
 from kdcache.students.table import render_table
 from kdcache.students.tally import Tally
 from kdcache.tasks.causal_lm import labels
@@ -74,8 +74,9 @@ class Evaluation(Config):
         return tuple(warning for row in self.students for warning in row.warnings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON types."""
-        return self.model_dump(mode="json")
+        """Return everything as plain JSON types; None for a perplexity beyond all numbers."""
+        data: dict[str, Any] = finite(self.model_dump(mode="json"))
+        return data
 
     def table(self, *, markdown: bool = False) -> str:
         """Return the rows as an aligned text table, or in Markdown; warnings follow below."""

@@ -36,6 +36,7 @@ from kdcache.students.trainer import (
     Distillation,
     DistillationTrainer,
     ProgressBar,
+    check_logger,
     last_checkpoint,
     save_student,
 )
@@ -67,7 +68,7 @@ class TrainConfig(Config):
     """Longer gradients are cut to this length; 0 switches that off."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16`` computes in bfloat16 (autocast) and keeps weights and optimiser in the student's dtype."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     shuffle_window: int = Field(default=4, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     logging_steps: int = Field(default=10, ge=1)
@@ -127,10 +128,11 @@ def train_student(
     With ``resume`` the newest complete checkpoint there is continued (from the beginning if there is none); a run
     that has finished gives its result again. Raises ``ConfigError`` when the output holds a run already, or another
     one than is to be resumed; ``StudentError`` when the student does not fit the cache; ``CacheError`` when the cache
-    is incomplete, damaged or missing.
+    is incomplete, damaged or missing. A loss that is not finite raises ``StudentError`` at the next logging step.
     """
     check_output(config.output, resume=resume)
     _check_device(config)
+    check_logger(config.report_to)
     cache = _open(config)
     student = load_student(config.student, cache.manifest, cache.tokenizer_dir())
     trainer, batches = _make_trainer(config, cache, student, progress, callbacks)
@@ -156,6 +158,7 @@ def train_student(
 
 def plan_training(config: TrainConfig) -> dict[str, Any]:
     """Return what `train_student` would do: sizes, steps and tokens. Loads the student, trains nothing."""
+    check_logger(config.report_to)
     cache = _open(config)
     student = load_student(config.student, cache.manifest, cache.tokenizer_dir())
     batches = _micro_batches(config, cache)

@@ -204,3 +204,19 @@ def test_mistakes(cache_path, tmp_path):
         evaluate(cache_path, [], device="gpu")
     with pytest.raises(ConfigError, match="limit_sequences must be at least 1, found 0"):
         run(cache_path, limit_sequences=0)
+
+
+def test_student_with_nan_weights_is_refused(cache_path, tmp_path):
+    student = llama(VOCAB_SIZE)
+    with torch.no_grad():
+        student.model.norm.weight[0] = torch.nan
+    student.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    with pytest.raises(StudentError, match=r"NaN or infinite.*model.norm.weight.*lower learning rate"):
+        run(cache_path, str(tmp_path))
+
+
+def test_a_perplexity_beyond_all_numbers_is_null_in_json(cache_path):
+    result = run(cache_path)
+    data = result.model_copy(update={"teacher": result.teacher.model_copy(update={"perplexity": np.inf})}).to_dict()
+    assert json.loads(json.dumps(data, allow_nan=False))["teacher"]["perplexity"] is None

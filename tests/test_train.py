@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from kdcache.cache import epoch_order, open_cache
 from kdcache.config import build
 from kdcache.errors import CacheError, ConfigError, IncompleteCacheError, StudentError
+from kdcache.students.run_record import RunRecord
 from kdcache.students.sizes import SIZES, llama_config
 from kdcache.train import TrainConfig, plan_training
 from tests.tiny import bpe_tokenizer, llama, make_cache, random_sequences
@@ -445,6 +447,9 @@ def test_device_that_is_not_there(tmp_path, caches):
         ({"learning_rat": 1.0}, "unknown setting 'learning_rat', did you mean 'learning_rate'"),
         ({"objective": {"forward_lk": {"weight": 1}}}, "did you mean 'forward_kl'"),
         ({"batch_sequences": 0}, "batch_sequences"),
+        ({"seed": -5}, "'seed'.*greater than or equal to 0"),
+        ({"seed": 2**40}, "'seed'.*less than 4294967296"),
+        ({"student": {"size": "nano", "seed": -5}}, "'student.seed'.*greater than or equal to 0"),
         ({"student": {"size": "nano", "model": "x"}}, "exactly one of"),
     ],
 )
@@ -463,3 +468,61 @@ def test_plan_tells_steps_and_sizes_without_training(tmp_path, caches, sequences
     assert not (tmp_path / "out").exists()
     train(values)
     assert json.loads((tmp_path / "out" / "kdcache_run.json").read_text())["steps"] == 6
+
+
+def test_a_diverged_run_fails_and_saves_nothing(tmp_path, caches):
+    values = settings(caches[8], tmp_path / "out", learning_rate=1e30, max_steps=6)
+    with pytest.raises(StudentError, match=r"diverged: the loss at step [2-6] is .*lower learning_rate"):
+        train(values)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    record = json.loads((tmp_path / "out" / "kdcache_run.json").read_text())
+    assert record["status"] == "running"
+
+
+def test_the_run_record_has_null_where_a_number_is_not_finite(tmp_path):
+    record = RunRecord(tmp_path / "kdcache_run.json", {})
+    record.finish(history=[{"loss": 1.5, "grad_norm": float("nan")}], losses={"loss": float("inf")})
+    content = json.loads(record.path.read_text(), parse_constant=pytest.fail)
+    assert content["history"] == [{"loss": 1.5, "grad_norm": None}]
+    assert content["losses"] == {"loss": None}
+
+
+@pytest.mark.parametrize(("damage", "words"), [(Path.unlink, "is missing"), (lambda p: p.write_text("{"), "cannot be")])
+def test_resume_without_a_run_record_is_refused(tmp_path, caches, damage, words):
+    values = settings(caches[8], tmp_path / "out", save_steps=1, max_steps=2)
+    train(values)
+    damage(tmp_path / "out" / "kdcache_run.json")
+    with pytest.raises(ConfigError, match=f"cannot resume .*kdcache_run.json {words}"):
+        train(values | {"learning_rate": 0.5}, resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_output_with_files_of_somebody_else(tmp_path, caches, resume):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    values = settings(caches[8], tmp_path / "out", max_steps=1)
+    with pytest.raises(ConfigError, match=r"out is not empty \(found thesis.tex\); choose another directory"):
+        train(values, resume=resume)
+    (tmp_path / "out" / "thesis.tex").unlink()
+    assert train(values, resume=resume).steps == 1, "an empty directory is fine"
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "words"),
+    [
+        ("tensorbord", None, "did you mean 'tensorboard'"),
+        ("wandb", RuntimeError("wandb:\n not here"), "wandb: not here"),
+    ],
+)
+def test_a_logger_that_cannot_be_used(tmp_path, caches, monkeypatch, name, error, words):
+    def absent():
+        raise error
+
+    if error is not None:
+        monkeypatch.setitem(INTEGRATION_TO_CALLBACK, name, absent)
+    values = settings(caches[8], tmp_path / "out", report_to=name)
+    with pytest.raises(ConfigError, match=f"report_to.*{words}"):
+        train(values)
+    with pytest.raises(ConfigError, match=words):
+        plan_training(build(TrainConfig, values))
+    assert not (tmp_path / "out").exists()

@@ -103,6 +103,7 @@ def _fit(model: Any, tokenizer: Any, manifest: Manifest, name: str) -> Student:
             f"student {name} takes at most {positions} positions, but the cache has sequences of up to "
             f"{max_length(manifest)}: choose another student or dump with a smaller max_length"
         )
+    _check_finite(model, name)
     _check_packing(model, manifest, name)
     split = split_model(model)
     if split is None:
@@ -154,6 +155,15 @@ def own_tokenizer(name: str, revision: str | None = None) -> Any | None:
         if path.exists():
             raise
         return None  # on the hub the one way to find out
+
+
+def _check_finite(model: Any, name: str) -> None:
+    for parameter_name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise StudentError(
+                f"student {name} has weights that are NaN or infinite (in {parameter_name}), as a diverged training "
+                "run leaves them; choose another checkpoint or train it again with a lower learning rate"
+            )
 
 
 def _check_packing(model: Any, manifest: Manifest, name: str) -> None:

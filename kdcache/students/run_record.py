@@ -8,6 +8,7 @@ cache is neither of the two runs.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -43,6 +44,8 @@ _FREE = {
     "max_steps",
 }
 
+_MADE_BY_OTHERS = {"config.json", "model.safetensors", "manifest.json", "plan.json"}
+
 _RESULTS = ("steps", "losses", "seconds", "tokens_per_s")
 
 
@@ -61,6 +64,15 @@ def read_run(directory: str | Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
+def finite(data: Any) -> Any:
+    """Return plain JSON types with None for every number that is not finite, for which JSON has no word."""
+    if isinstance(data, Mapping):
+        return {name: finite(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
 def check_output(output: str | Path, *, resume: bool) -> None:
     """Raise ``ConfigError`` if training into ``output`` would destroy what lies there."""
     path = Path(output)
@@ -69,10 +81,10 @@ def check_output(output: str | Path, *, resume: bool) -> None:
     holds_run = (path / RUN_FILE).exists() or any(path.glob("checkpoint-*"))
     if holds_run and not resume:
         raise ConfigError(f"output {path} already holds a run; continue it with --resume or choose another directory")
-    if not holds_run and any(
-        (path / name).exists() for name in ("config.json", "model.safetensors", "manifest.json", "plan.json")
-    ):
-        raise ConfigError(f"output {path} holds a model or a cache that no run made; choose another directory")
+    found = sorted(item.name for item in path.iterdir()) if path.exists() else []
+    if found and not holds_run:
+        what = "holds a model or a cache that no run made" if _MADE_BY_OTHERS & set(found) else "is not empty"
+        raise ConfigError(f"output {path} {what} (found {found[0]}); choose another directory")
 
 
 @dataclass
@@ -112,7 +124,7 @@ class RunRecord:
         }
         # Compared as JSON would give it back.
         content = json.loads(json.dumps(content))
-        before = read_run(output) if resume else None
+        before = _read_resumed(output) if resume else None
         if before is not None:
             _check_same_run(before.get("settings", {}), content["settings"], output)
             if before.get("status") == "finished":
@@ -130,8 +142,20 @@ class RunRecord:
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.content, indent=2) + "\n")
+        temporary.write_text(json.dumps(finite(self.content), indent=2, allow_nan=False) + "\n")
         os.replace(temporary, self.path)
+
+
+def _read_resumed(output: str | Path) -> dict[str, Any] | None:
+    """Return the record of the run to resume, None if it has to begin; checkpoints without a record are refused."""
+    record, path = read_run(output), Path(output)
+    if record is None and ((path / RUN_FILE).exists() or any(path.glob("checkpoint-*"))):
+        state = "cannot be read" if (path / RUN_FILE).exists() else "is missing"
+        raise ConfigError(
+            f"cannot resume {output}: its {RUN_FILE} {state}, so nothing says with which settings and on which cache "
+            "it was trained; bring that file back, or begin a new run in another directory"
+        )
+    return record
 
 
 def _check_same_run(before: Mapping[str, Any], after: Mapping[str, Any], output: str | Path) -> None:

@@ -18,6 +18,7 @@ distributed wrappers then see one forward, whatever the loss is made of.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,9 +36,11 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from kdcache.models.loading import quiet
+from kdcache.errors import ConfigError, StudentError, did_you_mean
+from kdcache.models.loading import first_line, quiet
 from kdcache.students.batches import MicroBatches
 from kdcache.students.load import Student
 
@@ -101,6 +104,15 @@ class DistillationTrainer(Trainer):
         # The Trainer also logs a summary at the end, which repeats what has been said.
         if "loss" in logs:
             super().log({**logs, **self.meter.read(self.accelerator)}, start_time)
+            self._check_loss(logs["loss"])
+
+    def _check_loss(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise StudentError(
+                f"the run has diverged: the loss at step {self.state.global_step} is {loss}. No student was saved; "
+                "begin a new run in another directory with a lower learning_rate, longer warm-up or smaller "
+                "max_grad_norm"
+            )
 
     # ----------------------------------------------------------------------------------------------- checkpoints
 
@@ -118,6 +130,19 @@ class DistillationTrainer(Trainer):
         """Take over the student and the state of a finished run's last checkpoint."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
+
+
+def check_logger(name: str) -> None:
+    """Raise ``ConfigError`` unless the Trainer knows a logger called ``name`` and its package is installed."""
+    if name in ("none", "all"):
+        return
+    if name not in INTEGRATION_TO_CALLBACK:
+        hint = did_you_mean(name, ["none", "all", *INTEGRATION_TO_CALLBACK])
+        raise ConfigError(f"report_to: there is no logger {name!r}, {hint}")
+    try:
+        INTEGRATION_TO_CALLBACK[name]()  # there is no other way to ask that all of them answer
+    except (RuntimeError, ImportError) as error:
+        raise ConfigError(f"report_to: {name} cannot be used: {first_line(error)}") from None
 
 
 def save_student(student: Student, output: str | Path) -> None:
