@@ -8,7 +8,6 @@ that the file does not have. `safe_batch_bytes` chooses batches that begin with 
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,7 +68,7 @@ def _check_text(where: str, text_field: str, text: Any) -> None:
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield where each value stands, and the value; the file is JSON lines or one JSON array."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")

@@ -123,9 +123,7 @@ def _parquet(path: Path, text_field: str, split_text: Split) -> Reader:
 FORMATS = {
     ".txt": _text,
     ".jsonl": _json,
-    ".jsonl.gz": _json,
     ".ndjson": _json,
     ".json": _json,
-    ".json.gz": _json,
     ".parquet": _parquet,
 }

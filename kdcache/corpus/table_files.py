@@ -71,9 +71,8 @@ class TableReader:
 
 
 def open_json(path: Path, text_field: str) -> TableReader:
-    """Open a JSON lines file (or one JSON array of objects), plain or gzip-compressed."""
-    # A compressed file cannot be probed without reading all of it, so its batches are the library's own.
-    options: dict[str, Any] = {} if path.suffix == ".gz" else {"chunksize": safe_batch_bytes(path, text_field)}
+    """Open a JSON lines file (or one JSON array of objects)."""
+    options: dict[str, Any] = {"chunksize": safe_batch_bytes(path, text_field)}
     # Left to itself the builder stores a field of mixed types as JSON text, quotes included: a text must never be.
     strict = {"on_mixed_types": None} if _knows_mixed_types() else {}
     try:
