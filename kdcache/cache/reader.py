@@ -85,22 +85,37 @@ class Cache:
 
     def tokenizer_json(self) -> str:
         """Return the teacher's tokenizer.json, for the ``tokenizers`` library."""
-        path = f"{layout.TOKENIZER}/tokenizer.json"
-        if not any(record.path == path for record in self.manifest.tokenizer_files):
-            raise CacheError(f"{self.folder} holds no {path}: its tokenizer has no fast version")
-        return self.folder.read(path).decode()
+        files = self._tokenizer_files()
+        if "tokenizer.json" not in files:
+            raise CacheError(f"{self.folder} holds no tokenizer.json: its tokenizer has no fast version")
+        return files["tokenizer.json"].decode()
 
     def tokenizer_dir(self) -> Path:
         """Return a local directory with the teacher's tokenizer files (a copy when the cache is remote)."""
+        files = self._tokenizer_files()
         local = self.folder.local_path
-        return local / layout.TOKENIZER if local is not None else Path(self._tokenizer_copy.name)
+        if local is not None:
+            return local / layout.TOKENIZER
+        for name, data in files.items():
+            Path(self._tokenizer_copy.name, name).write_bytes(data)
+        return Path(self._tokenizer_copy.name)
 
     @cached_property
     def _tokenizer_copy(self) -> tempfile.TemporaryDirectory[str]:
-        directory = tempfile.TemporaryDirectory(prefix="kdcache-tokenizer-")
+        return tempfile.TemporaryDirectory(prefix="kdcache-tokenizer-")
+
+    def _tokenizer_files(self) -> dict[str, bytes]:
+        """Return the tokenizer's files by name, checked: every student is compared with them."""
+        files = {}
         for record in self.manifest.tokenizer_files:
-            Path(directory.name, Path(record.path).name).write_bytes(self.folder.read(record.path))
-        return directory
+            data = layout.read_object(self.folder, record, "tokenizer")
+            if layout.sha256(data) != record.sha256:
+                raise CorruptCacheError(
+                    f"{self.folder}: file {record.path} is damaged (its sha256 is not the recorded one); the command "
+                    "that made the cache writes it again"
+                )
+            files[Path(record.path).name] = data
+        return files
 
     def read(self, indices: Iterable[int], *, hidden: Iterable[str] = ()) -> SequenceBatch:
         """Read and decode sequences ``indices`` (any order, repeats allowed), with the named hidden-state fields."""

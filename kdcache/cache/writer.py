@@ -21,14 +21,13 @@ from numpy.typing import NDArray
 
 from kdcache.cache import layout
 from kdcache.cache.folder import TEMPORARY, Folder
+from kdcache.cache.outputs import LOCK, check_same_plan, differences_of, refuse_foreign
 from kdcache.cache.shard_file import pack
 from kdcache.codecs import id_dtype, topk_codec
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.schema import ArrayRecord, FieldRecord, Manifest, ObjectRecord, Plan, ShardRecord, Statistics, Targets
 
 log = logging.getLogger(__name__)
-
-LOCK = ".lock"
 
 
 @dataclass
@@ -77,8 +76,6 @@ class CacheWriter:
     def __enter__(self) -> CacheWriter:
         local = self.folder.local_path
         if local is not None:
-            if local.exists() and not local.is_dir():
-                raise CacheError(f"output {local} is a file; give a directory")
             refuse_foreign(self.folder)  # before the lock: nothing is written into what is not ours
             try:
                 local.mkdir(parents=True, exist_ok=True)
@@ -102,7 +99,7 @@ class CacheWriter:
         Raises ``CacheError`` when the folder holds another cache (saying what differs) or something else entirely.
         """
         existing = layout.read_plan(self.folder)
-        if existing is not None and not self.folder.names(layout.COMMITS) and _differences_of(existing, plan):
+        if existing is not None and not self.folder.names(layout.COMMITS) and differences_of(existing, plan):
             # A dump that failed before its first shard (NaN, out of memory) must not forbid another attempt.
             self.folder.remove(layout.PLAN)
             existing = None
@@ -238,55 +235,6 @@ def _standing_manifest(folder: Folder) -> Manifest | None:
     except CorruptCacheError as error:
         log.warning("%s; it is written again", error)
         return None
-
-
-def refuse_foreign(folder: Folder) -> None:
-    """Raise ``CacheError`` when ``folder`` holds something that is not the beginning of a cache."""
-    if folder.exists(layout.PLAN):
-        return
-    ours = {layout.PLAN_TABLE, layout.TOKENIZER, LOCK}
-    strange = [name for name in folder.names() if name not in ours and not name.endswith(TEMPORARY)]
-    if strange:
-        raise CacheError(
-            f"output {folder} is not empty and holds no cache (found {strange[0]}); choose another directory"
-        )
-
-
-def check_same_plan(existing: Plan, wanted: Plan, folder: Folder) -> None:
-    """Raise ``CacheError`` saying what differs when ``folder`` holds a cache that is not the ``wanted`` one."""
-    lines = _differences_of(existing, wanted)
-    if lines:
-        raise CacheError(
-            f"output {folder} holds another cache: {'; '.join(lines[:4])}{' ...' if len(lines) > 4 else ''}. "
-            "Repeat the command that began it, or choose another output"
-        )
-
-
-def _differences_of(existing: Plan, wanted: Plan) -> list[str]:
-    """Return what would make the content of two planned caches differ, one line each."""
-    # Names and paths may change while the content stays; content is what the hashes beside them compare.
-    unimportant: Any = {
-        "provenance": True,
-        "table_sha256": True,  # the bytes of a Parquet file change with the library that writes it
-        "teacher": {"name", "revision"},
-        "corpus": {"sources"},
-    }
-    before, after = (p.model_dump(mode="json", exclude=unimportant) for p in (existing, wanted))
-    return _differences(before, after)
-
-
-def _differences(before: Any, after: Any, path: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys = [*before, *(key for key in after if key not in before)]
-        return [
-            line for key in keys for line in _differences(before.get(key), after.get(key), f"{path}.{key}".lstrip("."))
-        ]
-    return [] if before == after else [f"{path} is {_short(before)} there and {_short(after)} here"]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _encode_field(record: FieldRecord, data: ShardData, plan: Plan) -> dict[str, NDArray[Any]]:

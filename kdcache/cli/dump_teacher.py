@@ -40,7 +40,7 @@ A dump that was interrupted goes on where it stopped when the same command runs 
 @click.option(
     "--split-text",
     type=click.Choice(["file", "paragraph", "line"]),
-    help="Documents of .txt files; file takes up to 256 MB.  [default: file]",
+    help="Documents of .txt files; file takes up to 64 MB.  [default: file]",
 )
 @click.option("--limit-documents", type=int, help="Use only the first documents.")
 @click.option("--batch-tokens", type=int, help="Tokens per forward pass.  [default: 4096 on a CPU, else 16384]")

@@ -27,13 +27,13 @@ _BOM = b"\xef\xbb\xbf"
 _BLANK_LINES = re.compile(rb"\r?\n(?:[ \t]*\r?\n)+")
 _BLOCK_BYTES = 1 << 24
 #: Largest file that may be one document, because a document is read and tokenised whole.
-_MAX_DOCUMENT_BYTES = 256 << 20
+_MAX_DOCUMENT_BYTES = 64 << 20
 
 
 class TextFile:
     """Documents of one UTF-8 text file.
 
-    Raises ``CorpusError`` where bytes are not UTF-8, and for a file above 256 MB that is to be one document.
+    Raises ``CorpusError`` where bytes are not UTF-8, and for a file above 64 MB that is to be one document.
     """
 
     metadata_schema = pa.schema([])

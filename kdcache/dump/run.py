@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache import CacheWriter, Folder, ShardData, layout
+from kdcache.cache.outputs import check_same_plan, refuse_foreign
 from kdcache.cache.shard_file import pack
-from kdcache.cache.writer import check_same_plan, refuse_foreign
 from kdcache.codecs import hidden_codec, id_dtype, topk_codec
 from kdcache.corpus import Corpus, SequencePlan, load_corpus, plan_sequences
 from kdcache.dump.batches import BatchRunner, ShardRows, Teacher, batches_by_length

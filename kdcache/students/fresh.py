@@ -6,6 +6,7 @@ least as many positions as its longest sequence has.
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,22 @@ def fresh_hf_config(config: StudentConfig, manifest: Manifest, tokenizer: Any) -
 def _read_config_file(path: str) -> dict[str, Any]:
     if Path(path).is_dir():
         path = str(Path(path) / "config.json")
-    settings = read_yaml(path)  # JSON is YAML
+    settings = _read_json(path) if path.endswith(".json") else read_yaml(path)
     if "model_type" not in settings:
         raise ConfigError(f"{path} has no 'model_type' (such as llama or gpt2), so its architecture is unknown")
+    return settings
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    # Not as YAML, of which JSON is nearly a part: YAML takes the 1e-05 of every Llama's rms_norm_eps for a text.
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read configuration file {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings, found {type(settings).__name__}")
     return settings
 
 

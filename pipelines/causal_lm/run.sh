@@ -30,7 +30,7 @@ dump_options=(--config pipelines/causal_lm/dump.yaml --teacher "$TEACHER")
 train_options=(--config pipelines/causal_lm/train.yaml --resume)
 if [ -n "${SMOKE:-}" ]; then
     dump_options+=(--limit-documents 8)
-    train_options+=(--student-size nano --set epochs=null --max-steps 20)
+    train_options+=(--student-size nano --max-steps 20)
 fi
 
 # 2. The teacher runs once over each corpus. This is the expensive part, and the last time that anyone loads it.

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.cache import describe, open_cache
-from kdcache.errors import CacheError
+from kdcache.errors import CacheError, CorruptCacheError
 from tests.cache.conftest import SOURCE
 from tests.synthetic import SyntheticCache
 
@@ -140,3 +140,14 @@ def test_a_field_that_is_not_there(sound):
 def test_reading_nothing(sound):
     with pytest.raises(CacheError, match="no sequences"):
         open_cache(str(sound)).read([])
+
+
+def test_a_damaged_tokenizer_is_not_handed_out(tmp_path):
+    path = tmp_path / "cache"
+    SyntheticCache().write(path)
+    file = path / "tokenizer" / "tokenizer.json"
+    file.write_bytes(file.read_bytes().replace(b"1.0", b"6.6"))
+    cache = open_cache(str(path))
+    for call in (cache.tokenizer_json, cache.tokenizer_dir):
+        with pytest.raises(CorruptCacheError, match=r"tokenizer/tokenizer.json is damaged"):
+            call()

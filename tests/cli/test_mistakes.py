@@ -38,7 +38,8 @@ def dump(run, teacher_dir, corpus_file, tmp_path):
     def dump_with(*more, **changes):
         values = {"teacher": teacher_dir, "corpus": corpus_file, "output": tmp_path / "out", **changes}
         options = [part for name, value in values.items() if value is not None for part in (f"--{name}", value)]
-        return run("dump-teacher", *options, "--device", "cpu", "--quiet", *more)
+        # Within the tiny teacher's context of 64 positions.
+        return run("dump-teacher", *options, "--max-length", 32, "--device", "cpu", "--quiet", *more)
 
     return dump_with
 
@@ -136,7 +137,7 @@ def test_verify_against_a_teacher_that_is_not_there(run, dumped):
         ({}, ["--top-k", 0], ["targets.top_k", "greater than or equal to 1", "0"]),
         ({}, ["--hidden-states", "7"], ["no hidden state 7", "0 (embeddings) to 2 (last)"]),
         ({}, ["--hidden-states", "top"], ["'top'"]),
-        ({}, ["--dtype", "float61"], ["no dtype 'float61'", "did you mean 'float16'"]),
+        ({}, ["--dtype", "float61"], ["no dtype 'float61'", "did you mean 'float64'"]),
         ({}, ["--set", "teacher.device=gpu0"], ["device 'gpu0' cannot be used"]),
         ({}, ["--max-length", 1], ["sequences.max_length"]),
         ({"teacher": None}, [], ["'teacher.model' is required"]),
@@ -231,6 +232,11 @@ def test_a_teacher_with_a_smaller_vocabulary_than_its_tokenizer(dump, tmp_path):
     bpe_tokenizer().save_pretrained(tmp_path / "small")
     llama(100).save_pretrained(tmp_path / "small")
     assert "only predicts 100: tokenizer and model do not match" in dump(teacher=tmp_path / "small").message()
+
+
+def test_texts_longer_than_the_teachers_context(dump):
+    message = dump("--max-length", 512).message()
+    assert "was made for 64; use --max-length 64 or less" in message
 
 
 def test_a_teacher_that_answers_nan(dump, tmp_path):
@@ -357,6 +363,7 @@ def test_two_dumps_into_one_output(tmp_path, teacher_dir, corpus_file, dump):
             "output": str(tmp_path / "out"),
             "teacher": {"model": str(teacher_dir), "device": "cpu"},
             "corpus": {"paths": [str(corpus_file)]},
+            "sequences": {"max_length": 32},
         },
     )
     assert dump_teacher(config, progress=False).num_shards_written == 1

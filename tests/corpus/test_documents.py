@@ -203,10 +203,10 @@ def test_large_files_are_not_read_before_their_batch(tmp_path, load, monkeypatch
 def test_a_text_file_that_is_too_large_for_one_document_is_refused(tmp_path, load):
     path = tmp_path / "large.txt"
     path.write_text("one\ntwo\n")
-    os.truncate(path, (256 << 20) + 1)  # a hole, which takes no room
-    with pytest.raises(CorpusError, match=r"large\.txt has 268,435,457 bytes.*--split-text line"):
+    os.truncate(path, (64 << 20) + 1)  # a hole, which takes no room
+    with pytest.raises(CorpusError, match=r"large\.txt has 67,108,865 bytes.*--split-text line"):
         load(path)
-    os.truncate(path, 256 << 20)
+    os.truncate(path, 64 << 20)
     assert len(load(path)) == 1
 
 

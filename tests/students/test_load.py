@@ -227,3 +227,13 @@ def test_configuration_file_without_architecture(cache, tmp_path):
     file.write_text("hidden_size: 16\n")
     with pytest.raises(ConfigError, match="no 'model_type'"):
         load(cache, config_file=str(file))
+
+
+@pytest.mark.parametrize("as_directory", [True, False])
+def test_a_config_that_transformers_saved(tmp_path, cache, as_directory):
+    # rms_norm_eps is written as 1e-05, which YAML takes for a text.
+    llama(VOCAB_SIZE, rms_norm_eps=1e-05).config.save_pretrained(tmp_path / "saved")
+    assert "1e-05" in (tmp_path / "saved" / "config.json").read_text()
+    path = tmp_path / "saved" if as_directory else tmp_path / "saved" / "config.json"
+    student = load_student(StudentConfig(config_file=str(path)), cache.manifest, cache.tokenizer_dir())
+    assert student.model.config.rms_norm_eps == 1e-05
