@@ -184,7 +184,11 @@ def _is_causal(body: Any, vocab_size: int) -> bool:
     training = body.training
     body.eval()
     try:
-        first, second = body(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1].float()
+        first, second = body(input_ids=tokens, use_cache=False).last_hidden_state
     finally:
         body.train(training)
-    return torch.allclose(first, second, rtol=1e-2, atol=1e-3)
+    # Rounding aside, what reads ahead moves earlier positions by a share of what the last one moves: the smaller, the
+    # smaller the weights, and those of a fresh student are small.
+    moved = (first - second).abs().float()
+    rounding = 16 * torch.finfo(first.dtype).eps * float(first.abs().max())
+    return float(moved[:-1].max()) <= max(rounding, 3e-5 * float(moved[-1].max()))

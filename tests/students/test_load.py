@@ -19,6 +19,7 @@ from kdcache.cache import open_cache
 from kdcache.config import build
 from kdcache.errors import ConfigError, StudentError
 from kdcache.students import SIZES, StudentConfig, load_student
+from kdcache.students.load import _is_causal
 from kdcache.students.sizes import REFERENCE_VOCAB_SIZE, llama_config
 from tests.tiny import bpe_tokenizer, llama, make_cache, random_sequences, word_tokenizer
 
@@ -237,3 +238,13 @@ def test_a_config_that_transformers_saved(tmp_path, cache, as_directory):
     path = tmp_path / "saved" if as_directory else tmp_path / "saved" / "config.json"
     student = load_student(StudentConfig(config_file=str(path)), cache.manifest, cache.tokenizer_dir())
     assert student.model.config.rms_norm_eps == 1e-05
+
+
+@pytest.mark.parametrize("spread", [0.005, 0.02])
+def test_a_body_that_reads_ahead_is_noticed_however_small_its_weights(spread):
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    body = BertModel(BertConfig(vocab_size=VOCAB_SIZE, initializer_range=spread, **sizes))
+    assert not _is_causal(body, VOCAB_SIZE)
