@@ -152,6 +152,11 @@ class _LogprobCodec(TopKCodec):
     """Base of the codecs that store ids as they are and one log-probability each, in the subclass's float format."""
 
     _format: ClassVar[FloatFormat]
+    _kl_bound: ClassVar[float]
+
+    @property
+    def kl_bound(self) -> float:
+        return self._kl_bound
 
     def _encode_head(self, targets: Targets, vocab_size: int) -> dict[str, NDArray[Any]]:
         ids_PK = targets.ids_PK.astype(id_dtype(vocab_size))
@@ -172,10 +177,7 @@ class Fp16Codec(_LogprobCodec):
 
     name: Literal["fp16"] = "fp16"
     _format = FP16
-
-    @property
-    def kl_bound(self) -> float:
-        return 1e-4
+    _kl_bound = 1e-4
 
 
 class Bf16Codec(_LogprobCodec):
@@ -183,10 +185,7 @@ class Bf16Codec(_LogprobCodec):
 
     name: Literal["bf16"] = "bf16"
     _format = BF16
-
-    @property
-    def kl_bound(self) -> float:
-        return 5e-4
+    _kl_bound = 5e-4
 
 
 class ExactCodec(_LogprobCodec):
@@ -195,10 +194,7 @@ class ExactCodec(_LogprobCodec):
     name: Literal["exact"] = "exact"
     scalar_dtype: Literal["float16", "float32"] = "float32"
     _format = FP32
-
-    @property
-    def kl_bound(self) -> float:
-        return 1e-6
+    _kl_bound = 1e-6
 
     def _normalise(self, head_PK: NDArray[np.float32], log_tail_P: NDArray[np.float32]) -> NDArray[np.float32]:
         return head_PK

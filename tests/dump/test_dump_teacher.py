@@ -44,6 +44,13 @@ def save_family(family: str, path: Path) -> Path:
     return path
 
 
+def save_teacher(config: Any, path: Path) -> None:
+    """Save a causal LM of ``config`` with fixed random weights, and its tokenizer."""
+    bpe_tokenizer().save_pretrained(path)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+
+
 def oracle(model: Any, tokens: np.ndarray, segments: np.ndarray | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits and all hidden states of one sequence; each document of a window by itself."""
     inputs = torch.from_numpy(tokens[:-1].astype(np.int64))
@@ -282,11 +289,8 @@ def test_short_texts_need_no_shorter_max_length(tmp_path, corpus_file, teacher_d
 
 
 def test_a_last_state_of_another_width(tmp_path, corpus_file):
-    tokenizer = bpe_tokenizer()
-    tokenizer.save_pretrained(tmp_path / "teacher")
-    torch.manual_seed(0)
     config = transformers.OPTConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(bpe_tokenizer()),
         hidden_size=16,
         word_embed_proj_dim=8,
         num_hidden_layers=2,
@@ -294,7 +298,7 @@ def test_a_last_state_of_another_width(tmp_path, corpus_file):
         ffn_dim=32,
         max_position_embeddings=64,
     )
-    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    save_teacher(config, tmp_path / "teacher")
     layers = {"layers": ["last", 1], "codec": "exact"}
     dump_teacher(
         config_for(tmp_path / "teacher", corpus_file, tmp_path / "cache", hidden_states=layers), progress=False
@@ -306,11 +310,8 @@ def test_a_last_state_of_another_width(tmp_path, corpus_file):
 
 
 def test_a_mixture_of_experts_is_causal(tmp_path, corpus_file):
-    tokenizer = bpe_tokenizer()
-    tokenizer.save_pretrained(tmp_path / "teacher")
-    torch.manual_seed(0)
     config = transformers.MixtralConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(bpe_tokenizer()),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=24,
@@ -320,7 +321,7 @@ def test_a_mixture_of_experts_is_causal(tmp_path, corpus_file):
         max_position_embeddings=64,
         initializer_range=0.3,
     )
-    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    save_teacher(config, tmp_path / "teacher")
     dump_teacher(config_for(tmp_path / "teacher", corpus_file, tmp_path / "cache"), progress=False)
 
 
