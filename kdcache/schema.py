@@ -10,12 +10,13 @@ frozen pydantic models (`Plan`, `ShardRecord`, `Manifest`) are written as JSON a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from kdcache.config import Config
 
@@ -65,12 +66,28 @@ def token_hash(tokens_T: IntArray) -> str:
 
 
 @dataclass
+class Draws:
+    """Tokens drawn with replacement from the teacher's distribution outside the kept ids (all of it where K is 0).
+
+    ``ids_PJ`` are distinct in a row, ``counts_PJ`` say how often each was drawn. Rows have different numbers of
+    distinct ids: what follows them has count 0 and stands for nothing.
+    """
+
+    ids_PJ: IntArray
+    counts_PJ: IntArray
+
+
+@dataclass
 class Targets:
     """What the teacher knows at P positions, as float32 natural logarithms.
 
     ``ids_PK`` are the K most probable token ids, most probable first; ``logprobs_PK`` their log-probabilities over
     the true vocabulary; ``log_tail_P`` the log of the mass outside them (-inf when K = V); ``gold_logprob_P`` the
     log-probability of the corpus's own next token; ``entropy_P`` the entropy of the full distribution.
+
+    Three parts are there only if the cache was made so. ``num_kept_P``: rows keep different numbers of ids, the
+    first ``num_kept_P[p]`` of row p; its further columns repeat the row's first id with log-probability -inf.
+    ``log_tails_PG``: log of the mass outside the kept ids at each of G temperatures. ``draws``: samples of the tail.
     """
 
     ids_PK: IntArray
@@ -78,6 +95,9 @@ class Targets:
     log_tail_P: NDArray[np.float32]
     gold_logprob_P: NDArray[np.float32]
     entropy_P: NDArray[np.float32]
+    num_kept_P: IntArray | None = None
+    log_tails_PG: NDArray[np.float32] | None = None
+    draws: Draws | None = None
 
     @property
     def num_positions(self) -> int:
@@ -86,8 +106,63 @@ class Targets:
 
     @property
     def top_k(self) -> int:
-        """Number of kept ids per row."""
+        """Largest number of kept ids of a row, K."""
         return int(self.ids_PK.shape[1])
+
+    @property
+    def top1_ids_P(self) -> IntArray:
+        """The teacher's favourite token; where no ids are kept, the one that was drawn most often."""
+        if self.top_k or self.draws is None:
+            return self.ids_PK[:, 0]
+        best_P1 = self.draws.counts_PJ.argmax(axis=1)[:, None]
+        return np.take_along_axis(self.draws.ids_PJ, best_P1, axis=1)[:, 0]
+
+    def merged(self) -> tuple[IntArray, NDArray[np.float32], NDArray[np.float32]]:
+        """Return ids [P, K + J], log-probabilities [P, K + J] and log tail [P] with the tail shared out to its draws.
+
+        An id that was drawn c times of N has c / N of the mass outside the kept ids, whose expectation is its own
+        probability. The ids of a row are distinct; places that stand for nothing repeat its first id with -inf.
+        """
+        if self.draws is None:
+            return self.ids_PK, self.logprobs_PK, self.log_tail_P
+        counts_PJ = self.draws.counts_PJ.astype(np.float32)
+        num_P = counts_PJ.sum(axis=1)
+        with np.errstate(divide="ignore"):
+            share_PJ = np.log(counts_PJ) - np.log(np.maximum(num_P, 1))[:, None]
+        drawn_PJ = np.where(counts_PJ > 0, self.log_tail_P[:, None] + share_PJ, np.float32(-np.inf))
+        ids = np.concatenate([self.ids_PK, self.draws.ids_PJ.astype(self.ids_PK.dtype)], axis=1)
+        logprobs = np.concatenate([self.logprobs_PK, drawn_PJ.astype(np.float32)], axis=1)
+        ids = np.where(np.isneginf(logprobs), ids[:, :1], ids)
+        return ids, logprobs, np.where(num_P > 0, np.float32(-np.inf), self.log_tail_P)
+
+    def take(self, rows: NDArray[np.int64] | slice) -> Targets:
+        """Return some rows."""
+        return Targets(**{name: _map(value, lambda array: array[rows]) for name, value in vars(self).items()})
+
+    @staticmethod
+    def concatenate(parts: list[Targets]) -> Targets:
+        """Return the rows of all ``parts``, one after another; narrower draws are filled up with count 0."""
+        joined: dict[str, Any] = {}
+        for name in vars(parts[0]):
+            values = [getattr(part, name) for part in parts]
+            if values[0] is None:
+                joined[name] = None
+            elif isinstance(values[0], Draws):
+                joined[name] = Draws(*(_join_padded([getattr(v, a) for v in values]) for a in ("ids_PJ", "counts_PJ")))
+            else:
+                joined[name] = np.concatenate(values)
+        return Targets(**joined)
+
+
+def _map(value: Any, change: Callable[[NDArray[Any]], NDArray[Any]]) -> Any:
+    if value is None:
+        return None
+    return Draws(change(value.ids_PJ), change(value.counts_PJ)) if isinstance(value, Draws) else change(value)
+
+
+def _join_padded(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    width = max(array.shape[1] for array in arrays)
+    return np.concatenate([np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in arrays])
 
 
 @dataclass
@@ -155,12 +230,46 @@ class CorpusRecord(Config):
     licence: str | None = None
 
 
+class TargetsRecord(Config):
+    """What is kept of the teacher's distribution at every position.
+
+    ``top-k``: the most probable ids with their log-probabilities and the exact mass of all others. ``sampled``: counts
+    of draws from the whole distribution, an unbiased estimate of it. ``hybrid``: the most probable ids exactly, and
+    draws from the others. ``hidden``: the last hidden state, from which the teacher's LM head (once per cache) makes
+    the whole distribution again.
+    """
+
+    kind: Literal["top-k", "sampled", "hybrid", "hidden"] = "top-k"
+    top_k: int = Field(default=64, ge=0)
+    """Most ids kept at a position, K."""
+    min_prob: float = Field(default=0.0, ge=0, lt=1)
+    """Ids of a smaller probability are not kept (the most probable one always is)."""
+    min_mass: float = Field(default=1.0, gt=0, le=1)
+    """The smallest set of most probable ids that has this mass is kept."""
+    num_draws: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of the draws."""
+    temperatures: tuple[float, ...] = ()
+    """Temperatures other than 1 at which the mass outside the kept ids is stored."""
+    tail_prior: bool = False
+    """Whether the mean probability of every id while it is not kept is stored, once for the cache."""
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether positions keep different numbers of ids."""
+        return self.min_prob > 0 or self.min_mass < 1
+
+
 class ArrayRecord(Config):
-    """One array of a shard: ``rows`` says what its first axis counts, ``shape`` what follows it."""
+    """One array of a shard: ``rows`` says what its first axis counts, ``shape`` what follows it.
+
+    Rows of ``entries`` are kept ids of all positions of a ragged cache, rows of ``draws`` the distinct drawn ids of all
+    positions; both stand column by column (the first ones of all positions, then the second ones, and so on).
+    """
 
     name: str
     dtype: str
-    rows: Literal["positions", "tokens", "sequences", "table"]
+    rows: Literal["positions", "tokens", "sequences", "table", "entries", "draws"]
     shape: tuple[int, ...] = ()
 
     @property
@@ -175,6 +284,8 @@ class FieldRecord(Config):
     name: str
     codec: dict[str, Any]
     arrays: tuple[ArrayRecord, ...]
+    relative_error: float | None = None
+    """Of hidden states: root mean square of |decoded - state| / |state| over the rows of a pilot."""
 
 
 class ObjectRecord(Config):
@@ -225,6 +336,7 @@ class Plan(Config):
     teacher: TeacherRecord
     tokenizer: TokenizerRecord
     corpus: CorpusRecord
+    targets: TargetsRecord
     sequences: dict[str, Any]
     """How documents became sequences (max_length, packing, ...)."""
     fields: tuple[FieldRecord, ...]
@@ -248,8 +360,8 @@ class Plan(Config):
 
     @property
     def top_k(self) -> int:
-        """Number of ids kept at every position, K."""
-        return next((a.shape[0] for a in self.field("targets").arrays if a.rows == "positions" and a.shape), 0)
+        """Most ids kept at a position, K."""
+        return self.targets.top_k
 
     @property
     def hidden_layers(self) -> tuple[str, ...]:
@@ -262,6 +374,8 @@ class Manifest(Plan):
 
     shards: tuple[ShardRecord, ...]
     tokenizer_files: tuple[ObjectRecord, ...] = ()
+    cache_files: tuple[ObjectRecord, ...] = ()
+    """What exists once for the whole cache: the teacher's LM head, the tail prior."""
 
     @property
     def num_bytes(self) -> int:
