@@ -1,7 +1,7 @@
 """The chunks of one array: how rows are cut, laid out, compressed, sealed, and put back in place.
 
 A chunk is what zarr-python would write for the codecs [transpose,] bytes, blosc, crc32c, byte for byte. Doing it here
-spares zarr-python's work per chunk (about 0.3 ms, several times that of decoding) and two copies: Blosc decompresses
+spares zarr-python's work per chunk (about 0.3 ms, more than decoding takes) and two copies: Blosc decompresses
 straight into the result wherever the layouts agree. The columns of a transposed array stay contiguous in the result,
 because decoders of top-k arrays work column by column; code that takes single rows of such an array pays for it.
 
@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 CHUNK_ROWS = 4096
 #: Rows per chunk of one-dimensional arrays: 4,096 would make chunks so small that the start of zstd costs most.
 CHUNK_ROWS_1D = 65_536
-#: Halves have noisy low bits, which zstd compresses 1 to 10 % better in pieces of at most 16 KB.
+#: Halves have noisy low bits, which zstd compresses up to 10 % better in pieces of at most 16 KB.
 CHUNK_ROWS_1D_HALF = 8192
 #: Wide arrays (hidden states) get fewer rows, so that a chunk stays near 1 MB.
 CHUNK_BYTES = 1 << 20
-#: Arrays of at most so many columns (kept ids) are laid out column by column. Hidden states, which are wider, would not
-#: get smaller by it, and whoever takes rows out of such an array is slowed down thirtyfold.
+#: Arrays of at most so many columns (kept ids) are laid out column by column. Hidden states are wider: they would get
+#: 3 % smaller at best, and taking the rows of a sequence out of such an array costs thirty times as much.
 TRANSPOSE_COLUMNS = 256
 
 #: Every Blosc frame starts with so many bytes: versions, flags, then the sizes of its content, blocks and itself.
