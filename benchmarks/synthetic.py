@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from kdcache.cache import CacheWriter, Folder, ShardData, layout, token_arrays
-from kdcache.codecs import topk_codec
-from kdcache.schema import FieldRecord, Plan, Targets, token_hash
+from kdcache.codecs import targets_codec
+from kdcache.schema import FieldRecord, Plan, Targets, TargetsRecord, token_hash
 from tests.synthetic import corpus_record, teacher_record, tokenizer_record
 
 
@@ -41,11 +41,12 @@ def write_cache(
     num_sequences = num_positions // length
     per_shard = max(1, shard_positions // length)
     num_shards = -(-num_sequences // per_shard)
-    coder = topk_codec({"name": codec})
+    record = TargetsRecord(top_k=top_k)
+    coder = targets_codec({"name": codec}, record, vocab_size)
     field = FieldRecord(
         name=layout.TARGETS_FIELD,
-        codec=coder.model_dump(),
-        arrays=(*token_arrays(vocab_size, False), *coder.arrays(top_k, vocab_size)),
+        codec=coder.head.model_dump(),
+        arrays=(*token_arrays(vocab_size, False), *coder.arrays()),
     )
     table = pa.table({"sequence": np.arange(num_sequences), "shard": np.arange(num_sequences) // per_shard})
     plan = Plan(
@@ -53,6 +54,7 @@ def write_cache(
         teacher=teacher_record(vocab_size),
         tokenizer=tokenizer_record(vocab_size),
         corpus=corpus_record(num_sequences),
+        targets=record,
         sequences={"max_length": length},
         fields=(field,),
         num_sequences=num_sequences,

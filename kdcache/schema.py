@@ -171,7 +171,7 @@ class SequenceBatch:
 
     Sequence n has tokens ``tokens_T[token_offsets_N1[n]:token_offsets_N1[n + 1]]`` and rows
     ``[position_offsets_N1[n]:position_offsets_N1[n + 1]]`` of every per-position array. ``hidden`` maps the name of a
-    layer to float32 [P, D].
+    layer to float32 [P, D]; ``last`` is the state that stands for the distribution (targets of the kind hidden).
     """
 
     indices: list[int]
@@ -318,6 +318,10 @@ class ShardRecord(Config):
     num_sequences: int
     num_tokens: int
     num_positions: int
+    num_entries: int = 0
+    """Kept ids of all positions, where positions keep different numbers of them."""
+    num_draws: int = 0
+    """Distinct drawn ids of all positions."""
     objects: dict[str, ObjectRecord]
     """By field name; ``sequences`` is the per-sequence Arrow table."""
     statistics: Statistics
@@ -357,6 +361,11 @@ class Plan(Config):
             if item.name == name:
                 return item
         raise KeyError(name)
+
+    @property
+    def states_field(self) -> str:
+        """Name of the field of the last hidden state, whether or not it is stored."""
+        return f"hidden-{self.teacher.num_layers}"
 
     @property
     def top_k(self) -> int:

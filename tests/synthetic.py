@@ -10,15 +10,28 @@ import pyarrow as pa
 
 from kdcache.cache import CacheWriter, Folder, ShardData, token_arrays
 from kdcache.cache.layout import sha256, table_to_parquet
-from kdcache.codecs import hidden_codec, topk_codec
-from kdcache.schema import CorpusRecord, FieldRecord, Plan, Targets, TeacherRecord, TokenizerRecord, token_hash
+from kdcache.cache.tail_prior import TailSum
+from kdcache.codecs import hidden_codec, targets_codec
+from kdcache.schema import (
+    CorpusRecord,
+    Draws,
+    FieldRecord,
+    Plan,
+    Targets,
+    TargetsRecord,
+    TeacherRecord,
+    TokenizerRecord,
+    token_hash,
+)
 from kdcache.tasks import causal_lm
 
 WIDTH = 6
 
 
-def targets_of(logits_PV: np.ndarray, labels_P: np.ndarray, top_k: int) -> Targets:
-    """Reduce logits to targets in float64, plainly."""
+def targets_of(logits_PV: np.ndarray, labels_P: np.ndarray, record: TargetsRecord | int, *, seed: int = 0) -> Targets:
+    """Reduce logits to targets (of top-k, where a number is given) in float64, plainly."""
+    record = TargetsRecord(top_k=record) if isinstance(record, int) else record
+    top_k = record.top_k
     logits_PV = logits_PV.astype(np.float64)
     shifted = logits_PV - logits_PV.max(axis=1, keepdims=True)
     logprobs_PV = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
@@ -27,19 +40,60 @@ def targets_of(logits_PV: np.ndarray, labels_P: np.ndarray, top_k: int) -> Targe
     with np.errstate(divide="ignore", invalid="ignore"):
         log_tail = np.log(np.exp(ordered[:, top_k:]).sum(axis=1))
         entropy = -np.where(np.isfinite(logprobs_PV), np.exp(logprobs_PV) * logprobs_PV, 0.0).sum(axis=1)
-    return Targets(
+    targets = Targets(
         ids_PK=ids[:, :top_k].astype(np.int32),
         logprobs_PK=ordered[:, :top_k].astype(np.float32),
         log_tail_P=log_tail.astype(np.float32),
         gold_logprob_P=logprobs_PV[np.arange(len(labels_P)), labels_P].astype(np.float32),
         entropy_P=entropy.astype(np.float32),
     )
+    if record.is_ragged:
+        _cut(targets, ordered, record)
+    if record.temperatures:
+        kept = np.full(len(ids), top_k) if targets.num_kept_P is None else targets.num_kept_P
+        targets.log_tails_PG = _tails(ordered, kept, record.temperatures)
+    if record.num_draws:
+        targets.draws = _draw(ids, ordered, record, np.random.default_rng(seed))
+    return targets
 
 
-def random_targets(num_positions: int, top_k: int, vocab_size: int, *, seed: int = 0, scale: float = 3.0) -> Targets:
+def _cut(targets: Targets, ordered: np.ndarray, record: TargetsRecord) -> None:
+    probs = np.exp(ordered[:, : record.top_k])
+    enough = (np.cumsum(probs, axis=1) < record.min_mass).sum(axis=1) + 1
+    targets.num_kept_P = np.minimum((probs >= record.min_prob).sum(axis=1), enough).clip(1, record.top_k)
+    kept = np.arange(record.top_k) < targets.num_kept_P[:, None]
+    rest = np.arange(ordered.shape[1]) >= targets.num_kept_P[:, None]
+    targets.ids_PK = np.where(kept, targets.ids_PK, targets.ids_PK[:, :1])
+    targets.logprobs_PK = np.where(kept, targets.logprobs_PK, np.float32(-np.inf))
+    with np.errstate(divide="ignore"):
+        targets.log_tail_P = np.log(np.where(rest, np.exp(ordered), 0).sum(axis=1)).astype(np.float32)
+
+
+def _tails(ordered: np.ndarray, num_kept: np.ndarray, temperatures: tuple[float, ...]) -> np.ndarray:
+    rest = np.arange(ordered.shape[1]) >= num_kept[:, None]
+    tempered = [np.exp(ordered / t) for t in temperatures]
+    with np.errstate(divide="ignore"):
+        logs = [np.log(np.where(rest, p, 0).sum(axis=1) / p.sum(axis=1)) for p in tempered]
+    return np.stack(logs, axis=1).astype(np.float32)
+
+
+def _draw(ids: np.ndarray, ordered: np.ndarray, record: TargetsRecord, generator: np.random.Generator) -> Draws:
+    tail = np.exp(ordered)
+    tail[:, : record.top_k] = 0
+    counts = np.stack(
+        [generator.multinomial(record.num_draws, p / p.sum()) if p.sum() > 0 else np.zeros_like(p, int) for p in tail]
+    )
+    order = np.argsort(-counts, axis=1, kind="stable")[:, : max(int((counts > 0).sum(axis=1).max()), 1)]
+    counts = np.take_along_axis(counts, order, axis=1)
+    return Draws(np.where(counts > 0, np.take_along_axis(ids, order, axis=1), 0), counts)
+
+
+def random_targets(
+    num_positions: int, record: TargetsRecord | int, vocab_size: int, *, seed: int = 0, scale: float = 3.0
+) -> Targets:
     generator = np.random.default_rng(seed)
     logits = generator.normal(0, scale, (num_positions, vocab_size))
-    return targets_of(logits, generator.integers(0, vocab_size, num_positions), top_k)
+    return targets_of(logits, generator.integers(0, vocab_size, num_positions), record)
 
 
 class SyntheticCache:
@@ -52,30 +106,41 @@ class SyntheticCache:
         top_k: int = 4,
         vocab_size: int = 50,
         codec: str = "exact",
+        record: TargetsRecord | None = None,
+        hidden_codec: str = "exact",
         shard_sequences: int = 4,
         packed: bool = False,
         hidden: tuple[str, ...] = (),
         seed: int = 0,
     ) -> None:
         generator = np.random.default_rng(seed)
-        self.vocab_size, self.top_k, self.codec, self.hidden_names = vocab_size, top_k, {"name": codec}, hidden
+        self.record = record or TargetsRecord(top_k=top_k)
+        if self.record.kind == "hidden":
+            hidden = (*hidden, "hidden-2")
+        self.vocab_size, self.codec, self.hidden_names = vocab_size, {"name": codec}, hidden
+        self.top_k, self.hidden_codec = self.record.top_k, {"name": hidden_codec}
         self.lengths = generator.integers(1, 9, num_sequences)
         self.tokens = [generator.integers(0, vocab_size, n + 1).astype(np.uint32) for n in self.lengths]
         self.masks = [(generator.random(n) < 0.8).astype(np.uint8) for n in self.lengths]
         self.segments = [np.sort(generator.integers(0, 3, n + 1)).astype(np.uint16) for n in self.lengths]
         self.packed = packed
         self.targets = [
-            targets_of(generator.normal(0, 3, (len(t) - 1, vocab_size)), t[1:].astype(int), top_k) for t in self.tokens
+            targets_of(generator.normal(0, 3, (len(t) - 1, vocab_size)), t[1:].astype(int), self.record, seed=n)
+            for n, t in enumerate(self.tokens)
+        ]
+        self.tail_sums = [
+            TailSum(generator.random(vocab_size) * n / vocab_size, int(n)) if self.record.tail_prior else None
+            for n in self.lengths
         ]
         self.states = [{h: generator.normal(size=(n, WIDTH)).astype(np.float32) for h in hidden} for n in self.lengths]
         self.starts = [*range(0, num_sequences, shard_sequences), num_sequences]
 
     def fields(self) -> tuple[FieldRecord, ...]:
-        codec = topk_codec(self.codec)
-        arrays = (*token_arrays(self.vocab_size, self.packed), *codec.arrays(self.top_k, self.vocab_size))
-        states = hidden_codec({"name": "exact"})
+        codec = targets_codec(self.codec, self.record, self.vocab_size)
+        arrays = (*token_arrays(self.vocab_size, self.packed), *codec.arrays())
+        states = hidden_codec(self.hidden_codec)
         return (
-            FieldRecord(name="targets", codec=codec.model_dump(), arrays=arrays),
+            FieldRecord(name="targets", codec=codec.head.model_dump(), arrays=arrays),
             *(
                 FieldRecord(name=name, codec=states.model_dump(), arrays=states.arrays(WIDTH))
                 for name in self.hidden_names
@@ -98,6 +163,7 @@ class SyntheticCache:
             "teacher": teacher_record(self.vocab_size),
             "tokenizer": tokenizer_record(self.vocab_size),
             "corpus": corpus_record(len(self.tokens)),
+            "targets": self.record,
             "sequences": {"max_length": 16, "packing": "none"},
             "fields": self.fields(),
             "num_sequences": len(self.tokens),
@@ -112,7 +178,7 @@ class SyntheticCache:
 
     def shard(self, index: int) -> ShardData:
         members = range(self.starts[index], self.starts[index + 1])
-        parts = [self.targets[n] for n in members]
+        states = hidden_codec(self.hidden_codec)
         return ShardData(
             index=index,
             tokens_T=np.concatenate([self.tokens[n] for n in members]),
@@ -120,16 +186,27 @@ class SyntheticCache:
             num_positions_N=self.lengths[members.start : members.stop],
             loss_mask_P=np.concatenate([self.masks[n] for n in members]),
             labels_P=causal_lm.labels([self.tokens[n] for n in members]),
-            targets=Targets(*(np.concatenate([getattr(p, name) for p in parts]) for name in vars(parts[0]))),
+            targets=Targets.concatenate([self.targets[n] for n in members]),
             table=self.table().slice(members.start, len(members)),
             segment_ids_T=np.concatenate([self.segments[n] for n in members]) if self.packed else None,
-            hidden={name: np.concatenate([self.states[n][name] for n in members]) for name in self.hidden_names},
+            hidden={
+                name: states.stage(np.concatenate([self.states[n][name] for n in members]))
+                for name in self.hidden_names
+            },
+            tail_sum=self._tail_sum(members),
         )
+
+    def _tail_sum(self, members: range) -> TailSum | None:
+        found = [self.tail_sums[n] for n in members]
+        if found[0] is None:
+            return None
+        return TailSum(sum(item.sum_V for item in found), sum(item.num_positions for item in found))
 
     def write(self, path: Path | str, *, shards: range | None = None, finish: bool = True) -> str:
         """Write ``shards`` that are missing (default: all) with the real writer."""
         with CacheWriter(Folder(str(path))) as writer:
-            missing = writer.begin(self.plan(), self.table(), {"tokenizer.json": b'{"version": "1.0"}'})
+            files = {"lm_head.safetensors": b"a head"} if self.record.kind == "hidden" else {}
+            missing = writer.begin(self.plan(), self.table(), {"tokenizer.json": b'{"version": "1.0"}'}, files)
             for index in missing:
                 if shards is None or index in shards:
                     writer.write_shard(self.shard(index))

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kdcache.cache import CacheWriter, Folder, ShardData, token_arrays
-from kdcache.codecs import topk_codec
+from kdcache.codecs import targets_codec
 from kdcache.models.tokenizer import tokenizer_record
-from kdcache.schema import CorpusRecord, FieldRecord, Plan, Targets, TeacherRecord
+from kdcache.schema import CorpusRecord, FieldRecord, Plan, Targets, TargetsRecord, TeacherRecord
 from kdcache.tasks.causal_lm import pad_batch
 
 SENTENCES = [
@@ -105,9 +105,10 @@ def make_cache(
     """Write a cache with the real writer; every fifth position does not count."""
     record = tokenizer_record(tokenizer)
     starts = np.linspace(0, len(sequences), num_shards + 1).astype(int)
-    topk = topk_codec({"name": codec})
+    targets = TargetsRecord(top_k=top_k)
+    coder = targets_codec({"name": codec}, targets, record.vocab_size)
     lengths = np.array([len(sequence) - 1 for sequence in sequences])
-    arrays = (*token_arrays(record.vocab_size, packed=False), *topk.arrays(top_k, record.vocab_size))
+    arrays = (*token_arrays(record.vocab_size, packed=False), *coder.arrays())
     table = pa.table({"sequence": np.arange(len(sequences)), "num_positions": lengths})
     plan = Plan(
         task="causal-lm",
@@ -131,8 +132,9 @@ def make_cache(
             num_too_short=0,
             metadata_columns=(),
         ),
+        targets=targets,
         sequences={"max_length": max_length, "packing": "none"},
-        fields=(FieldRecord(name="targets", codec=topk.model_dump(), arrays=arrays),),
+        fields=(FieldRecord(name="targets", codec=coder.head.model_dump(), arrays=arrays),),
         num_sequences=len(sequences),
         num_positions=int(lengths.sum()),
         num_tokens=int((lengths + 1).sum()),

@@ -1,10 +1,11 @@
 """The cache: plan, shards, manifest; writing, reading, verifying (numpy, zarr, pyarrow, fsspec; never torch)."""
 
+from kdcache.cache.fields import token_arrays
 from kdcache.cache.folder import Folder
 from kdcache.cache.order import epoch_order
 from kdcache.cache.reader import Cache, describe, open_cache
 from kdcache.cache.verify import VerifyReport, verify
-from kdcache.cache.writer import CacheWriter, ShardData, token_arrays
+from kdcache.cache.writer import CacheWriter, ShardData
 
 __all__ = [
     "Cache",

@@ -5,6 +5,8 @@
     <cache>/
       plan.json  plan.parquet               what will be written; fixed before the teacher runs
       tokenizer/                            the teacher's tokenizer files
+      lm_head.safetensors                   the teacher's LM head, for targets of the kind hidden
+      tail_prior.zarr.zip                   mean probability of every id while it is not kept
       shards/000012-<attempt>.zarr.zip      tokens and targets of a shard
       fields/hidden-30/000012-<attempt>.zarr.zip   a big field of the same shard
       sequences/000012-<attempt>.arrow      one row per sequence of the shard
@@ -29,6 +31,7 @@ from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
 from kdcache.schema import FORMAT_VERSION, FieldRecord, Manifest, ObjectRecord, Plan, ShardRecord
 
 MANIFEST, PLAN, PLAN_TABLE = "manifest.json", "plan.json", "plan.parquet"
+LM_HEAD, TAIL_PRIOR = "lm_head.safetensors", "tail_prior.zarr.zip"
 COMMITS, SHARDS, FIELDS, SEQUENCES, TOKENIZER = "commits", "shards", "fields", "sequences", "tokenizer"
 
 #: The field every cache has: tokens, masks and targets. Its objects lie in ``shards/``.
@@ -188,20 +191,39 @@ def _check_consistent(manifest: Manifest, folder: Folder) -> None:
         total = sum(getattr(shard, name) for shard in manifest.shards)
         if total != getattr(manifest, name):
             raise CorruptCacheError(f"{where}: shards hold {total} {name}, the plan says {getattr(manifest, name)}")
-    if TARGETS_FIELD not in {field.name for field in manifest.fields} or manifest.top_k < 1:
-        raise CorruptCacheError(f"{where}: field {TARGETS_FIELD} keeps no ids")
+    targets = manifest.targets
+    if targets.top_k < 1 and targets.num_draws < 1:
+        raise CorruptCacheError(f"{where}: field {TARGETS_FIELD} keeps no ids and no draws")
     if not isinstance(manifest.sequences.get("max_length"), int):
         raise CorruptCacheError(f"{where}: sequences.max_length is not a number")
     fields = {SEQUENCES_FIELD, *(field.name for field in manifest.fields)}
     if TARGETS_FIELD not in fields:
         raise CorruptCacheError(f"{where}: there is no field {TARGETS_FIELD!r}, which every cache has")
+    if targets.kind == "hidden" and manifest.states_field not in fields:
+        raise CorruptCacheError(f"{where}: targets of the kind hidden need the field {manifest.states_field}")
     for shard in manifest.shards:
+        # What arrays without a row per position may make a reader allocate.
+        limits = (shard.num_positions * targets.top_k, shard.num_positions * targets.num_draws)
+        if not (0 <= shard.num_entries <= limits[0] and 0 <= shard.num_draws <= limits[1]):
+            raise CorruptCacheError(
+                f"{where}: shard {shard.index} has {shard.num_entries} entries and {shard.num_draws} draws, more than "
+                f"{shard.num_positions} positions can have"
+            )
         if set(shard.objects) != fields:
             raise CorruptCacheError(f"{where}: shard {shard.index} has {sorted(shard.objects)}, not {sorted(fields)}")
         for record in shard.objects.values():
             check_relative(record.path, where)
-    for record in manifest.tokenizer_files:
+    for record in (*manifest.tokenizer_files, *manifest.cache_files):
         check_relative(record.path, where)
+    missing = sorted(cache_file_names(manifest) - {record.path for record in manifest.cache_files})
+    if missing:
+        raise CorruptCacheError(f"{where}: there is no record of {missing[0]}, which its targets need")
+
+
+def cache_file_names(plan: Plan) -> set[str]:
+    """Return the names of the files that a cache has once, beside its shards."""
+    names = {LM_HEAD} if plan.targets.kind == "hidden" else set()
+    return names | ({TAIL_PRIOR} if plan.targets.tail_prior else set())
 
 
 def check_relative(path: str, where: str) -> None:

@@ -12,7 +12,6 @@ import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,23 +21,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.cache import layout
+from kdcache.cache.fields import build_codecs, check_arrays
 from kdcache.cache.folder import Folder
-from kdcache.cache.shard_file import unpack
-from kdcache.codecs import HiddenCodec, TopKCodec, hidden_codec, topk_codec
-from kdcache.errors import CacheError, ConfigError, CorruptCacheError
-from kdcache.schema import FieldRecord, Manifest, SequenceBatch, ShardRecord, Targets
+from kdcache.cache.shards import ShardArrays, load_shard, load_table, row_spans, take_rows
+from kdcache.cache.tail_prior import read_prior
+from kdcache.errors import CacheError, CorruptCacheError
+from kdcache.schema import Manifest, ObjectRecord, SequenceBatch, Targets
 
 #: Encoded shards that stay in memory take at most this much together (but one always stays).
 _OPEN_BYTES = 2 << 30
-
-
-@dataclass
-class ShardArrays:
-    """The arrays of a shard, unpacked but still encoded, by field and array name."""
-
-    fields: dict[str, dict[str, NDArray[Any]]]
-    token_offsets_N1: NDArray[np.int64]
-    position_offsets_N1: NDArray[np.int64]
 
 
 class Cache:
@@ -49,8 +40,10 @@ class Cache:
         self.manifest = manifest
         self.fingerprint = fingerprint
         self.max_open_shards = max_open_shards
-        self._codec, self._hidden_codecs = _build_codecs(folder, manifest)
-        _check_arrays(folder, manifest, self._codec)
+        self._codec, self._hidden_codecs = build_codecs(folder, manifest)
+        check_arrays(folder, manifest, self._codec, self._hidden_codecs)
+        self._last = {"last": manifest.states_field} if manifest.targets.kind == "hidden" else {}
+        self._tables = {field.name: {a.name for a in field.arrays if a.rows == "table"} for field in manifest.fields}
         self._open: OrderedDict[tuple[int, tuple[str, ...]], ShardArrays] = OrderedDict()
         self._lock = threading.Lock()
         counts = [shard.num_sequences for shard in manifest.shards]
@@ -106,19 +99,35 @@ class Cache:
 
     def _tokenizer_files(self) -> dict[str, bytes]:
         """Return the tokenizer's files by name, checked: every student is compared with them."""
-        files = {}
-        for record in self.manifest.tokenizer_files:
-            data = layout.read_object(self.folder, record, "tokenizer")
-            if layout.sha256(data) != record.sha256:
-                raise CorruptCacheError(
-                    f"{self.folder}: file {record.path} is damaged (its sha256 is not the recorded one); the command "
-                    "that made the cache writes it again"
-                )
-            files[Path(record.path).name] = data
-        return files
+        records = self.manifest.tokenizer_files
+        return {Path(record.path).name: self._checked_file(record, "tokenizer") for record in records}
+
+    def _checked_file(self, record: ObjectRecord, where: str) -> bytes:
+        data = layout.read_object(self.folder, record, where)
+        if layout.sha256(data) != record.sha256:
+            raise CorruptCacheError(
+                f"{self.folder}: file {record.path} is damaged (its sha256 is not the recorded one); the command that "
+                "made the cache writes it again"
+            )
+        return data
+
+    @cached_property
+    def tail_prior_V(self) -> NDArray[np.float32] | None:
+        """Mean probability of every id while it is not kept, [V]; None where the cache does not store it."""
+        return read_prior(self.folder, self.vocab_size) if self.manifest.targets.tail_prior else None
+
+    def lm_head_file(self) -> bytes:
+        """Return the bytes of the teacher's LM head (safetensors), which caches of the kind hidden have."""
+        record = next((item for item in self.manifest.cache_files if item.path == layout.LM_HEAD), None)
+        if record is None:
+            raise CacheError(f"{self.folder} holds no LM head; only targets of the kind hidden have one")
+        return self._checked_file(record, "the teacher's LM head")
 
     def read(self, indices: Iterable[int], *, hidden: Iterable[str] = ()) -> SequenceBatch:
-        """Read and decode sequences ``indices`` (any order, repeats allowed), with the named hidden-state fields."""
+        """Read and decode sequences ``indices`` (any order, repeats allowed), with the named hidden-state fields.
+
+        Where the last hidden state stands for the distribution (targets of the kind hidden) it always comes along.
+        """
         wanted = [int(index) for index in indices]
         names = tuple(hidden)
         for name in names:
@@ -141,28 +150,35 @@ class Cache:
             yield current, run
 
     def _read_from_shard(self, shard: int, local: list[int], hidden: tuple[str, ...]) -> SequenceBatch:
-        arrays = self.open_shard(shard, hidden)
-        tokens, token_offsets = _row_numbers(arrays.token_offsets_N1, local)
-        positions, position_offsets = _row_numbers(arrays.position_offsets_N1, local)
+        arrays = self.open_shard(shard, tuple(dict.fromkeys([*hidden, *self._last.values()])))
+        tokens, token_offsets = row_spans(arrays.token_offsets_N1, local)
+        positions, position_offsets = row_spans(arrays.position_offsets_N1, local)
         target_arrays = arrays.fields[layout.TARGETS_FIELD]
-        record = self.manifest.field(layout.TARGETS_FIELD)
+        layers = {name: name for name in hidden} | self._last
         try:
-            targets = self._codec.decode(_take(record, target_arrays, positions))
+            targets = self._codec.decode(self._rows(layout.TARGETS_FIELD, target_arrays, positions))
+            decoded = {
+                field: self._hidden_codecs[field].decode(self._rows(field, arrays.fields[field], positions))
+                for field in set(layers.values())
+            }
         except CorruptCacheError as error:
             raise CorruptCacheError(f"{self.folder}, shard {shard}: {error}") from None
         segments = target_arrays.get("segment_ids")
         return SequenceBatch(
             indices=local,
-            tokens_T=target_arrays["tokens"][tokens].astype(np.uint32),
+            tokens_T=take_rows(target_arrays["tokens"], tokens).astype(np.uint32),
             token_offsets_N1=token_offsets,
             position_offsets_N1=position_offsets,
-            loss_mask_P=target_arrays["loss_mask"][positions],
+            loss_mask_P=take_rows(target_arrays["loss_mask"], positions),
             targets=targets,
-            segment_ids_T=None if segments is None else segments[tokens],
-            hidden={
-                name: self._hidden_codecs[name].decode(arrays.fields[name]["states"][positions]) for name in hidden
-            },
+            segment_ids_T=None if segments is None else take_rows(segments, tokens),
+            hidden={name: decoded[field] for name, field in layers.items()},
         )
+
+    def _rows(self, field: str, arrays: dict[str, NDArray[Any]], spans: list[slice]) -> dict[str, NDArray[Any]]:
+        """Return the arrays of a field with only the rows in ``spans``, and every table whole."""
+        tables = self._tables[field]
+        return {name: values if name in tables else take_rows(values, spans) for name, values in arrays.items()}
 
     def open_shard(self, shard: int, hidden: tuple[str, ...] = ()) -> ShardArrays:
         """Return the arrays of ``shard``, from memory when it was read lately."""
@@ -171,7 +187,13 @@ class Cache:
             if key in self._open:
                 self._open.move_to_end(key)
                 return self._open[key]
-        arrays = load_shard(self.folder, self.manifest, self.manifest.shards[shard], (layout.TARGETS_FIELD, *hidden))
+        record = self.manifest.shards[shard]
+        arrays = load_shard(self.folder, self.manifest, record, (layout.TARGETS_FIELD, *hidden))
+        try:
+            arrays.fields[layout.TARGETS_FIELD] = self._codec.open(arrays.fields[layout.TARGETS_FIELD])
+        except CorruptCacheError as error:
+            where = f"{self.folder}, shard {shard}, field {layout.TARGETS_FIELD}"
+            raise CorruptCacheError(f"{where}: {error}") from None
         with self._lock:
             self._open[key] = arrays
             while len(self._open) > self.max_open_shards or (len(self._open) > 1 and self._open_bytes() > _OPEN_BYTES):
@@ -200,88 +222,6 @@ def open_cache(path: str, *, max_open_shards: int = 8) -> Cache:
     return Cache(folder, manifest, fingerprint, max_open_shards)
 
 
-def _build_codecs(folder: Folder, manifest: Manifest) -> tuple[TopKCodec, dict[str, HiddenCodec]]:
-    try:
-        return topk_codec(manifest.field(layout.TARGETS_FIELD).codec), {
-            name: hidden_codec(manifest.field(name).codec) for name in manifest.hidden_layers
-        }
-    except ConfigError as error:
-        raise CacheError(
-            f"{folder}/{layout.MANIFEST}: {error} If it was written by a newer kdcache, install it"
-        ) from None
-
-
-def _check_arrays(folder: Folder, manifest: Manifest, codec: TopKCodec) -> None:
-    """Refuse a manifest (it may come from a stranger) whose fields lack an array that reading them needs."""
-    needed = {name: {"states"} for name in manifest.hidden_layers}
-    needed[layout.TARGETS_FIELD] = {"tokens", "loss_mask", "num_tokens", "num_positions"}
-    needed[layout.TARGETS_FIELD] |= {array.name for array in codec.arrays(1, manifest.tokenizer.vocab_size)}
-    for name, arrays in needed.items():
-        missing = sorted(arrays - {array.name for array in manifest.field(name).arrays})
-        if missing:
-            raise CorruptCacheError(f"{folder}/{layout.MANIFEST}: field {name} lacks the array {missing[0]!r}")
-
-
-def load_table(folder: Folder, shard: ShardRecord, columns: Iterable[str] = ()) -> pa.Table:
-    """Read the per-sequence table of a shard, which must have ``columns``; raises ``CorruptCacheError``."""
-    record = shard.objects[layout.SEQUENCES_FIELD]
-    where = f"{folder}, shard {shard.index}, field {layout.SEQUENCES_FIELD}"
-    table = layout.table_from_ipc(layout.read_object(folder, record, where), f"{where}, file {record.path}")
-    missing = [name for name in columns if name not in table.column_names]
-    if missing or table.num_rows != shard.num_sequences:
-        found = f"no column {missing[0]!r}" if missing else f"{table.num_rows} rows for {shard.num_sequences} sequences"
-        raise CorruptCacheError(f"{where}, file {record.path}: the per-sequence table has {found}")
-    return table
-
-
-def load_shard(folder: Folder, manifest: Manifest, shard: ShardRecord, fields: Iterable[str]) -> ShardArrays:
-    """Read and unpack the named fields of a shard; raises ``CorruptCacheError`` naming file, shard and field."""
-    loaded = {name: _load_field(folder, layout.field_of(manifest, name), shard) for name in fields}
-    targets = loaded[layout.TARGETS_FIELD]
-    token_offsets, position_offsets = (
-        np.concatenate([[0], np.cumsum(targets[name], dtype=np.int64)]) for name in ("num_tokens", "num_positions")
-    )
-    if token_offsets[-1] != shard.num_tokens or position_offsets[-1] != shard.num_positions:
-        raise CorruptCacheError(
-            f"{folder}, shard {shard.index}, field {layout.TARGETS_FIELD}: sequences add up to {token_offsets[-1]} "
-            f"tokens and {position_offsets[-1]} positions, the manifest says {shard.num_tokens} and "
-            f"{shard.num_positions}"
-        )
-    return ShardArrays(loaded, token_offsets, position_offsets)
-
-
-def _load_field(folder: Folder, record: FieldRecord, shard: ShardRecord) -> dict[str, NDArray[Any]]:
-    item = shard.objects[record.name]
-    where = f"{folder}, shard {shard.index}, field {record.name}"
-    data = layout.read_object(folder, item, where)
-    rows = {
-        "positions": shard.num_positions,
-        "tokens": shard.num_tokens,
-        "sequences": shard.num_sequences,
-        "table": None,
-    }
-    expected = {array.path: (array, rows[array.rows]) for array in record.arrays}
-    unpacked = unpack(data, expected, f"{where}, file {item.path}")
-    return {array.name: unpacked[array.path] for array in record.arrays}
-
-
-def _row_numbers(
-    offsets_N1: NDArray[np.int64], chosen: list[int]
-) -> tuple[NDArray[np.int64] | slice, NDArray[np.int64]]:
-    """Return the rows of the ``chosen`` sequences, one after another, and the offsets of each among them."""
-    starts, stops = offsets_N1[chosen], offsets_N1[[n + 1 for n in chosen]]
-    lengths = stops - starts
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    if (stops[:-1] == starts[1:]).all():  # neighbours: a view instead of a copy
-        return slice(int(starts[0]), int(stops[-1])), offsets
-    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths), offsets
-
-
-def _take(record: FieldRecord, arrays: dict[str, NDArray[Any]], rows: NDArray[np.int64] | slice) -> dict[str, Any]:
-    per_position = {array.name for array in record.arrays if array.rows == "positions"}
-    return {name: values[rows] if name in per_position else values for name, values in arrays.items()}
-
-
 def _concatenate(pieces: list[SequenceBatch], indices: list[int]) -> SequenceBatch:
     if not pieces:
         raise CacheError("no sequences were asked for")
@@ -296,7 +236,6 @@ def _concatenate(pieces: list[SequenceBatch], indices: list[int]) -> SequenceBat
         lengths = np.concatenate([np.diff(offsets) for offsets in values])
         return np.concatenate([[0], np.cumsum(lengths)])
 
-    targets = [piece.targets for piece in pieces]
     segments = [piece.segment_ids_T for piece in pieces if piece.segment_ids_T is not None]
     return SequenceBatch(
         indices=indices,
@@ -304,13 +243,7 @@ def _concatenate(pieces: list[SequenceBatch], indices: list[int]) -> SequenceBat
         token_offsets_N1=join_offsets([piece.token_offsets_N1 for piece in pieces]),
         position_offsets_N1=join_offsets([piece.position_offsets_N1 for piece in pieces]),
         loss_mask_P=join([piece.loss_mask_P for piece in pieces]),
-        targets=Targets(
-            ids_PK=join([t.ids_PK for t in targets]),
-            logprobs_PK=join([t.logprobs_PK for t in targets]),
-            log_tail_P=join([t.log_tail_P for t in targets]),
-            gold_logprob_P=join([t.gold_logprob_P for t in targets]),
-            entropy_P=join([t.entropy_P for t in targets]),
-        ),
+        targets=Targets.concatenate([piece.targets for piece in pieces]),
         segment_ids_T=join(segments) if segments else None,
         hidden={name: join([piece.hidden[name] for piece in pieces]) for name in pieces[0].hidden},
     )

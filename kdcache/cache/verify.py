@@ -16,7 +16,9 @@ import pyarrow as pa
 
 from kdcache.cache import layout
 from kdcache.cache.folder import Folder
-from kdcache.cache.reader import Cache, load_table
+from kdcache.cache.reader import Cache
+from kdcache.cache.shards import load_table
+from kdcache.cache.tail_prior import read_prior
 from kdcache.config import Config
 from kdcache.errors import CacheError, CorruptCacheError, KdcacheError
 from kdcache.schema import Manifest, ObjectRecord, Plan, SequenceBatch, ShardRecord, Targets, token_hash
@@ -62,6 +64,7 @@ def verify(path: str, *, deep: bool = False, progress: Progress | None = None) -
     report.problems.extend(_check_rewritable(folder, manifest))
     report.num_rewritable = len(report.problems)
     report.problems.extend(_check_records(folder, manifest))
+    report.problems.extend(_check_prior(folder, manifest))
     cache = _open(folder, manifest, fingerprint, report) if deep else None
     total = manifest.num_bytes * (2 if deep else 1)
     done = 0
@@ -98,10 +101,25 @@ def _check_rewritable(folder: Folder, manifest: Manifest) -> Iterator[str]:
     table = folder.read(layout.PLAN_TABLE) if folder.exists(layout.PLAN_TABLE) else b""
     if layout.sha256(table) != manifest.table_sha256:
         yield f"file {layout.PLAN_TABLE} is missing or damaged (its sha256 is not the plan's)"
-    for record in manifest.tokenizer_files:
-        problem = _check_object(folder, record, f"tokenizer, as {layout.MANIFEST} records it")
+    head = [record for record in manifest.cache_files if record.path == layout.LM_HEAD]
+    for record in (*manifest.tokenizer_files, *head):
+        problem = _check_object(folder, record, f"file beside the shards, as {layout.MANIFEST} records it")
         if problem:
             yield problem
+
+
+def _check_prior(folder: Folder, manifest: Manifest) -> Iterator[str]:
+    for record in manifest.cache_files:
+        if record.path != layout.TAIL_PRIOR:
+            continue
+        problem = _check_object(folder, record, "tail prior")
+        if problem:
+            yield problem
+            return
+        try:
+            read_prior(folder, manifest.tokenizer.vocab_size)
+        except CorruptCacheError as error:
+            yield str(error)
 
 
 def _check_record(folder: Folder, name: str, expected: Config) -> Iterator[str]:
@@ -157,7 +175,7 @@ def _content_problems(cache: Cache, shard: ShardRecord) -> Iterator[str]:
     for first in range(begin, end, step):
         batch = cache.read(range(first, min(first + step, end)), hidden=cache.manifest.hidden_layers)
         yield from _token_problems(cache, batch, table.slice(first - begin, step))
-        yield from _target_problems(batch.targets, cache.vocab_size)
+        yield from _target_problems(batch.targets, cache.vocab_size, cache.manifest.targets.num_draws)
         for name, states in batch.hidden.items():
             if not np.isfinite(states).all():
                 yield f"field {name} holds values that are not finite"
@@ -181,23 +199,40 @@ def _token_problems(cache: Cache, batch: SequenceBatch, table: pa.Table) -> Iter
             yield f"sequence {index}: tokens do not match the token_hash of the per-sequence table"
 
 
-def _target_problems(targets: Targets, vocab_size: int) -> Iterator[str]:
-    ids = targets.ids_PK
+def _target_problems(targets: Targets, vocab_size: int, num_draws: int) -> Iterator[str]:
+    ids, logprobs, log_tail = targets.merged()
     if int(ids.max(initial=0)) >= vocab_size:
         yield f"kept id {int(ids.max())} is outside the vocabulary of {vocab_size}"
-    ordered = np.sort(ids, axis=1)
+    # Padding repeats an id; numbers that no id has tell its places apart.
+    ordered = np.sort(
+        np.where(np.isneginf(logprobs), vocab_size + np.arange(ids.shape[1]), ids.astype(np.int64)), axis=1
+    )
     if (ordered[:, 1:] == ordered[:, :-1]).any():
         yield "a row keeps the same id twice"
-    if not (np.diff(targets.logprobs_PK, axis=1) <= 0).all():
+    if not (targets.logprobs_PK[:, 1:] <= targets.logprobs_PK[:, :-1]).all():
         yield "log-probabilities increase along a row"
     # Codes on a half-precision grid may put a log-probability a rounding above 0.
-    for name, values in (("logprobs", targets.logprobs_PK), ("log_tail", targets.log_tail_P)):
+    tails = targets.log_tail_P if targets.log_tails_PG is None else targets.log_tails_PG
+    for name, values in (("logprobs", logprobs), ("log_tail", targets.log_tail_P), ("log_tails", tails)):
         if np.isnan(values).any() or (values > 1e-3).any():
             yield f"{name} holds values that are not log-probabilities"
-    mass = np.exp(targets.logprobs_PK.astype(np.float64)).sum(axis=1) + np.exp(targets.log_tail_P.astype(np.float64))
+    mass = np.exp(logprobs.astype(np.float64)).sum(axis=1) + np.exp(log_tail.astype(np.float64))
     if not (np.abs(mass - 1) < 1e-3).all():
         yield f"kept mass and tail add up to {mass[np.argmax(np.abs(mass - 1))]:.6f} in a row, not to 1"
+    yield from _draw_problems(targets, num_draws)
     if not (np.isfinite(targets.gold_logprob_P) & (targets.gold_logprob_P < 1e-3)).all():
         yield "gold_logprob holds values that are not log-probabilities"
     if not (np.isfinite(targets.entropy_P) & (targets.entropy_P > -1e-3)).all():
         yield "entropy holds values below 0 or not finite"
+
+
+def _draw_problems(targets: Targets, num_draws: int) -> Iterator[str]:
+    if targets.num_kept_P is not None and int(targets.num_kept_P.min(initial=1)) < 1:
+        yield "a row keeps no id"
+    if targets.draws is None:
+        return
+    drawn = targets.draws.counts_PJ.sum(axis=1, dtype=np.int64)
+    # Where everything is kept there is nothing to draw from.
+    wrong = (drawn != num_draws) & ~((drawn == 0) & np.isneginf(targets.log_tail_P))
+    if wrong.any():
+        yield f"a row has {int(drawn[np.argmax(wrong)])} draws, the plan says {num_draws}"

@@ -23,9 +23,10 @@ from kdcache.cache import layout
 from kdcache.cache.folder import TEMPORARY, Folder
 from kdcache.cache.outputs import LOCK, check_same_plan, differences_of, refuse_foreign
 from kdcache.cache.shard_file import pack
-from kdcache.codecs import id_dtype, topk_codec
+from kdcache.cache.tail_prior import TailPrior, TailSum
+from kdcache.codecs import hidden_codec, targets_codec
 from kdcache.errors import CacheError, CorruptCacheError
-from kdcache.schema import ArrayRecord, FieldRecord, Manifest, ObjectRecord, Plan, ShardRecord, Statistics, Targets
+from kdcache.schema import FieldRecord, Manifest, ObjectRecord, Plan, ShardRecord, Statistics, Targets
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,9 @@ class ShardData:
     """Everything a shard holds, ready to be encoded; rows in the order of its sequences.
 
     ``labels_P`` are the corpus's own tokens at the rows, as the task aligned them; they serve the statistics and are
-    not stored, since the task derives them from the tokens. ``hidden`` maps field names to states that are already
-    encoded: in float32 a shard of them would not fit. ``table`` is the per-sequence table.
+    not stored, since the task derives them from the tokens. ``hidden`` maps field names to states as their codec's
+    ``stage`` returned them: in float32 a shard of them would not fit. ``table`` is the per-sequence table.
+    ``tail_sum`` is this shard's share of the tail prior, if the plan has one.
     """
 
     index: int
@@ -49,20 +51,7 @@ class ShardData:
     table: pa.Table
     segment_ids_T: NDArray[np.uint16] | None = None
     hidden: dict[str, NDArray[Any]] = field(default_factory=dict)
-
-
-def token_arrays(vocab_size: int, packed: bool) -> tuple[ArrayRecord, ...]:
-    """Describe the arrays that stand beside the targets in every shard."""
-    dtype = id_dtype(vocab_size)
-    records = [
-        ArrayRecord(name="tokens", dtype=dtype, rows="tokens"),
-        ArrayRecord(name="loss_mask", dtype="uint8", rows="positions"),
-        ArrayRecord(name="num_tokens", dtype="uint32", rows="sequences"),
-        ArrayRecord(name="num_positions", dtype="uint32", rows="sequences"),
-    ]
-    if packed:
-        records.append(ArrayRecord(name="segment_ids", dtype="uint16", rows="tokens"))
-    return tuple(records)
+    tail_sum: TailSum | None = None
 
 
 class CacheWriter:
@@ -71,6 +60,7 @@ class CacheWriter:
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
         self.plan: Plan | None = None
+        self._tail_prior: TailPrior | None = None
         self._lock: FileLock | None = None
 
     def __enter__(self) -> CacheWriter:
@@ -93,8 +83,16 @@ class CacheWriter:
         if self._lock is not None:
             self._lock.release()
 
-    def begin(self, plan: Plan, table: pa.Table, tokenizer_files: Mapping[str, bytes]) -> list[int]:
+    def begin(
+        self,
+        plan: Plan,
+        table: pa.Table,
+        tokenizer_files: Mapping[str, bytes],
+        cache_files: Mapping[str, bytes] | None = None,
+    ) -> list[int]:
         """Start the planned cache or resume it; return the shards that are not committed.
+
+        ``cache_files`` are those that the cache has once and that are known before any shard (the LM head), by name.
 
         Raises ``CacheError`` when the folder holds another cache (saying what differs) or something else entirely.
         """
@@ -104,12 +102,14 @@ class CacheWriter:
             self.folder.remove(layout.PLAN)
             existing = None
         if existing is None:
-            self._start(plan, table, tokenizer_files)
+            self._start(plan, table, tokenizer_files, cache_files or {})
             existing = plan
         else:
             check_same_plan(existing, plan, self.folder)
-            self._restore(existing, table, tokenizer_files)
+            self._restore(existing, table, tokenizer_files, cache_files or {})
         self.plan = existing
+        if existing.targets.tail_prior:
+            self._tail_prior = TailPrior(self.folder, existing.tokenizer.vocab_size)
         committed = self._committed()
         missing = [shard for shard in range(existing.num_shards) if shard not in committed]
         if missing:  # a manifest must not outlive its shards: its presence means that the cache is complete
@@ -117,22 +117,38 @@ class CacheWriter:
         self._remove_garbage(committed)
         return missing
 
-    def _start(self, plan: Plan, table: pa.Table, tokenizer_files: Mapping[str, bytes]) -> None:
+    def _start(
+        self,
+        plan: Plan,
+        table: pa.Table,
+        tokenizer_files: Mapping[str, bytes],
+        cache_files: Mapping[str, bytes],
+    ) -> None:
         refuse_foreign(self.folder)
-        for name in self.folder.names(layout.TOKENIZER):  # of a start that was killed, perhaps with another teacher
+        # Of a start that was killed, perhaps with another teacher.
+        for name in (*self.folder.names(layout.TOKENIZER), layout.LM_HEAD, layout.TAIL_PRIOR):
             self.folder.remove(name)
         for name, data in tokenizer_files.items():
             self.folder.write(f"{layout.TOKENIZER}/{name}", data)
+        for name, data in cache_files.items():
+            self.folder.write(name, data)
         self.folder.write(layout.PLAN_TABLE, layout.table_to_parquet(table))
         self.folder.write(layout.PLAN, layout.to_json(plan))
 
-    def _restore(self, plan: Plan, table: pa.Table, tokenizer_files: Mapping[str, bytes]) -> None:
+    def _restore(
+        self,
+        plan: Plan,
+        table: pa.Table,
+        tokenizer_files: Mapping[str, bytes],
+        cache_files: Mapping[str, bytes],
+    ) -> None:
         """Write again what stands beside the shards and is missing or damaged, if these are the recorded bytes."""
         wanted = {layout.PLAN_TABLE: (layout.table_to_parquet(table), plan.table_sha256)}
         manifest = _standing_manifest(self.folder)
-        recorded = {item.path: item.sha256 for item in manifest.tokenizer_files} if manifest else {}
-        for file, data in tokenizer_files.items():
-            name = f"{layout.TOKENIZER}/{file}"
+        files = (*manifest.tokenizer_files, *manifest.cache_files) if manifest else ()
+        recorded = {item.path: item.sha256 for item in files}
+        beside = {f"{layout.TOKENIZER}/{file}": data for file, data in tokenizer_files.items()}
+        for name, data in {**beside, **cache_files}.items():
             wanted[name] = (data, recorded.get(name, layout.sha256(data)))
         for name, (data, digest) in wanted.items():
             if self.folder.exists(name) and layout.sha256(self.folder.read(name)) == digest:
@@ -178,9 +194,12 @@ class CacheWriter:
         assert self.plan is not None
         attempt = secrets.token_hex(4)
         objects: dict[str, ObjectRecord] = {}
+        num_rows: dict[str, int] = {}
         for item in self.plan.fields:
             name = layout.object_name(item.name, data.index, attempt)
-            objects[item.name] = layout.write_object(self.folder, name, pack(_encode_field(item, data, self.plan)))
+            arrays = _encode_field(item, data, self.plan)
+            num_rows |= {array.rows: len(arrays[array.path]) for array in item.arrays}
+            objects[item.name] = layout.write_object(self.folder, name, pack(arrays))
         name = layout.object_name(layout.SEQUENCES_FIELD, data.index, attempt)
         objects[layout.SEQUENCES_FIELD] = layout.write_object(
             self.folder, name, layout.table_to_ipc(_with_statistics(data))
@@ -191,9 +210,14 @@ class CacheWriter:
             num_sequences=len(data.num_tokens_N),
             num_tokens=len(data.tokens_T),
             num_positions=data.targets.num_positions,
+            num_entries=num_rows.get("entries", 0),
+            num_draws=num_rows.get("draws", 0),
             objects=objects,
             statistics=_statistics(data),
         )
+        if self._tail_prior is not None:
+            # Before the record: what a shard adds is never missing, and a shard that is made again adds nothing.
+            self._tail_prior.add(data.index, data.tail_sum)
         self.folder.write(layout.commit_name(data.index), layout.to_json(record))
         return record
 
@@ -201,8 +225,9 @@ class CacheWriter:
         """Write the manifest from the plan and the commit records, unless it stands already; refuses holes."""
         manifest = build_manifest(self.folder)
         standing = _standing_manifest(self.folder)
-        # The tokenizer's files are recorded once: whatever lies there later must not become the truth.
-        if standing and standing.model_copy(update={"tokenizer_files": manifest.tokenizer_files}) == manifest:
+        # Files beside the shards are recorded once: whatever lies there later must not become the truth.
+        beside = {"tokenizer_files": manifest.tokenizer_files, "cache_files": manifest.cache_files}
+        if standing and standing.model_copy(update=beside) == manifest:
             return standing
         self.folder.write(layout.MANIFEST, layout.to_json(manifest))
         return manifest
@@ -217,15 +242,22 @@ def build_manifest(folder: Folder) -> Manifest:
     holes = [index for index, shard in enumerate(shards) if shard is None]
     if holes:
         raise CacheError(f"{folder} cannot be finished: {len(holes)} shards are missing, the first is {holes[0]}")
-    files = []
-    for name in folder.names(layout.TOKENIZER):
-        if name.rpartition("/")[2].startswith("."):  # what file managers and locks leave about
-            continue
-        data = folder.read(name)
-        files.append(ObjectRecord(path=name, num_bytes=len(data), sha256=layout.sha256(data)))
+    # What file managers and locks leave about begins with a dot.
+    tokenizer = [n for n in folder.names(layout.TOKENIZER) if not n.rpartition("/")[2].startswith(".")]
     return Manifest(
-        **plan.model_dump(), shards=tuple(shard for shard in shards if shard is not None), tokenizer_files=tuple(files)
+        **plan.model_dump(),
+        shards=tuple(shard for shard in shards if shard is not None),
+        tokenizer_files=tuple(_record_of(folder, name) for name in tokenizer),
+        cache_files=tuple(_record_of(folder, name) for name in sorted(layout.cache_file_names(plan))),
     )
+
+
+def _record_of(folder: Folder, name: str) -> ObjectRecord:
+    try:
+        data = folder.read(name)
+    except FileNotFoundError:
+        raise CacheError(f"{folder} cannot be finished: {name} is missing; dump it again into another output") from None
+    return ObjectRecord(path=name, num_bytes=len(data), sha256=layout.sha256(data))
 
 
 def _standing_manifest(folder: Folder) -> Manifest | None:
@@ -239,14 +271,14 @@ def _standing_manifest(folder: Folder) -> Manifest | None:
 
 def _encode_field(record: FieldRecord, data: ShardData, plan: Plan) -> dict[str, NDArray[Any]]:
     if record.name != layout.TARGETS_FIELD:
-        values: dict[str, NDArray[Any]] = {"states": data.hidden[record.name]}
+        values = hidden_codec(record.codec).encode(data.hidden[record.name])
     else:
         values = {
             "tokens": data.tokens_T,
             "loss_mask": data.loss_mask_P,
             "num_tokens": data.num_tokens_N,
             "num_positions": data.num_positions_N,
-            **topk_codec(record.codec).encode(data.targets, plan.tokenizer.vocab_size),
+            **targets_codec(record.codec, plan.targets, plan.tokenizer.vocab_size).encode(data.targets),
         }
         if data.segment_ids_T is not None:
             values["segment_ids"] = data.segment_ids_T
@@ -290,5 +322,5 @@ def _statistics(data: ShardData) -> Statistics:
         teacher_loss_sum=float(-targets.gold_logprob_P[valid].sum(dtype=np.float64)),
         entropy_sum=float(targets.entropy_P[valid].sum(dtype=np.float64)),
         kept_mass_sum=float(-np.expm1(targets.log_tail_P[valid].astype(np.float64)).sum()),
-        top1_correct=int((targets.ids_PK[:, 0] == data.labels_P)[valid].sum()),
+        top1_correct=int((targets.top1_ids_P == data.labels_P)[valid].sum()),
     )

@@ -6,18 +6,36 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from kdcache.codecs.hidden import HIDDEN_CODECS, HiddenCodec
-from kdcache.codecs.topk import TOPK_CODECS, TopKCodec, id_dtype
+from kdcache.codecs.ranks import id_dtype
+from kdcache.codecs.targets import TargetsCodec
+from kdcache.codecs.topk import TOPK_CODECS, TopKCodec
 from kdcache.config import Config, build
 from kdcache.errors import ConfigError, did_you_mean
+from kdcache.schema import TargetsRecord
 
-__all__ = ["HIDDEN_CODECS", "TOPK_CODECS", "HiddenCodec", "TopKCodec", "hidden_codec", "id_dtype", "topk_codec"]
+__all__ = [
+    "HIDDEN_CODECS",
+    "TOPK_CODECS",
+    "HiddenCodec",
+    "TargetsCodec",
+    "TopKCodec",
+    "hidden_codec",
+    "id_dtype",
+    "targets_codec",
+    "topk_codec",
+]
 
 C = TypeVar("C", bound=Config)
 
 
 def topk_codec(parameters: Mapping[str, Any]) -> TopKCodec:
-    """Build the codec of top-k targets that ``parameters`` (a name and its settings) describe."""
+    """Build the codec of kept ids that ``parameters`` (a name and its settings) describe."""
     return _from_table(TOPK_CODECS, parameters)
+
+
+def targets_codec(parameters: Mapping[str, Any], record: TargetsRecord, vocab_size: int) -> TargetsCodec:
+    """Build the codec of targets of the kind ``record`` whose kept ids are stored as ``parameters`` say."""
+    return TargetsCodec(topk_codec(parameters), record, vocab_size)
 
 
 def hidden_codec(parameters: Mapping[str, Any]) -> HiddenCodec:

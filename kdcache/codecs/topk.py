@@ -1,4 +1,4 @@
-"""Codecs of top-k targets: float32 log-probabilities in, small integer and half-precision arrays out, and back.
+"""Codecs of the kept ids: log-probabilities in, small integer and half-precision arrays out, and back.
 
 A codec changes *meaning to numbers* only (gaps, grids, rank tables); packing the numbers into bytes is left to Zarr's
 own codecs, so any Zarr reader opens the arrays. What every codec promises: the decoded head and tail form a proper
@@ -14,11 +14,13 @@ fp16    float16 log-probabilities                             comparing with oth
 bf16    bfloat16 log-probabilities                            comparing with other tools
 exact   float32, every scalar float32                         proofs: decodes to the bit
 ======= ===================================================== ==========================================
+
+Rows may be ragged: ``kept_PK`` then says which columns of a row are ids and which are padding behind them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -26,19 +28,21 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from kdcache.codecs.floats import BF16, FP16, FP32, FloatFormat
+from kdcache.codecs.ranks import id_dtype, ids_of_ranks, rank_ids, sorted_steps, undo_sorted_steps
 from kdcache.config import Config
-from kdcache.errors import CorruptCacheError
-from kdcache.schema import ArrayRecord, Targets
+from kdcache.schema import ArrayRecord
 
 Arrays = Mapping[str, NDArray[Any]]
+Kept = NDArray[np.bool_] | None
 
-_SCALARS = ("log_tail", "gold_logprob", "entropy")
 #: exp(-2048) is 0 in float32, so nothing below it can matter; keeps grid arithmetic in range where a logit is -inf.
 _FLOOR = -2048.0
+#: Rows that are decoded at once: large enough that numpy's calls cost nothing, small enough for the processor's cache.
+_BLOCK = 4096
 
 
 class TopKCodec(Config):
-    """Base: stores the scalars of every row beside the head that a subclass encodes."""
+    """Base: ``scalar_dtype`` is that of the numbers that stand beside the kept ids of every row."""
 
     name: str
     scalar_dtype: Literal["float16", "float32"] = "float16"
@@ -48,54 +52,38 @@ class TopKCodec(Config):
         """Mean KL (nats), original to decoded, that no real teacher exceeds; for checks against the teacher."""
         raise NotImplementedError
 
-    def encode(self, targets: Targets, vocab_size: int) -> dict[str, NDArray[Any]]:
+    def encode(
+        self, ids_PK: NDArray[Any], logprobs_PK: NDArray[np.float32], vocab_size: int, kept_PK: Kept = None
+    ) -> dict[str, NDArray[Any]]:
         """Encode P rows; ids must be below ``vocab_size`` and log-probabilities must not increase along K."""
-        scalars = {
-            "log_tail": targets.log_tail_P,
-            "gold_logprob": targets.gold_logprob_P,
-            "entropy": targets.entropy_P,
-        }
-        encoded = {name: np.asarray(value).astype(self.scalar_dtype) for name, value in scalars.items()}
-        return {**self._encode_head(targets, vocab_size), **encoded}
+        raise NotImplementedError
 
-    def decode(self, arrays: Arrays) -> Targets:
-        """Decode rows (any slice of the per-position arrays, with the whole of every table)."""
-        log_tail_P = arrays["log_tail"].astype(np.float32)
-        ids_PK, head_PK = self._decode_head(arrays)
-        return Targets(
-            ids_PK=ids_PK,
-            logprobs_PK=self._normalise(head_PK, log_tail_P),
-            log_tail_P=log_tail_P,
-            gold_logprob_P=arrays["gold_logprob"].astype(np.float32),
-            entropy_P=arrays["entropy"].astype(np.float32),
-        )
+    def decode(
+        self, arrays: Arrays, log_tail_P: NDArray[np.float32], kept_PK: Kept = None
+    ) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """Return ids and log-probabilities of rows whose mass outside is exp(``log_tail_P``).
+
+        Any slice of the per-position arrays, with the whole of every table; fastest when their columns are contiguous.
+        """
+        raise NotImplementedError
 
     def arrays(self, top_k: int, vocab_size: int) -> tuple[ArrayRecord, ...]:
         """Describe the arrays that `encode` returns."""
-        scalars = [ArrayRecord(name=name, dtype=self.scalar_dtype, rows="positions") for name in _SCALARS]
-        return (*self._head_arrays(top_k, vocab_size), *scalars)
+        raise NotImplementedError
 
-    def _normalise(self, head_PK: NDArray[np.float32], log_tail_P: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Scale the head to the mass 1 - tail, in place."""
+    def normalise(
+        self, head_KP: NDArray[np.float32], log_tail_P: NDArray[np.float32], kept_KP: Kept
+    ) -> NDArray[np.float32]:
+        """Scale the head to the mass 1 - tail, in place, and set padding to -inf."""
+        exp_KP = np.exp(head_KP)
+        if kept_KP is not None:
+            exp_KP *= kept_KP
         # The head always holds some mass, but half precision can round a tail of 0.9999999 up to 1.
         tail_P = np.minimum(np.exp(log_tail_P), np.float32(1 - 2**-23))
-        shift_P = np.log1p(-tail_P) - np.log(np.exp(head_PK).sum(axis=1))
-        head_PK += shift_P[:, None]
-        return head_PK
-
-    def _encode_head(self, targets: Targets, vocab_size: int) -> dict[str, NDArray[Any]]:
-        raise NotImplementedError
-
-    def _decode_head(self, arrays: Arrays) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        raise NotImplementedError
-
-    def _head_arrays(self, top_k: int, vocab_size: int) -> tuple[ArrayRecord, ...]:
-        raise NotImplementedError
-
-
-def id_dtype(vocab_size: int) -> str:
-    """Return the smallest unsigned dtype that holds every id below ``vocab_size``."""
-    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+        head_KP += np.log1p(-tail_P) - np.log(exp_KP.sum(axis=0))
+        if kept_KP is not None:
+            head_KP[~kept_KP] = -np.inf
+        return head_KP
 
 
 class CompactCodec(TopKCodec):
@@ -103,7 +91,8 @@ class CompactCodec(TopKCodec):
 
     The *cumulated* gap is rounded to ``1 / grid`` nat, so errors do not add up along K: every kept log-probability is
     off by at most ``0.5 / grid`` before normalisation, at any temperature. A step of more than 255 / grid nats
-    (15.9 by default: a factor of 8 million) is stored as 255.
+    (15.9 by default: a factor of 8 million) is stored as 255. Ids that fall on the same grid point have no order any
+    more, except that the first of a row stays the first; sorted by frequency rank they cost 3 bytes less per row.
     """
 
     name: Literal["compact"] = "compact"
@@ -113,22 +102,45 @@ class CompactCodec(TopKCodec):
     def kl_bound(self) -> float:
         return 5e-4 * (16 / self.grid) ** 2  # rounding costs the square of its step; measured 9e-5 at 16
 
-    def _encode_head(self, targets: Targets, vocab_size: int) -> dict[str, NDArray[Any]]:
-        below_top_PK = targets.logprobs_PK[:, :1] - np.maximum(targets.logprobs_PK, np.float32(_FLOOR))
-        codes_PK = np.rint(below_top_PK * np.float32(self.grid)).astype(np.int32)
-        gaps_PK = np.diff(codes_PK, axis=1, prepend=0)
-        ranks_PK, table = _rank_by_frequency(targets.ids_PK, vocab_size)
-        return {"topk_ranks": ranks_PK, "topk_gaps": np.minimum(gaps_PK, 255).astype(np.uint8), "id_table": table}
+    def encode(
+        self, ids_PK: NDArray[Any], logprobs_PK: NDArray[np.float32], vocab_size: int, kept_PK: Kept = None
+    ) -> dict[str, NDArray[Any]]:
+        below_top_PK = logprobs_PK[:, :1] - np.maximum(logprobs_PK, np.float32(_FLOOR))
+        codes_PK = np.rint(below_top_PK * np.float32(self.grid)).astype(np.int64)
+        # What is cut to 255 counts as cut: order must depend on what a reader will see.
+        gaps_PK = np.minimum(np.diff(codes_PK, axis=1, prepend=0), 255)
+        codes_PK = np.cumsum(gaps_PK, axis=1)
+        if kept_PK is not None:
+            codes_PK[~kept_PK] = 1 << 30  # padding stays behind
+        ranks_V, table = rank_ids(ids_PK if kept_PK is None else ids_PK[kept_PK], vocab_size)
+        # One number that sorts by grid point, then by rank, and leaves the first column alone.
+        keys_PK = (codes_PK << 32) | ranks_V[ids_PK]
+        keys_PK[:, 1:].sort(axis=1)
+        ranks_PK = (keys_PK & 0xFFFFFFFF).astype(table.dtype)
+        return {
+            "topk_ranks": sorted_steps(ranks_PK, _ties(gaps_PK)),
+            "topk_gaps": gaps_PK.astype(np.uint8),
+            "id_table": table,
+        }
 
-    def _decode_head(self, arrays: Arrays) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        ranks_PK, table = arrays["topk_ranks"], arrays["id_table"]
-        if ranks_PK.size and int(ranks_PK.max()) >= len(table):
-            raise CorruptCacheError(f"topk_ranks holds {int(ranks_PK.max())}, but id_table has {len(table)} entries")
-        head_PK = np.cumsum(arrays["topk_gaps"], axis=1, dtype=np.float32)
-        head_PK *= np.float32(-1 / self.grid)
-        return table[ranks_PK], head_PK
+    def decode(
+        self, arrays: Arrays, log_tail_P: NDArray[np.float32], kept_PK: Kept = None
+    ) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        gaps_KP, steps_KP, table = arrays["topk_gaps"].T, arrays["topk_ranks"].T, arrays["id_table"]
+        ids_KP = np.empty(steps_KP.shape, dtype=table.dtype)
+        head_KP = np.empty(steps_KP.shape, dtype=np.float32)
+        for block in _blocks(gaps_KP.shape[1]):
+            kept_KP = None if kept_PK is None else kept_PK.T[:, block]
+            gaps_KB = gaps_KP[:, block]
+            _cumulate(gaps_KB, head_KP[:, block], np.float32(-1 / self.grid))
+            self.normalise(head_KP[:, block], log_tail_P[block], kept_KP)
+            ranks_KB = undo_sorted_steps(steps_KP[:, block], _ties(gaps_KB.T).T)
+            if kept_KP is not None:  # the steps of padding are zeros that mean nothing
+                ranks_KB = np.where(kept_KP, ranks_KB, ranks_KB[:1])
+            ids_KP[:, block] = ids_of_ranks(ranks_KB, table, "id_table")
+        return ids_KP.T, head_KP.T
 
-    def _head_arrays(self, top_k: int, vocab_size: int) -> tuple[ArrayRecord, ...]:
+    def arrays(self, top_k: int, vocab_size: int) -> tuple[ArrayRecord, ...]:
         return (
             ArrayRecord(name="topk_ranks", dtype=id_dtype(vocab_size), rows="positions", shape=(top_k,)),
             ArrayRecord(name="topk_gaps", dtype="uint8", rows="positions", shape=(top_k,)),
@@ -136,16 +148,25 @@ class CompactCodec(TopKCodec):
         )
 
 
-def _rank_by_frequency(ids_PK: NDArray[Any], vocab_size: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Replace ids by their frequency rank among these rows; return the ranks and the id of every rank used.
+def _ties(gaps_PK: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return where a column is on the grid point of the one before, from the second tied column on."""
+    same_PK = gaps_PK == 0
+    same_PK[:, :2] = False  # the first column is not sorted, so the second has nobody to be a step from
+    return same_PK
 
-    Frequent ids become small numbers whose high bits are mostly zero, which the byte-level compressor then removes.
-    """
-    counts = np.bincount(ids_PK.reshape(-1), minlength=vocab_size)
-    table = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
-    rank_of_id = np.zeros(vocab_size, dtype=id_dtype(vocab_size))
-    rank_of_id[table] = np.arange(len(table))
-    return rank_of_id[ids_PK], table.astype(id_dtype(vocab_size))
+
+def _cumulate(gaps_KP: NDArray[Any], out_KP: NDArray[np.float32], unit: np.float32) -> None:
+    """Write ``unit`` times the sums of ``gaps_KP`` over the columns so far to ``out_KP``."""
+    # A loop over K adds whole columns, 12 times as fast as np.cumsum along an axis; sums are whole numbers, so exact.
+    previous_P: Any = np.float32(0)
+    for k in range(len(gaps_KP)):
+        np.add(previous_P, gaps_KP[k], out=out_KP[k])
+        previous_P = out_KP[k]
+    out_KP *= unit
+
+
+def _blocks(num_positions: int) -> Iterator[slice]:
+    return (slice(start, start + _BLOCK) for start in range(0, num_positions, _BLOCK))
 
 
 class _LogprobCodec(TopKCodec):
@@ -158,14 +179,22 @@ class _LogprobCodec(TopKCodec):
     def kl_bound(self) -> float:
         return self._kl_bound
 
-    def _encode_head(self, targets: Targets, vocab_size: int) -> dict[str, NDArray[Any]]:
-        ids_PK = targets.ids_PK.astype(id_dtype(vocab_size))
-        return {"topk_ids": ids_PK, "topk_logprobs": self._format.pack(targets.logprobs_PK)}
+    def encode(
+        self, ids_PK: NDArray[Any], logprobs_PK: NDArray[np.float32], vocab_size: int, kept_PK: Kept = None
+    ) -> dict[str, NDArray[Any]]:
+        return {"topk_ids": ids_PK.astype(id_dtype(vocab_size)), "topk_logprobs": self._format.pack(logprobs_PK)}
 
-    def _decode_head(self, arrays: Arrays) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        return arrays["topk_ids"], self._format.unpack(arrays["topk_logprobs"])
+    def decode(
+        self, arrays: Arrays, log_tail_P: NDArray[np.float32], kept_PK: Kept = None
+    ) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        ids_PK = arrays["topk_ids"]
+        if kept_PK is not None:
+            ids_PK = np.where(kept_PK, ids_PK, ids_PK[:, :1])
+        # A copy in any case: the encoded arrays may be read-only, and they are read again.
+        head_KP = np.array(self._format.unpack(arrays["topk_logprobs"]).T, order="C")
+        return ids_PK, self.normalise(head_KP, log_tail_P, None if kept_PK is None else kept_PK.T).T
 
-    def _head_arrays(self, top_k: int, vocab_size: int) -> tuple[ArrayRecord, ...]:
+    def arrays(self, top_k: int, vocab_size: int) -> tuple[ArrayRecord, ...]:
         return (
             ArrayRecord(name="topk_ids", dtype=id_dtype(vocab_size), rows="positions", shape=(top_k,)),
             ArrayRecord(name="topk_logprobs", dtype=self._format.dtype, rows="positions", shape=(top_k,)),
@@ -196,11 +225,15 @@ class ExactCodec(_LogprobCodec):
     _format = FP32
     _kl_bound = 1e-6
 
-    def _normalise(self, head_PK: NDArray[np.float32], log_tail_P: NDArray[np.float32]) -> NDArray[np.float32]:
-        return head_PK
+    def normalise(
+        self, head_KP: NDArray[np.float32], log_tail_P: NDArray[np.float32], kept_KP: Kept
+    ) -> NDArray[np.float32]:
+        if kept_KP is not None:
+            head_KP[~kept_KP] = -np.inf
+        return head_KP
 
 
-#: Every codec of top-k targets by its name on the command line.
+#: Every codec of kept ids by its name on the command line.
 TOPK_CODECS: dict[str, type[TopKCodec]] = {
     "compact": CompactCodec,
     "bf16": Bf16Codec,

@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdcache.cache.tail_prior import TailSum
 from kdcache.codecs import HiddenCodec
 from kdcache.errors import TeacherError
-from kdcache.schema import Sequence, Targets, TeacherRecord
+from kdcache.schema import Draws, Sequence, Targets, TargetsRecord, TeacherRecord
 from kdcache.teachers import TeacherOutput
+from kdcache.teachers.draws import draw_uniforms
 from kdcache.teachers.huggingface import hidden_to_numpy
-from kdcache.teachers.keep import NonFiniteLogitsError, TopKeeper
+from kdcache.teachers.keep import NonFiniteLogitsError, TargetKeeper
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +56,12 @@ def batches_by_length(lengths_N: NDArray[np.int64], batch_tokens: int) -> list[l
 class BatchRunner:
     """Runs batches through the teacher and keeps their targets; halves a batch that does not fit in memory."""
 
-    def __init__(self, teacher: Teacher, top_k: int, layers: SequenceOf[int], hidden_codec: HiddenCodec) -> None:
+    def __init__(
+        self, teacher: Teacher, record: TargetsRecord, layers: SequenceOf[int], hidden_codec: HiddenCodec
+    ) -> None:
         self.teacher = teacher
-        self.top_k = top_k
-        self._keep = TopKeeper(top_k)
+        self.record = record
+        self._keep = TargetKeeper(record)
         self.layers = list(layers)
         self.hidden_codec = hidden_codec
         self._fits: float = float("inf")
@@ -97,11 +101,22 @@ class BatchRunner:
     def _forward(self, sequences: list[Sequence]) -> tuple[Targets, dict[str, NDArray[Any]]]:
         output = self.teacher.run(sequences, self.layers)
         try:
-            targets = self._keep(output.logits, output.labels_P)
+            targets = self._keep(output.logits, output.labels_P, self._uniforms(sequences))
         except NonFiniteLogitsError as error:
             raise TeacherError(f"{error}{_place(sequences, error.row)}") from None
         hidden = {f"hidden-{n}": self._states(f"hidden-{n}", output.hidden[n], sequences) for n in self.layers}
         return targets, hidden
+
+    def take_tail_sum(self) -> TailSum | None:
+        """Return what all rows since the last call add to the tail prior; None where the targets have none."""
+        found = self._keep.take_tail_sum()
+        return None if found is None else TailSum(*found)
+
+    def _uniforms(self, sequences: list[Sequence]) -> NDArray[Any] | None:
+        if not self.record.num_draws:
+            return None
+        lengths = [s.num_positions for s in sequences]
+        return draw_uniforms(self.record.seed, [s.index for s in sequences], lengths, self.record.num_draws)
 
     def _states(self, name: str, states: torch.Tensor, sequences: list[Sequence]) -> NDArray[Any]:
         states_PD = hidden_to_numpy(states)
@@ -109,7 +124,7 @@ class BatchRunner:
         if bad.any():
             place = _place(sequences, int(np.argmax(bad)))
             raise TeacherError(f"the teacher's {name} is NaN or infinite at {bad.sum()} positions of a batch{place}")
-        return self.hidden_codec.encode(states_PD)
+        return self.hidden_codec.stage(states_PD)
 
 
 def _place(sequences: list[Sequence], row: int) -> str:
@@ -131,26 +146,40 @@ def _is_out_of_memory(error: BaseException) -> bool:
 class ShardRows:
     """The rows of one shard, filled batch by batch in any order."""
 
-    def __init__(self, lengths_N: NDArray[np.int64], first_sequence: int, top_k: int) -> None:
+    def __init__(self, lengths_N: NDArray[np.int64], first_sequence: int, record: TargetsRecord) -> None:
         self._first = first_sequence
         self._offsets = np.concatenate([[0], np.cumsum(lengths_N)])
-        total = int(self._offsets[-1])
-        self.targets = Targets(
-            ids_PK=np.zeros((total, top_k), dtype=np.int32),
-            logprobs_PK=np.zeros((total, top_k), dtype=np.float32),
-            log_tail_P=np.zeros(total, dtype=np.float32),
-            gold_logprob_P=np.zeros(total, dtype=np.float32),
-            entropy_P=np.zeros(total, dtype=np.float32),
-        )
+        self.targets = _empty_targets(int(self._offsets[-1]), record)
         self.hidden: dict[str, NDArray[Any]] = {}
 
     def put(self, sequences: list[Sequence], targets: Targets, hidden: dict[str, NDArray[Any]]) -> None:
         """Store the result of one batch at the rows of its sequences."""
         spans = [s.index - self._first for s in sequences]
         rows = np.concatenate([np.arange(self._offsets[n], self._offsets[n + 1]) for n in spans])
-        for name in vars(self.targets):
-            getattr(self.targets, name)[rows] = getattr(targets, name)
+        for name, values in vars(targets).items():
+            if name != "draws" and values is not None:
+                getattr(self.targets, name)[rows] = values
+        if targets.draws is not None and self.targets.draws is not None:
+            for name, values in vars(targets.draws).items():
+                getattr(self.targets.draws, name)[rows, : values.shape[1]] = values
         for name, states in hidden.items():
             if name not in self.hidden:
                 self.hidden[name] = np.zeros((len(self.targets.ids_PK), states.shape[1]), dtype=states.dtype)
             self.hidden[name][rows] = states
+
+
+def _empty_targets(num_positions: int, record: TargetsRecord) -> Targets:
+    def zeros(*shape: int, dtype: type = np.float32) -> NDArray[Any]:
+        return np.zeros((num_positions, *shape), dtype=dtype)
+
+    top_k, num_draws = record.top_k, record.num_draws
+    return Targets(
+        ids_PK=zeros(top_k, dtype=np.int32),
+        logprobs_PK=zeros(top_k),
+        log_tail_P=zeros(),
+        gold_logprob_P=zeros(),
+        entropy_P=zeros(),
+        num_kept_P=zeros(dtype=np.int32) if record.is_ragged else None,
+        log_tails_PG=zeros(len(record.temperatures)) if record.temperatures else None,
+        draws=Draws(zeros(num_draws, dtype=np.int32), zeros(num_draws, dtype=np.int32)) if num_draws else None,
+    )

@@ -8,15 +8,14 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdcache.cache import layout
-from kdcache.cache.writer import token_arrays
-from kdcache.codecs import hidden_codec, topk_codec
+from kdcache.cache import layout, token_arrays
+from kdcache.codecs import hidden_codec, targets_codec
 from kdcache.corpus import Corpus, SequencePlan, assign_shards
 from kdcache.dump.config import DumpConfig
 from kdcache.errors import ConfigError
@@ -25,6 +24,14 @@ from kdcache.schema import CorpusRecord, FieldRecord, Plan, TeacherRecord, Token
 #: A shard is not made larger than this (uncompressed), because it is assembled in memory.
 _SHARD_BYTES = 512 << 20
 _LIBRARIES = ("kdcache", "torch", "transformers", "tokenizers", "datasets", "zarr", "numcodecs", "numpy", "pyarrow")
+
+
+class LayerPilot(NamedTuple):
+    """What a few sequences told about the hidden states of a layer."""
+
+    width: int
+    relative_error: float | None
+    """Root mean square of |decoded - state| / |state|."""
 
 
 def check_top_k(config: DumpConfig, vocab_size: int) -> None:
@@ -36,26 +43,29 @@ def check_top_k(config: DumpConfig, vocab_size: int) -> None:
 
 
 def make_fields(
-    config: DumpConfig, teacher: TeacherRecord, vocab_size: int, layers: list[int], widths: Mapping[int, int]
+    config: DumpConfig,
+    teacher: TeacherRecord,
+    vocab_size: int,
+    layers: list[int],
+    pilot: Mapping[int, LayerPilot],
 ) -> list[FieldRecord]:
-    """Describe the fields that this dump stores; ``widths`` are those of layers that differ from the teacher's own."""
+    """Describe the fields that this dump stores; ``pilot`` says what is known about the hidden states of a layer."""
     check_top_k(config, vocab_size)
-    top_k = config.targets.top_k
-    codec = topk_codec(config.targets.codec)
+    codec = targets_codec(config.targets.codec, config.targets.record, vocab_size)
     packed = config.sequences.packing == "window" and not config.sequences.attend_across_documents
-    arrays = (*token_arrays(vocab_size, packed), *codec.arrays(top_k, vocab_size))
-    fields = [
-        FieldRecord(name=layout.TARGETS_FIELD, codec=codec.model_dump(), arrays=arrays),
-    ]
+    arrays = (*token_arrays(vocab_size, packed), *codec.arrays())
+    fields = [FieldRecord(name=layout.TARGETS_FIELD, codec=codec.head.model_dump(), arrays=arrays)]
     states = hidden_codec(config.hidden_states.codec)
-    fields.extend(
-        FieldRecord(
-            name=f"hidden-{layer}",
-            codec=states.model_dump(),
-            arrays=states.arrays(widths.get(layer, teacher.hidden_size)),
+    for layer in layers:
+        known = pilot.get(layer, LayerPilot(teacher.hidden_size, None))
+        fields.append(
+            FieldRecord(
+                name=f"hidden-{layer}",
+                codec=states.model_dump(),
+                arrays=states.arrays(known.width),
+                relative_error=known.relative_error,
+            )
         )
-        for layer in layers
-    )
     return fields
 
 
@@ -63,7 +73,7 @@ def shard_positions(config: DumpConfig, num_positions: int, teacher: TeacherReco
     """Return how many positions a shard holds: about 32 shards, of 2^14 to 2^19 positions, within 512 MB of memory."""
     if config.shard_positions is not None:
         return config.shard_positions
-    per_position = 8 * config.targets.top_k + 4 * teacher.hidden_size * num_layers + 16
+    per_position = 8 * (config.targets.top_k + config.targets.num_draws) + 4 * teacher.hidden_size * num_layers + 16
     wanted = min(max(num_positions // 32, 1 << 14), 1 << 19)
     return max(1, min(wanted, _SHARD_BYTES // per_position))
 
@@ -75,11 +85,11 @@ def make_plan(
     teacher: TeacherRecord,
     tokenizer: TokenizerRecord,
     layers: list[int],
-    widths: Mapping[int, int] | None = None,
+    pilot: Mapping[int, LayerPilot] | None = None,
 ) -> tuple[Plan, pa.Table, NDArray[np.int64]]:
     """Return the plan, the table of plan.parquet (one row per piece of a document) and the starts of the shards."""
     teacher = teacher.model_copy(update={"name": public_name(teacher.name)})
-    fields = make_fields(config, teacher, tokenizer.vocab_size, layers, widths or {})
+    fields = make_fields(config, teacher, tokenizer.vocab_size, layers, pilot or {})
     size = shard_positions(config, sequences.num_positions, teacher, len(layers))
     starts = assign_shards(sequences.lengths_N, size)
     table = sequences.table()
@@ -99,6 +109,7 @@ def make_plan(
             metadata_columns=tuple(corpus.metadata_columns),
             licence=config.corpus.licence,
         ),
+        targets=config.targets.record,
         sequences=config.sequences.model_dump(mode="json"),
         fields=tuple(fields),
         num_sequences=sequences.num_sequences,

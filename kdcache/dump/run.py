@@ -18,21 +18,26 @@ from numpy.typing import NDArray
 from kdcache.cache import CacheWriter, Folder, ShardData, layout
 from kdcache.cache.outputs import check_same_plan, refuse_foreign
 from kdcache.cache.shard_file import pack
-from kdcache.codecs import hidden_codec, id_dtype, topk_codec
+from kdcache.codecs import hidden_codec, id_dtype, targets_codec
+from kdcache.codecs.hidden import relative_error
 from kdcache.corpus import Corpus, SequencePlan, load_corpus, plan_sequences
 from kdcache.dump.batches import BatchRunner, ShardRows, Teacher, batches_by_length
 from kdcache.dump.config import DumpConfig
-from kdcache.dump.plan import check_top_k, make_plan
+from kdcache.dump.plan import LayerPilot, check_top_k, make_plan
 from kdcache.errors import ConfigError, TeacherError
+from kdcache.models.lm_head import head_to_bytes
 from kdcache.models.loading import load_tokenizer, parse_dtype, pick_device
 from kdcache.models.tokenizer import TextEncoder, tokenizer_files, tokenizer_record
 from kdcache.progress import bar, reporter
 from kdcache.schema import Manifest, Plan, ShardRecord
 from kdcache.tasks import causal_lm
 from kdcache.teachers import HuggingFaceTeacher, load_teacher, parse_layers
+from kdcache.teachers.huggingface import hidden_to_numpy
 
 #: Positions that a dry run sends through the teacher, after as many for warming up.
 _PILOT_POSITIONS = 2048
+#: Positions that tell what a codec of hidden states costs.
+_LAYER_PILOT_POSITIONS = 512
 
 
 @dataclass
@@ -81,6 +86,7 @@ class _Parts:
     teacher: HuggingFaceTeacher
     layers: list[int]
     tokenizer_files: dict[str, bytes]
+    cache_files: dict[str, bytes]
     batch_tokens: int
 
 
@@ -100,6 +106,7 @@ def dump_teacher(config: DumpConfig, *, progress: bool = True) -> DumpResult:
             table=parts.table,
             starts=parts.starts,
             tokenizer_files=parts.tokenizer_files,
+            cache_files=parts.cache_files,
             layers=parts.layers,
             batch_tokens=parts.batch_tokens,
             progress=progress,
@@ -117,10 +124,11 @@ def dump(
     tokenizer_files: dict[str, bytes],
     layers: list[int],
     batch_tokens: int,
+    cache_files: dict[str, bytes] | None = None,
     progress: bool = False,
 ) -> DumpResult:
     """Write every shard of ``plan`` that is not committed yet, then the manifest."""
-    missing = writer.begin(plan, table, tokenizer_files)
+    missing = writer.begin(plan, table, tokenizer_files, cache_files)
     runner = _runner(teacher, plan, layers)
     ends = np.concatenate([[0], np.cumsum(sequences.lengths_N)])
     positions_of = [int(ends[starts[s + 1]] - ends[starts[s]]) for s in range(plan.num_shards)]
@@ -155,7 +163,7 @@ def estimate_dump(config: DumpConfig, *, progress: bool = True) -> DumpEstimate:
     plan, sequences = parts.plan, parts.sequences
     committed = _committed(config.output, plan)
     runner = _runner(parts.teacher, plan, parts.layers)
-    chosen = _pilot_sequences(sequences)
+    chosen = _pilot_sequences(sequences, _PILOT_POSITIONS)
     warm = chosen[: max(1, len(chosen) // 4)]
     _run_rows(warm, sequences, runner, parts.batch_tokens)
     began = time.perf_counter()
@@ -199,10 +207,32 @@ def _load(config: DumpConfig, progress: bool) -> _Parts:
     _check_length(sequences, teacher)
     if config.sequences.packing == "window" and not config.sequences.attend_across_documents:
         teacher.check_packing()
-    layers = parse_layers(config.hidden_states.layers, teacher.num_layers)
-    plan, table, starts = make_plan(config, corpus, sequences, teacher.record, record, layers, teacher.widths(layers))
+    cache_files = {}
+    names = list(config.hidden_states.layers)
+    if config.targets.kind == "hidden":
+        cache_files[layout.LM_HEAD] = head_to_bytes(teacher.head)
+        names.append("last")
+    layers = parse_layers(names, teacher.num_layers)
+    pilot = _layer_pilot(config, sequences, teacher, layers)
+    plan, table, starts = make_plan(config, corpus, sequences, teacher.record, record, layers, pilot)
     batch_tokens = config.batch_tokens or min(4096 if teacher.device.type == "cpu" else 16384, teacher.max_batch_tokens)
-    return _Parts(plan, table, starts, sequences, teacher, layers, tokenizer_files(tokenizer), batch_tokens)
+    files = tokenizer_files(tokenizer)
+    return _Parts(plan, table, starts, sequences, teacher, layers, files, cache_files, batch_tokens)
+
+
+def _layer_pilot(
+    config: DumpConfig, sequences: SequencePlan, teacher: HuggingFaceTeacher, layers: list[int]
+) -> dict[int, LayerPilot]:
+    """Run a few sequences for the width of each hidden state (OPT projects its last one) and what its codec costs."""
+    if not layers:
+        return {}
+    codec = hidden_codec(config.hidden_states.codec)
+    states: dict[int, list[NDArray[np.float32]]] = {layer: [] for layer in layers}
+    for index in _pilot_sequences(sequences, _LAYER_PILOT_POSITIONS):
+        for layer, found in teacher.run([sequences.sequence(index)], layers).hidden.items():
+            states[layer].append(hidden_to_numpy(found))
+    joined = {layer: np.concatenate(parts) for layer, parts in states.items()}
+    return {layer: LayerPilot(rows.shape[1], relative_error(codec, rows)) for layer, rows in joined.items()}
 
 
 def _check_length(sequences: SequencePlan, teacher: HuggingFaceTeacher) -> None:
@@ -217,7 +247,7 @@ def _check_length(sequences: SequencePlan, teacher: HuggingFaceTeacher) -> None:
 
 def _runner(teacher: Teacher, plan: Plan, layers: list[int]) -> BatchRunner:
     states = hidden_codec(plan.field(plan.hidden_layers[0]).codec if plan.hidden_layers else {"name": "bf16"})
-    return BatchRunner(teacher, plan.top_k, layers, states)
+    return BatchRunner(teacher, plan.targets, layers, states)
 
 
 def _run_shard(
@@ -230,7 +260,7 @@ def _run_shard(
 ) -> ShardData:
     begin, end = int(starts[shard]), int(starts[shard + 1])
     lengths = sequences.lengths_N[begin:end]
-    rows = ShardRows(lengths, begin, runner.top_k)
+    rows = ShardRows(lengths, begin, runner.record)
     members = [sequences.sequence(index) for index in range(begin, end)]
     for group in batches_by_length(lengths, batch_tokens):
         batch = [members[n] for n in group]
@@ -248,6 +278,7 @@ def _run_shard(
         table=sequences.sequence_table(begin, end),
         segment_ids_T=np.concatenate(segments) if segments else None,
         hidden=rows.hidden,
+        tail_sum=runner.take_tail_sum(),
     )
 
 
@@ -258,24 +289,27 @@ def _run_rows(chosen: list[int], sequences: SequencePlan, runner: BatchRunner, b
         sequence = sequences.sequence(index)
         picked.append(type(sequence)(number, sequence.tokens_T, sequence.loss_mask_L, sequence.segment_ids_T))
     lengths = np.array([s.num_positions for s in picked], dtype=np.int64)
-    rows = ShardRows(lengths, 0, runner.top_k)
+    rows = ShardRows(lengths, 0, runner.record)
     for group in batches_by_length(lengths, batch_tokens):
         runner.run([picked[n] for n in group], rows.put)
     return rows, picked
 
 
-def _pilot_sequences(sequences: SequencePlan) -> list[int]:
-    """Return sequences spread evenly over the corpus with at least the pilot's positions (or all of a small corpus)."""
+def _pilot_sequences(sequences: SequencePlan, num_positions: int) -> list[int]:
+    """Return sequences spread evenly over the corpus with about ``num_positions`` (or all of a small corpus)."""
     mean = sequences.num_positions / max(sequences.num_sequences, 1)
-    count = min(sequences.num_sequences, max(4, int(_PILOT_POSITIONS / mean) + 1))
+    count = min(sequences.num_sequences, max(4, int(num_positions / mean) + 1))
     return np.unique(np.linspace(0, sequences.num_sequences - 1, count).astype(int)).tolist()
 
 
 def _encoded_bytes(rows: ShardRows, picked: list[Any], plan: Plan) -> int:
-    encoded = topk_codec(plan.field("targets").codec).encode(rows.targets, plan.tokenizer.vocab_size)
+    vocab_size = plan.tokenizer.vocab_size
+    encoded = targets_codec(plan.field("targets").codec, plan.targets, vocab_size).encode(rows.targets)
     tokens = np.concatenate([s.tokens_T for s in picked])
-    size = len(pack({**encoded, "tokens": tokens.astype(id_dtype(plan.tokenizer.vocab_size))}))
-    return size + sum(len(pack({"states": states})) for states in rows.hidden.values())
+    size = len(pack({**encoded, "tokens": tokens.astype(id_dtype(vocab_size))}))
+    return size + sum(
+        len(pack(hidden_codec(plan.field(name).codec).encode(staged))) for name, staged in rows.hidden.items()
+    )
 
 
 def _committed(output: str, wanted: Plan) -> int:

@@ -7,11 +7,16 @@ the split when the two disagree, because families add scales and soft caps betwe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
+
+from kdcache.errors import CorruptCacheError
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,11 @@ class LMHead:
     def vocab_size(self) -> int:
         """Number of rows of the head, V."""
         return self.weight_VD.shape[0]
+
+    def to(self, device: torch.device | str) -> LMHead:
+        """Return the head on ``device``."""
+        bias = None if self.bias_V is None else self.bias_V.to(device)
+        return replace(self, weight_VD=self.weight_VD.to(device), bias_V=bias)
 
     def narrow(self, vocab_size: int) -> LMHead:
         """Return the head over the first ``vocab_size`` ids only (views: padding rows are never multiplied)."""
@@ -52,6 +62,28 @@ class LMHead:
         if self.softcap is not None:
             logits_PV = self.softcap * torch.tanh(logits_PV / self.softcap)
         return logits_PV
+
+
+def head_to_bytes(head: LMHead) -> bytes:
+    """Return ``head`` as a safetensors file: ``weight`` [V, D], ``bias`` [V] if there is one, scale and cap beside."""
+    tensors = {"weight": head.weight_VD} | ({} if head.bias_V is None else {"bias": head.bias_V})
+    # Of their own, on the CPU: a view of a larger or a tied weight would be written whole or refused.
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    settings = {"scale": head.scale, "softcap": head.softcap}
+    data: bytes = save(tensors, metadata={"lm_head": json.dumps(settings)})
+    return data
+
+
+def head_from_bytes(data: bytes) -> LMHead:
+    """Return the head in a file that `head_to_bytes` made; raises ``CorruptCacheError``."""
+    try:
+        tensors = load(data)
+        length = int.from_bytes(data[:8], "little")
+        settings = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["lm_head"])
+        scale, softcap = float(settings["scale"]), settings["softcap"]
+        return LMHead(tensors["weight"], tensors.get("bias"), scale, None if softcap is None else float(softcap))
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise CorruptCacheError(f"the teacher's LM head cannot be read: {error!r}") from None
 
 
 def split_model(model: Any) -> tuple[nn.Module, LMHead] | None:

@@ -90,10 +90,19 @@ class HuggingFaceTeacher:
         """Tokens of a batch that keep logits within 2^28 numbers, where those of a whole batch must exist at once."""
         return 1 << 30 if self._split is not None else max(1, (1 << 28) // self.record.vocab_size)
 
-    def widths(self, layers: SequenceOf[int]) -> dict[int, int]:
-        """Return the width of each hidden state (OPT projects its last one to another)."""
-        probe = Sequence(0, np.zeros(3, dtype=np.uint32), np.ones(2, dtype=np.uint8))
-        return {layer: states.shape[1] for layer, states in self.run([probe], layers).hidden.items()}
+    @property
+    def head(self) -> LMHead:
+        """The LM head over the true vocabulary; raises ``TeacherError`` for a model that has none of its own.
+
+        What works is every family whose logits are ``cap(scale * (hidden @ W.T + b))`` of its last hidden state (Llama,
+        Qwen, Mistral, GPT-2, GPT-NeoX, OPT, Cohere's and Granite's scales, Gemma's soft cap, ...), found by trying.
+        """
+        if self._split is None:
+            raise TeacherError(
+                f"the logits of {self.record.name} ({self.record.architecture}) are not its last hidden state times a "
+                "matrix, scaled or soft-capped, so they cannot be rebuilt from it; use --targets top-k"
+            )
+        return self._split[1].narrow(self.vocab_size)
 
     def check_packing(self) -> None:
         """Raise ``TeacherError`` when the documents of a packed window would see each other."""

@@ -1,0 +1,58 @@
+"""The fields of a cache: which arrays they have and which codecs read them."""
+
+from __future__ import annotations
+
+from kdcache.cache import layout
+from kdcache.cache.folder import Folder
+from kdcache.codecs import HiddenCodec, TargetsCodec, hidden_codec, id_dtype, targets_codec
+from kdcache.errors import CacheError, ConfigError, CorruptCacheError
+from kdcache.schema import ArrayRecord, Manifest
+
+
+def token_arrays(vocab_size: int, packed: bool) -> tuple[ArrayRecord, ...]:
+    """Describe the arrays that stand beside the targets in every shard."""
+    dtype = id_dtype(vocab_size)
+    records = [
+        ArrayRecord(name="tokens", dtype=dtype, rows="tokens"),
+        ArrayRecord(name="loss_mask", dtype="uint8", rows="positions"),
+        ArrayRecord(name="num_tokens", dtype="uint32", rows="sequences"),
+        ArrayRecord(name="num_positions", dtype="uint32", rows="sequences"),
+    ]
+    if packed:
+        records.append(ArrayRecord(name="segment_ids", dtype="uint16", rows="tokens"))
+    return tuple(records)
+
+
+def build_codecs(folder: Folder, manifest: Manifest) -> tuple[TargetsCodec, dict[str, HiddenCodec]]:
+    """Return the codecs of the targets and of each hidden-state field; raises ``CacheError`` for unknown ones."""
+    try:
+        codec = manifest.field(layout.TARGETS_FIELD).codec
+        return targets_codec(codec, manifest.targets, manifest.tokenizer.vocab_size), {
+            name: hidden_codec(manifest.field(name).codec) for name in manifest.hidden_layers
+        }
+    except ConfigError as error:
+        raise CacheError(
+            f"{folder}/{layout.MANIFEST}: {error} If it was written by a newer kdcache, install it"
+        ) from None
+
+
+def check_arrays(
+    folder: Folder, manifest: Manifest, codec: TargetsCodec, hidden_codecs: dict[str, HiddenCodec]
+) -> None:
+    """Refuse a manifest (it may come from a stranger) whose fields lack an array that reading them needs."""
+    packed = any(array.name == "segment_ids" for array in manifest.field(layout.TARGETS_FIELD).arrays)
+    needed = {layout.TARGETS_FIELD: (*token_arrays(manifest.tokenizer.vocab_size, packed), *codec.arrays())}
+    needed |= {name: hidden_codec.arrays(_width(manifest, name)) for name, hidden_codec in hidden_codecs.items()}
+    for name, arrays in needed.items():
+        found = {array.name: array for array in manifest.field(name).arrays}
+        for array in arrays:
+            where = f"{folder}/{layout.MANIFEST}: field {name}"
+            if array.name not in found:
+                raise CorruptCacheError(f"{where} lacks the array {array.name!r}")
+            if found[array.name] != array:
+                raise CorruptCacheError(f"{where} has the array {found[array.name]}, its codec makes {array}")
+
+
+def _width(manifest: Manifest, name: str) -> int:
+    """Return the width of a field of hidden states."""
+    return next((array.shape[0] for array in manifest.field(name).arrays if array.shape), 0)

@@ -1,0 +1,115 @@
+"""The codec of a cache's targets: the kept ids, the numbers beside them, and what the kind of targets adds.
+
+Four parts, each with its arrays: scalars of every row; the head, by one of `TOPK_CODECS`; tails at other temperatures;
+draws. A ragged cache stores the head's arrays without padding. Reading is in two steps: `open` turns the arrays of
+a shard into rectangles of rows once, `decode` takes any rows of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.codecs.draws import decode_draws, draw_arrays, encode_draws, open_draws
+from kdcache.codecs.ragged import expand, flatten
+from kdcache.codecs.topk import TopKCodec
+from kdcache.errors import CacheError
+from kdcache.schema import ArrayRecord, Targets, TargetsRecord
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class TargetsCodec:
+    """Encodes and decodes `Targets` of the kind that ``record`` describes, over ``vocab_size`` ids."""
+
+    def __init__(self, head: TopKCodec, record: TargetsRecord, vocab_size: int) -> None:
+        self.head = head
+        self.record = record
+        self.vocab_size = vocab_size
+        self._head_arrays = head.arrays(record.top_k, vocab_size) if record.top_k else ()
+        self._ragged = [a.name for a in self._head_arrays if record.is_ragged and a.rows == "positions"]
+        self._scalars = ("log_tail", "gold_logprob", "entropy") if record.top_k else ("gold_logprob", "entropy")
+
+    def arrays(self) -> tuple[ArrayRecord, ...]:
+        """Describe the arrays that `encode` returns."""
+        record, scalar = self.record, self.head.scalar_dtype
+        found = [
+            array.model_copy(update={"rows": "entries", "shape": ()}) if array.name in self._ragged else array
+            for array in self._head_arrays
+        ]
+        found += [ArrayRecord(name=name, dtype=scalar, rows="positions") for name in self._scalars]
+        if record.is_ragged:
+            dtype = "uint8" if record.top_k < 1 << 8 else "uint32"
+            found.append(ArrayRecord(name="num_kept", dtype=dtype, rows="positions"))
+        if record.temperatures:
+            shape = (len(record.temperatures),)
+            found.append(ArrayRecord(name="log_tails", dtype=scalar, rows="positions", shape=shape))
+        if record.num_draws:
+            found += draw_arrays(record.num_draws, self.vocab_size)
+        return tuple(found)
+
+    def encode(self, targets: Targets) -> dict[str, NDArray[Any]]:
+        """Encode P rows; ids must be below V and log-probabilities must not increase along K."""
+        scalar = self.head.scalar_dtype
+        values = {"log_tail": targets.log_tail_P, "gold_logprob": targets.gold_logprob_P, "entropy": targets.entropy_P}
+        encoded = {name: np.asarray(values[name]).astype(scalar) for name in self._scalars}
+        if self.record.top_k:
+            encoded |= self._encode_head(targets)
+        if self.record.temperatures:
+            encoded["log_tails"] = _there(targets.log_tails_PG, "log_tails").astype(scalar)
+        if self.record.num_draws:
+            encoded |= encode_draws(_there(targets.draws, "draws"), self.record.num_draws, self.vocab_size)
+        return encoded
+
+    def _encode_head(self, targets: Targets) -> dict[str, NDArray[Any]]:
+        if not self.record.is_ragged:
+            return self.head.encode(targets.ids_PK, targets.logprobs_PK, self.vocab_size)
+        num_P = _there(targets.num_kept_P, "num_kept")
+        encoded = self.head.encode(
+            targets.ids_PK, targets.logprobs_PK, self.vocab_size, _kept(num_P, self.record.top_k)
+        )
+        flat = {name: flatten(encoded[name], num_P) for name in self._ragged}
+        return {**encoded, **flat, "num_kept": num_P}
+
+    def open(self, arrays: Arrays) -> dict[str, NDArray[Any]]:
+        """Return the arrays of a shard with one row per position, still encoded; raises ``CorruptCacheError``."""
+        opened = dict(arrays)
+        for name in self._ragged:
+            opened[name] = expand(arrays[name], arrays["num_kept"], self.record.top_k, name)
+        return open_draws(opened, self.record.num_draws) if self.record.num_draws else opened
+
+    def decode(self, arrays: Arrays) -> Targets:
+        """Decode rows of what `open` returned: any slice of the per-position arrays, with the whole of every table."""
+        num_positions = len(arrays["entropy"])
+        log_tail_P = arrays["log_tail"].astype(np.float32) if self.record.top_k else np.zeros(num_positions, np.float32)
+        num_kept_P = arrays["num_kept"] if self.record.is_ragged else None
+        if self.record.top_k:
+            kept_PK = None if num_kept_P is None else _kept(num_kept_P, self.record.top_k)
+            ids_PK, logprobs_PK = self.head.decode(arrays, log_tail_P, kept_PK)
+        else:
+            ids_PK, logprobs_PK = np.zeros((num_positions, 0), np.int32), np.zeros((num_positions, 0), np.float32)
+        return Targets(
+            ids_PK=ids_PK,
+            logprobs_PK=logprobs_PK,
+            log_tail_P=log_tail_P,
+            gold_logprob_P=arrays["gold_logprob"].astype(np.float32),
+            entropy_P=arrays["entropy"].astype(np.float32),
+            num_kept_P=num_kept_P,
+            log_tails_PG=arrays["log_tails"].astype(np.float32) if self.record.temperatures else None,
+            draws=decode_draws(arrays) if self.record.num_draws else None,
+        )
+
+
+def _kept(num_P: NDArray[Any], width: int) -> NDArray[np.bool_]:
+    """Return which of the ``width`` columns hold ids, [P, K] in Fortran order."""
+    mask: NDArray[np.bool_] = (np.arange(width)[:, None] < num_P).T
+    return mask
+
+
+def _there(value: Any, name: str) -> Any:
+    if value is None:
+        raise CacheError(f"the plan stores {name}, but the targets have none")
+    return value
