@@ -28,7 +28,7 @@ from kdcache.models.loading import load_tokenizer
 from kdcache.models.tokenizer import TextEncoder, tokenizer_files, tokenizer_record
 from kdcache.tasks import causal_lm
 from kdcache.teachers import TeacherConfig, load_teacher
-from kdcache.teachers.keep import TopKeeper
+from kdcache.teachers.keep import TargetKeeper
 
 #: A dump overlaps writing one shard with the teacher's work on the next, so there must be several.
 _SHARDS = 4
@@ -85,7 +85,7 @@ def run(options, directory: Path) -> None:
         }
     )
     inputs = [model_inputs(batch, teacher.device) for batch in batches]
-    keeper = TopKeeper(options.top_k)
+    keeper = TargetKeeper(plan.targets)
 
     def bare() -> None:
         with torch.inference_mode():
