@@ -1,10 +1,12 @@
 """Losses between a student and its teacher's cached rows, and the objective that sums them.
 
 `Objective` trains, `score_positions` evaluates; both walk over the positions in chunks (`chunked`), show each chunk to
-the losses as a `ChunkView`, and know the losses from one table, `LOSSES`. Nothing here reads a cache.
+the losses as a `ChunkView`, and know the losses from one table, `LOSSES`. `TeacherContext` says what kind of cache the
+rows come from, and `allowed` which losses make sense with it. Nothing here reads a cache.
 """
 
-from kdcache.losses.divergences import LOSSES, CrossEntropy, ForwardKL, Loss
+from kdcache.losses.context import TeacherContext
+from kdcache.losses.divergences import LOSSES, CrossEntropy, ForwardKL, Loss, allowed
 from kdcache.losses.objective import Objective, ObjectiveConfig, ObjectiveOutput
 from kdcache.losses.scores import PositionScores, per_position_values, score_positions
 from kdcache.losses.teacher_rows import TeacherRows
@@ -20,7 +22,9 @@ __all__ = [
     "ObjectiveConfig",
     "ObjectiveOutput",
     "PositionScores",
+    "TeacherContext",
     "TeacherRows",
+    "allowed",
     "per_position_values",
     "score_positions",
 ]

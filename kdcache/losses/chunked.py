@@ -18,13 +18,14 @@ Shape suffixes: P positions, C positions of a chunk, V vocabulary, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kdcache.losses.context import TeacherContext
 from kdcache.losses.divergences import Loss
 from kdcache.losses.teacher_rows import TeacherRows
 from kdcache.losses.view import ChunkView
@@ -38,12 +39,13 @@ CHUNK_POSITIONS_ELSEWHERE = 1024
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be summed: the losses by name, the teacher's rows, the head and the length of a chunk."""
+    """What is to be summed: losses by name, the teacher's rows, the head, the length of a chunk, the rows' context."""
 
     losses: Mapping[str, Loss]
     teacher: TeacherRows
     head: LMHead
     chunk_positions: int
+    context: TeacherContext = field(default_factory=TeacherContext)
 
 
 def default_chunk_positions(device: torch.device) -> int:
@@ -131,7 +133,7 @@ def _sweep(hidden_PD: Tensor, work: Work, gradients: list[Tensor | None]) -> Ten
     wants_gradient = any(gradient is not None for gradient in gradients)
     with torch.autocast(hidden_PD.device.type, enabled=False):
         for rows, hidden_CD, teacher in chunks(hidden_PD, work.teacher, work.chunk_positions):
-            chunk_sums, grad_CV = _chunk(hidden_CD, head, teacher, work.losses, wants_gradient)
+            chunk_sums, grad_CV = _chunk(hidden_CD, head, teacher, work, wants_gradient)
             sums += chunk_sums
             if grad_CV is not None:
                 _add_gradients(rows, grad_CV, hidden_CD, head, gradients)
@@ -140,17 +142,17 @@ def _sweep(hidden_PD: Tensor, work: Work, gradients: list[Tensor | None]) -> Ten
 
 
 def _chunk(
-    hidden_CD: Tensor, head: LMHead, teacher: TeacherRows, losses: Mapping[str, Loss], wants_gradient: bool
+    hidden_CD: Tensor, head: LMHead, teacher: TeacherRows, work: Work, wants_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the sum of each loss over a chunk and the gradient of the head product, [C, V]."""
     product_CV = nn.functional.linear(hidden_CD, head.weight_VD, head.bias_V)
     product_CV.requires_grad_(wants_gradient)
     with torch.set_grad_enabled(wants_gradient):
-        view = ChunkView(at_least_float32(head.finish(product_CV)), teacher)
-        sums = torch.stack([loss.values(view).sum() for loss in losses.values()])
+        view = ChunkView(at_least_float32(head.finish(product_CV)), teacher, work.context)
+        sums = torch.stack([loss.values(view).sum() for loss in work.losses.values()])
         if not wants_gradient:
             return sums, None
-        (grad_CV,) = torch.autograd.grad(_total(losses, sums), product_CV)
+        (grad_CV,) = torch.autograd.grad(_total(work.losses, sums), product_CV)
     return sums.detach(), grad_CV
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from kdcache.config import Config, merge
 from kdcache.errors import ConfigError, StudentError
 from kdcache.losses.chunked import Work, default_chunk_positions, weighted_sum
+from kdcache.losses.context import TeacherContext
 from kdcache.losses.divergences import LOSSES, Loss
 from kdcache.losses.teacher_rows import TeacherRows
 from kdcache.models.lm_head import LMHead
@@ -72,15 +73,25 @@ class Objective:
     """Compute a training loss from hidden states, an LM head and the teacher's rows.
 
     ``chunk_positions`` is how many positions go through the head at once: more is faster on an accelerator and takes
-    more memory (default: by device).
+    more memory (default: by device). ``context`` says what kind of cache the rows come from (default: top-k, K ids in
+    every row); raises ``ConfigError`` when a loss needs what such a cache does not hold.
     """
 
-    def __init__(self, config: ObjectiveConfig | None = None, *, chunk_positions: int | None = None) -> None:
+    def __init__(
+        self,
+        config: ObjectiveConfig | None = None,
+        *,
+        chunk_positions: int | None = None,
+        context: TeacherContext | None = None,
+    ) -> None:
         if chunk_positions is not None and chunk_positions < 1:
             raise ConfigError(f"chunk_positions must be at least 1, found {chunk_positions}")
         self.config = config if config is not None else ObjectiveConfig()
         self.losses = self.config.losses
         self.chunk_positions = chunk_positions
+        self.context = context if context is not None else TeacherContext()
+        for loss in self.losses.values():
+            loss.check(self.context)
 
     def __call__(
         self, hidden_PD: Tensor, head: LMHead, teacher: TeacherRows, num_valid: float | Tensor
@@ -89,15 +100,16 @@ class Objective:
 
         ``num_valid`` counts the valid positions of the whole optimiser step (number or 0-d tensor; 0 gives loss 0).
         Without valid positions the loss is 0, its gradients are 0, and backward still works. Raises ``StudentError``
-        when the rows do not belong to the student: other positions, or ids outside its vocabulary.
+        when the rows do not belong to the student: other positions, or ids outside its or the teacher's vocabulary.
         """
         check_positions(hidden_PD, teacher)
         rows_P = teacher.loss_mask_P.nonzero().squeeze(1)
         if len(rows_P) < teacher.num_positions:
             hidden_PD, teacher = hidden_PD.index_select(0, rows_P), teacher.select(rows_P)
-        check_ids(head, teacher)
+        check_ids(head, teacher, self.context)
         chunk_positions = self.chunk_positions or default_chunk_positions(hidden_PD.device)
-        total, sums = weighted_sum(hidden_PD, Work(self.losses, teacher, head, chunk_positions))
+        self.context = self.context.to(hidden_PD.device)
+        total, sums = weighted_sum(hidden_PD, Work(self.losses, teacher, head, chunk_positions, self.context))
         return ObjectiveOutput(total / _denominator(num_valid), sums, len(rows_P))
 
 
@@ -110,17 +122,28 @@ def check_positions(hidden_PD: Tensor, teacher: TeacherRows) -> None:
         )
 
 
-def check_ids(head: LMHead, teacher: TeacherRows) -> None:
-    """Raise ``StudentError`` unless all ids and labels of the rows are in the student's vocabulary."""
-    if teacher.num_positions == 0:
+def check_ids(head: LMHead, teacher: TeacherRows, context: TeacherContext) -> None:
+    """Raise ``StudentError`` unless all ids and labels of the rows are in the vocabularies they belong to.
+
+    The student has to have every id of the teacher's vocabulary, and may have more.
+    """
+    vocab_size = head.vocab_size if context.vocab_size is None else context.vocab_size
+    if vocab_size > head.vocab_size:
+        raise StudentError(
+            f"the student's LM head must have a row for each of the teacher's {vocab_size} ids, found "
+            f"{head.vocab_size}. Teacher and student must share one tokenizer"
+        )
+    limits = {"teacher_ids": (teacher.ids_PK, vocab_size), "labels": (teacher.labels_P, head.vocab_size)}
+    checked = {name: (tensor, size) for name, (tensor, size) in limits.items() if tensor.numel()}
+    if not checked:
         return
-    ids = (("teacher_ids", teacher.ids_PK), ("labels", teacher.labels_P))
     # One transfer from the device for both checks; an id out of range would otherwise abort a CUDA process.
-    extremes = torch.stack([bound for _, tensor in ids for bound in tensor.aminmax()]).tolist()
-    for (name, _), low, high in zip(ids, extremes[::2], extremes[1::2], strict=True):
-        if low < 0 or high >= head.vocab_size:
+    extremes = torch.stack([bound for tensor, _ in checked.values() for bound in tensor.aminmax()]).tolist()
+    for (name, (_, size)), low, high in zip(checked.items(), extremes[::2], extremes[1::2], strict=True):
+        if low < 0 or high >= size:
+            whose = "teacher" if size < head.vocab_size else "student"
             raise StudentError(
-                f"{name} must lie in 0..{head.vocab_size - 1}, the student's vocabulary; found {low}..{high}. "
+                f"{name} must lie in 0..{size - 1}, the {whose}'s vocabulary; found {low}..{high}. "
                 "Teacher and student must share one tokenizer"
             )
 

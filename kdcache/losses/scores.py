@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kdcache.losses.chunked import at_least_float32, chunks, default_chunk_positions, in_compute_dtype
+from kdcache.losses.context import TeacherContext
 from kdcache.losses.divergences import Loss
 from kdcache.losses.objective import Objective, check_ids, check_positions
 from kdcache.losses.teacher_rows import TeacherRows
@@ -25,15 +26,17 @@ from kdcache.models.lm_head import LMHead
 
 @dataclass(frozen=True)
 class PositionScores:
-    """Values of P positions: each loss by name (nats), the gold token's log-probability, the student's top-1 token.
+    """Values of P positions: each loss by name (nats), the gold token's log-probability, the favourite tokens.
 
-    ``top1_prob_P`` is the student's probability of its own ``top1_ids_P``: its confidence.
+    ``top1_prob_P`` is the student's probability of its own ``top1_ids_P``: its confidence. ``teacher_top1_P`` is the
+    teacher's favourite: of all its logits where the context has its LM head, of its kept ids, or of its draws.
     """
 
     losses: dict[str, Tensor]
     gold_logprob_P: Tensor
     top1_ids_P: Tensor
     top1_prob_P: Tensor
+    teacher_top1_P: Tensor
 
 
 @torch.no_grad()
@@ -44,20 +47,25 @@ def score_positions(
     losses: Mapping[str, Loss],
     *,
     chunk_positions: int | None = None,
+    context: TeacherContext | None = None,
 ) -> PositionScores:
     """Return the unweighted values of ``losses`` and the student's predictions at every position, masked or not.
 
     Any losses can be asked for, whatever the student was trained on; values are float32, or float64 for a float64
-    student. Raises ``StudentError`` when the rows do not belong to the student.
+    student. Raises ``StudentError`` when the rows do not belong to the student, ``ConfigError`` when a loss needs what
+    a cache of this ``context`` (default: top-k) does not hold.
     """
+    context = (context if context is not None else TeacherContext()).to(hidden_PD.device)
+    for loss in losses.values():
+        loss.check(context)
     check_positions(hidden_PD, teacher)
-    check_ids(head, teacher)
+    check_ids(head, teacher, context)
     hidden_PD, head = in_compute_dtype(hidden_PD, head)
     size = chunk_positions or default_chunk_positions(hidden_PD.device)
     scores = _empty_scores(hidden_PD, losses)
     with torch.autocast(hidden_PD.device.type, enabled=False):
         for rows, hidden_CD, chunk_teacher in chunks(hidden_PD, teacher, size):
-            view = ChunkView(at_least_float32(head.logits(hidden_CD)), chunk_teacher)
+            view = ChunkView(at_least_float32(head.logits(hidden_CD)), chunk_teacher, context)
             _fill(scores, rows, view, losses)
     return scores
 
@@ -66,8 +74,11 @@ def per_position_values(
     hidden_PD: Tensor, head: LMHead, teacher: TeacherRows, objective: Objective
 ) -> dict[str, Tensor]:
     """Return the unweighted value of each loss of ``objective`` at every position, [P] each, without gradients."""
-    chunk_positions = objective.chunk_positions
-    return score_positions(hidden_PD, head, teacher, objective.losses, chunk_positions=chunk_positions).losses
+    chunk_positions, context = objective.chunk_positions, objective.context
+    scores = score_positions(
+        hidden_PD, head, teacher, objective.losses, chunk_positions=chunk_positions, context=context
+    )
+    return scores.losses
 
 
 def _empty_scores(hidden_PD: Tensor, losses: Mapping[str, Loss]) -> PositionScores:
@@ -77,6 +88,7 @@ def _empty_scores(hidden_PD: Tensor, losses: Mapping[str, Loss]) -> PositionScor
         gold_logprob_P=torch.empty_like(values_P),
         top1_ids_P=torch.empty_like(values_P, dtype=torch.int64),
         top1_prob_P=torch.empty_like(values_P),
+        teacher_top1_P=torch.empty_like(values_P, dtype=torch.int64),
     )
 
 
@@ -87,3 +99,13 @@ def _fill(scores: PositionScores, rows: slice, view: ChunkView, losses: Mapping[
     scores.gold_logprob_P[rows] = view.gold_logprob_C
     scores.top1_ids_P[rows] = top_ids_C
     scores.top1_prob_P[rows] = (top_logit_C - view.lse_C).exp()
+    scores.teacher_top1_P[rows] = _teacher_top1(view)
+
+
+def _teacher_top1(view: ChunkView) -> Tensor:
+    if view.context.head is not None:
+        return view.teacher_logits_CU.argmax(1)
+    if view.context.kind == "sampled":  # in any order
+        best_C1 = view.teacher.logprobs_PK.argmax(1, keepdim=True)
+        return view.teacher.ids_PK.gather(1, best_C1).squeeze(1)
+    return view.teacher.ids_PK[:, 0]

@@ -1,7 +1,7 @@
 """What the teacher says about a batch, as tensors: one row per real position, padding already removed.
 
-A plain record, so that losses know nothing of caches, collators or devices. Shape suffixes: P flat positions, K kept
-ids.
+A plain record, so that losses know nothing of caches, collators or devices. What all rows of a cache have in common
+is in `TeacherContext`. Shape suffixes: P flat positions, K kept ids, G grid temperatures, D width of the teacher.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ BATCH_KEYS = {
     "labels_P": "labels",
     "loss_mask_P": "loss_mask",
 }
+OPTIONAL_BATCH_KEYS = {"log_tails_PG": "teacher_log_tails", "hidden_PD": "teacher_hidden"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class TeacherRows:
     whole vocabulary; ``log_tail_P`` the log of the mass outside them (-inf: none); ``entropy_P`` the entropy of the
     full distribution, in nats; ``labels_P`` int64 next tokens of the corpus; ``loss_mask_P`` bool, True where a
     position counts.
+
+    Where the cache's `TeacherContext` says that rows are padded, places that stand for nothing repeat the row's first
+    id with log-probability -inf. Some caches have more: ``log_tails_PG``, the log of the mass outside the kept ids at
+    each temperature of the grid, and ``hidden_PD``, the teacher's last hidden state.
     """
 
     ids_PK: Tensor
@@ -40,6 +45,8 @@ class TeacherRows:
     entropy_P: Tensor
     labels_P: Tensor
     loss_mask_P: Tensor
+    log_tails_PG: Tensor | None = None
+    hidden_PD: Tensor | None = None
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Tensor]) -> TeacherRows:
@@ -51,7 +58,7 @@ class TeacherRows:
                 f"{', '.join(batch) or 'no keys'}. Use the collator of the cache's task, and with a Trainer "
                 "of your own set remove_unused_columns=False"
             )
-        return cls(**{name: batch[key] for name, key in BATCH_KEYS.items()})
+        return cls(**{name: batch[key] for name, key in (BATCH_KEYS | OPTIONAL_BATCH_KEYS).items() if key in batch})
 
     @property
     def num_positions(self) -> int:
@@ -62,6 +69,16 @@ class TeacherRows:
     def top_k(self) -> int:
         """Number of kept ids per row, K."""
         return self.ids_PK.shape[1]
+
+    def require(self, name: str) -> Tensor:
+        """Return an optional part of the rows; raises ``ConfigError`` naming its key when the batch had none."""
+        value: Tensor | None = getattr(self, name)
+        if value is None:
+            raise ConfigError(
+                f"the loss needs {OPTIONAL_BATCH_KEYS[name]} in every training batch, found none; read that part of "
+                "the cache too, and use the collator of the cache's task"
+            )
+        return value
 
     def slice(self, start: int, stop: int) -> TeacherRows:
         """Return rows ``start`` to ``stop`` (views)."""
@@ -80,4 +97,5 @@ class TeacherRows:
         return self._each(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TeacherRows:
-        return TeacherRows(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TeacherRows(**{name: change(value) for name, value in values.items() if value is not None})

@@ -1,55 +1,76 @@
 """The student beside the teacher at a few positions: the numbers every loss is made of, computed once.
 
-All losses on a top-k cache see the student through the same K + 2 numbers per position: its logits at the teacher's K
-ids, the logsumexp of its logits outside them, and its logit of the gold token. `_Coarsen` reads them off the [C, V]
-logits in one go and has a hand-written backward, because plain autograd would build a [C, V] gradient for each of the
-reductions and gathers and then add them up. Everything after it is [C, K] arithmetic, left to autograd: a new loss
-writes a formula and never a backward.
+All losses on a cache of kept ids see the student through the same K + 2 numbers per position: its logits at the
+teacher's K ids, the logsumexp of its logits outside them, and its logit of the gold token. `_Coarsen` reads them off
+the [C, V] logits in one go and has a hand-written backward, because plain autograd would build a [C, V] gradient for
+each of the reductions and gathers and then add them up. Everything after it is [C, K] arithmetic, left to autograd: a
+new loss writes a formula and never a backward. Two more numbers come out of the same pass where a loss asks for them:
+the mean logit outside the ids under weights of the vocabulary, and the logsumexp at another temperature.
 
-A loss may still use ``logits_CV`` itself (a target over the whole vocabulary must); it then pays for its own pass.
+Rows with fewer ids than columns are padded; at the pads the student's logits are -inf here, as the teacher's are, so
+a formula over rows need not know of them. A loss may still use ``logits_CV`` itself (a target over the whole
+vocabulary must); it then pays for its own pass.
 
-Shape suffixes: C positions of a chunk, K kept ids, V vocabulary.
+Shape suffixes: C positions of a chunk, K kept ids, V vocabulary (U the teacher's, where the two may differ).
 """
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kdcache.losses.context import TeacherContext
 from kdcache.losses.teacher_rows import TeacherRows
+
+Spread = Literal["uniform", "prior"]
+_DEFAULT_CONTEXT = TeacherContext()
 
 
 class ChunkView:
-    """Student logits [C, V] (float32 or float64) and the teacher's rows for the same C positions.
+    """Student logits [C, V] (float32 or float64), the teacher's rows for the same C positions, and their context.
 
     Student quantities are natural logarithms at temperature 1, computed on first use and shared by all losses. The
     teacher's are in the dtype of the logits, so that a float64 student is compared in float64 throughout.
     """
 
-    def __init__(self, logits_CV: Tensor, teacher: TeacherRows) -> None:
+    def __init__(self, logits_CV: Tensor, teacher: TeacherRows, context: TeacherContext = _DEFAULT_CONTEXT) -> None:
         self.logits_CV = logits_CV
         self.teacher = teacher.with_dtype(logits_CV.dtype)
+        self.context = context
+        self._coarsened: dict[tuple[Spread | None, float], tuple[Tensor, ...]] = {}
 
     @property
     def covers_vocabulary(self) -> bool:
         """Whether the teacher's ids are the student's whole vocabulary, so that there is no tail."""
-        return self.teacher.top_k == self.logits_CV.shape[1]
+        return not self.context.has_pads and self.teacher.top_k == self.logits_CV.shape[1]
+
+    @property
+    def teacher_vocab_size(self) -> int:
+        """Number of ids that the teacher gives mass to; the student may have more."""
+        known = self.context.vocab_size
+        return self.logits_CV.shape[1] if known is None else known
+
+    @cached_property
+    def pads_CK(self) -> Tensor | None:
+        """True at places that stand for nothing; None where rows have none."""
+        return self.teacher.logprobs_PK.isneginf() if self.context.has_pads else None
 
     @cached_property
     def lse_C(self) -> Tensor:
         """Log-normaliser: logsumexp of the logits over the whole vocabulary."""
         if self.covers_vocabulary:
             return self._head_lse_C
-        return torch.logaddexp(self._head_lse_C, self._rest_lse_C)
+        return torch.logaddexp(self._head_lse_C, self._coarse()[1])
 
     @cached_property
     def student_logits_CK(self) -> Tensor:
-        """Student logits at the teacher's ids."""
-        return self._coarse[0]
+        """Student logits at the teacher's ids, -inf at pads."""
+        head_CK = (next(iter(self._coarsened.values()), None) or self._coarse())[0]
+        return head_CK if self.pads_CK is None else head_CK.masked_fill(self.pads_CK, -torch.inf)
 
     @cached_property
     def student_logprobs_CK(self) -> Tensor:
@@ -65,51 +86,120 @@ class ChunkView:
     def student_log_tail_C(self) -> Tensor | None:
         """Log of the student's mass outside the teacher's ids; None when they are the whole vocabulary."""
         # From the logits outside, never log(1 - sum): in float32 that difference can be negative.
-        return None if self.covers_vocabulary else self._rest_lse_C - self.lse_C
+        return None if self.covers_vocabulary else self._coarse()[1] - self.lse_C
 
     @cached_property
     def gold_logprob_C(self) -> Tensor:
         """Student log-probability of the corpus's own next token."""
-        return self._coarse[2] - self.lse_C
+        return self._coarse()[2] - self.lse_C
 
     @cached_property
-    def _coarse(self) -> tuple[Tensor, Tensor, Tensor]:
-        return _Coarsen.apply(self.logits_CV, self.teacher.ids_PK, self.teacher.labels_P)
+    def teacher_logits_CU(self) -> Tensor:
+        """The teacher's logits over its whole vocabulary, from its hidden state: float32 at least, no gradient.
+
+        Only where the context has the teacher's LM head. The product runs in the dtype of that head, as the teacher's
+        own did. Raises ``ConfigError`` when the rows have no hidden state.
+        """
+        head = self.context.head
+        assert head is not None
+        with torch.no_grad():
+            hidden_CD = self.teacher.require("hidden_PD").to(head.weight_VD.dtype)
+            return head.logits(hidden_CD).to(self.logits_CV.dtype)
+
+    def tail_logit_sum_C(self, spread: Spread) -> Tensor:
+        """Return the sum over ids outside the teacher's, and in its vocabulary, of weight x student logit, [C].
+
+        Weights are 1 (``uniform``) or the tail prior's. Ask for it before other quantities: they then come out of the
+        same pass over the logits.
+        """
+        return self._coarse(spread)[3]
+
+    def tempered(self, temperature: float) -> tuple[Tensor, Tensor | None]:
+        """Return log-probabilities at the kept ids [C, K] and the log tail [C] of softmax(logits / temperature).
+
+        The tail is None when the kept ids are the whole vocabulary.
+        """
+        if self.covers_vocabulary:
+            return (self.student_logits_CK / temperature).log_softmax(1), None
+        rest_C = self._coarse(None, temperature)[1]
+        head_CK = self.student_logits_CK / temperature
+        lse_C = torch.logaddexp(head_CK.logsumexp(1), rest_C)
+        return head_CK - lse_C[:, None], rest_C - lse_C
+
+    def _coarse(self, spread: Spread | None = None, temperature: float = 1.0) -> tuple[Tensor, ...]:
+        if spread is None:  # whatever pass has been made at this temperature
+            for (_, made_at), parts in self._coarsened.items():
+                if made_at == temperature:
+                    return parts
+        if (spread, temperature) not in self._coarsened:
+            ids_CK, labels_C = self.teacher.ids_PK, self.teacher.labels_P
+            settings = (self._weights_U(spread), temperature, self.context.has_pads)
+            self._coarsened[spread, temperature] = _Coarsen.apply(self.logits_CV, ids_CK, labels_C, *settings)
+        return self._coarsened[spread, temperature]
+
+    def _weights_U(self, spread: Spread | None) -> Tensor | None:
+        if spread == "uniform":
+            return self.logits_CV.new_ones(self.teacher_vocab_size)
+        if spread == "prior":
+            assert self.context.prior_V is not None
+            return self.context.prior_V.to(self.logits_CV.dtype)
+        return None
 
     @cached_property
     def _head_lse_C(self) -> Tensor:
         return self.student_logits_CK.logsumexp(1)
 
-    @property
-    def _rest_lse_C(self) -> Tensor:
-        return self._coarse[1]
-
 
 class _Coarsen(torch.autograd.Function):
-    """Logits [C, V] to (logits at ids [C, K], logsumexp outside the ids [C], logits at labels [C]).
+    """Logits [C, V] to (logits at ids [C, K], logsumexp of logits / T outside the ids [C], logits at labels [C]).
 
-    One [C, V] array is made; the backward turns it into the gradient in place, so it can run only once (autograd
-    raises if it is asked twice).
+    With ``weights_U`` also the weighted sum of the logits outside the ids, [C]. One [C, V] array is made; the backward
+    turns it into the gradient in place, so it can run only once (autograd raises if it is asked twice).
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_CV: Tensor, ids_CK: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        logits_CV: Tensor,
+        ids_CK: Tensor,
+        labels_C: Tensor,
+        weights_U: Tensor | None,
+        temperature: float,
+        has_pads: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         head_CK = logits_CV.gather(1, ids_CK)
         gold_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1)
-        outside_CV = logits_CV.scatter(1, ids_CK, -torch.inf)
+        sum_outside_C = None
+        if weights_U is None:
+            outside_CV = logits_CV.scatter(1, ids_CK, -torch.inf)
+        else:
+            # Without the ids from the start: subtracting them from a sum over all would cost digits.
+            outside_CV = logits_CV.scatter(1, ids_CK, 0.0)
+            sum_outside_C = outside_CV[:, : len(weights_U)] @ weights_U
+            outside_CV.scatter_(1, ids_CK, -torch.inf)
         # The peak outside the ids, not of the row: a small tail must not underflow. Clamped, as -inf - -inf is NaN.
         peak_C1 = outside_CV.amax(1, keepdim=True).clamp(min=torch.finfo(logits_CV.dtype).min)
-        outside_CV.sub_(peak_C1).exp_()
-        sum_C1 = outside_CV.sum(1, keepdim=True)
-        ctx.save_for_backward(outside_CV, sum_C1, ids_CK, labels_C)
-        return head_CK, (peak_C1 + sum_C1.log()).squeeze(1), gold_C
+        outside_CV.sub_(peak_C1)
+        if temperature != 1.0:
+            outside_CV.div_(temperature)
+        sum_C1 = outside_CV.exp_().sum(1, keepdim=True)
+        ctx.save_for_backward(outside_CV, sum_C1, ids_CK, labels_C, weights_U)
+        ctx.temperature, ctx.has_pads = temperature, has_pads
+        return head_CK, (peak_C1 / temperature + sum_C1.log()).squeeze(1), gold_C, sum_outside_C
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_head_CK: Tensor, grad_rest_C: Tensor, grad_gold_C: Tensor) -> tuple[Tensor, None, None]:
-        outside_CV, sum_C1, ids_CK, labels_C = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad_head_CK: Tensor, grad_rest_C: Tensor, grad_gold_C: Tensor, grad_sum_C: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        outside_CV, sum_C1, ids_CK, labels_C, weights_U = ctx.saved_tensors
         # The softmax outside the ids: at least 1 in a row that has a finite logit there, 0 only in one that has none.
-        grad_CV = outside_CV.mul_(grad_rest_C[:, None] / sum_C1.clamp(min=1))
-        grad_CV.scatter_(1, ids_CK, grad_head_CK)
+        grad_CV = outside_CV.mul_(grad_rest_C[:, None] / (sum_C1.clamp(min=1) * ctx.temperature))
+        if weights_U is not None:
+            grad_CV[:, : len(weights_U)].addr_(grad_sum_C, weights_U)
+        if ctx.has_pads:  # an id stands in several places, and only their sum is its gradient
+            grad_CV.scatter_(1, ids_CK, 0.0).scatter_add_(1, ids_CK, grad_head_CK)
+        else:
+            grad_CV.scatter_(1, ids_CK, grad_head_CK)
         grad_CV.scatter_add_(1, labels_C[:, None], grad_gold_C[:, None])
-        return grad_CV, None, None
+        return grad_CV, None, None, None, None, None

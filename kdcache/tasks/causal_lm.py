@@ -62,20 +62,25 @@ def collate(batch: SequenceBatch, pad_id: int) -> dict[str, NDArray[Any]]:
 
     Adds, for the P real positions: ``loss_mask`` [P] bool, ``teacher_ids`` [P, K] int64, ``teacher_logprobs``
     [P, K] float32, ``teacher_log_tail``, ``teacher_gold_logprob`` and ``teacher_entropy`` [P] float32, and each
-    stored hidden state under its field name, [P, D] float32.
+    stored hidden state under its field name, [P, D] float32. Draws stand among the ids (`Targets.merged`). Where the
+    batch has them: ``teacher_log_tails`` [P, G] float32, the tails at other temperatures, and ``teacher_hidden``
+    [P, D] float32, the teacher's last hidden state (``batch.hidden["last"]``).
     """
     pieces = np.split(batch.tokens_T, batch.token_offsets_N1[1:-1])
     segments = None
     if batch.segment_ids_T is not None:
         segments = np.split(batch.segment_ids_T, batch.token_offsets_N1[1:-1])
     targets = batch.targets
+    ids_PK, logprobs_PK, log_tail_P = targets.merged()
+    optional = {"teacher_log_tails": targets.log_tails_PG, "teacher_hidden": batch.hidden.get("last")}
     return {
         **pad_batch(pieces, pad_id, segments),
         "loss_mask": batch.loss_mask_P.astype(bool),
-        "teacher_ids": targets.ids_PK.astype(np.int64),
-        "teacher_logprobs": targets.logprobs_PK,
-        "teacher_log_tail": targets.log_tail_P,
+        "teacher_ids": ids_PK.astype(np.int64),
+        "teacher_logprobs": logprobs_PK,
+        "teacher_log_tail": log_tail_P,
         "teacher_gold_logprob": targets.gold_logprob_P,
         "teacher_entropy": targets.entropy_P,
-        **batch.hidden,
+        **{name: array for name, array in optional.items() if array is not None},
+        **{name: states_PD for name, states_PD in batch.hidden.items() if name != "last"},
     }

@@ -7,8 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kdcache.losses import LOSSES, CrossEntropy, ForwardKL, ObjectiveConfig, TeacherRows
+from kdcache.losses import LOSSES, CrossEntropy, ForwardKL, Loss, ObjectiveConfig, TeacherContext, TeacherRows
+from kdcache.losses.tails import TAILS
 from kdcache.models.lm_head import LMHead
+
+#: Temperatures at which the rows of every case store the mass of their tail.
+GRID = (0.5, 2.5)
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,20 @@ class Case:
     head: LMHead
     teacher_logits_PV: Tensor
     rows: TeacherRows
+    context: TeacherContext
+
+    def context_for(self, losses: ObjectiveConfig | object) -> TeacherContext:
+        """The context, with the teacher's head where one of the losses wants the whole vocabulary, else without.
+
+        The head is the identity unless the case has one, because the rows' hidden states are the teacher's logits.
+        """
+        given = losses.losses.values() if isinstance(losses, ObjectiveConfig) else [losses]
+        if not any(isinstance(loss, ForwardKL) and loss.mode == "full" for loss in given):
+            return replace(self.context, head=None)
+        if self.context.head is not None:
+            return self.context
+        width = self.teacher_logits_PV.shape[1]
+        return replace(self.context, head=LMHead(torch.eye(width, dtype=self.teacher_logits_PV.dtype)))
 
     def leaves(self) -> list[Tensor]:
         found = [self.hidden_PD, self.head.weight_VD, self.head.bias_V]
@@ -33,17 +51,30 @@ class Case:
         return replace(self, hidden_PD=leaf(self.hidden_PD), head=head)
 
 
-def teacher_rows(teacher_logits_PV: Tensor, top_k: int, labels_P: Tensor, mask_P: Tensor | None = None) -> TeacherRows:
+def teacher_rows(
+    teacher_logits_PV: Tensor,
+    top_k: int,
+    labels_P: Tensor,
+    mask_P: Tensor | None = None,
+    num_kept_P: Tensor | None = None,
+) -> TeacherRows:
+    """What a cache keeps of the logits; with ``num_kept_P`` row p keeps that many ids and is padded."""
     logprobs_PV = teacher_logits_PV.log_softmax(1)
     logprobs_PK, ids_PK = logprobs_PV.topk(top_k)
-    outside_PV = logprobs_PV.scatter(1, ids_PK, -torch.inf)
+    if num_kept_P is not None:
+        pads_PK = torch.arange(top_k) >= num_kept_P[:, None]
+        ids_PK = torch.where(pads_PK, ids_PK[:, :1], ids_PK)
+        logprobs_PK = logprobs_PK.masked_fill(pads_PK, -torch.inf)
+    tails = [(teacher_logits_PV / t).log_softmax(1).scatter(1, ids_PK, -torch.inf).logsumexp(1) for t in (1.0, *GRID)]
     return TeacherRows(
         ids_PK,
         logprobs_PK,
-        outside_PV.logsumexp(1),
+        tails[0],
         -(logprobs_PV.exp() * logprobs_PV).sum(1),
         labels_P,
         torch.ones_like(labels_P, dtype=torch.bool) if mask_P is None else mask_P,
+        torch.stack(tails[1:], 1),
+        teacher_logits_PV,
     )
 
 
@@ -75,28 +106,89 @@ def make_case(
     teacher_logits_PV = normal(num_positions, vocab_size, spread=2.0)
     labels_P = torch.randint(vocab_size, (num_positions,), generator=random)
     rows = teacher_rows(teacher_logits_PV, top_k, labels_P, mask_P)
-    return Case(normal(num_positions, width).to(dtype).requires_grad_(), head, teacher_logits_PV, rows)
+    hidden_PD = normal(num_positions, width).to(dtype).requires_grad_()
+    prior_V = 0.2 * normal(vocab_size, spread=2.0).softmax(0)
+    return Case(hidden_PD, head, teacher_logits_PV, rows, TeacherContext("top-k", vocab_size, False, GRID, prior_V))
+
+
+def with_teacher_head(
+    case: Case, width: int = 6, *, scale: float = 1.0, softcap: float | None = None, dtype: torch.dtype = torch.float64
+) -> Case:
+    """The case with a teacher that is a hidden state and a head, whose logits are made as a live teacher makes them."""
+    random = torch.Generator().manual_seed(9)
+    num_positions, vocab_size = case.teacher_logits_PV.shape
+    hidden_PD, weight_VD, bias_V = (
+        torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)
+        for shape in ((num_positions, width), (vocab_size, width), (vocab_size,))
+    )
+    head = LMHead(weight_VD, bias_V, scale, softcap)
+    logits_PV = head.logits(hidden_PD).double()
+    rows = teacher_rows(logits_PV, case.rows.top_k, case.rows.labels_P, case.rows.loss_mask_P)
+    rows = replace(rows, hidden_PD=hidden_PD.float() if dtype != torch.float64 else hidden_PD)
+    return replace(case, teacher_logits_PV=logits_PV, rows=rows, context=replace(case.context, head=head))
 
 
 def dense_values(case: Case, loss: object) -> Tensor:
     """Value of ``loss`` at every position, [P], from float64 logits of the whole batch."""
+    logits_PV = dense_logits(case)
     rows = case.rows
-    student_PV = dense_logits(case).log_softmax(1)
     values = []
     for row in range(rows.num_positions):
-        inside = rows.ids_PK[row]
-        outside = torch.ones(student_PV.shape[1], dtype=torch.bool)
-        outside[inside] = False
         if isinstance(loss, CrossEntropy):
-            values.append(-student_PV[row, rows.labels_P[row]])
+            values.append(-logits_PV[row].log_softmax(0)[rows.labels_P[row]])
         elif isinstance(loss, ForwardKL):
-            log_t, log_p = rows.logprobs_PK[row].double(), student_PV[row]
-            tail_t = rows.log_tail_P[row].double().exp()
-            tail_p = log_p[outside].exp().sum()
-            values.append(_dense_kl(log_t.exp(), tail_t, log_p[inside].exp(), tail_p, loss.temperature))
+            values.append(_dense_forward_kl(case, loss, logits_PV[row], row))
         else:
             raise AssertionError(f"the oracle does not know {loss!r}: write its formula here, densely")
-    return torch.stack(values) if values else student_PV.new_zeros(0)
+    return torch.stack(values) if values else logits_PV.new_zeros(0)
+
+
+def _dense_forward_kl(case: Case, loss: ForwardKL, logits_V: Tensor, row: int) -> Tensor:
+    rows, temperature = case.rows, loss.temperature
+    if loss.mode == "full":
+        t, p = (case.teacher_logits_PV[row] / temperature).softmax(0), (logits_V / temperature).softmax(0)
+        return temperature**2 * _kl(t, p)
+    kept = torch.ones_like(rows.ids_PK[row], dtype=torch.bool)
+    if case.context.has_pads:
+        kept = rows.logprobs_PK[row] > -torch.inf
+    ids, t_K = rows.ids_PK[row][kept], rows.logprobs_PK[row][kept].double().exp()
+    outside = torch.ones(len(logits_V), dtype=torch.bool).index_fill(0, ids, False)
+    tail_t = rows.log_tail_P[row].double().exp()
+    if loss.mode == "grid" and temperature != 1.0:
+        assert rows.log_tails_PG is not None
+        tail_t = rows.log_tails_PG[row, GRID.index(temperature)].exp()
+        t_K = t_K ** (1 / temperature)
+        t_K, p_V = t_K / t_K.sum() * (1 - tail_t), (logits_V / temperature).softmax(0)
+        t, p = torch.cat([t_K, tail_t[None]]), torch.cat([p_V[ids], p_V[outside].sum()[None]])
+        return temperature**2 * _kl(t, p)
+    p_V = logits_V.softmax(0)
+    if loss.tail == "bucket":
+        return _dense_kl(t_K, tail_t, p_V[ids], p_V[outside].sum(), temperature)
+    return _kl(dense_target(case, loss.tail, row), p_V)
+
+
+def dense_target(case: Case, tail: str, row: int) -> Tensor:
+    """What a student learns under a treatment of the tail other than the bucket, over the whole vocabulary, [V]."""
+    rows = case.rows
+    kept = rows.logprobs_PK[row] > -torch.inf if case.context.has_pads else slice(None)
+    ids, t_K = rows.ids_PK[row][kept], rows.logprobs_PK[row][kept].double().exp()
+    weights_V = torch.ones(case.head.vocab_size, dtype=torch.float64)
+    if tail == "prior":
+        assert case.context.prior_V is not None
+        weights_V = case.context.prior_V.double()
+    weights_V = weights_V.index_fill(0, ids, 0)
+    if tail in ("renormalise", "drop"):
+        target_V, t_K = torch.zeros_like(weights_V), t_K / t_K.sum() if tail == "renormalise" else t_K
+    elif weights_V.sum() == 0:
+        target_V = weights_V
+    else:
+        target_V = rows.log_tail_P[row].double().exp() * weights_V / weights_V.sum()
+    return target_V.index_copy(0, ids, t_K)
+
+
+def _kl(t: Tensor, p: Tensor) -> Tensor:
+    t, p = t[t > 0], p[: len(t)][t > 0]  # ids beyond the teacher's vocabulary get nothing
+    return (t * (t / p).log()).sum()
 
 
 def dense_logits(case: Case) -> Tensor:
@@ -111,15 +203,14 @@ def dense_logits(case: Case) -> Tensor:
 
 def _dense_kl(t_K: Tensor, t_tail: Tensor, p_K: Tensor, p_tail: Tensor, temperature: float) -> Tensor:
     if temperature == 1.0:
-        t, p = torch.cat([t_K, t_tail[None]]), torch.cat([p_K, p_tail[None]])
-        return (t * (t / p).log())[t > 0].sum()
+        return _kl(torch.cat([t_K, t_tail[None]]), torch.cat([p_K, p_tail[None]]))
     # Tempering probabilities: p^(1/T), normalised, is softmax(x / T).
     soft_t, soft_p = t_K ** (1 / temperature), p_K ** (1 / temperature)
     soft_t, soft_p = soft_t / soft_t.sum(), soft_p / soft_p.sum()
     split = t_K.sum() * (t_K.sum() / p_K.sum()).log()
     if t_tail > 0:
         split = split + t_tail * (t_tail / p_tail).log()
-    return split + t_K.sum() * temperature**2 * (soft_t * (soft_t / soft_p).log())[soft_t > 0].sum()
+    return split + t_K.sum() * temperature**2 * _kl(soft_t, soft_p)
 
 
 def dense_loss(case: Case, config: ObjectiveConfig, num_valid: float) -> Tensor:
@@ -128,10 +219,18 @@ def dense_loss(case: Case, config: ObjectiveConfig, num_valid: float) -> Tensor:
     return total / num_valid
 
 
-def every_loss() -> list[object]:
-    """One instance of every row of the table, with a second temperature where there is one."""
-    found: list[object] = [loss(weight=1.0) for loss in LOSSES.values()]
-    found += [loss(weight=1.0, temperature=2.5) for loss in LOSSES.values() if "temperature" in loss.model_fields]
-    assert len(LOSSES) >= 2
-    assert len(found) > len(LOSSES)
-    return found
+def forward_kls() -> list[Loss]:
+    """The forward KL in every mode and with every tail."""
+    found = [ForwardKL(weight=1.0, tail=tail) for tail in TAILS]
+    found += [ForwardKL(weight=1.0, mode=mode, temperature=2.5) for mode in ("decoupled", "grid", "full")]
+    found += [ForwardKL(weight=1.0, mode="full"), ForwardKL(weight=1.0, mode="grid", temperature=0.5)]
+    assert len(found) == 10
+    return list(found)
+
+
+def every_loss() -> list[Loss]:
+    """One instance of every row of the table, and every setting of those that have settings."""
+    found = [loss(weight=1.0) for loss in LOSSES.values() if loss is not ForwardKL]
+    assert len(found) >= 1
+    assert all(set(type(loss).model_fields) == {"weight"} for loss in found), "list the settings of the new loss"
+    return [*forward_kls(), *found]

@@ -6,31 +6,32 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdcache.errors import ConfigError, StudentError
 from kdcache.losses import (
-    ChunkView,
     CrossEntropy,
     ForwardKL,
-    Loss,
     Objective,
     ObjectiveConfig,
+    TeacherContext,
     TeacherRows,
-    score_positions,
 )
-from kdcache.losses.chunked import Work, weighted_sum
 from kdcache.models.lm_head import LMHead
-from tests.losses.oracle import Case, dense_loss, dense_values, make_case
+from tests.losses.oracle import Case, dense_loss, dense_values, forward_kls, make_case
 
 BOTH = ObjectiveConfig()
 TEMPERED = ObjectiveConfig(forward_kl=ForwardKL(weight=0.7, temperature=2.5), cross_entropy=CrossEntropy(weight=0.3))
 ONLY_CE = ObjectiveConfig(cross_entropy=CrossEntropy(weight=1.0))
 CONFIGS = {"both": BOTH, "tempered": TEMPERED, "cross-entropy": ONLY_CE}
+#: Every tail and mode alone and beside a cross-entropy, with which it shares a pass over the logits.
+SETTINGS = {repr(loss): ObjectiveConfig(forward_kl=loss) for loss in forward_kls()} | {
+    f"{loss!r} + CE": ObjectiveConfig(forward_kl=loss, cross_entropy=CrossEntropy(weight=0.3)) for loss in forward_kls()
+}
 
 
 def loss_of(case: Case, config: ObjectiveConfig = BOTH, num_valid: float | Tensor = 7.0, chunk: int = 4) -> Tensor:
-    return Objective(config, chunk_positions=chunk)(case.hidden_PD, case.head, case.rows, num_valid).loss
+    objective = Objective(config, chunk_positions=chunk, context=case.context_for(config))
+    return objective(case.hidden_PD, case.head, case.rows, num_valid).loss
 
 
 def gradients(loss: Tensor, case: Case) -> list[Tensor]:
@@ -52,6 +53,14 @@ def test_loss_and_gradients_equal_plain_autograd_for_any_chunk_size(config, chun
     assert_same(case, loss_of(case, config, 7.0, chunk), dense_loss(case, config, 7.0))
 
 
+@pytest.mark.parametrize("top_k", [1, 6, 30, 31])
+@pytest.mark.parametrize("chunk", [3, 13])
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
+def test_every_tail_and_mode_equals_plain_autograd(config, chunk, top_k):
+    case = make_case(top_k=top_k)
+    assert_same(case, loss_of(case, config, 7.0, chunk), dense_loss(case, config, 7.0))
+
+
 @pytest.mark.parametrize("changes", [{"bias": False}, {"scale": 0.3}, {"softcap": 2.0}, {"scale": 3.0, "softcap": 1.5}])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_heads_of_other_families(config, changes):
@@ -60,13 +69,14 @@ def test_heads_of_other_families(config, changes):
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", [*CONFIGS.values(), *SETTINGS.values()], ids=[*CONFIGS, *SETTINGS])
 def test_gradcheck(config, softcap):
     case = make_case(num_positions=5, vocab_size=7, width=3, top_k=3, masked=False)
 
     def loss(hidden_PD: Tensor, weight_VD: Tensor, bias_V: Tensor) -> Tensor:
         head = LMHead(weight_VD, bias_V, softcap=softcap)
-        return Objective(config, chunk_positions=2)(hidden_PD, head, case.rows, 5).loss
+        objective = Objective(config, chunk_positions=2, context=case.context_for(config))
+        return objective(hidden_PD, head, case.rows, 5).loss
 
     assert torch.autograd.gradcheck(loss, case.leaves())
 
@@ -157,13 +167,14 @@ def test_an_infinite_loss_of_weight_zero_does_not_spoil_the_others():
 
 @pytest.mark.parametrize("num_valid", [0, 9, torch.tensor(0), torch.tensor(9.0)], ids=repr)
 @pytest.mark.parametrize("num_positions", [0, 1, 6])
-def test_without_valid_positions_everything_is_exactly_zero(num_positions, num_valid):
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
+def test_without_valid_positions_everything_is_exactly_zero(config, num_positions, num_valid):
     case = make_case(num_positions=num_positions)
     rows = replace(case.rows, loss_mask_P=torch.zeros_like(case.rows.loss_mask_P))
-    output = Objective()(case.hidden_PD, case.head, rows, num_valid)
+    output = Objective(config, context=case.context_for(config))(case.hidden_PD, case.head, rows, num_valid)
     assert float(output.loss.detach()) == 0
     assert output.num_valid == 0
-    assert [float(value) for value in output.sums.values()] == [0, 0]
+    assert [float(value) for value in output.sums.values()] == [0] * len(config.losses)
     for gradient in gradients(output.loss, case):
         assert gradient.abs().sum() == 0
 
@@ -176,18 +187,23 @@ def test_a_denominator_of_zero_gives_zero_not_nan():
         assert all(gradient.abs().sum() == 0 for gradient in gradients(loss, case))
 
 
-def test_one_position():
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
+def test_one_position(config):
     case = make_case(num_positions=1, masked=False)
-    assert_same(case, loss_of(case, num_valid=1), dense_loss(case, BOTH, 1))
+    assert_same(case, loss_of(case, config, num_valid=1), dense_loss(case, config, 1))
 
 
-def test_masked_positions_may_hold_garbage():
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
+def test_masked_positions_may_hold_garbage(config):
     case = make_case()
     mask_P = case.rows.loss_mask_P
-    rubbish = torch.where(mask_P[:, None], case.rows.logprobs_PK, torch.nan)
     labels_P = torch.where(mask_P, case.rows.labels_P, -100)
-    spoilt = replace(case, rows=replace(case.rows, logprobs_PK=rubbish, labels_P=labels_P))
-    assert_same(case, loss_of(spoilt), dense_loss(case, BOTH, 7.0))
+    rubbish = {
+        name: torch.where(mask_P[:, None], getattr(case.rows, name), torch.nan)
+        for name in ("logprobs_PK", "log_tails_PG", "hidden_PD")
+    }
+    spoilt = replace(case, rows=replace(case.rows, labels_P=labels_P, **rubbish))
+    assert_same(case, loss_of(spoilt, config), dense_loss(case, config, 7.0))
 
 
 # --------------------------------------------------------------------------------------------- composition of batches
@@ -232,135 +248,6 @@ def test_backward_multiplies_by_the_incoming_scalar():
         torch.testing.assert_close(mine, 1024.0 * dense)
 
 
-# --------------------------------------------------------------------------------------------- precision
-
-
-def relative_errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
-    pairs = zip(found, exact, strict=True)
-    return [float((mine.double() - right.double()).norm() / right.double().norm()) for mine, right in pairs]
-
-
-def plain_gradients(case: Case, config: ObjectiveConfig, cast: torch.dtype) -> list[Tensor]:
-    """What a usual training step gives: the whole head product in ``cast``, the loss in float32, autograd."""
-    logits_PV = torch.nn.functional.linear(
-        case.hidden_PD.to(cast), case.head.weight_VD.to(cast), case.head.bias_V.to(cast)
-    )
-    whole = replace(case, hidden_PD=logits_PV.float(), head=LMHead(torch.eye(logits_PV.shape[1])))
-    return gradients(dense_loss(whole, config, case.rows.num_positions), case)
-
-
-@pytest.mark.parametrize("config", [BOTH, TEMPERED], ids=["both", "tempered"])
-@pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast"])
-def test_lower_precision_is_as_good_as_a_plain_step_in_it(mode, config):
-    weights = torch.bfloat16 if mode == "bfloat16" else torch.float32
-    compute = torch.float32 if mode == "float32" else torch.bfloat16
-    case = make_case(num_positions=600, vocab_size=200, width=32, top_k=20, masked=False).to(weights)
-    exact_loss = dense_loss(case, config, 600)
-    exact = gradients(exact_loss, case)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
-        loss = loss_of(case, config, 600, chunk=16)
-    found = gradients(loss, case)
-    assert loss.dtype == torch.float32
-    assert [gradient.dtype for gradient in found] == [weights] * 3
-    unit = torch.finfo(compute).eps
-    assert float(loss.detach()) == pytest.approx(float(exact_loss.detach()), rel=4 * unit)
-    plain = relative_errors(plain_gradients(case, config, compute), exact)
-    for mine, usual in zip(relative_errors(found, exact), plain, strict=True):
-        assert mine <= 1.2 * usual + unit / 100
-        assert usual < 8 * unit  # else the comparison would mean nothing
-
-
-def test_many_chunks_lose_no_digits_of_a_bfloat16_head_gradient():
-    case = make_case(num_positions=600, vocab_size=50, width=16, masked=False).to(torch.bfloat16)
-    one, many = (gradients(loss_of(case, chunk=chunk), case)[1] for chunk in (600, 2))
-    exact = gradients(dense_loss(case, BOTH, 7.0), case)[1]
-    assert relative_errors([many], [exact])[0] <= 1.2 * relative_errors([one], [exact])[0]
-
-
-def test_autocast_cache_is_left_clean_for_later_users_of_a_tied_weight():
-    case = make_case(bias=False).to(torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss_of(case)
-        later = torch.nn.functional.linear(case.hidden_PD, case.head.weight_VD).float().sum()
-    (gradient,) = torch.autograd.grad(later, case.head.weight_VD)
-    assert gradient.abs().sum() > 0
-
-
-class MatrixLoss(Loss):
-    is_divergence = False
-
-    def values(self, view: ChunkView) -> Tensor:
-        product_C1 = view.logits_CV @ view.logits_CV.new_ones(view.logits_CV.shape[1], 1)
-        assert product_C1.dtype == torch.float32
-        return product_C1.squeeze(1)
-
-
-def test_losses_run_in_float32_under_autocast_even_their_matrix_products():
-    case = make_case().to(torch.float32)
-    losses = {"matrix": MatrixLoss(weight=1.0)}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        total, _ = weighted_sum(case.hidden_PD, Work(losses, case.rows, case.head, 4))
-        scores = score_positions(case.hidden_PD, case.head, case.rows, losses)
-    torch.testing.assert_close(total, scores.losses["matrix"].sum())
-
-
-def test_float64_students_stay_in_float64_under_autocast():
-    case = make_case()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert loss_of(case).dtype == torch.float64
-
-
-# --------------------------------------------------------------------------------------------- memory and work
-
-
-class Watch(TorchDispatchMode):
-    """Records the largest tensor that any operation makes and the shapes of all matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-        self.num_products = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        self.num_products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
-        return out
-
-
-@pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_no_array_of_positions_times_vocabulary_exists(config, softcap):
-    num_positions, vocab_size, chunk = 64, 500, 8
-    case = make_case(num_positions, vocab_size, masked=False, softcap=softcap).to(torch.float32)
-    saved: list[int] = []
-
-    def record(tensor: Tensor) -> Tensor:
-        saved.append(tensor.numel())
-        return tensor
-
-    with Watch() as watch:
-        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-            loss = loss_of(case, config, num_positions, chunk)
-            saved_outside_chunks = [size for size in saved if size > chunk * vocab_size]
-        loss.backward()
-    assert watch.largest == chunk * vocab_size
-    assert saved_outside_chunks == []
-    # Per chunk: head product, gradient of hidden states, gradient of the weight; no product is made twice.
-    assert watch.num_products == 3 * math.ceil(num_positions / chunk)
-
-
-def test_masked_positions_do_not_go_through_the_head():
-    case = make_case(num_positions=64, masked=False).to(torch.float32)
-    mask_P = torch.zeros(64, dtype=torch.bool)
-    mask_P[5:9] = True
-    with Watch() as watch:
-        loss_of(replace(case, rows=replace(case.rows, loss_mask_P=mask_P)), chunk=4)
-    assert watch.num_products == 3
-
-
 # --------------------------------------------------------------------------------------------- mistakes
 
 
@@ -373,8 +260,13 @@ def test_rows_of_other_positions_are_refused():
 def test_ids_outside_the_students_vocabulary_are_refused():
     case = make_case(masked=False)
     small = replace(case, head=case.head.narrow(9))
-    with pytest.raises(StudentError, match=r"teacher_ids must lie in 0\.\.8, .*share one tokenizer"):
+    with pytest.raises(StudentError, match=r"must have a row for each of the teacher's 31 ids, found 9.*one tokenizer"):
         loss_of(small)
+    unknown = replace(small, context=TeacherContext())
+    with pytest.raises(StudentError, match=r"teacher_ids must lie in 0\.\.8, the student's .*share one tokenizer"):
+        loss_of(unknown)
+    with pytest.raises(StudentError, match=r"teacher_ids must lie in 0\.\.19, the teacher's vocabulary; found"):
+        loss_of(replace(case, context=TeacherContext(vocab_size=20)))
     labels_P = case.rows.labels_P.clone()
     labels_P[3] = -100
     with pytest.raises(StudentError, match=r"labels must lie in 0\.\.30.*found -100\.\."):

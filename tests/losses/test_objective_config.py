@@ -24,12 +24,17 @@ def test_one_field_per_row_of_the_table():
 @pytest.mark.parametrize(
     ("assignments", "expected"),
     [
-        ([], {"forward_kl": (0.9, 1.0), "cross_entropy": (0.1,)}),
-        (["forward_kl.temperature=2"], {"forward_kl": (0.9, 2.0), "cross_entropy": (0.1,)}),
-        (["forward_kl.weight=1"], {"forward_kl": (1.0, 1.0), "cross_entropy": None}),
+        ([], {"forward_kl": (0.9, 1.0, "bucket", None), "cross_entropy": (0.1,)}),
+        (["forward_kl.temperature=2"], {"forward_kl": (0.9, 2.0, "bucket", None), "cross_entropy": (0.1,)}),
+        (["forward_kl.weight=1"], {"forward_kl": (1.0, 1.0, "bucket", None), "cross_entropy": None}),
+        (["forward_kl.tail=prior"], {"forward_kl": (0.9, 1.0, "prior", None), "cross_entropy": (0.1,)}),
+        (["forward_kl.mode=full"], {"forward_kl": (0.9, 1.0, "bucket", "full"), "cross_entropy": (0.1,)}),
         (["cross_entropy.weight=1"], {"forward_kl": None, "cross_entropy": (1.0,)}),
-        (["cross_entropy=null"], {"forward_kl": (0.9, 1.0), "cross_entropy": None}),
-        (["forward_kl.weight=0", "cross_entropy.weight=2"], {"forward_kl": (0.0, 1.0), "cross_entropy": (2.0,)}),
+        (["cross_entropy=null"], {"forward_kl": (0.9, 1.0, "bucket", None), "cross_entropy": None}),
+        (
+            ["forward_kl.weight=0", "cross_entropy.weight=2"],
+            {"forward_kl": (0.0, 1.0, "bucket", None), "cross_entropy": (2.0,)},
+        ),
     ],
 )
 def test_weights_are_given_all_or_not_at_all(assignments, expected):
@@ -52,6 +57,8 @@ def test_what_is_written_into_a_record_reads_back_the_same():
         (["forward_kl.temperature=0"], "'objective.forward_kl.temperature': .* greater than 0 .found 0"),
         (["forward_kl.weight=much"], "'objective.forward_kl.weight': .*valid number.* .found 'much'"),
         (["forward_kl=3"], "'objective.forward_kl'"),
+        (["forward_kl.tail=ghost"], "'objective.forward_kl.tail': .*'bucket', 'prior'.* .found 'ghost'"),
+        (["forward_kl.mode=exact"], "'objective.forward_kl.mode': .*'decoupled', 'grid' or 'full' .found 'exact'"),
         (["forward_kl.weight=0"], "at least one of forward_kl, cross_entropy.* needs a weight above 0"),
         (["forward_kl=null", "cross_entropy=null"], "needs a weight above 0"),
         (["forward_kl.temperature=2", "cross_entropy.weight=1"], "'objective.forward_kl.weight' is required"),

@@ -12,10 +12,12 @@ from kdcache.losses import (
     ForwardKL,
     Objective,
     ObjectiveConfig,
+    TeacherContext,
     TeacherRows,
     per_position_values,
     score_positions,
 )
+from kdcache.models.lm_head import LMHead
 from kdcache.schema import SequenceBatch, Targets
 from kdcache.tasks import causal_lm
 from tests.losses.oracle import dense_logits, dense_values, make_case
@@ -36,6 +38,34 @@ def test_scores_equal_the_dense_ones_at_every_position(chunk, top_k):
     assert torch.equal(found.top1_ids_P, logprobs_PV.argmax(1))
     torch.testing.assert_close(found.top1_prob_P, logprobs_PV.max(1).values.exp())
     assert not any(value.requires_grad for value in found.losses.values())
+
+
+def test_the_teachers_favourite_comes_from_the_best_there_is():
+    case = make_case(masked=False)
+    favourites_P = case.teacher_logits_PV.argmax(1)
+
+    def top1(context: TeacherContext, rows: TeacherRows = case.rows) -> torch.Tensor:
+        return score_positions(case.hidden_PD, case.head, rows, {}, chunk_positions=4, context=context).teacher_top1_P
+
+    assert torch.equal(top1(TeacherContext()), favourites_P)
+    # The kept ids may be others than the favourite where the whole distribution is there.
+    second_PK = case.rows.ids_PK[:, 1:2]
+    one = replace(case.rows, ids_PK=second_PK, logprobs_PK=case.rows.logprobs_PK[:, 1:2])
+    head = LMHead(torch.eye(31, dtype=torch.float64))
+    assert torch.equal(top1(TeacherContext("hidden", head=head), one), favourites_P)
+    assert torch.equal(top1(TeacherContext(), one), second_PK.squeeze(1))
+    # Draws come in any order; a tail draw may seem more probable than a kept id.
+    flipped = replace(case.rows, ids_PK=case.rows.ids_PK.flip(1), logprobs_PK=case.rows.logprobs_PK.flip(1))
+    assert torch.equal(top1(TeacherContext("sampled"), flipped), favourites_P)
+    assert torch.equal(top1(TeacherContext("hybrid"), flipped), flipped.ids_PK[:, 0])
+
+
+def test_scores_of_an_objective_know_its_context():
+    case = make_case()
+    config = ObjectiveConfig(forward_kl=ForwardKL(weight=1.0, mode="full"))
+    objective = Objective(config, context=case.context_for(config))
+    values = per_position_values(case.hidden_PD, case.head, case.rows, objective)
+    torch.testing.assert_close(values["forward_kl"], dense_values(case, config.forward_kl).detach())
 
 
 def test_values_of_an_objective_add_up_to_its_sums():

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from kdcache.cache import open_cache
+from kdcache.losses import TeacherRows
+from kdcache.schema import Draws, SequenceBatch, Targets
 from kdcache.tasks import TASKS, causal_lm
 from tests.synthetic import SyntheticCache
 
@@ -62,3 +64,59 @@ def test_collate_lines_the_teachers_rows_up_with_the_labels(tmp_path, packed):
     np.testing.assert_array_equal(batch["hidden-2"], np.concatenate([source.states[n]["hidden-2"] for n in indices]))
     assert batch["teacher_ids"].dtype == np.int64
     assert all(torch.from_numpy(values) is not None for values in batch.values())
+
+
+def batch_of(targets: Targets, **hidden: np.ndarray) -> SequenceBatch:
+    """Two sequences of 2 and 1 positions."""
+    tokens_T = np.array([5, 6, 7, 8, 9], np.uint32)
+    mask_P = np.ones(3, np.uint8)
+    return SequenceBatch([0, 1], tokens_T, np.array([0, 3, 5]), np.array([0, 2, 3]), mask_P, targets, hidden=hidden)
+
+
+def targets_of(probs_PK: list[list[float]], tail_P: list[float], **more: object) -> Targets:
+    shape = (3, len(probs_PK[0]))
+    with np.errstate(divide="ignore"):
+        logprobs_PK, log_tail_P = np.log(np.reshape(probs_PK, shape)), np.log(tail_P)
+    ids_PK = np.tile(np.arange(shape[1], dtype=np.int32), (3, 1))
+    zeros_P = np.zeros(3, np.float32)
+    return Targets(ids_PK, logprobs_PK.astype(np.float32), log_tail_P.astype(np.float32), zeros_P, zeros_P, **more)
+
+
+def test_draws_stand_among_the_ids_of_a_batch():
+    draws = Draws(np.array([[7, 8], [9, 0], [0, 0]], np.uint16), np.array([[3, 1], [4, 0], [0, 0]], np.uint8))
+    targets = targets_of([[0.5, 0.3], [0.6, 0.2], [0.75, 0.25]], [0.2, 0.2, 0.0], draws=draws)
+    batch = causal_lm.collate(batch_of(targets), pad_id=0)
+    assert batch["teacher_ids"].tolist() == [[0, 1, 7, 8], [0, 1, 9, 0], [0, 1, 0, 0]]
+    assert batch["teacher_ids"].dtype == np.int64
+    np.testing.assert_allclose(
+        np.exp(batch["teacher_logprobs"]), [[0.5, 0.3, 0.15, 0.05], [0.6, 0.2, 0.2, 0], [0.75, 0.25, 0, 0]], rtol=1e-6
+    )
+    assert batch["teacher_logprobs"].dtype == np.float32
+    assert np.isneginf(batch["teacher_log_tail"]).all()
+
+
+def test_sampled_targets_have_nothing_but_draws():
+    draws = Draws(np.array([[7, 8], [9, 0], [3, 4]], np.int32), np.array([[3, 1], [4, 0], [2, 2]], np.int32))
+    targets = targets_of([[], [], []], [1.0, 1.0, 1.0], draws=draws)
+    batch = causal_lm.collate(batch_of(targets), pad_id=0)
+    assert batch["teacher_ids"].tolist() == [[7, 8], [9, 9], [3, 4]]
+    np.testing.assert_allclose(np.exp(batch["teacher_logprobs"]), [[0.75, 0.25], [1, 0], [0.5, 0.5]], rtol=1e-6)
+
+
+def test_optional_parts_are_there_only_if_the_cache_has_them():
+    probs = [[0.5, 0.3]] * 3
+    plain = causal_lm.collate(batch_of(targets_of(probs, [0.2] * 3)), pad_id=0)
+    assert not {"teacher_log_tails", "teacher_hidden"} & set(plain)
+    log_tails_PG = np.full((3, 2), -0.5, np.float32)
+    last_PD, other_PD = np.ones((3, 4), np.float32), np.zeros((3, 4), np.float32)
+    source = batch_of(targets_of(probs, [0.2] * 3, log_tails_PG=log_tails_PG), last=last_PD, **{"hidden-2": other_PD})
+    batch = causal_lm.collate(source, pad_id=0)
+    assert batch["teacher_log_tails"] is log_tails_PG
+    assert batch["teacher_hidden"] is last_PD
+    assert batch["hidden-2"] is other_PD
+    assert "last" not in batch
+    assert set(source.hidden) == {"last", "hidden-2"}, "the batch itself is left as it was"
+    rows = TeacherRows.from_batch({name: torch.from_numpy(values) for name, values in batch.items()})
+    assert rows.log_tails_PG.shape == (3, 2)
+    assert rows.select(torch.tensor([2])).hidden_PD.shape == (1, 4)
+    assert TeacherRows.from_batch({name: torch.from_numpy(values) for name, values in plain.items()}).hidden_PD is None

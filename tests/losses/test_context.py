@@ -1,0 +1,148 @@
+"""Which losses make sense with which cache, and what is said about those that do not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kdcache.errors import ConfigError, CorruptCacheError
+from kdcache.losses import (
+    ChunkView,
+    CrossEntropy,
+    ForwardKL,
+    Loss,
+    Objective,
+    ObjectiveConfig,
+    TeacherContext,
+    allowed,
+    score_positions,
+)
+from kdcache.models.lm_head import LMHead
+from tests.losses.oracle import make_case
+
+HEAD = LMHead(torch.ones(9, 2))
+CONTEXTS = {
+    "plain": TeacherContext(),
+    "ragged": TeacherContext(is_ragged=True),
+    "grid": TeacherContext(temperatures=(2.0, 4.0)),
+    "prior": TeacherContext(vocab_size=9, prior_V=torch.ones(9)),
+    "sampled": TeacherContext("sampled"),
+    "hybrid": TeacherContext("hybrid", temperatures=(2.0,), prior_V=torch.ones(9)),
+    "hidden": TeacherContext("hidden", vocab_size=9, head=HEAD),
+}
+
+REFUSED = [
+    ("plain", {"tail": "prior"}, "holds no tail prior; dump it with targets.tail_prior=true, or use tail bucket or"),
+    ("plain", {"mode": "full"}, "full needs the teacher's last hidden state and LM head, and the cache holds top-k"),
+    ("plain", {"mode": "full", "temperature": 2}, "dump with --targets hidden, or use another mode"),
+    (
+        "plain",
+        {"mode": "grid", "temperature": 2},
+        "mass of the tail at temperature 2, and the cache stores the tail at "
+        "temperature 1 only; use temperature 1, or mode decoupled",
+    ),
+    (
+        "grid",
+        {"mode": "grid", "temperature": 3},
+        "at temperature 3, and the cache stores the tail at the temperatures "
+        "2, 4; use temperature 1, one of these, or mode decoupled",
+    ),
+    ("plain", {"tail": "uniform", "temperature": 2}, "tail uniform exists at temperature 1 only, found temperature 2"),
+    ("grid", {"tail": "drop", "temperature": 2, "mode": "grid"}, "use tail bucket with it, or temperature 1"),
+    ("prior", {"tail": "prior", "temperature": 0.5}, "tail prior exists at temperature 1 only, found temperature 0.5"),
+    (
+        "sampled",
+        {"temperature": 2},
+        "holds sampled targets .draws from the teacher's distribution., which estimate the "
+        "teacher at temperature 1 only, found temperature 2; use temperature 1, or a cache of top-k or hidden targets",
+    ),
+    ("hybrid", {"temperature": 2, "mode": "grid"}, "holds hybrid targets .* at temperature 1 only"),
+    ("hybrid", {"tail": "prior"}, "tail prior needs the exact mass of a tail, and in the cache draws stand for it"),
+    ("sampled", {"tail": "renormalise"}, "it holds sampled targets .*; use tail bucket"),
+    ("sampled", {"mode": "full"}, "the cache holds sampled targets"),
+    ("hidden", {"tail": "uniform", "mode": "full"}, "tail uniform would change nothing; leave one of them out"),
+    ("hidden", {"tail": "uniform", "temperature": 2}, "tail uniform exists at temperature 1 only"),
+    ("hidden", {"tail": "prior"}, "holds no tail prior"),
+    ("hidden", {"mode": "grid", "temperature": 2}, "stores the tail at temperature 1 only"),
+]
+
+ALLOWED = [
+    *((name, {}) for name in CONTEXTS),
+    *((name, {"temperature": 3}) for name in ("plain", "ragged", "grid", "prior", "hidden")),
+    *((name, {"tail": tail}) for name in ("plain", "ragged", "prior") for tail in ("uniform", "renormalise", "drop")),
+    ("prior", {"tail": "prior"}),
+    ("grid", {"temperature": 4, "mode": "grid"}),
+    ("plain", {"mode": "grid"}),
+    ("hidden", {"temperature": 0.3, "mode": "full"}),
+    ("hidden", {"mode": "decoupled", "temperature": 2}),
+    ("sampled", {"mode": "decoupled"}),
+]
+
+
+def forward_kl(settings: dict) -> ForwardKL:
+    return ForwardKL.model_validate({"weight": 1.0, **settings})
+
+
+@pytest.mark.parametrize(("name", "settings", "message"), REFUSED)
+def test_what_a_cache_cannot_give_is_refused_before_training(name, settings, message):
+    loss, context = forward_kl(settings), CONTEXTS[name]
+    reason = allowed(loss, context)
+    with pytest.raises(ConfigError, match=message) as error:
+        Objective(ObjectiveConfig(forward_kl=loss), context=context)
+    assert str(error.value) == f"forward_kl: {reason}"
+    case = make_case()
+    with pytest.raises(ConfigError, match=message):
+        score_positions(case.hidden_PD, case.head, case.rows, {"kl": loss}, context=context)
+
+
+@pytest.mark.parametrize(("name", "settings"), ALLOWED)
+def test_what_a_cache_can_give_is_allowed(name, settings):
+    loss, context = forward_kl(settings), CONTEXTS[name]
+    assert allowed(loss, context) is None
+    Objective(ObjectiveConfig(forward_kl=loss), context=context)
+
+
+def test_a_loss_that_is_only_measured_is_checked_too():
+    config = ObjectiveConfig(forward_kl=forward_kl({"weight": 0.0, "mode": "full"}), cross_entropy={"weight": 1.0})
+    with pytest.raises(ConfigError, match="mode full needs"):
+        Objective(config)
+
+
+class Entropy(Loss):
+    is_divergence = False
+
+    def values(self, view: ChunkView) -> torch.Tensor:
+        return -(view.student_logprobs_CK.exp() * view.student_logprobs_CK).sum(1)
+
+
+def test_other_losses_want_true_probabilities_unless_they_say_otherwise():
+    loss = Entropy(weight=1.0)
+    assert allowed(loss, CONTEXTS["plain"]) is None
+    with pytest.raises(
+        ConfigError, match=r"Entropy: it needs the probabilities of the kept ids.*sampled targets"
+    ):
+        loss.check(CONTEXTS["sampled"])
+    assert all(allowed(CrossEntropy(weight=1.0), context) is None for context in CONTEXTS.values())
+    assert all(loss.needs for loss in (Entropy, CrossEntropy, ForwardKL))
+
+
+# --------------------------------------------------------------------------------------------- the record itself
+
+
+def test_parts_of_another_vocabulary_are_refused():
+    with pytest.raises(CorruptCacheError, match="tail prior of the cache has 9 entries, expected one for each of"):
+        TeacherContext(vocab_size=8, prior_V=torch.ones(9))
+    with pytest.raises(CorruptCacheError, match=r"LM head of the cache has 9 entries.*kdcache verify"):
+        TeacherContext("hidden", vocab_size=8, head=HEAD)
+
+
+def test_a_context_moves_to_a_device_once():
+    context = TeacherContext("hidden", 9, prior_V=torch.ones(9), head=replace(HEAD, bias_V=torch.ones(9), scale=2.0))
+    assert context.to("cpu") is context
+    assert TeacherContext().to("meta").prior_V is None
+    moved = context.to("meta")
+    assert moved.to("meta") is moved
+    assert {moved.prior_V.device.type, moved.head.weight_VD.device.type, moved.head.bias_V.device.type} == {"meta"}
+    assert (moved.kind, moved.vocab_size, moved.head.scale) == ("hidden", 9, 2.0)
