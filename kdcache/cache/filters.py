@@ -1,0 +1,252 @@
+"""Choosing sequences by what the per-sequence table says about them.
+
+A filter is an expression such as ``teacher_loss < 5 and source in ["wiki", "books"]``. Python's parser reads it, but
+nothing ever runs it: its tree is walked, and every node that is not listed at the end of this module is refused, so
+that an expression from somebody else's configuration can do nothing but compare. Each node is evaluated for all
+sequences at once, with Arrow. Missing values follow SQL: a comparison with one is neither true nor false, and a
+sequence is chosen only where the whole expression is true.
+
+Not for what a row of the table does not say: a filter sees sequences, never positions.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterable
+from functools import reduce
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from kdcache.errors import ConfigError, did_you_mean
+
+#: A constant, or a name in backquotes, which may hold anything.
+_QUOTED = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|`([^`]*)`""")
+_LANGUAGE = (
+    "a filter is made of column names, numbers, 'texts', comparisons, in ['a', 'b'], and, or, not, and + - * / // %"
+)
+
+
+def select_sequences(table: pa.Table, where: str | None, limit: int | None = None) -> NDArray[np.int64]:
+    """Return the rows of the per-sequence ``table`` that ``where`` chooses (all without one), at most ``limit``.
+
+    Raises ``ConfigError`` for an expression that is not a filter, names a column that there is not, or chooses nothing.
+    """
+    if where is None:
+        return np.arange(table.num_rows)[:limit]
+    chosen = np.flatnonzero(filter_mask(table, where))
+    if not len(chosen):
+        seen = "; ".join(_ranges(table, where))
+        raise ConfigError(f"filter {where!r} chooses none of the {table.num_rows} sequences{seen and f' ({seen})'}")
+    return chosen[:limit]
+
+
+def filter_mask(table: pa.Table, where: str) -> NDArray[np.bool_]:
+    """Return for every row of ``table`` whether the expression ``where`` is true of it, [N]; raises ``ConfigError``."""
+    value = _Evaluation(table, where).result()
+    if not isinstance(value, pa.Scalar):
+        return np.asarray(pc.fill_null(value, False)).astype(bool)
+    return np.full(table.num_rows, bool(value.as_py()))
+
+
+class _Evaluation:
+    """One expression over one table; values are Arrow columns, or Arrow scalars where they are constant."""
+
+    def __init__(self, table: pa.Table, where: str) -> None:
+        self._table, self._where = table, where
+        self._quoted: dict[str, str] = {}
+        self._text = _QUOTED.sub(self._name_of_quoted, where).replace("\n", " ").strip()
+
+    def result(self) -> Any:
+        """Return the value of the expression, of booleans."""
+        try:
+            tree = ast.parse(self._text, mode="eval").body
+            value = self.value(tree)
+        except SyntaxError as error:
+            raise self.error(f"cannot be read ({error.msg}); {_LANGUAGE}") from None
+        except (ValueError, RecursionError, MemoryError, OverflowError, pa.ArrowException) as error:
+            raise self.error(f"cannot be evaluated ({str(error) or type(error).__name__})") from None
+        if _kind(value) != "condition":
+            raise self.error(f"is a {_kind(value)} for every sequence, not a condition; compare it with something")
+        return value
+
+    def columns(self) -> list[str]:
+        """Return the columns that the expression names, in their order."""
+        names = [node.id for node in ast.walk(ast.parse(self._text)) if isinstance(node, ast.Name)]
+        return list(dict.fromkeys(self._quoted.get(name, name) for name in names))
+
+    def value(self, node: ast.AST) -> Any:
+        evaluate = _NODES.get(type(node))
+        if evaluate is None:
+            raise self.error(f"holds {self._source(node)}, which no filter may; {_LANGUAGE}")
+        return evaluate(self, node)
+
+    def values(self, nodes: Iterable[ast.AST], kind: str) -> list[Any]:
+        """Return the values of ``nodes``, which must be of one kind."""
+        found = []
+        for node in nodes:
+            value = self.value(node)
+            if _kind(value) != kind:
+                raise self.error(f"uses {self._source(node)}, a {_kind(value)}, where a {kind} must stand")
+            found.append(value)
+        return found
+
+    def operation(self, table: dict[type[ast.AST], Any], node: ast.AST, operator: ast.AST) -> Any:
+        if type(operator) not in table:
+            raise self.error(f"holds {self._source(node)}, whose operator no filter has; {_LANGUAGE}")
+        return table[type(operator)]
+
+    def column(self, node: ast.Name) -> Any:
+        name = self._quoted.get(node.id, node.id)
+        if name not in self._table.column_names:
+            known = self._table.column_names
+            raise self.error(
+                f"names the column {name!r}, which there is not, {did_you_mean(name, known)} (columns are "
+                f"{', '.join(known)}; texts stand in quotes)"
+            )
+        return _plain(self._table[name])
+
+    def constant(self, node: ast.Constant) -> Any:
+        if not isinstance(node.value, bool | int | float | str):
+            raise self.error(f"holds {self._source(node)}, which no filter may; {_LANGUAGE}")
+        return pa.scalar(node.value)
+
+    def logic(self, node: ast.BoolOp) -> Any:
+        combine = pc.and_kleene if isinstance(node.op, ast.And) else pc.or_kleene
+        return reduce(combine, self.values(node.values, "condition"))
+
+    def unary(self, node: ast.UnaryOp) -> Any:
+        kind, change = self.operation(_UNARY, node, node.op)
+        return change(self.values([node.operand], kind)[0])
+
+    def arithmetic(self, node: ast.BinOp) -> Any:
+        change = self.operation(_ARITHMETIC, node, node.op)
+        return change(*self.values([node.left, node.right], "number"))
+
+    def comparison(self, node: ast.Compare) -> Any:
+        operands = [node.left, *node.comparators]
+        steps = zip(node.ops, pairwise(operands), strict=True)
+        return reduce(pc.and_kleene, [self._compare(node, operator, *pair) for operator, pair in steps])
+
+    def _compare(self, node: ast.Compare, operator: ast.cmpop, left: ast.AST, right: ast.AST) -> Any:
+        value = self.value(left)
+        if isinstance(operator, ast.In | ast.NotIn):
+            inside = self._is_in(value, right)
+            return inside if isinstance(operator, ast.In) else pc.invert(inside)
+        compare = self.operation(_COMPARISONS, node, operator)
+        return compare(value, self.values([right], _kind(value))[0])
+
+    def _is_in(self, value: Any, node: ast.AST) -> Any:
+        if not isinstance(node, ast.List | ast.Tuple):
+            raise self.error(f"needs a list such as ['a', 'b'] after in, found {self._source(node)}")
+        members = [item.as_py() for item in self.values(node.elts, _kind(value)) if isinstance(item, pa.Scalar)]
+        if len(members) != len(node.elts):
+            raise self.error(f"needs constants in {self._source(node)}")
+        members_array = _plain(pa.array(members, None if members else value.type))
+        if value.type != members_array.type:  # of numbers: whole and other ones
+            value, members_array = _floating(value), _floating(members_array)
+        inside = pc.is_in(value, value_set=members_array)
+        return pc.if_else(pc.is_valid(value), inside, pa.scalar(None, pa.bool_()))
+
+    def error(self, words: str) -> ConfigError:
+        return ConfigError(f"filter {_short(self._where)!r} {words}")
+
+    def _source(self, node: ast.AST) -> str:
+        text = ast.get_source_segment(self._text, node) or type(node).__name__
+        for name, quoted in self._quoted.items():
+            text = text.replace(name, f"`{quoted}`")
+        return _short(text)
+
+    def _name_of_quoted(self, match: re.Match[str]) -> str:
+        if match[1] is not None:
+            return match[1]
+        name = f"__quoted_{len(self._quoted)}__"
+        self._quoted[name] = match[2]
+        return name
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _plain(values: Any) -> Any:
+    """Return values of the widest type of their kind, so that types need no care beyond their kinds."""
+    if pa.types.is_dictionary(values.type):
+        values = pc.cast(values, values.type.value_type)
+    if pa.types.is_integer(values.type) and values.type != pa.uint64():
+        return pc.cast(values, pa.int64())
+    if pa.types.is_floating(values.type):
+        return pc.cast(values, pa.float64())
+    return pc.cast(values, pa.string()) if pa.types.is_large_string(values.type) else values
+
+
+def _kind(value: Any) -> str:
+    """Say in a word what ``value`` holds; only values of one kind can be compared."""
+    if pa.types.is_boolean(value.type):
+        return "condition"
+    if pa.types.is_integer(value.type) or pa.types.is_floating(value.type):
+        return "number"
+    return "text" if pa.types.is_string(value.type) else str(value.type)
+
+
+def _ranges(table: pa.Table, where: str) -> list[str]:
+    """Say between which values the columns of numbers lie that a filter names."""
+    named = {name: _plain(table[name]) for name in _Evaluation(table, where).columns()}
+    bounds = {name: pc.min_max(column).as_py() for name, column in named.items() if _kind(column) == "number"}
+    known = {name: found for name, found in bounds.items() if found["min"] is not None}
+    return [f"{name} is {found['min']:.5g} to {found['max']:.5g}" for name, found in known.items()]
+
+
+def _floating(values: Any) -> Any:
+    return pc.cast(values, pa.float64(), safe=False)  # whole numbers beyond 2^53 are rounded
+
+
+def _divide(left: Any, right: Any) -> Any:
+    """Return true quotients, infinite or not a number where the divisor is 0."""
+    return pc.divide(_floating(left), _floating(right))
+
+
+def _floor_divide(left: Any, right: Any) -> Any:
+    return pc.floor(_divide(left, right))
+
+
+def _modulo(left: Any, right: Any) -> Any:
+    return pc.subtract(left, pc.multiply(_floor_divide(left, right), right))
+
+
+_COMPARISONS: dict[type[ast.AST], Callable[..., Any]] = {
+    ast.Eq: pc.equal,
+    ast.NotEq: pc.not_equal,
+    ast.Lt: pc.less,
+    ast.LtE: pc.less_equal,
+    ast.Gt: pc.greater,
+    ast.GtE: pc.greater_equal,
+}
+_ARITHMETIC: dict[type[ast.AST], Callable[..., Any]] = {
+    ast.Add: pc.add_checked,
+    ast.Sub: pc.subtract_checked,
+    ast.Mult: pc.multiply_checked,
+    ast.Div: _divide,
+    ast.FloorDiv: _floor_divide,
+    ast.Mod: _modulo,
+}
+_UNARY: dict[type[ast.AST], tuple[str, Callable[..., Any]]] = {
+    ast.Not: ("condition", pc.invert),
+    ast.USub: ("number", pc.negate_checked),
+    ast.UAdd: ("number", _plain),
+}
+
+#: Every kind of node that a filter may hold, and what becomes of it.
+_NODES: dict[type[ast.AST], Callable[[_Evaluation, Any], Any]] = {
+    ast.BoolOp: _Evaluation.logic,
+    ast.UnaryOp: _Evaluation.unary,
+    ast.BinOp: _Evaluation.arithmetic,
+    ast.Compare: _Evaluation.comparison,
+    ast.Name: _Evaluation.column,
+    ast.Constant: _Evaluation.constant,
+}
