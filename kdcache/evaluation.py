@@ -2,9 +2,10 @@
 
 The teacher's row comes from the cache alone: its log-probability of every corpus token is stored. Students are scored
 by one pass over the cache each, shard by shard (a batch over all shards would read each again and again), in batches of
-similar length under a token budget. Only positions whose loss mask is 1 count. KL is the forward KL on the kept ids
-plus one bucket for the rest, at temperature 1: the exact KL when the cache keeps the whole vocabulary, a lower bound
-otherwise.
+similar length under a token budget. Only positions whose loss mask is 1 count. KL is the forward KL at temperature 1:
+exact when the cache is of the kind hidden or keeps the whole vocabulary; otherwise that of the kept ids plus one bucket
+for the rest, a lower bound; an unbiased estimate where the cache holds draws. A cache of draws alone does not know the
+teacher's favourite token, so what needs it is left out.
 
 Judge on a cache of texts that no student was trained on. A student whose ``kdcache_run.json`` names this very cache
 gets a warning: such numbers say how well it was fitted, not how well it generalises.
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 from kdcache.cache import Cache, open_cache
 from kdcache.config import Config
 from kdcache.errors import ConfigError
-from kdcache.losses import ForwardKL, TeacherRows, score_positions
+from kdcache.losses import ForwardKL, TeacherContext, TeacherRows, score_positions
 from kdcache.models.loading import pick_device
 from kdcache.students import Student, StudentConfig, load_student
 from kdcache.students.batches import to_tensors
@@ -33,6 +34,7 @@ from kdcache.students.run_record import finite, read_run
 from kdcache.students.table import render_table
 from kdcache.students.tally import Tally
 from kdcache.tasks.causal_lm import labels
+from kdcache.teaching import context_of
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
@@ -45,8 +47,8 @@ class ModelRow(Config):
     loss: float
     """Mean negative log-likelihood of the corpus's tokens."""
     perplexity: float
-    top1_accuracy: float
-    ece: float
+    top1_accuracy: float | None
+    ece: float | None
     kl: float | None = None
     agreement: float | None = None
     """Share of positions where teacher and student favour the same token."""
@@ -107,8 +109,9 @@ def evaluate(
     torch_device = pick_device(device)
     batches = list(_batches(cache, batch_tokens, limit_sequences))
     loaded = [_load(name, cache, dtype) for name in students]
+    context = context_of(cache)
     rows = [
-        _student_row(name, student, cache, batches, torch_device, progress)
+        _student_row(name, student, cache, batches, context.to(torch_device), torch_device, progress)
         for name, student in zip(students, loaded, strict=True)
     ]
     teacher, num_targets = _teacher_row(cache, batches, progress)
@@ -155,26 +158,34 @@ def _teacher_row(cache: Cache, batches: Sequence[list[int]], progress: bool) -> 
         labels_P = labels(np.split(batch.tokens_T, batch.token_offsets_N1[1:-1]))
         tally.add(
             batch.loss_mask_P.astype(bool),
-            top1_prob_P=np.exp(targets.logprobs_PK[:, 0]),
-            correct_P=targets.ids_PK[:, 0] == labels_P,
+            top1_prob_P=np.exp(targets.logprobs_PK[:, 0]) if targets.top_k else np.zeros(len(labels_P), np.float32),
+            correct_P=targets.top1_ids_P == labels_P,
             loss=-targets.gold_logprob_P,
             entropy=targets.entropy_P,
             kept_mass=-np.expm1(targets.log_tail_P),
         )
     teacher = cache.manifest.teacher
-    more = {"entropy": tally.mean("entropy"), "kept_mass": tally.mean("kept_mass")}
+    more: dict[str, Any] = {"entropy": tally.mean("entropy"), "kept_mass": tally.mean("kept_mass")}
+    if not _knows_favourite(cache):
+        more |= {"top1_accuracy": None, "ece": None}
     return _row(f"{teacher.name} (teacher)", teacher.num_parameters, tally, **more), tally.num_positions
 
 
 def _student_row(
-    name: str, student: Student, cache: Cache, batches: Sequence[list[int]], device: torch.device, progress: bool
+    name: str,
+    student: Student,
+    cache: Cache,
+    batches: Sequence[list[int]],
+    context: TeacherContext,
+    device: torch.device,
+    progress: bool,
 ) -> ModelRow:
     student.model.to(device)
     tally, seconds, num_tokens = Tally(), 0.0, 0
     for indices in tqdm(batches, desc=name, unit="batch", disable=not progress):
         batch = {key: value.to(device) for key, value in to_tensors(cache.read(indices), student.pad_id).items()}
         started_s = time.perf_counter()
-        _score(student, batch, tally)
+        _score(student, batch, context, tally)
         seconds += time.perf_counter() - started_s
         num_tokens += batch["labels"].numel()
     student.model.to("cpu")
@@ -183,7 +194,7 @@ def _student_row(
         student.num_parameters,
         tally,
         kl=tally.mean("kl"),
-        agreement=tally.mean("agreement"),
+        agreement=tally.mean("agreement") if _knows_favourite(cache) else None,
         num_bytes=_weight_bytes(name),
         tokens_per_s=num_tokens / max(seconds, 1e-9),
         warnings=_warnings(name, cache),
@@ -191,9 +202,10 @@ def _student_row(
 
 
 @torch.no_grad()
-def _score(student: Student, batch: dict[str, torch.Tensor], tally: Tally) -> None:
+def _score(student: Student, batch: dict[str, torch.Tensor], context: TeacherContext, tally: Tally) -> None:
     teacher = TeacherRows.from_batch(batch)
-    scores = score_positions(student.hidden(batch), student.head, teacher, {"kl": ForwardKL(weight=1.0)})
+    losses = {"kl": ForwardKL(weight=1.0)}
+    scores = score_positions(student.hidden(batch), student.head, teacher, losses, context=context)
     top1_P = scores.top1_ids_P
     tally.add(
         batch["loss_mask"].cpu().numpy(),
@@ -201,22 +213,25 @@ def _score(student: Student, batch: dict[str, torch.Tensor], tally: Tally) -> No
         correct_P=(top1_P == teacher.labels_P).cpu().numpy(),
         loss=-scores.gold_logprob_P.cpu().numpy(),
         kl=scores.losses["kl"].cpu().numpy(),
-        agreement=(top1_P == teacher.ids_PK[:, 0]).cpu().numpy(),
+        agreement=(top1_P == scores.teacher_top1_P).cpu().numpy(),
     )
 
 
 def _row(name: str, num_parameters: int, tally: Tally, **more: Any) -> ModelRow:
     loss = tally.mean("loss")
-    return ModelRow(
-        model=name,
-        num_parameters=num_parameters,
-        loss=loss,
+    values: dict[str, Any] = {
+        "loss": loss,
         # Beyond exp(700) float64 overflows; a loss like that is no perplexity worth reading anyway.
-        perplexity=math.exp(loss) if loss < 700 else math.inf,
-        top1_accuracy=tally.mean("top1_accuracy"),
-        ece=tally.calibration.error,
-        **more,
-    )
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "top1_accuracy": tally.mean("top1_accuracy"),
+        "ece": tally.calibration.error,
+    }
+    return ModelRow(model=name, num_parameters=num_parameters, **values | more)
+
+
+def _knows_favourite(cache: Cache) -> bool:
+    """Whether the cache holds the teacher's most probable token: draws alone only suggest it."""
+    return cache.manifest.top_k > 0
 
 
 def _weight_bytes(name: str) -> int | None:

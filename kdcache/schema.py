@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -230,6 +230,10 @@ class CorpusRecord(Config):
     licence: str | None = None
 
 
+Kind = Literal["top-k", "sampled", "hybrid", "hidden"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
 class TargetsRecord(Config):
     """What is kept of the teacher's distribution at every position.
 
@@ -239,7 +243,7 @@ class TargetsRecord(Config):
     the whole distribution again.
     """
 
-    kind: Literal["top-k", "sampled", "hybrid", "hidden"] = "top-k"
+    kind: Kind = "top-k"
     top_k: int = Field(default=64, ge=0)
     """Most ids kept at a position, K."""
     min_prob: float = Field(default=0.0, ge=0, lt=1)

@@ -40,6 +40,7 @@ from kdcache.students.trainer import (
     last_checkpoint,
     save_student,
 )
+from kdcache.teaching import context_of
 
 
 class TrainConfig(Config):
@@ -127,15 +128,16 @@ def train_student(
 
     With ``resume`` the newest complete checkpoint there is continued (from the beginning if there is none); a run
     that has finished gives its result again. Raises ``ConfigError`` when the output holds a run already, or another
-    one than is to be resumed; ``StudentError`` when the student does not fit the cache; ``CacheError`` when the cache
+    one than is to be resumed, or the cache does not allow a loss; ``StudentError`` when the student does not fit the cache; ``CacheError`` when the cache
     is incomplete, damaged or missing. A loss that is not finite raises ``StudentError`` at the next logging step.
     """
     check_output(config.output, resume=resume)
     _check_device(config)
     check_logger(config.report_to)
     cache = _open(config)
+    objective = Objective(config.objective, context=context_of(cache))
     student = load_student(config.student, cache.manifest, cache.tokenizer_dir())
-    trainer, batches = _make_trainer(config, cache, student, progress, callbacks)
+    trainer, batches = _make_trainer(config, cache, student, objective, progress, callbacks)
     record = RunRecord.begin(
         config.output,
         settings=settings_that_decide(
@@ -160,6 +162,7 @@ def plan_training(config: TrainConfig) -> dict[str, Any]:
     """Return what `train_student` would do: sizes, steps and tokens. Loads the student, trains nothing."""
     check_logger(config.report_to)
     cache = _open(config)
+    Objective(config.objective, context=context_of(cache))  # refuses what the cache does not allow
     student = load_student(config.student, cache.manifest, cache.tokenizer_dir())
     batches = _micro_batches(config, cache)
     steps = _num_steps(config, batches)
@@ -214,14 +217,19 @@ def _num_steps(config: TrainConfig, batches: MicroBatches) -> int:
 
 
 def _make_trainer(
-    config: TrainConfig, cache: Cache, student: Student, progress: bool, callbacks: Sequence[TrainerCallback]
+    config: TrainConfig,
+    cache: Cache,
+    student: Student,
+    objective: Objective,
+    progress: bool,
+    callbacks: Sequence[TrainerCallback],
 ) -> tuple[DistillationTrainer, MicroBatches]:
     args = _arguments(config)
     batches = _micro_batches(config, cache, args.process_index, args.world_size)
     args.max_steps = _num_steps(config, batches)
     args.warmup_steps = math.ceil(config.warmup_ratio * args.max_steps)
     trainer = DistillationTrainer(
-        Distiller(student, Objective(config.objective)),
+        Distiller(student, objective),
         args,
         training_loader(cache, batches, student.pad_id, config.data_workers),
         batches,

@@ -27,7 +27,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class PeekPosition:
-    """What the teacher expects after ``before``; ``tail`` is the probability outside the kept ids."""
+    """What the teacher expects after ``before``; ``tail`` is the probability outside the kept ids.
+
+    Where the cache holds draws, ``top`` has the drawn ids with their share of the tail.
+    """
 
     position: int
     before: str
@@ -104,7 +107,7 @@ def peek(
             position=p,
             before=tokenizer.decode(tokens[max(0, p + 1 - context) : p + 1], skip_special_tokens=False),
             gold=choice(int(labels[p]), targets.gold_logprob_P[p]),
-            top=[choice(int(i), v) for i, v in zip(targets.ids_PK[p, :top], targets.logprobs_PK[p, :top], strict=True)],
+            top=[choice(i, v) for i, v in _favourites(targets, p, top)],
             tail=float(np.exp(targets.log_tail_P[p])),
             entropy=float(targets.entropy_P[p]),
             counts=bool(batch.loss_mask_P[p]),
@@ -113,6 +116,14 @@ def peek(
     ]
     text = tokenizer.decode(tokens, skip_special_tokens=False)
     return PeekResult(sequence, cache.metadata(sequence), text, found)
+
+
+def _favourites(targets: Targets, position: int, count: int) -> list[tuple[int, float]]:
+    """Return the most probable ids of a position with their log-probabilities, as far as the cache knows them."""
+    ids_PJ, logprobs_PJ, _ = targets.take(slice(position, position + 1)).merged()
+    order = np.argsort(-logprobs_PJ[0], kind="stable")[:count]
+    found = zip(ids_PJ[0, order].tolist(), logprobs_PJ[0, order].tolist(), strict=True)
+    return [(token_id, logprob) for token_id, logprob in found if logprob > -np.inf]
 
 
 def _load_tokenizer(cache: Cache) -> Tokenizer:

@@ -62,6 +62,17 @@ class Cache:
         """Positions of every sequence, [N]."""
         return np.asarray(self.sequence_table(columns=["num_positions"])["num_positions"]).astype(np.int64)
 
+    @cached_property
+    def order_key(self) -> str:
+        """What the order of an epoch depends on: the texts, how they were cut, and into which shards.
+
+        Not what is stored of the teacher, nor when: students of two caches of the same texts see the same batches, so
+        that they differ by their targets alone.
+        """
+        manifest = self.manifest
+        identity = [manifest.corpus.fingerprint, manifest.tokenizer.sha256, manifest.sequences]
+        return layout.sha256(layout.canonical_json([*identity, self.shard_starts.tolist()]))
+
     def shard_of(self, index: int) -> int:
         """Return the shard that holds sequence ``index``."""
         if not 0 <= index < len(self):
@@ -114,7 +125,9 @@ class Cache:
     @cached_property
     def tail_prior_V(self) -> NDArray[np.float32] | None:
         """Mean probability of every id while it is not kept, [V]; None where the cache does not store it."""
-        return read_prior(self.folder, self.vocab_size) if self.manifest.targets.tail_prior else None
+        if not self.manifest.targets.tail_prior:
+            return None
+        return read_prior(self.folder, self.vocab_size, self.manifest.num_shards)
 
     def lm_head_file(self) -> bytes:
         """Return the bytes of the teacher's LM head (safetensors), which caches of the kind hidden have."""

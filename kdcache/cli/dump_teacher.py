@@ -8,6 +8,8 @@ import click
 
 from kdcache.cli import options
 from kdcache.codecs import HIDDEN_CODECS, TOPK_CODECS
+from kdcache.presets import PRESETS
+from kdcache.schema import KINDS
 from kdcache.tasks import TASKS
 
 _EPILOG = """\b
@@ -30,7 +32,19 @@ A dump that was interrupted goes on where it stopped when the same command runs 
 )
 @click.option("--output", metavar="CACHE", help="Directory of the cache.")
 @click.option("--task", type=click.Choice(list(TASKS)), help="What a position is.  [default: causal-lm]")
-@click.option("--top-k", type=int, help="Token ids kept at every position.  [default: 64]")
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="Settings that go well together (kdcache estimate).")
+@click.option(
+    "--targets",
+    type=click.Choice(KINDS),
+    help="What is kept at every position: the most probable ids, draws, both, or the last hidden state.  "
+    "[default: top-k]",
+)
+@click.option("--top-k", type=int, help="Most token ids kept at a position.  [default: 64; hybrid 8; hidden 1]")
+@click.option("--min-prob", type=float, help="Keep only ids of at least this probability (and the first).")
+@click.option("--min-mass", type=float, help="Keep the fewest ids that together have this probability.")
+@click.option("--draws", type=int, help="Draws at every position.  [default: 50; hybrid 24]")
+@click.option("--temperatures", metavar="T,T,...", help="Store the mass outside the kept ids at these too.")
+@click.option("--tail-prior/--no-tail-prior", default=None, help="Store the mean tail.  [default: for top-k]")
 @click.option("--codec", type=click.Choice(list(TOPK_CODECS)), help="How kept values are stored.  [default: compact]")
 @click.option("--hidden-states", metavar="LAYERS", help="Also store these hidden states, such as last,12.")
 @click.option("--hidden-codec", type=click.Choice(list(HIDDEN_CODECS)), help="How they are stored.  [default: bf16]")
@@ -57,9 +71,12 @@ def command(
     """Run a teacher over a corpus once and write what it knows to a cache.
 
     For every position the cache keeps the most probable token ids with their log-probabilities, the exact mass of all
-    others, the log-probability of the corpus's own next token and the entropy; on request also hidden states.
+    others, the log-probability of the corpus's own next token and the entropy; on request also hidden states. Instead
+    of ids, or beside them, it can hold draws from the distribution (fewest bytes) or the last hidden state and the
+    teacher's LM head, which give the whole distribution back at any temperature (most bytes). kdcache estimate
+    measures them all on your corpus.
     """
-    from kdcache.config import load
+    from kdcache.config import load, merge
     from kdcache.dump import DumpConfig, dump_teacher, estimate_dump
 
     settings = options.nest(
@@ -74,7 +91,13 @@ def command(
             "corpus.limit_documents": given["limit_documents"],
             "sequences.max_length": given["max_length"],
             "sequences.packing": "window" if given["pack"] else None,
+            "targets.kind": given["targets"],
             "targets.top_k": given["top_k"],
+            "targets.min_prob": given["min_prob"],
+            "targets.min_mass": given["min_mass"],
+            "targets.num_draws": given["draws"],
+            "targets.temperatures": given["temperatures"],
+            "targets.tail_prior": given["tail_prior"],
             "targets.codec": given["codec"],
             "hidden_states.layers": given["hidden_states"],
             "hidden_states.codec": given["hidden_codec"],
@@ -83,6 +106,8 @@ def command(
             "batch_tokens": given["batch_tokens"],
         }
     )
+    if given["preset"] is not None:
+        settings = merge(dict(PRESETS[given["preset"]].settings), settings)
     config = load(DumpConfig, file=config_file, assignments=assignments, options=settings)
     if dry_run:
         estimate = estimate_dump(config, progress=not quiet)

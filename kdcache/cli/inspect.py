@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from kdcache.cli import options
+from kdcache.schema import TargetsRecord
 
 
 @click.command("inspect", context_settings=options.CONTEXT)
@@ -43,14 +44,16 @@ def command(cache: str, as_json: bool) -> None:
             f"licence {corpus.licence or 'not given'}",
         ),
         ("sequences", f"{manifest.num_sequences:,} ({_settings(manifest.sequences)})"),
+        ("targets", _targets(manifest.targets)),
         ("positions", f"{manifest.num_positions:,} ({totals['num_targets']:,} count in the loss)"),
         ("size", f"{options.human_bytes(totals['num_bytes'])} in {manifest.num_shards} shards"),
         ("bytes/token", f"{totals['bytes_per_token']:.2f}"),
     ]
     for item in manifest.fields:
         size = sum(shard.objects[item.name].num_bytes for shard in manifest.shards) / max(manifest.num_positions, 1)
-        top = f"top {manifest.top_k}, " if item.name == "targets" else ""
-        rows.append((f"  {item.name}", f"{size:.2f} bytes/token ({top}{_settings(item.codec)})"))
+        error = "" if item.relative_error is None else f", relative error {item.relative_error:.1e}"
+        rows.append((f"  {item.name}", f"{size:.2f} bytes/token ({_settings(item.codec)}{error})"))
+    rows += [(f"  {item.path}", f"{options.human_bytes(item.num_bytes)}, once") for item in manifest.cache_files]
     rows += [
         ("teacher loss", f"{totals['teacher_loss']:.4f} nats (perplexity {totals['teacher_perplexity']:.2f})"),
         ("top-1 accuracy", f"{totals['teacher_top1_accuracy']:.4f}"),
@@ -61,6 +64,17 @@ def command(cache: str, as_json: bool) -> None:
     if corpus.metadata_columns:
         rows.insert(6, ("metadata", ", ".join(corpus.metadata_columns)))
     options.echo_rows(rows)
+
+
+def _targets(record: TargetsRecord) -> str:
+    """Say what is kept at every position."""
+    parts = [f"{record.kind}: " + (f"top {record.top_k}" if record.top_k else "no ids exactly")]
+    parts += [f"with p >= {record.min_prob:g}"] if record.min_prob else []
+    parts += [f"of mass {record.min_mass:g}"] if record.min_mass < 1 else []
+    parts += [f"{record.num_draws} draws (seed {record.seed})"] if record.num_draws else []
+    parts += [f"tails at T = {', '.join(f'{t:g}' for t in record.temperatures)}"] if record.temperatures else []
+    parts += ["tail prior"] if record.tail_prior else []
+    return ", ".join(parts)
 
 
 def _created(provenance: dict[str, Any]) -> str:

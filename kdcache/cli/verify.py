@@ -78,8 +78,8 @@ def _advice(report: Any) -> str:
     advice = []
     if report.num_rewritable:
         advice.append(
-            "For plan.parquet and the files of the tokenizer, run the same dump-teacher command again: it writes them "
-            "again."
+            "For plan.parquet, the files of the tokenizer and the LM head, run the command that made the cache again: "
+            "it writes them again."
         )
     if len(report.problems) > report.num_rewritable:
         advice.append(
@@ -109,3 +109,8 @@ def _echo(report: Any, check: Any) -> None:
         f"{check.mean_gold_difference:.2e} on average (allowed {check.allowed_gold_difference:.0e}), top-1 agreement "
         f"{check.top1_agreement:.4f}."
     )
+    if check.states_error is not None:
+        click.echo(
+            f"Last hidden states: relative difference {check.states_error:.2e} (allowed "
+            f"{check.allowed_states_error:.0e})."
+        )

@@ -131,10 +131,15 @@ def _blocks(num_rows: int) -> Iterator[slice]:
 
 def relative_error(codec: HiddenCodec, states_PD: NDArray[np.float32]) -> float:
     """Return the root mean square over rows of |decoded - state| / |state|: what ``codec`` costs on these rows."""
-    decoded_PD = codec.decode(codec.encode(codec.stage(states_PD)))
-    norms_P = np.linalg.norm(states_PD.astype(np.float64), axis=1)
-    errors_P = np.linalg.norm((decoded_PD - states_PD).astype(np.float64), axis=1)
-    return float(np.sqrt(np.mean((errors_P / np.maximum(norms_P, 1e-30)) ** 2))) if len(states_PD) else 0.0
+    errors_P = relative_errors(codec.decode(codec.encode(codec.stage(states_PD))), states_PD)
+    return float(np.sqrt((errors_P**2).mean())) if len(errors_P) else 0.0
+
+
+def relative_errors(found_PD: NDArray[np.float32], states_PD: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return |found - state| / |state| of every row, [P]."""
+    differences_P = np.linalg.norm((found_PD - states_PD).astype(np.float64), axis=1)
+    errors_P: NDArray[np.float64] = differences_P / np.maximum(np.linalg.norm(states_PD, axis=1), _TINY)
+    return errors_P
 
 
 #: Every codec of hidden states by its name on the command line.

@@ -3,7 +3,7 @@
 A *step* is the next S sequences of the epoch's order, S = sequences per micro-batch x gradient accumulation x ranks.
 Only then is it dealt out: any split of the step into micro-batches and ranks sees the same sequences, none twice (the
 usual sampler repeats sequences at an epoch's end to make ranks even), so the gradient does not depend on the split.
-Inside a step sequences are grouped by length, which only saves padding. The order is a pure function of (cache, seed,
+Inside a step sequences are grouped by length, which only saves padding. The order is a pure function of (texts, seed,
 epoch), so the number of steps done is all that resuming has to know.
 
 The last step of an epoch may be smaller. When it has fewer sequences than micro-batches, some micro-batches are
@@ -67,7 +67,7 @@ class MicroBatches(BatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         cache = self._cache
-        order = epoch_order(cache.shard_starts, self._seed, self.epoch, self._window_shards, cache.fingerprint)
+        order = epoch_order(cache.shard_starts, self._seed, self.epoch, self._window_shards, cache.order_key)
         for start in range(0, len(order), self.sequences_per_step):
             yield from self._mine(order[start : start + self.sequences_per_step])
 

@@ -17,7 +17,7 @@ def fake_cache(num_sequences):
         def __len__(self):
             return num_sequences
 
-    return Cache(shard_starts=starts, lengths_N=lengths, fingerprint="f")
+    return Cache(shard_starts=starts, lengths_N=lengths, order_key="f")
 
 
 def steps(num_sequences, batch, accumulation, num_ranks, *, epoch=0, seed=0):
