@@ -158,6 +158,21 @@ def test_rows_without_a_tail_and_draws_are_exact():
     assert float(gradient.abs().max()) < 1e-6
 
 
+def test_a_tail_that_nothing_was_drawn_from_stays_a_bucket():
+    rows = TeacherRows(
+        torch.tensor([[2, 0, 2]]),
+        torch.tensor([[0.5, 0.2, 0.0]]).log(),
+        torch.tensor([0.3]).log(),
+        torch.tensor([1.25]),
+        torch.tensor([1]),
+        torch.tensor([True]),
+    )
+    student = torch.tensor([[0.1, 0.3, 0.4, 0.2]])
+    value = FORWARD_KL.values(ChunkView(student.log(), rows, TeacherContext("hybrid", 4)))
+    expected = -(0.5 * np.log(0.4) + 0.2 * np.log(0.1) + 0.3 * np.log(0.5)) - 1.25
+    assert float(value) == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["sampled", "hybrid"])
 def test_objective_with_a_cross_entropy_and_masked_rows(kind):
     teacher_PV, student_PV = models()
