@@ -80,10 +80,11 @@ def _tails(ordered: np.ndarray, num_kept: np.ndarray, temperatures: tuple[float,
 def _draw(ids: np.ndarray, ordered: np.ndarray, record: TargetsRecord, generator: np.random.Generator) -> Draws:
     tail = np.exp(ordered)
     tail[:, : record.top_k] = 0
-    counts = np.stack(
-        [generator.multinomial(record.num_draws, p / p.sum()) if p.sum() > 0 else np.zeros_like(p, int) for p in tail]
-    )
-    order = np.argsort(-counts, axis=1, kind="stable")[:, : max(int((counts > 0).sum(axis=1).max()), 1)]
+    counts = np.zeros(tail.shape, dtype=int)
+    for row, p in enumerate(tail):
+        if p.sum() > 0:
+            counts[row] = generator.multinomial(record.num_draws, p / p.sum())
+    order = np.argsort(-counts, axis=1, kind="stable")[:, : max(int((counts > 0).sum(axis=1).max(initial=0)), 1)]
     counts = np.take_along_axis(counts, order, axis=1)
     return Draws(np.where(counts > 0, np.take_along_axis(ids, order, axis=1), 0), counts)
 

@@ -17,9 +17,9 @@ from kdcache.codecs.ranks import id_dtype, ids_of_ranks, rank_ids, sorted_steps,
 from kdcache.schema import ArrayRecord, Draws
 
 
-def count_dtype(num_draws: int) -> str:
-    """Return the smallest unsigned dtype that holds a count of ``num_draws``."""
-    return "uint8" if num_draws < 1 << 8 else "uint16" if num_draws < 1 << 16 else "uint32"
+def count_dtype(largest: int) -> str:
+    """Return the smallest unsigned dtype that holds every count up to ``largest``."""
+    return "uint8" if largest < 1 << 8 else "uint16" if largest < 1 << 16 else "uint32"
 
 
 def draw_arrays(num_draws: int, vocab_size: int) -> tuple[ArrayRecord, ...]:
@@ -54,10 +54,13 @@ def encode_draws(draws: Draws, num_draws: int, vocab_size: int) -> dict[str, NDA
     }
 
 
-def open_draws(arrays: Mapping[str, NDArray[Any]], num_draws: int) -> dict[str, NDArray[Any]]:
-    """Return the arrays of a shard with rows of draws as rectangles [P, J], still encoded."""
+def open_draws(arrays: Mapping[str, NDArray[Any]], most: int) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a shard with rows of draws as rectangles [P, J], still encoded.
+
+    No row has more than ``most`` distinct ids. Raises ``CorruptCacheError``.
+    """
     num_P = arrays["num_drawn"]
-    width = min(int(num_P.max(initial=0)), num_draws)
+    width = min(int(num_P.max(initial=0)), most)
     opened = {name: expand(arrays[name], num_P, width, name) for name in ("draw_counts", "draw_ranks")}
     return {**arrays, **opened}
 

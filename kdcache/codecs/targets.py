@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.codecs.draws import decode_draws, draw_arrays, encode_draws, open_draws
+from kdcache.codecs.draws import count_dtype, decode_draws, draw_arrays, encode_draws, open_draws
 from kdcache.codecs.ragged import expand, flatten
 from kdcache.codecs.topk import TopKCodec
 from kdcache.errors import CacheError
@@ -42,8 +42,7 @@ class TargetsCodec:
         ]
         found += [ArrayRecord(name=name, dtype=scalar, rows="positions") for name in self._scalars]
         if record.is_ragged:
-            dtype = "uint8" if record.top_k < 1 << 8 else "uint32"
-            found.append(ArrayRecord(name="num_kept", dtype=dtype, rows="positions"))
+            found.append(ArrayRecord(name="num_kept", dtype=count_dtype(record.top_k), rows="positions"))
         if record.temperatures:
             shape = (len(record.temperatures),)
             found.append(ArrayRecord(name="log_tails", dtype=scalar, rows="positions", shape=shape))
@@ -72,14 +71,16 @@ class TargetsCodec:
             targets.ids_PK, targets.logprobs_PK, self.vocab_size, _kept(num_P, self.record.top_k)
         )
         flat = {name: flatten(encoded[name], num_P) for name in self._ragged}
-        return {**encoded, **flat, "num_kept": num_P}
+        return {**encoded, **flat, "num_kept": num_P.astype(count_dtype(self.record.top_k))}
 
     def open(self, arrays: Arrays) -> dict[str, NDArray[Any]]:
         """Return the arrays of a shard with one row per position, still encoded; raises ``CorruptCacheError``."""
         opened = dict(arrays)
         for name in self._ragged:
             opened[name] = expand(arrays[name], arrays["num_kept"], self.record.top_k, name)
-        return open_draws(opened, self.record.num_draws) if self.record.num_draws else opened
+        # No row has more distinct draws than there are ids, whatever a stranger's file claims.
+        most = min(self.record.num_draws, self.vocab_size)
+        return open_draws(opened, most) if self.record.num_draws else opened
 
     def decode(self, arrays: Arrays) -> Targets:
         """Decode rows of what `open` returned: any slice of the per-position arrays, with the whole of every table."""

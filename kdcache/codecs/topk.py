@@ -80,7 +80,7 @@ class TopKCodec(Config):
             exp_KP *= kept_KP
         # The head always holds some mass, but half precision can round a tail of 0.9999999 up to 1.
         tail_P = np.minimum(np.exp(log_tail_P), np.float32(1 - 2**-23))
-        head_KP += np.log1p(-tail_P) - np.log(exp_KP.sum(axis=0))
+        head_KP += np.log1p(-tail_P) - np.log(_sum_columns(exp_KP))
         if kept_KP is not None:
             head_KP[~kept_KP] = -np.inf
         return head_KP
@@ -163,6 +163,15 @@ def _cumulate(gaps_KP: NDArray[Any], out_KP: NDArray[np.float32], unit: np.float
         np.add(previous_P, gaps_KP[k], out=out_KP[k])
         previous_P = out_KP[k]
     out_KP *= unit
+
+
+def _sum_columns(values_KP: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the sums over the columns, [P], always added in the same order."""
+    # np.sum adds a single row pairwise: a row that is read alone would decode to other bits than in company.
+    total_P = values_KP[0].copy()
+    for values_P in values_KP[1:]:
+        total_P += values_P
+    return total_P
 
 
 def _blocks(num_positions: int) -> Iterator[slice]:
