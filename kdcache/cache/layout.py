@@ -194,6 +194,9 @@ def _check_consistent(manifest: Manifest, folder: Folder) -> None:
     targets = manifest.targets
     if targets.top_k < 1 and targets.num_draws < 1:
         raise CorruptCacheError(f"{where}: field {TARGETS_FIELD} keeps no ids and no draws")
+    vocab_size = manifest.tokenizer.vocab_size
+    if targets.top_k > vocab_size:
+        raise CorruptCacheError(f"{where}: targets.top_k is {targets.top_k}, but there are {vocab_size} ids")
     if not isinstance(manifest.sequences.get("max_length"), int):
         raise CorruptCacheError(f"{where}: sequences.max_length is not a number")
     fields = {SEQUENCES_FIELD, *(field.name for field in manifest.fields)}
@@ -203,7 +206,7 @@ def _check_consistent(manifest: Manifest, folder: Folder) -> None:
         raise CorruptCacheError(f"{where}: targets of the kind hidden need the field {manifest.states_field}")
     for shard in manifest.shards:
         # What arrays without a row per position may make a reader allocate.
-        limits = (shard.num_positions * targets.top_k, shard.num_positions * targets.num_draws)
+        limits = [shard.num_positions * most for most in (targets.top_k, min(targets.num_draws, vocab_size))]
         if not (0 <= shard.num_entries <= limits[0] and 0 <= shard.num_draws <= limits[1]):
             raise CorruptCacheError(
                 f"{where}: shard {shard.index} has {shard.num_entries} entries and {shard.num_draws} draws, more than "

@@ -20,7 +20,7 @@ def refuse_foreign(folder: Folder) -> None:
         raise CacheError(f"output {local} is a file; give a directory")
     if folder.exists(layout.PLAN):
         return
-    ours = {layout.PLAN_TABLE, layout.TOKENIZER, LOCK}
+    ours = {layout.PLAN_TABLE, layout.TOKENIZER, layout.LM_HEAD, LOCK}
     strange = [name for name in folder.names() if name not in ours and not name.endswith(TEMPORARY)]
     if strange:
         raise CacheError(

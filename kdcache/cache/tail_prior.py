@@ -8,6 +8,7 @@ in it already, and its content is the same.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,8 @@ class TailSum(NamedTuple):
     num_positions: int
 
 
+_ADVICE = "shards do not hold what they add to it: fetch the file again, or dump into another output"
+
 _ARRAYS = {
     "table/probability": ArrayRecord(name="probability", dtype="float32", rows="table"),
     "table/shards": ArrayRecord(name="shards", dtype="int32", rows="table"),
@@ -35,14 +38,27 @@ _ARRAYS = {
 
 
 class TailPrior:
-    """The prior of the cache in ``folder`` while it is written."""
+    """The prior of the cache in ``folder`` while it is written, ``committed`` shards of it already.
 
-    def __init__(self, folder: Folder, vocab_size: int) -> None:
+    Raises ``CacheError`` when the file lacks the share of a committed shard: only the teacher could make it again.
+    """
+
+    def __init__(self, folder: Folder, vocab_size: int, committed: Collection[int]) -> None:
         self._folder = folder
         self._probability_V = np.zeros(vocab_size, dtype=np.float32)
         self._num_positions: dict[int, int] = {}
-        if folder.exists(layout.TAIL_PRIOR):
+        if not committed:  # whatever lies there is of shards that are made again
+            return
+        try:
             self._probability_V, self._num_positions = _read(folder, vocab_size)
+        except CorruptCacheError as error:
+            raise CacheError(f"{error}; {_ADVICE}") from None
+        lost = sorted(set(committed) - set(self._num_positions))
+        if lost:
+            raise CacheError(
+                f"{folder}, file {layout.TAIL_PRIOR} lacks the share of {len(lost)} committed shards, the first is "
+                f"{lost[0]}; {_ADVICE}"
+            )
 
     def add(self, shard: int, tail_sum: TailSum | None) -> None:
         """Add the share of ``shard``, unless it is in there already, and write the file."""
@@ -69,9 +85,19 @@ def pack_prior(probability_V: NDArray[np.float32], num_positions: dict[int, int]
     )
 
 
-def read_prior(folder: Folder, vocab_size: int) -> NDArray[np.float32]:
+def read_prior(folder: Folder, vocab_size: int, num_shards: int) -> NDArray[np.float32]:
     """Return the tail prior of a cache, [V] float32; raises ``CorruptCacheError``."""
-    return _read(folder, vocab_size)[0]
+    probability_V, num_positions = _read(folder, vocab_size)
+    if sorted(num_positions) != list(range(num_shards)):
+        raise CorruptCacheError(
+            f"{folder}, file {layout.TAIL_PRIOR}: it is the mean over shards {_short(sorted(num_positions))}; expected "
+            f"all from 0 to {num_shards - 1}"
+        )
+    return probability_V
+
+
+def _short(shards: list[int]) -> str:
+    return ", ".join(map(str, shards[:8])) + (", ..." if len(shards) > 8 else "")
 
 
 def _read(folder: Folder, vocab_size: int) -> tuple[NDArray[np.float32], dict[int, int]]:

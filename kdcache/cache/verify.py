@@ -117,7 +117,7 @@ def _check_prior(folder: Folder, manifest: Manifest) -> Iterator[str]:
             yield problem
             return
         try:
-            read_prior(folder, manifest.tokenizer.vocab_size)
+            read_prior(folder, manifest.tokenizer.vocab_size, manifest.num_shards)
         except CorruptCacheError as error:
             yield str(error)
 

@@ -97,9 +97,10 @@ class CacheWriter:
         Raises ``CacheError`` when the folder holds another cache (saying what differs) or something else entirely.
         """
         existing = layout.read_plan(self.folder)
-        if existing is not None and not self.folder.names(layout.COMMITS) and differences_of(existing, plan):
-            # A dump that failed before its first shard (NaN, out of memory) must not forbid another attempt.
-            self.folder.remove(layout.PLAN)
+        if existing is not None and not self._has_commits() and differences_of(existing, plan):
+            # A dump that failed before its first shard (NaN, out of memory) must not forbid another attempt. Its plan
+            # stands until the new one is written over it: without any, this would look like somebody else's folder.
+            self._remove_garbage(existing, {})
             existing = None
         if existing is None:
             self._start(plan, table, tokenizer_files, cache_files or {})
@@ -108,14 +109,17 @@ class CacheWriter:
             check_same_plan(existing, plan, self.folder)
             self._restore(existing, table, tokenizer_files, cache_files or {})
         self.plan = existing
-        if existing.targets.tail_prior:
-            self._tail_prior = TailPrior(self.folder, existing.tokenizer.vocab_size)
         committed = self._committed()
+        if existing.targets.tail_prior:
+            self._tail_prior = TailPrior(self.folder, existing.tokenizer.vocab_size, committed)
         missing = [shard for shard in range(existing.num_shards) if shard not in committed]
         if missing:  # a manifest must not outlive its shards: its presence means that the cache is complete
             self.folder.remove(layout.MANIFEST)
-        self._remove_garbage(committed)
+        self._remove_garbage(existing, committed)
         return missing
+
+    def _has_commits(self) -> bool:
+        return any(not name.endswith(TEMPORARY) for name in self.folder.names(layout.COMMITS))
 
     def _start(
         self,
@@ -177,10 +181,9 @@ class CacheWriter:
                 log.warning("files of shard %d are missing or cut short; it is made again", shard)
         return records
 
-    def _remove_garbage(self, committed: Mapping[int, ShardRecord]) -> None:
-        assert self.plan is not None
+    def _remove_garbage(self, plan: Plan, committed: Mapping[int, ShardRecord]) -> None:
         kept = {item.path for record in committed.values() for item in record.objects.values()}
-        for directory in layout.object_directories(self.plan):
+        for directory in layout.object_directories(plan):
             for name in self.folder.names(directory):
                 if name not in kept:
                     self.folder.remove(name)
