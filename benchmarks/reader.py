@@ -105,7 +105,7 @@ def run(options, directory: Path) -> None:
 
 
 def shuffle(cache: Cache) -> np.ndarray:
-    return epoch_order(cache.shard_starts, seed=0, epoch=0, fingerprint=cache.fingerprint)
+    return epoch_order(cache.shard_starts, seed=0, epoch=0, key=cache.order_key)
 
 
 if __name__ == "__main__":

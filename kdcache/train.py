@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -123,8 +123,11 @@ def train_student(
     resume: bool = False,
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
+    module: Callable[[Student, Objective], Distillation] = Distiller,
 ) -> TrainResult:
     """Train a student from a cache and save it under ``config.output``.
+
+    ``module`` joins student and objective; one of your own may get the teacher's part of a batch from elsewhere.
 
     With ``resume`` the newest complete checkpoint there is continued (from the beginning if there is none); a run
     that has finished gives its result again. Raises ``ConfigError`` when the output holds a run already, or another
@@ -137,7 +140,7 @@ def train_student(
     cache = _open(config)
     objective = Objective(config.objective, context=context_of(cache))
     student = load_student(config.student, cache.manifest, cache.tokenizer_dir())
-    trainer, batches = _make_trainer(config, cache, student, objective, progress, callbacks)
+    trainer, batches = _make_trainer(config, cache, module(student, objective), progress, callbacks)
     record = RunRecord.begin(
         config.output,
         settings=settings_that_decide(
@@ -219,8 +222,7 @@ def _num_steps(config: TrainConfig, batches: MicroBatches) -> int:
 def _make_trainer(
     config: TrainConfig,
     cache: Cache,
-    student: Student,
-    objective: Objective,
+    module: Distillation,
     progress: bool,
     callbacks: Sequence[TrainerCallback],
 ) -> tuple[DistillationTrainer, MicroBatches]:
@@ -229,9 +231,9 @@ def _make_trainer(
     args.max_steps = _num_steps(config, batches)
     args.warmup_steps = math.ceil(config.warmup_ratio * args.max_steps)
     trainer = DistillationTrainer(
-        Distiller(student, objective),
+        module,
         args,
-        training_loader(cache, batches, student.pad_id, config.data_workers),
+        training_loader(cache, batches, module.student.pad_id, config.data_workers),
         batches,
         callbacks=[*callbacks, *([ProgressBar()] if progress else [])],
     )

@@ -95,7 +95,7 @@ class ChunkLayout:
 def encode_chunks(data: NDArray[Any], layout: ChunkLayout) -> Iterator[bytes]:
     """Yield the chunks of ``data``, in order; the last one is filled up with zeros, as zarr does."""
     shuffle = numcodecs.blosc.BITSHUFFLE if layout.bitshuffle else numcodecs.blosc.SHUFFLE
-    codec = numcodecs.blosc.Blosc(cname="zstd", clevel=5, shuffle=shuffle)
+    codec = numcodecs.blosc.Blosc(cname="zstd", clevel=6, shuffle=shuffle)
     chunk, rows_first = _scratch(layout)
     for number in range(layout.num_chunks):
         part = data[number * layout.rows : (number + 1) * layout.rows]

@@ -71,7 +71,7 @@ def _write_metadata(group: zarr.Group, name: str, layout: ChunkLayout) -> None:
         compressors=[
             BloscCodec(
                 cname="zstd",
-                clevel=5,
+                clevel=6,
                 shuffle="bitshuffle" if layout.bitshuffle else "shuffle",
                 typesize=layout.dtype.itemsize,
             ),

@@ -64,7 +64,7 @@ def test_narrow_columns_and_wide_rows_are_contiguous():
 def write_with_zarr(values: np.ndarray, store: MemoryStore | None = None, **settings) -> bytes:
     """Return an object with the array ``positions/a`` as somebody who has only zarr may write it."""
     store = store or MemoryStore()
-    blosc = BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle", typesize=values.dtype.itemsize)
+    blosc = BloscCodec(cname="zstd", clevel=6, shuffle="bitshuffle", typesize=values.dtype.itemsize)
     defaults = {"chunks": (1000, *values.shape[1:]), "compressors": [blosc, Crc32cCodec()], "fill_value": 0}
     group = zarr.create_group(store)
     array = group.create_array("positions/a", shape=values.shape, dtype=values.dtype, **{**defaults, **settings})

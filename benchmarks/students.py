@@ -1,0 +1,174 @@
+"""Does the student get as good from a cache as with the teacher live, and for how many bytes?
+
+One student, one order of the texts, the same steps; only the targets differ. Everything comes from one dump of the
+kind hidden: `transcode` makes the smaller caches from it. All students are judged on a held-out cache of the kind
+hidden, so their KL to the teacher is the exact one over the whole vocabulary. Seeds change initial weights and order;
+within a seed all variants share both, so the differences to the live teacher are paired.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from kdcache.transcode import TranscodeConfig, transcode
+
+from benchmarks import report
+from benchmarks.teacher import gguf_path
+from kdcache.cache import open_cache
+from kdcache.config import build
+from kdcache.evaluation import evaluate
+from kdcache.losses import TeacherRows
+from kdcache.presets import PRESETS
+from kdcache.teachers import TeacherConfig, load_teacher
+from kdcache.train import Distiller, TrainConfig, train_student
+
+_KL: dict[str, Any] = {"forward_kl": {"weight": 1.0}, "cross_entropy": {"weight": 0.0}}
+
+
+def _tail(name: str) -> dict[str, Any]:
+    return {"forward_kl": {"weight": 1.0, "tail": name}, "cross_entropy": {"weight": 0.0}}
+
+
+#: Variant -> (preset of the cache, objective, whether the teacher is in memory).
+VARIANTS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "live teacher, full KL": ("hidden", _KL, True),
+    "hidden (exact mode)": ("hidden", _KL, False),
+    "hidden-int8": ("hidden-int8", _KL, False),
+    "compact, bucket": ("compact", _tail("bucket"), False),
+    "compact, prior": ("compact", _tail("prior"), False),
+    "compact-32, prior": ("compact-32", _tail("prior"), False),
+    "ragged, bucket": ("ragged", _tail("bucket"), False),
+    "sampled": ("sampled", _KL, False),
+    "hybrid": ("hybrid", _KL, False),
+    "compact, renormalised": ("compact", _tail("renormalise"), False),
+    "cross-entropy only": ("hidden", {"forward_kl": None, "cross_entropy": {"weight": 1.0}}, False),
+}
+LIVE = "live teacher, full KL"
+
+
+class LiveDistiller(Distiller):
+    """The same student and objective with the teacher's last hidden states made on the spot."""
+
+    def __init__(self, student: Any, objective: Any, teacher: Any) -> None:
+        super().__init__(student, objective)
+        self._teacher = (teacher,)  # in a tuple, so that it is no part of what is trained
+
+    def forward(self, batch: Any, num_valid: Any) -> Any:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        with torch.no_grad():
+            states = self._teacher[0].model.base_model(**inputs, use_cache=False).last_hidden_state
+        rows = {**batch, "teacher_hidden": states.flatten(0, 1)[batch["rows"]].float()}
+        hidden_PD = self.student.hidden(batch)
+        result = self.objective(hidden_PD, self.student.head, TeacherRows.from_batch(rows), num_valid)
+        return result.loss, result.sums, result.num_valid
+
+
+def main() -> None:
+    parser = report.arguments(__doc__.splitlines()[0])
+    parser.add_argument("train", help="finished cache of the kind hidden, to train on")
+    parser.add_argument("held_out", help="finished cache of the kind hidden, of texts that are not trained on")
+    parser.add_argument("--work", required=True, help="directory of transcoded caches and students; runs are resumed")
+    parser.add_argument("--teacher", default=gguf_path(), help="the caches' teacher, for the live variant")
+    parser.add_argument("--student-size", default="tiny")
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--batch-sequences", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--jobs", type=int, default=2, help="students that train side by side, one thread each")
+    parser.add_argument("--docs", metavar="DIR", help="write students.md there")
+    options = parser.parse_args()
+    for preset in dict.fromkeys(VARIANTS[name][0] for name in options.variants):
+        make_cache(options, preset)
+    runs = [(name, seed) for seed in options.seeds for name in options.variants]
+    # Processes, because each student is too small to keep two cores busy.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        results = dict(zip(runs, pool.map(partial(one, options), runs), strict=True))
+    rows = [row(options, name, results) for name in options.variants]
+    finish(options, rows, {f"{name}, seed {seed}": value for (name, seed), value in results.items()})
+
+
+def cache_path(options: Any, preset: str) -> str:
+    return options.train if preset == "hidden" else str(Path(options.work) / "caches" / preset)
+
+
+def make_cache(options: Any, preset: str) -> None:
+    if preset != "hidden":
+        settings = {"source": options.train, "output": cache_path(options, preset), **PRESETS[preset].settings}
+        transcode(build(TranscodeConfig, settings), progress=False)
+
+
+def one(options: Any, run: tuple[str, int]) -> dict[str, float]:
+    """Train and judge one student."""
+    torch.set_num_threads(1)
+    name, seed = run
+    preset, objective, live = VARIANTS[name]
+    output = Path(options.work) / "students" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+    settings = {
+        "cache": cache_path(options, preset),
+        "student": {"size": options.student_size, "seed": seed},
+        "output": str(output),
+        "objective": objective,
+        "epochs": options.epochs,
+        "batch_sequences": options.batch_sequences,
+        "learning_rate": options.learning_rate,
+        "warmup_ratio": 0.1,
+        "seed": seed,
+        "device": "cpu",
+        "save_steps": 100_000,
+    }
+    module: Any = Distiller
+    if live:
+        manifest = open_cache(options.train).manifest
+        teacher = load_teacher(
+            TeacherConfig(model=options.teacher, dtype=manifest.teacher.dtype, device="cpu"),
+            manifest.tokenizer.vocab_size,
+        )
+        module = partial(LiveDistiller, teacher=teacher)
+    result = train_student(build(TrainConfig, settings), resume=True, progress=False, module=module)
+    judged = evaluate(options.held_out, [str(output)], device="cpu", progress=False).students[0]
+    print(f"{name}, seed {seed}: loss {judged.loss:.4f}, KL {judged.kl:.4f}", flush=True)
+    found = {"loss": judged.loss, "kl": judged.kl, "ece": judged.ece, "agreement": judged.agreement}
+    return {**found, "tokens_per_s": result.tokens_per_s}
+
+
+def row(options: Any, name: str, results: dict[tuple[str, int], dict[str, float]]) -> dict[str, Any]:
+    found = [results[name, seed] for seed in options.seeds]
+    manifest = open_cache(cache_path(options, VARIANTS[name][0])).manifest
+    none = VARIANTS[name][2] or "only" in name
+    cells: dict[str, Any] = {"targets": name, "bytes/token": "-" if none else f"{manifest.bytes_per_token:.1f}"}
+    for key in ("loss", "kl", "ece"):
+        cells[key] = interval([item[key] for item in found])
+    if LIVE in options.variants:
+        paired = [results[name, seed]["kl"] - results[LIVE, seed]["kl"] for seed in options.seeds]
+        cells["KL above live"] = "-" if name == LIVE else interval(paired)
+    cells["tokens/s"] = statistics.mean(item["tokens_per_s"] for item in found)
+    return cells
+
+
+def interval(values: list[float]) -> str:
+    """Return mean and half width of the 95% interval of Student's t distribution."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:.4f}"
+    t = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776}.get(len(values) - 1, 2.6)
+    return f"{mean:.4f} ± {t * statistics.stdev(values) / math.sqrt(len(values)):.4f}"
+
+
+def finish(options: Any, rows: list[dict[str, Any]], runs: dict[str, Any]) -> None:
+    teacher = evaluate(options.held_out, [], progress=False).teacher
+    title = f"Held-out loss of the teacher: {teacher.loss:.4f}; students after {options.epochs:g} epochs"
+    report.show(title, rows, {"runs": runs, "teacher": json.loads(teacher.model_dump_json())}, options.json)
+
+
+if __name__ == "__main__":
+    main()
