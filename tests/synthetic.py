@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from safetensors.numpy import save
 
 from kdcache.cache import CacheWriter, Folder, ShardData, token_arrays
 from kdcache.cache.layout import sha256, table_to_parquet
@@ -203,11 +204,22 @@ class SyntheticCache:
             return None
         return TailSum(sum(item.sum_V for item in found), sum(item.num_positions for item in found))
 
+    def cache_files(self) -> dict[str, bytes]:
+        """The files that the cache has once: an LM head where the last hidden state stands for the distribution."""
+        if self.record.kind != "hidden":
+            return {}
+        generator = np.random.default_rng(5)
+        tensors = {
+            "weight": generator.normal(size=(self.vocab_size, WIDTH)).astype(np.float32),
+            "bias": generator.normal(size=self.vocab_size).astype(np.float32),
+        }
+        return {"lm_head.safetensors": save(tensors, metadata={"lm_head": '{"scale": 0.5, "softcap": 30.0}'})}
+
     def write(self, path: Path | str, *, shards: range | None = None, finish: bool = True) -> str:
         """Write ``shards`` that are missing (default: all) with the real writer."""
         with CacheWriter(Folder(str(path))) as writer:
-            files = {"lm_head.safetensors": b"a head"} if self.record.kind == "hidden" else {}
-            missing = writer.begin(self.plan(), self.table(), {"tokenizer.json": b'{"version": "1.0"}'}, files)
+            files = {"tokenizer.json": b'{"version": "1.0"}'}
+            missing = writer.begin(self.plan(), self.table(), files, self.cache_files())
             for index in missing:
                 if shards is None or index in shards:
                     writer.write_shard(self.shard(index))

@@ -5,45 +5,68 @@ stands for all caches out there, so this script refuses to touch what exists.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from kdcache.cache import Cache, open_cache
 from kdcache.codecs import TOPK_CODECS
-from kdcache.schema import FORMAT_VERSION
+from kdcache.schema import FORMAT_VERSION, TargetsRecord
 from tests.synthetic import SyntheticCache
 
 ROOT = Path(__file__).parent
 
-VARIANTS = {
-    **{f"v{FORMAT_VERSION}-{name}": {"codec": name} for name in TOPK_CODECS},
-    f"v{FORMAT_VERSION}-packed-hidden": {"codec": "compact", "packed": True, "hidden": ("hidden-1", "hidden-2")},
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{name: {"codec": name} for name in TOPK_CODECS},
+    "packed-hidden": {"codec": "compact", "packed": True, "hidden": ("hidden-1", "hidden-2")},
+    "ragged": {"codec": "compact", "record": TargetsRecord(top_k=12, min_prob=0.01, min_mass=0.95)},
+    "temperatures-prior": {
+        "codec": "compact",
+        "record": TargetsRecord(top_k=6, temperatures=(0.5, 2.0, 4.0), tail_prior=True),
+    },
+    "sampled": {"codec": "compact", "record": TargetsRecord(kind="sampled", top_k=0, num_draws=30, seed=3)},
+    "hybrid": {"codec": "compact", "record": TargetsRecord(kind="hybrid", top_k=4, num_draws=300)},
+    "hidden-int8": {
+        "codec": "compact",
+        "record": TargetsRecord(kind="hidden", top_k=1),
+        "hidden": ("hidden-1",),
+        "hidden_codec": "int8",
+    },
 }
 
 
 def decoded(cache: Cache) -> dict[str, np.ndarray]:
     """Everything that a reader hands out, by name."""
     batch = cache.read(range(len(cache)), hidden=cache.manifest.hidden_layers)
+    targets = vars(batch.targets)
+    draws = {} if batch.targets.draws is None else vars(batch.targets.draws)
     arrays = {
         "tokens": batch.tokens_T,
         "token_offsets": batch.token_offsets_N1,
         "position_offsets": batch.position_offsets_N1,
         "loss_mask": batch.loss_mask_P,
-        **vars(batch.targets),
+        **{name: values for name, values in targets.items() if name != "draws"},
+        **{f"draws_{name}": values for name, values in draws.items()},
+        **dict(zip(("merged_ids", "merged_logprobs", "merged_log_tail"), batch.targets.merged(), strict=True)),
         **batch.hidden,
+        "segment_ids": batch.segment_ids_T,
+        "tail_prior": cache.tail_prior_V,
     }
-    if batch.segment_ids_T is not None:
-        arrays["segment_ids"] = batch.segment_ids_T
-    return arrays
+    if cache.manifest.targets.kind == "hidden":
+        arrays["lm_head"] = np.frombuffer(cache.lm_head_file(), np.uint8)
+    return {name: values for name, values in arrays.items() if values is not None}
 
 
 def main() -> None:
-    for name, settings in VARIANTS.items():
+    for variant, settings in VARIANTS.items():
+        name = f"v{FORMAT_VERSION}-{variant}"
         path = ROOT / name
         if path.exists():
             print(f"{name} exists and stays as it is")
             continue
-        SyntheticCache(num_sequences=7, top_k=6, vocab_size=300, seed=7, **settings).write(path / "cache")
+        SyntheticCache(**{"num_sequences": 7, "top_k": 6, "vocab_size": 300, "seed": 7, **settings}).write(
+            path / "cache"
+        )
         (path / "cache" / ".lock").unlink(missing_ok=True)
         np.savez_compressed(path / "decoded.npz", **decoded(open_cache(str(path / "cache"))))
         print(f"{name} written")

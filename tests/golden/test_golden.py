@@ -1,16 +1,43 @@
 """Caches that were committed once must open for ever and decode to the same numbers."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
+import torch
 
 from kdcache.cache import open_cache, verify
+from kdcache.codecs import TOPK_CODECS
+from kdcache.models.lm_head import head_from_bytes
+from kdcache.schema import FORMAT_VERSION, KINDS, ArrayRecord
 from tests.golden.make import ROOT, VARIANTS, decoded
 
 CACHES = sorted(path.parent for path in ROOT.glob("*/decoded.npz"))
 
 
 def test_every_variant_is_committed() -> None:
-    assert {path.name for path in CACHES} >= set(VARIANTS)
+    assert {path.name for path in CACHES} >= {f"v{FORMAT_VERSION}-{name}" for name in VARIANTS}
+
+
+def test_variants_cover_every_codec_and_every_kind_of_targets() -> None:
+    caches = [open_cache(str(path / "cache")).manifest for path in CACHES]
+    fields = [field for manifest in caches for field in manifest.fields]
+    assert {field.codec["name"] for field in fields if field.name == "targets"} == set(TOPK_CODECS)
+    assert {field.codec["name"] for field in fields} >= {"exact", "int8"}
+    assert {manifest.targets.kind for manifest in caches} == set(KINDS)
+    rows = {array.rows for field in fields for array in field.arrays}
+    assert rows == set(get_args(ArrayRecord.model_fields["rows"].annotation))
+    for has in (lambda t: t.is_ragged, lambda t: t.temperatures, lambda t: t.tail_prior):
+        assert any(has(manifest.targets) for manifest in caches)
+
+
+def test_golden_lm_head_opens() -> None:
+    [path] = [path for path in CACHES if path.name == "v1-hidden-int8"]
+    cache = open_cache(str(path / "cache"))
+    head = head_from_bytes(cache.lm_head_file())
+    states = torch.from_numpy(cache.read([0]).hidden["last"])
+    assert head.logits(states).shape == (len(states), cache.vocab_size)
+    assert (head.scale, head.softcap) == (0.5, 30.0)
 
 
 @pytest.mark.parametrize("path", CACHES, ids=lambda path: path.name)
