@@ -102,7 +102,7 @@ def test_rows_whose_tail_the_prior_does_not_know_fall_back_on_the_bucket():
     ids_K = case.rows.ids_PK[0]
     random = torch.Generator().manual_seed(1)
     priors = (
-        torch.zeros(31, dtype=torch.float64).index_copy(0, ids_K, torch.rand(6, generator=random).double())
+        torch.zeros(31, dtype=torch.float64).index_copy(0, ids_K, torch.rand(6, generator=random, dtype=torch.float64))
         for _ in range(100)
     )
     prior_V = next(prior_V for prior_V in priors if prior_V.sum() - prior_V[ids_K].sum() > 0)
