@@ -18,6 +18,7 @@ from kdcache.errors import KdcacheError, did_you_mean
 
 #: Every command: its module and its one-line help, kept here so that listing them imports nothing.
 COMMANDS = {
+    "estimate": ("kdcache.cli.estimate", "Show what every way of dumping would cost and keep, on a pilot."),
     "dump-teacher": ("kdcache.cli.dump_teacher", "Run a teacher over a corpus and write what it knows to a cache."),
     "train-student": ("kdcache.cli.train_student", "Train a student from a cache, without the teacher."),
     "evaluate": ("kdcache.cli.evaluate", "Compare students with the teacher on a held-out cache."),

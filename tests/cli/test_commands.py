@@ -13,7 +13,7 @@ commands = pytest.mark.parametrize("command", COMMANDS)
 
 
 def test_the_table_of_commands():
-    assert list(COMMANDS) == ["dump-teacher", "train-student", "evaluate", "inspect", "verify", "peek"]
+    assert list(COMMANDS) == ["estimate", "dump-teacher", "train-student", "evaluate", "inspect", "verify", "peek"]
 
 
 @commands

@@ -1,0 +1,22 @@
+"""Estimating: what every preset of a dump costs and keeps, measured on a pilot before a GPU-week is spent."""
+
+from kdcache.estimate.choices import LossChoices, student_choices
+from kdcache.estimate.measure import Measured, Measurement, Reference, measure
+from kdcache.estimate.run import Estimate, PresetEstimate, estimate, plan_of
+from kdcache.estimate.sample import HeadLogits, Sample, TeacherLogits
+
+__all__ = [
+    "Estimate",
+    "HeadLogits",
+    "LossChoices",
+    "Measured",
+    "Measurement",
+    "PresetEstimate",
+    "Reference",
+    "Sample",
+    "TeacherLogits",
+    "estimate",
+    "measure",
+    "plan_of",
+    "student_choices",
+]

@@ -1,0 +1,242 @@
+"""``kdcache estimate``: load teacher and corpus as a dump would, run a pilot, measure every preset; write nothing.
+
+A pilot of a few thousand positions, spread over the corpus, tells bytes per token within a few percent and every
+distance well enough to choose by. Time is the teacher's own speed plus what reducing its logits and encoding cost;
+a dump encodes in a second thread, so with a core to spare it is a little faster than this says.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from kdcache.cache import layout
+from kdcache.cache.tail_prior import pack_prior
+from kdcache.codecs import hidden_codec
+from kdcache.codecs.hidden import relative_error
+from kdcache.config import build, merge
+from kdcache.dump import DumpConfig, HiddenStatesConfig, TargetsConfig
+from kdcache.dump.batches import BatchRunner
+from kdcache.dump.plan import LayerPilot, make_fields, shard_positions
+from kdcache.dump.run import _load, _Parts, _pilot_sequences, _run_rows
+from kdcache.errors import ConfigError, TeacherError, did_you_mean
+from kdcache.estimate.choices import LossChoices, student_choices
+from kdcache.estimate.measure import Measurement, measure
+from kdcache.estimate.sample import HeadLogits, Logits, Sample, TeacherLogits
+from kdcache.models.lm_head import LMHead, head_to_bytes
+from kdcache.presets import PRESETS, Preset
+from kdcache.progress import bar, reporter
+from kdcache.schema import Plan, TargetsRecord
+
+log = logging.getLogger(__name__)
+
+#: Never written: a dump's parts are loaded for an output, and here there is none.
+_NO_OUTPUT = "memory://kdcache-estimate"
+_PILOT_RECORD = TargetsRecord(top_k=1)
+
+
+@dataclass
+class PresetEstimate:
+    """What one preset would cost and keep; ``unavailable`` says why the others are None."""
+
+    name: str
+    description: str
+    unavailable: str | None = None
+    measurement: Measurement | None = None
+    best_tail: str | None = None
+    """The treatment of the tail with the smallest full-vocabulary KL, None where draws stand for the tail."""
+    total_bytes: int | None = None
+    dump_s: float | None = None
+    cache_files: dict[str, int] = field(default_factory=dict)
+    """Bytes of what the cache has once, by file name; not in ``total_bytes``."""
+    choices: list[LossChoices] = field(default_factory=list)
+
+
+@dataclass
+class Estimate:
+    """A pilot of a dump: the corpus, the teacher's speed, and every preset."""
+
+    teacher: str
+    num_documents: int
+    num_sequences: int
+    num_positions: int
+    pilot_positions: int
+    teacher_tokens_per_s: float
+    teacher_loss: float
+    presets: list[PresetEstimate]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types; what is infinite (a target of 0 where the teacher has mass) is None."""
+        found: dict[str, Any] = _finite(asdict(self))
+        return found
+
+
+def estimate(
+    config: DumpConfig, *, num_positions: int = 4096, presets: SequenceOf[str] = (), progress: bool = True
+) -> Estimate:
+    """Measure ``presets`` (default: all) for the teacher and the corpus of ``config``; writes nothing.
+
+    ``num_positions`` is the size of the pilot; a smaller corpus is used whole. Output, targets and hidden states of
+    ``config`` play no part. Raises what `dump_teacher` raises, and ``ConfigError`` for an unknown preset.
+    """
+    chosen = _chosen(presets)
+    if num_positions < 1:
+        raise ConfigError(f"a pilot needs at least one position, found {num_positions}; the default is 4096")
+    if config.targets != TargetsConfig() or config.hidden_states != HiddenStatesConfig():
+        log.warning("settings of targets and hidden states play no part here, presets have their own")
+    config = build(DumpConfig, {**config.model_dump(exclude={"targets", "hidden_states"}), "output": _NO_OUTPUT})
+    parts = _load(config, progress)
+    sample, head, pilot = _pilot(parts, num_positions, progress)
+    plans, reasons = _plans(config, parts, chosen, sample, head)
+    with bar(2 * sample.num_positions, "measure", "tok", enabled=progress) as meter:
+        report = reporter(meter)
+        measured = measure(
+            sample, plans, also=(_PILOT_RECORD,), report=lambda done: report(done, 2 * sample.num_positions)
+        )
+    teacher_s = max(pilot.seconds / sample.num_positions - 1 / _keep_speed(measured.kept[_PILOT_RECORD], sample), 0.0)
+    rows = [
+        PresetEstimate(name, preset.description, reasons[name])
+        if name in reasons
+        else _estimate_of(name, preset, plans[name], measured.presets[name], teacher_s, head)
+        for name, preset in chosen.items()
+    ]
+    return Estimate(
+        teacher=parts.plan.teacher.name,
+        num_documents=parts.plan.corpus.num_documents,
+        num_sequences=parts.plan.num_sequences,
+        num_positions=parts.plan.num_positions,
+        pilot_positions=sample.num_positions,
+        teacher_tokens_per_s=1 / max(teacher_s, 1e-9),
+        teacher_loss=pilot.teacher_loss,
+        presets=rows,
+    )
+
+
+@dataclass
+class _Pilot:
+    """What running the teacher once told."""
+
+    seconds: float
+    teacher_loss: float
+
+
+def _chosen(names: SequenceOf[str]) -> dict[str, Preset]:
+    for name in names:
+        if name not in PRESETS:
+            raise ConfigError(f"there is no preset {name!r}, {did_you_mean(name, PRESETS)}")
+    return {name: PRESETS[name] for name in (names or PRESETS)}
+
+
+def _pilot(parts: _Parts, num_positions: int, progress: bool) -> tuple[Sample, LMHead | str, _Pilot]:
+    """Run the teacher over sequences from all of the corpus; return them and the LM head, or why there is none."""
+    teacher, sequences = parts.teacher, parts.sequences
+    indices = _pilot_sequences(sequences, num_positions)
+    head = _head_of(parts)
+    layers = [teacher.num_layers] if isinstance(head, LMHead) else []
+    runner = BatchRunner(teacher, _PILOT_RECORD, layers, hidden_codec({"name": "exact"}))
+    with bar(1, "teacher", "run", enabled=progress) as meter:
+        _run_rows(indices[: max(1, len(indices) // 8)], sequences, runner, parts.batch_tokens)  # warms up
+        began = time.perf_counter()
+        rows, _ = _run_rows(indices, sequences, runner, parts.batch_tokens)
+        seconds = time.perf_counter() - began
+        meter.update()
+    chosen = [sequences.sequence(index) for index in indices]
+    table = pa.concat_tables([sequences.sequence_table(index, index + 1) for index in indices])
+    logits: Logits = TeacherLogits(teacher, chosen, parts.batch_tokens)
+    if isinstance(head, LMHead):
+        logits = HeadLogits(rows.hidden[parts.plan.states_field], head)
+    sample = Sample(chosen, table, parts.plan.tokenizer.vocab_size, logits)
+    return sample, head, _Pilot(seconds, float(-rows.targets.gold_logprob_P.mean()))
+
+
+def _head_of(parts: _Parts) -> LMHead | str:
+    try:
+        return parts.teacher.head
+    except TeacherError as error:
+        return str(error)
+
+
+def _plans(
+    config: DumpConfig, parts: _Parts, chosen: dict[str, Preset], sample: Sample, head: LMHead | str
+) -> tuple[dict[str, Plan], dict[str, str]]:
+    """Return the plan of every preset, and why the others are unavailable."""
+    plans, reasons = {}, {}
+    for name, preset in chosen.items():
+        settings = merge(config.model_dump(exclude={"targets", "hidden_states"}), preset.settings)
+        own = build(DumpConfig, settings, source=f"preset {name}")
+        if own.targets.kind == "hidden" and isinstance(head, str):
+            reasons[name] = head
+            continue
+        states_PD = sample.logits.states_PD if isinstance(sample.logits, HeadLogits) else None
+        try:
+            plans[name] = plan_of(own, parts.plan, states_PD)
+        except ConfigError as error:  # more ids than the vocabulary has
+            reasons[name] = str(error)
+        except TeacherError as error:  # states that the codec cannot hold
+            reasons[name] = str(error)
+    return plans, reasons
+
+
+def plan_of(config: DumpConfig, base: Plan, states_PD: NDArray[np.float32] | None) -> Plan:
+    """Return the plan ``base`` with the targets and fields of ``config``; states [P, D] are the last hidden ones."""
+    layers, pilot = [], {}
+    if config.targets.kind == "hidden":
+        assert states_PD is not None
+        layers = [base.teacher.num_layers]
+        error = relative_error(hidden_codec(config.hidden_states.codec), states_PD)
+        pilot = {layers[0]: LayerPilot(states_PD.shape[1], error)}
+    return base.model_copy(
+        update={
+            "targets": config.targets.record,
+            "fields": tuple(make_fields(config, base.teacher, base.tokenizer.vocab_size, layers, pilot)),
+            "shard_positions": shard_positions(config, base.num_positions, base.teacher, len(layers)),
+        }
+    )
+
+
+def _keep_speed(kept: Any, sample: Sample) -> float:
+    return sample.num_positions / max(kept.keep_s, 1e-9)
+
+
+def _estimate_of(
+    name: str, preset: Preset, plan: Plan, found: Measurement, teacher_s: float, head: LMHead | str
+) -> PresetEstimate:
+    per_token_s = teacher_s + 1 / found.keep_tokens_per_s + 1 / found.encode_tokens_per_s
+    return PresetEstimate(
+        name=name,
+        description=preset.description,
+        measurement=found,
+        best_tail=min(found.full_kl, key=found.full_kl.__getitem__) if found.full_kl else None,
+        total_bytes=round(found.bytes_per_token * plan.num_positions),
+        dump_s=per_token_s * plan.num_positions,
+        cache_files=cache_file_bytes(plan, head),
+        choices=student_choices(plan.targets, plan.tokenizer.vocab_size),
+    )
+
+
+def cache_file_bytes(plan: Plan, head: LMHead | str) -> dict[str, int]:
+    """Return the bytes of the files that a cache of ``plan`` has once: the LM head, the tail prior."""
+    files = {}
+    if plan.targets.kind == "hidden" and isinstance(head, LMHead):
+        files[layout.LM_HEAD] = len(head_to_bytes(head))
+    if plan.targets.tail_prior:
+        # Noise is what compresses least; a real prior is smaller by a few percent.
+        prior_V = np.random.default_rng(0).random(plan.tokenizer.vocab_size, dtype=np.float32)
+        files[layout.TAIL_PRIOR] = len(pack_prior(prior_V, dict.fromkeys(range(plan.num_shards), 1)))
+    return files
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

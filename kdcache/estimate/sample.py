@@ -1,0 +1,134 @@
+"""What presets are measured on: sequences, and the teacher's logits at their positions, as often as they are wanted.
+
+Logits of all positions never exist together. They come in chunks, in order, and every measure that needs the whole
+vocabulary takes what it needs from a chunk before the next one is made. Normally a chunk is a product of last hidden
+states and the LM head, so a second walk costs no second run of the teacher; a teacher whose head cannot be split off
+runs again instead.
+
+Shape suffixes: P positions, C positions of a chunk, V vocabulary, D width, N sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcache.models.lm_head import LMHead
+from kdcache.schema import Sequence
+from kdcache.tasks import causal_lm
+from kdcache.teachers import HuggingFaceTeacher
+from kdcache.teachers.keep import ChunkSizes
+
+
+class Logits(Protocol):
+    """The teacher's logits at all positions of a sample, over its true vocabulary."""
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield consecutive rows and their logits [C, V], in the teacher's dtype, valid until the next chunk."""
+        ...
+
+
+class HeadLogits:
+    """Logits made of last hidden states, float32 [P, D] whatever they were, by the LM head in its own dtype."""
+
+    def __init__(self, states_PD: NDArray[np.float32], head: LMHead) -> None:
+        self.states_PD, self.head = states_PD, head
+        self._size = ChunkSizes.for_device(head.weight_VD.device).head
+        self._buffer: Tensor | None = None
+
+    @torch.inference_mode()
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, len(self.states_PD), self._size):
+            rows = slice(start, min(start + self._size, len(self.states_PD)))
+            yield rows, self.of(self.states_PD[rows])
+
+    @torch.inference_mode()
+    def of(self, states_CD: NDArray[np.float32]) -> Tensor:
+        """Return the logits [C, V] of a chunk of any states; valid until the next call."""
+        weight_VD = self.head.weight_VD
+        states = torch.from_numpy(states_CD).to(weight_VD.device, weight_VD.dtype)
+        if self._buffer is None:
+            self._buffer = torch.empty(self._size, len(weight_VD), dtype=weight_VD.dtype, device=weight_VD.device)
+        return self.head.logits(states, out=self._buffer[: len(states)])
+
+
+class TeacherLogits:
+    """Logits of a teacher that has no head of its own: it runs over the sequences each time."""
+
+    def __init__(self, teacher: HuggingFaceTeacher, sequences: list[Sequence], batch_tokens: int) -> None:
+        self._teacher, self._sequences, self._batch_tokens = teacher, sequences, batch_tokens
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        start = 0
+        for batch in self._batches():
+            output = self._teacher.run(batch)
+            stop = start + len(output.labels_P)
+            yield slice(start, stop), output.logits(0, stop - start)
+            start = stop
+
+    def _batches(self) -> Iterator[list[Sequence]]:
+        batch: list[Sequence] = []
+        for sequence in self._sequences:
+            longest = max(s.num_positions for s in [*batch, sequence])
+            if batch and (len(batch) + 1) * longest > self._batch_tokens:
+                yield batch
+                batch = []
+            batch.append(sequence)
+        yield batch
+
+
+@dataclass
+class Sample:
+    """Sequences of a corpus, in order; their rows of the per-sequence table; the teacher's logits at their positions.
+
+    ``sequences`` keep their numbers in the corpus, on which draws depend.
+    """
+
+    sequences: list[Sequence]
+    table: pa.Table
+    vocab_size: int
+    logits: Logits
+
+    @cached_property
+    def lengths_N(self) -> NDArray[np.int64]:
+        """Positions of every sequence."""
+        return np.array([s.num_positions for s in self.sequences], dtype=np.int64)
+
+    @cached_property
+    def labels_P(self) -> NDArray[np.int64]:
+        """The corpus's own next tokens."""
+        return causal_lm.labels([s.tokens_T for s in self.sequences])
+
+    @property
+    def num_positions(self) -> int:
+        """Number of positions, P."""
+        return len(self.labels_P)
+
+    @property
+    def half_block(self) -> int:
+        """Length of the runs of positions that belong to the one half and to the other in turns.
+
+        What is estimated from positions (the tail prior) is judged on the other half of them; runs, so that neither
+        half is of other documents than the other.
+        """
+        return max(1, min(1024, self.num_positions // 8))
+
+    @cached_property
+    def half_P(self) -> NDArray[np.int64]:
+        """Which half every position belongs to, 0 or 1."""
+        return np.arange(self.num_positions) // self.half_block % 2
+
+
+def split(rows: slice, block: int) -> Iterator[slice]:
+    """Cut ``rows`` at the multiples of ``block``."""
+    borders = range((rows.start // block + 1) * block, rows.stop, block)
+    return (slice(a, b) for a, b in pairwise([rows.start, *borders, rows.stop]))

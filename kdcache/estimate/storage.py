@@ -1,0 +1,139 @@
+"""What a preset costs on disk and in time: the sample goes through the real codecs into real objects, and back.
+
+The sample is cut into shards as a dump would cut it. A sample is mostly smaller than one shard, so what a shard has
+once (metadata, tables of ids) is told apart from what every row costs, by writing a single row, and shared out to the
+positions of a whole shard.
+
+Not counted: what a cache has once, the manifest and the tokenizer among it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.cache import ShardData, layout
+from kdcache.cache.shard_file import pack, unpack
+from kdcache.cache.writer import _encode_field, _with_statistics
+from kdcache.codecs import hidden_codec, targets_codec
+from kdcache.corpus import assign_shards
+from kdcache.estimate.sample import Sample
+from kdcache.schema import FieldRecord, Plan, Targets
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass
+class Stored:
+    """A sample as a cache holds it.
+
+    ``bytes_by_field`` per position, the per-sequence table among them; ``targets`` and ``states`` (by field) as a
+    reader gets them back; seconds that encoding (compression included) and decoding took, on one thread each.
+    """
+
+    bytes_by_field: dict[str, float]
+    targets: Targets
+    states: dict[str, NDArray[np.float32]]
+    encode_s: float
+    decode_s: float
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes on disk per position."""
+        return sum(self.bytes_by_field.values())
+
+
+@dataclass
+class _Totals:
+    """Sums over the shards of a sample."""
+
+    num_bytes: dict[str, float] = field(default_factory=dict)
+    targets: list[Targets] = field(default_factory=list)
+    states: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict)
+    encode_s: float = 0.0
+    decode_s: float = 0.0
+
+    def add_bytes(self, name: str, whole: int, once: int, num_positions: int, shard_positions: int) -> None:
+        share = num_positions / max(shard_positions, num_positions)
+        self.num_bytes[name] = self.num_bytes.get(name, 0.0) + whole - once + once * share
+
+
+def store(sample: Sample, plan: Plan, targets: Targets, states_PD: NDArray[np.float32] | None = None) -> Stored:
+    """Encode and decode ``targets`` of ``sample`` (and its last hidden states, where the plan has that field)."""
+    totals = _Totals()
+    for data in _shards(sample, plan, targets, states_PD):
+        for record in plan.fields:
+            _store_field(record, data, plan, totals)
+        table = _with_statistics(data)
+        whole, once = (len(layout.table_to_ipc(part)) for part in (table, table.slice(0, 1)))
+        _add(totals, layout.SEQUENCES_FIELD, whole, once, data, plan)
+    return Stored(
+        {name: size / sample.num_positions for name, size in totals.num_bytes.items()},
+        Targets.concatenate(totals.targets),
+        {name: np.concatenate(parts) for name, parts in totals.states.items()},
+        totals.encode_s,
+        totals.decode_s,
+    )
+
+
+def _store_field(record: FieldRecord, data: ShardData, plan: Plan, totals: _Totals) -> None:
+    began = time.perf_counter()
+    arrays = _encode_field(record, data, plan)
+    packed = pack(arrays)
+    totals.encode_s += time.perf_counter() - began
+    single = {path: values if path.startswith("table/") else values[:1] for path, values in arrays.items()}
+    _add(totals, record.name, len(packed), len(pack(single)), data, plan)
+    decode = _decode_targets if record.name == layout.TARGETS_FIELD else _decode_states
+    began = time.perf_counter()
+    expected = {array.path: (array, len(arrays[array.path])) for array in record.arrays}
+    opened = unpack(packed, expected, f"field {record.name}")
+    decode(record, {array.name: opened[array.path] for array in record.arrays}, plan, totals)
+    totals.decode_s += time.perf_counter() - began
+
+
+def _decode_targets(record: FieldRecord, arrays: Arrays, plan: Plan, totals: _Totals) -> None:
+    codec = targets_codec(record.codec, plan.targets, plan.tokenizer.vocab_size)
+    totals.targets.append(codec.decode(codec.open(arrays)))
+    totals.targets[-1].merged()  # what losses see; nothing to do where there are no draws
+
+
+def _decode_states(record: FieldRecord, arrays: Arrays, plan: Plan, totals: _Totals) -> None:
+    totals.states.setdefault(record.name, []).append(hidden_codec(record.codec).decode(arrays))
+
+
+def _add(totals: _Totals, name: str, whole: int, once: int, data: ShardData, plan: Plan) -> None:
+    shard_positions = min(plan.shard_positions, plan.num_positions)
+    totals.add_bytes(name, whole, once, data.targets.num_positions, shard_positions)
+
+
+def _shards(sample: Sample, plan: Plan, targets: Targets, states_PD: NDArray[np.float32] | None) -> Iterator[ShardData]:
+    starts = assign_shards(sample.lengths_N, plan.shard_positions).tolist()
+    offsets = np.concatenate([[0], np.cumsum(sample.lengths_N)]).tolist()
+    for number, (begin, end) in enumerate(pairwise(starts)):
+        members, rows = sample.sequences[begin:end], slice(offsets[begin], offsets[end])
+        segments = [s.segment_ids_T for s in members if s.segment_ids_T is not None]
+        yield ShardData(
+            index=number,
+            tokens_T=np.concatenate([s.tokens_T for s in members]),
+            num_tokens_N=sample.lengths_N[begin:end] + 1,
+            num_positions_N=sample.lengths_N[begin:end],
+            loss_mask_P=np.concatenate([s.loss_mask_L for s in members]),
+            labels_P=sample.labels_P[rows],
+            targets=targets.take(rows),
+            table=sample.table.slice(begin, end - begin),
+            segment_ids_T=np.concatenate(segments) if segments else None,
+            hidden=_staged(plan, states_PD, rows),
+        )
+
+
+def _staged(plan: Plan, states_PD: NDArray[np.float32] | None, rows: slice) -> Arrays:
+    if not plan.hidden_layers:
+        return {}
+    assert states_PD is not None
+    return {name: hidden_codec(plan.field(name).codec).stage(states_PD[rows]) for name in plan.hidden_layers}
