@@ -39,7 +39,8 @@ def targets_of(logits_PV: np.ndarray, labels_P: np.ndarray, record: TargetsRecor
     ids = np.argsort(-logprobs_PV, axis=1, kind="stable")
     ordered = np.take_along_axis(logprobs_PV, ids, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        log_tail = np.log(np.exp(ordered[:, top_k:]).sum(axis=1))
+        # Where no ids are kept, the mass outside them is 1 without rounding.
+        log_tail = np.log(np.exp(ordered[:, top_k:]).sum(axis=1)) if top_k else np.zeros(len(ids))
         entropy = -np.where(np.isfinite(logprobs_PV), np.exp(logprobs_PV) * logprobs_PV, 0.0).sum(axis=1)
     targets = Targets(
         ids_PK=ids[:, :top_k].astype(np.int32),

@@ -114,7 +114,7 @@ class Cache:
         return {Path(record.path).name: self._checked_file(record, "tokenizer") for record in records}
 
     def _checked_file(self, record: ObjectRecord, where: str) -> bytes:
-        data = layout.read_object(self.folder, record, where)
+        data = layout.read_object(self.folder, record, f"{self.folder}, {where}")
         if layout.sha256(data) != record.sha256:
             raise CorruptCacheError(
                 f"{self.folder}: file {record.path} is damaged (its sha256 is not the recorded one); the command that "

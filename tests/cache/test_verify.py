@@ -313,7 +313,7 @@ def test_what_no_shard_can_be_read_with_is_one_problem(copy):
     assert len([problem for problem in problems if "there is no codec 'exacter'" in problem]) == 1
 
 
-AGAIN, FETCH = "run the same dump-teacher command again: it writes them again", "delete the commit record"
+AGAIN, FETCH = "run the command that made the cache again: it writes them again", "delete the commit record"
 
 
 @pytest.mark.parametrize(
