@@ -14,6 +14,7 @@ from kdcache.config import build
 from kdcache.corpus import load_corpus, plan_sequences
 from kdcache.dump import DumpConfig, DumpResult, dump
 from kdcache.dump.plan import make_plan
+from kdcache.models.lm_head import LMHead, head_to_bytes
 from kdcache.tasks import causal_lm
 from kdcache.teachers import TeacherOutput
 from tests.synthetic import teacher_record, tokenizer_record
@@ -44,6 +45,7 @@ class BigramTeacher:
         self.logits_VV = 3 * torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=generator)
         self.states_VD = torch.randn(VOCAB_SIZE, WIDTH, generator=generator)
         self.record = teacher_record(VOCAB_SIZE, hidden_size=WIDTH, num_layers=1)
+        self.cache_files: dict[str, bytes] = {}
         self.max_tokens, self.delay_s = max_tokens, delay_s
         if bad_token is not None:
             self.logits_VV[bad_token] = torch.nan
@@ -61,6 +63,16 @@ class BigramTeacher:
         labels = torch.from_numpy(causal_lm.labels([s.tokens_T for s in sequences]))
         hidden = {layer: self.states_VD[inputs] + layer for layer in layers}
         return TeacherOutput(lambda start, stop: self.logits_VV[inputs[start:stop]], labels, hidden)
+
+
+class LinearTeacher(BigramTeacher):
+    """Logits are the last hidden state (that of layer 1) times ``head_VD``, as a real model's are."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.head_VD = 2 * torch.randn(VOCAB_SIZE, WIDTH, generator=torch.Generator().manual_seed(1))
+        self.logits_VV = (self.states_VD + 1) @ self.head_VD.T
+        self.cache_files = {"lm_head.safetensors": head_to_bytes(LMHead(self.head_VD))}
 
 
 def run_dump(
@@ -91,6 +103,7 @@ def run_dump(
             table=table,
             starts=starts,
             tokenizer_files={"tokenizer.json": b"{}"},
+            cache_files=teacher.cache_files,
             layers=list(layers),
             batch_tokens=config.batch_tokens or 64,
         )

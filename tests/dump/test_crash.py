@@ -50,8 +50,10 @@ def check_attempts(attempts: list[dict], output: Path, uninterrupted: Path) -> N
     names = {str(p.relative_to(output)) for p in output.rglob("*") if p.is_file()}
     expected = {record.path for shard in open_cache(str(output)).manifest.shards for record in shard.objects.values()}
     commits = {f"commits/{n:06d}.json" for n in range(open_cache(str(output)).manifest.num_shards)}
-    others = {"manifest.json", "plan.json", "plan.parquet", "tokenizer/tokenizer.json", ".lock"}
+    others = {"manifest.json", "plan.json", "plan.parquet", "tokenizer/tokenizer.json", "tail_prior.zarr.zip", ".lock"}
     assert names == expected | commits | others  # no garbage of a lost attempt
+    # The tail prior is a sum over shards, so a share that was lost or counted twice would show.
+    assert (output / "tail_prior.zarr.zip").read_bytes() == (uninterrupted / "tail_prior.zarr.zip").read_bytes()
 
 
 def test_killed_ten_times_at_random(tmp_path, corpus_file, uninterrupted):

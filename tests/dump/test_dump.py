@@ -26,10 +26,13 @@ def check_targets(path, teacher, *, atol=1e-5):
     pieces = np.split(batch.tokens_T, batch.token_offsets_N1[1:-1])
     inputs = np.concatenate([piece[:-1] for piece in pieces])
     labels = np.concatenate([piece[1:] for piece in pieces])
-    expected = targets_of(teacher.logits_VV.numpy()[inputs], labels, cache.manifest.top_k)
+    expected = targets_of(teacher.logits_VV.numpy()[inputs], labels, cache.manifest.targets)
     np.testing.assert_array_equal(batch.targets.ids_PK, expected.ids_PK)
-    for name in ("logprobs_PK", "log_tail_P", "gold_logprob_P", "entropy_P"):
-        np.testing.assert_allclose(getattr(batch.targets, name), getattr(expected, name), atol=atol)
+    for name in ("logprobs_PK", "log_tail_P", "gold_logprob_P", "entropy_P", "log_tails_PG", "num_kept_P"):
+        found, wanted = getattr(batch.targets, name), getattr(expected, name)
+        assert (found is None) is (wanted is None), name
+        if found is not None:
+            np.testing.assert_allclose(found, wanted, atol=atol, err_msg=name)
     return cache, pieces
 
 
