@@ -37,9 +37,9 @@ class ShardData:
 
     ``labels_P`` are the corpus's own tokens at the rows, as the task aligned them; they serve the statistics and are
     not stored, since the task derives them from the tokens. ``hidden`` maps field names to states as their codec's
-    ``stage`` returned them: in float32 a shard of them would not fit. ``copied`` are fields of hidden states that come
-    encoded, from another cache, by the names of their arrays. ``table`` is the per-sequence table. ``tail_sum`` is this
-    shard's share of the tail prior, if the plan has one.
+    ``stage`` returned them: in float32 a shard of them would not fit. ``copied`` are fields that come encoded, from
+    another cache, by the names of their arrays. ``table`` is the per-sequence table. ``tail_sum`` is this shard's share
+    of the tail prior, if the plan has one.
     """
 
     index: int
@@ -275,8 +275,10 @@ def _standing_manifest(folder: Folder) -> Manifest | None:
 
 
 def _encode_field(record: FieldRecord, data: ShardData, plan: Plan) -> dict[str, NDArray[Any]]:
-    if record.name != layout.TARGETS_FIELD:
-        values = data.copied.get(record.name) or hidden_codec(record.codec).encode(data.hidden[record.name])
+    if record.name in data.copied:
+        values = data.copied[record.name]
+    elif record.name != layout.TARGETS_FIELD:
+        values = hidden_codec(record.codec).encode(data.hidden[record.name])
     else:
         values = {
             "tokens": data.tokens_T,
