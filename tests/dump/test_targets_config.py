@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import yaml
+
+from kdcache.errors import ConfigError
+from kdcache.schema import KINDS, TargetsRecord
+from tests.dump.test_dump_config import configure
+
+#: What each kind keeps where nothing else is said: top_k, num_draws, tail_prior.
+DEFAULTS = {
+    "top-k": (64, 0, True),
+    "sampled": (0, 50, False),
+    "hybrid": (8, 24, False),
+    "hidden": (1, 0, False),
+}
+
+
+def test_every_kind_is_here():
+    assert tuple(DEFAULTS) == KINDS == get_args(TargetsRecord.model_fields["kind"].annotation)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_defaults_of_a_kind(kind):
+    targets = configure(f"targets.kind={kind}").targets
+    assert (targets.top_k, targets.num_draws, targets.tail_prior) == DEFAULTS[kind]
+    assert (targets.min_prob, targets.min_mass, targets.temperatures, targets.seed) == (0, 1, (), 0)
+    assert targets.codec["name"] == "compact"
+    assert targets.record == TargetsRecord(
+        kind=kind, top_k=targets.top_k, num_draws=targets.num_draws, tail_prior=targets.tail_prior
+    )
+
+
+def test_without_a_kind_it_is_top_k():
+    assert configure().targets == configure("targets.kind=top-k").targets
+
+
+def test_what_is_given_replaces_a_default():
+    assert configure("targets.top_k=8", "targets.tail_prior=false").targets.record == TargetsRecord(top_k=8)
+    hybrid = configure("targets.kind=hybrid", "targets.top_k=3").targets
+    assert (hybrid.top_k, hybrid.num_draws) == (3, 24)
+    sampled = configure("targets.kind=sampled", "targets.num_draws=300", "targets.seed=7").targets
+    assert (sampled.top_k, sampled.num_draws, sampled.seed) == (0, 300, 7)
+
+
+CONTRADICTIONS = {
+    "kind=sampled,top_k=4": "targets of the kind sampled keep no ids, leave top_k out (the kind hybrid keeps some)",
+    "kind=top-k,top_k=0": "targets of the kind top-k need a top_k of 1 or more",
+    "kind=hybrid,top_k=0": "targets of the kind hybrid need a top_k of 1 or more",
+    "kind=hidden,top_k=0": "targets of the kind hidden need a top_k of 1 or more",
+    "kind=sampled,num_draws=0": "targets of the kind sampled need num_draws of 1 or more",
+    "kind=hybrid,num_draws=0": "targets of the kind hybrid need num_draws of 1 or more",
+    "num_draws=50": "targets of the kind top-k take no draws (the kinds sampled and hybrid do)",
+    "kind=hidden,num_draws=50": "targets of the kind hidden take no draws (the kinds sampled and hybrid do)",
+    "kind=sampled,min_prob=0.001": "targets of the kind sampled have no min_prob and min_mass (the kind top-k does)",
+    "kind=hybrid,min_mass=0.9": "targets of the kind hybrid have no min_prob and min_mass (the kind top-k does)",
+    "kind=hidden,tail_prior=true": "tail prior (the kind top-k does)",
+    "kind=sampled,temperatures=2": "targets of the kind sampled have no temperatures of the tail (the kind top-k does)",
+}
+
+
+@pytest.mark.parametrize("settings", CONTRADICTIONS)
+def test_contradictions_are_named(settings):
+    with pytest.raises(ConfigError) as caught:
+        configure(*(f"targets.{setting}" for setting in settings.split(",")))
+    assert CONTRADICTIONS[settings] in str(caught.value)
+    assert "'targets'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("2,4", (2.0, 4.0)),
+        ("'2, 0.5,'", (0.5, 2.0)),
+        ("[4, 2, 4]", (2.0, 4.0)),
+        ("3", (3.0,)),
+        ("0.25", (0.25,)),
+        ("[]", ()),
+        ("''", ()),
+    ],
+)
+def test_temperatures_are_a_number_a_list_or_a_text(text, found):
+    assert configure(f"targets.temperatures={text}").targets.temperatures == found
+
+
+@pytest.mark.parametrize("text", ["1", "2,1", "[1.0]", "0", "-2", "[2, 0]", ".inf", ".nan"])
+def test_temperatures_that_are_none_are_refused(text):
+    with pytest.raises(ConfigError, match="temperatures are above 0 and not 1, at which the tail is always stored"):
+        configure(f"targets.temperatures={text}")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("temperatures=warm", "targets.temperatures"),
+        ("temperatures=null", "targets.temperatures"),
+        ("kind=topk", "targets.kind"),
+        ("top_k=-1", "targets.top_k"),
+        ("top_k=1.5", "targets.top_k"),
+        ("min_prob=1", "targets.min_prob"),
+        ("min_prob=-0.1", "targets.min_prob"),
+        ("min_mass=0", "targets.min_mass"),
+        ("min_mass=1.1", "targets.min_mass"),
+        ("num_draws=-1", "targets.num_draws"),
+        ("seed=-1", "targets.seed"),
+        ("seed=4294967296", "targets.seed"),
+        ("num_draw=5", "did you mean 'num_draws'?"),
+    ],
+)
+def test_values_out_of_range_name_the_setting(setting, words):
+    with pytest.raises(ConfigError) as caught:
+        configure(f"targets.{setting}")
+    assert words in str(caught.value)
+
+
+def test_settings_of_a_file(tmp_path):
+    path = tmp_path / "dump.yaml"
+    settings = {"kind": "top-k", "top_k": 32, "min_prob": 0.001, "temperatures": [2, 4], "codec": {"grid": 8}}
+    path.write_text(yaml.safe_dump({"targets": settings, "hidden_states": {"layers": "last", "codec": "int8"}}))
+    config = configure(file=str(path))
+    assert config.targets.record == TargetsRecord(top_k=32, min_prob=0.001, temperatures=(2.0, 4.0), tail_prior=True)
+    assert config.targets.codec["grid"] == 8
+    assert config.hidden_states.codec == {"name": "int8"}
+
+
+def test_text_of_a_file(tmp_path):
+    path = tmp_path / "dump.yaml"
+    path.write_text("targets:\n  temperatures: 2,4\n")
+    assert configure(file=str(path)).targets.temperatures == (2.0, 4.0)
+    assert configure("targets.temperatures=3", file=str(path)).targets.temperatures == (3.0,)
+
+
+def test_an_option_changes_the_kind_of_the_file(tmp_path):
+    path = tmp_path / "dump.yaml"
+    path.write_text("targets:\n  kind: sampled\n  seed: 3\n")
+    found = configure(file=str(path), options={"targets": {"kind": "hybrid"}}).targets
+    assert (found.kind, found.top_k, found.num_draws, found.seed) == ("hybrid", 8, 24, 3)
