@@ -24,7 +24,7 @@ PRESETS: dict[str, Preset] = {
     "compact-32": Preset("top 32 and the exact tail", {"targets": {"kind": "top-k", "top_k": 32}}),
     "ragged": Preset("of the top 64 those with p >= 0.001", {"targets": {"kind": "top-k", "min_prob": 0.001}}),
     "sampled": Preset("50 draws: fewest bytes, unbiased, T = 1 only", {"targets": {"kind": "sampled"}}),
-    "hybrid": Preset("top 8 exactly and 24 draws from the rest, T = 1 only", {"targets": {"kind": "hybrid"}}),
+    "hybrid": Preset("top 4 exactly and 16 draws from the rest, T = 1 only", {"targets": {"kind": "hybrid"}}),
     "hidden": Preset("last hidden state in bfloat16: exact at any T", {"targets": {"kind": "hidden"}}),
     "hidden-int8": Preset(
         "last hidden state in 8 bits: any T, half the bytes",

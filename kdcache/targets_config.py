@@ -39,7 +39,7 @@ def _codec_settings(value: Any, table: Mapping[str, type[Config]], default: str)
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "top-k": {"top_k": 64, "tail_prior": True},
     "sampled": {"top_k": 0, "num_draws": 50},
-    "hybrid": {"top_k": 8, "num_draws": 24},
+    "hybrid": {"top_k": 4, "num_draws": 16},
     "hidden": {"top_k": 1},
 }
 _CAN_DRAW = ("sampled", "hybrid")
@@ -48,8 +48,8 @@ _CAN_DRAW = ("sampled", "hybrid")
 class TargetsConfig(TargetsRecord):
     """What is kept of the teacher's distribution at every position, and how the kept ids are stored.
 
-    Numbers that are not given depend on ``kind``: 64 ids and the tail prior for top-k; 50 draws for sampled; 8 ids and
-    24 draws for hybrid; for hidden the single most probable id, beside the state that holds everything.
+    Numbers that are not given depend on ``kind``: 64 ids and the tail prior for top-k; 50 draws for sampled; 4 ids and
+    16 draws for hybrid; for hidden the single most probable id, beside the state that holds everything.
     """
 
     codec: dict[str, Any] = Field(default={"name": _CODEC}, validate_default=True)

@@ -39,10 +39,10 @@ A dump that was interrupted goes on where it stopped when the same command runs 
     help="What is kept at every position: the most probable ids, draws, both, or the last hidden state.  "
     "[default: top-k]",
 )
-@click.option("--top-k", type=int, help="Most token ids kept at a position.  [default: 64; hybrid 8; hidden 1]")
+@click.option("--top-k", type=int, help="Most token ids kept at a position.  [default: 64; hybrid 4; hidden 1]")
 @click.option("--min-prob", type=float, help="Keep only ids of at least this probability (and the first).")
 @click.option("--min-mass", type=float, help="Keep the fewest ids that together have this probability.")
-@click.option("--draws", type=int, help="Draws at every position.  [default: 50; hybrid 24]")
+@click.option("--draws", type=int, help="Draws at every position.  [default: 50; hybrid 16]")
 @click.option("--temperatures", metavar="T,T,...", help="Store the mass outside the kept ids at these too.")
 @click.option("--tail-prior/--no-tail-prior", default=None, help="Store the mean tail.  [default: for top-k]")
 @click.option("--codec", type=click.Choice(list(TOPK_CODECS)), help="How kept values are stored.  [default: compact]")
