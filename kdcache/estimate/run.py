@@ -8,7 +8,6 @@ a dump encodes in a second thread, so with a core to spare it is a little faster
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, field
@@ -35,6 +34,7 @@ from kdcache.models.lm_head import LMHead, head_to_bytes
 from kdcache.presets import PRESETS, Preset
 from kdcache.progress import bar, reporter
 from kdcache.schema import Plan, TargetsRecord
+from kdcache.students.run_record import finite
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; what is infinite (a target of 0 where the teacher has mass) is None."""
-        found: dict[str, Any] = _finite(asdict(self))
+        found: dict[str, Any] = finite(asdict(self))
         return found
 
 
@@ -149,7 +149,8 @@ def _pilot(parts: _Parts, num_positions: int, progress: bool) -> tuple[Sample, L
         seconds = time.perf_counter() - began
         meter.update()
     chosen = [sequences.sequence(index) for index in indices]
-    table = pa.concat_tables([sequences.sequence_table(index, index + 1) for index in indices])
+    # In one piece, as a dump has it: pieces are written one by one.
+    table = pa.concat_tables([sequences.sequence_table(index, index + 1) for index in indices]).combine_chunks()
     logits: Logits = TeacherLogits(teacher, chosen, parts.batch_tokens)
     if isinstance(head, LMHead):
         logits = HeadLogits(rows.hidden[parts.plan.states_field], head)
@@ -232,11 +233,3 @@ def cache_file_bytes(plan: Plan, head: LMHead | str) -> dict[str, int]:
         prior_V = np.random.default_rng(0).random(plan.tokenizer.vocab_size, dtype=np.float32)
         files[layout.TAIL_PRIOR] = len(pack_prior(prior_V, dict.fromkeys(range(plan.num_shards), 1)))
     return files
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

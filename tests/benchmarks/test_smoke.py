@@ -12,23 +12,86 @@ ROOT = Path(__file__).parents[2]
 NAMES = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main()" in path.read_text()}
 
 
-def options_of(name: str, teacher_dir: Path) -> list[str]:
-    options = {
-        "dump": f"--teacher {teacher_dir} --dtype float32 --positions 200 --rounds 1 --max-length 32",
-        "reader": "--positions 600 --length 50 --vocab-size 500 --rounds 1 --shard-positions 200",
+@pytest.fixture(scope="session")
+def hidden_cache(teacher_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the kind hidden, from which the benchmark of fidelity makes logits."""
+    from kdcache.config import build
+    from kdcache.dump import DumpConfig, dump_teacher
+
+    path = tmp_path_factory.mktemp("hidden") / "cache"
+    settings = {
+        "output": str(path),
+        "teacher": {"model": str(teacher_dir), "device": "cpu"},
+        "corpus": {"paths": [str(corpus_file)]},
+        "sequences": {"max_length": 16},
+        "targets": {"kind": "hidden"},
     }
-    return [*options[name].split(), "--top-k", "4"]
+    dump_teacher(build(DumpConfig, settings), progress=False)
+    return path
+
+
+def options_of(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
+    def fixture(fixture_name: str) -> str:
+        return str(request.getfixturevalue(fixture_name))
+
+    options = {
+        "dump": lambda: (
+            f"--teacher {fixture('teacher_dir')} --dtype float32 --positions 200 --rounds 1 --max-length 32 --top-k 4"
+        ),
+        "fidelity": lambda: f"{fixture('hidden_cache')} --positions 200 --output {tmp_path / 'docs'}",
+        "reader": lambda: "--positions 600 --length 50 --vocab-size 500 --rounds 1 --shard-positions 200 --top-k 4",
+    }
+    return options[name]().split()
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
-def test_benchmark_runs_and_writes_json(name: str, teacher_dir: Path, tmp_path: Path) -> None:
+def test_benchmark_runs_and_writes_json(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    command = [sys.executable, "-m", f"benchmarks.{name}", *options_of(name, teacher_dir), "--json", str(out)]
+    command = [sys.executable, "-m", f"benchmarks.{name}", *options_of(name, request, tmp_path), "--json", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert result["machine"]["cores"] >= 1
     assert len(result["rows"]) >= 3
-    assert all(row["tokens/s"] > 0 for row in result["rows"])
+    assert all(row[column] > 0 for row in result["rows"] for column in row if column.endswith("tokens/s"))
+    assert any(column.endswith("tokens/s") for column in result["rows"][0])
     assert "tokens/s" in done.stdout
+
+
+def test_fidelity_writes_its_page_and_plot(hidden_cache: Path, tmp_path: Path) -> None:
+    from benchmarks.peers import PEERS
+    from kdcache.presets import PRESETS
+
+    out = tmp_path / "result.json"
+    command = [sys.executable, "-m", "benchmarks.fidelity", str(hidden_cache), "--output", str(tmp_path)]
+    done = subprocess.run([*command, "--json", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "fidelity.md").read_text()
+    for name in (*PRESETS, *PEERS):
+        assert f"| `{name}` |" in page
+    assert "{" not in page
+    assert str(hidden_cache.parent) not in page
+    assert (tmp_path / "fidelity.png").read_bytes().startswith(b"\x89PNG")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    result = json.loads(out.read_text(), parse_constant=refuse)
+    layouts = result["layouts"]
+    assert layouts["exact"]["codec_kl"] == 0
+    assert layouts["hidden"]["full_kl"]["full"] < 1e-3
+    # The same draws, so the same target.
+    assert layouts["sampling"]["batch_mean_error"]["draws"] == pytest.approx(
+        layouts["sampled"]["batch_mean_error"]["draws"], rel=1e-3
+    )
+    assert layouts["megatron"]["full_kl"]["uniform"] == pytest.approx(layouts["fp16"]["full_kl"]["uniform"], rel=0.01)
+
+
+def test_fidelity_needs_a_cache_that_holds_states(dumped: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.fidelity", str(dumped), "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "kdcache dump-teacher --targets hidden" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
