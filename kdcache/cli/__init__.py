@@ -20,6 +20,7 @@ from kdcache.errors import KdcacheError, did_you_mean
 COMMANDS = {
     "estimate": ("kdcache.cli.estimate", "Show what every way of dumping would cost and keep, on a pilot."),
     "dump-teacher": ("kdcache.cli.dump_teacher", "Run a teacher over a corpus and write what it knows to a cache."),
+    "transcode": ("kdcache.cli.transcode", "Make another cache from a finished one, without the teacher."),
     "train-student": ("kdcache.cli.train_student", "Train a student from a cache, without the teacher."),
     "evaluate": ("kdcache.cli.evaluate", "Compare students with the teacher on a held-out cache."),
     "inspect": ("kdcache.cli.inspect", "Show what a cache holds: teacher, corpus, fields, sizes, statistics."),

@@ -13,7 +13,8 @@ commands = pytest.mark.parametrize("command", COMMANDS)
 
 
 def test_the_table_of_commands():
-    assert list(COMMANDS) == ["estimate", "dump-teacher", "train-student", "evaluate", "inspect", "verify", "peek"]
+    names = ["estimate", "dump-teacher", "transcode", "train-student", "evaluate", "inspect", "verify", "peek"]
+    assert list(COMMANDS) == names
 
 
 @commands
@@ -104,7 +105,7 @@ print(code, sorted(set({HEAVY}) & set(sys.modules)))
         ["verify", "CACHE"],
         ["verify", "CACHE", "--deep"],
         ["peek", "CACHE"],
-        *([command, "--help"] for command in ("train-student", "evaluate", "inspect", "verify", "peek")),
+        *([command, "--help"] for command in ("transcode", "train-student", "evaluate", "inspect", "verify", "peek")),
     ],
     ids=" ".join,
 )

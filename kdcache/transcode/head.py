@@ -1,0 +1,74 @@
+"""Any targets from the last hidden state: the teacher's LM head gives its logits back, chunk by chunk.
+
+The states go through the head in its own dtype, as they did in the teacher, and through the very code that reduces a
+running teacher's logits. What the source knows exactly, the log-probability of the gold token and the entropy, is
+taken from it: its states may be rounded. Draws depend on the seed and on the source's number of the sequence, so a
+sequence has the draws that a dump would have given it, however many others are left out.
+
+This module needs torch; nothing imports it before hidden states are really turned into targets.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache.cache import Cache
+from kdcache.cache.tail_prior import TailSum
+from kdcache.errors import CorruptCacheError
+from kdcache.models.lm_head import LMHead, head_from_bytes
+from kdcache.models.loading import pick_device
+from kdcache.schema import SequenceBatch, Targets, TargetsRecord
+from kdcache.tasks import causal_lm
+from kdcache.teachers.draws import draw_uniforms
+from kdcache.teachers.keep import NonFiniteLogitsError, TargetKeeper
+
+
+class HeadKeeper:
+    """Makes targets of ``wanted`` from the hidden states of ``cache``."""
+
+    def __init__(self, cache: Cache, wanted: TargetsRecord, device: str) -> None:
+        self._where, self._wanted, self._device = str(cache.folder), wanted, pick_device(device)
+        head = head_from_bytes(cache.lm_head_file())
+        if head.vocab_size < cache.vocab_size:
+            raise CorruptCacheError(
+                f"{self._where}: the LM head has {head.vocab_size} rows, the vocabulary {cache.vocab_size} ids"
+            )
+        self._head = head.narrow(cache.vocab_size).to(self._device)
+        self._keep = TargetKeeper(wanted)
+        self._buffer: Tensor | None = None
+
+    @torch.inference_mode()
+    def __call__(self, batch: SequenceBatch) -> Targets:
+        """Return the targets of a batch of the source."""
+        states_PD = torch.from_numpy(batch.hidden["last"]).to(self._device, self._head.weight_VD.dtype)
+        if states_PD.shape[1] != self._head.weight_VD.shape[1]:
+            widths = f"{states_PD.shape[1]} wide, the LM head {self._head.weight_VD.shape[1]}"
+            raise CorruptCacheError(f"{self._where}: the last hidden states are {widths}")
+        labels_P = torch.from_numpy(causal_lm.labels(np.split(batch.tokens_T, batch.token_offsets_N1[1:-1])))
+        lengths_N, draws = np.diff(batch.position_offsets_N1), self._wanted.num_draws
+        uniforms_PN = draw_uniforms(self._wanted.seed, batch.indices, lengths_N, draws) if draws else None
+        try:
+            targets = self._keep(partial(self._logits, self._head, states_PD), labels_P.to(self._device), uniforms_PN)
+        except NonFiniteLogitsError as error:
+            number = int(np.searchsorted(batch.position_offsets_N1, error.row, side="right")) - 1
+            raise CorruptCacheError(
+                f"{self._where}: the LM head makes NaN or infinite logits of the states of sequence "
+                f"{batch.indices[number]}; kdcache verify --deep says whether they are damaged"
+            ) from None
+        targets.gold_logprob_P, targets.entropy_P = batch.targets.gold_logprob_P, batch.targets.entropy_P
+        return targets
+
+    def take_tail_sum(self) -> TailSum | None:
+        """Return what all rows since the last call add to the tail prior; None where the targets have none."""
+        found = self._keep.take_tail_sum()
+        return None if found is None else TailSum(*found)
+
+    def _logits(self, head: LMHead, states_PD: Tensor, start: int, stop: int) -> Tensor:
+        if self._buffer is None or len(self._buffer) < stop - start:
+            # One buffer for all chunks: the page faults of fresh memory cost as much as a tenth of the product.
+            self._buffer = states_PD.new_empty(stop - start, head.vocab_size)
+        return head.logits(states_PD[start:stop], out=self._buffer[: stop - start])

@@ -1,0 +1,62 @@
+"""Where a transcoding may write: not into its source, and only over the beginning of the very same transcoding."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from kdcache.cache import Folder, layout
+from kdcache.cache.outputs import check_same_plan, differences_of
+from kdcache.errors import CacheError, ConfigError
+from kdcache.schema import Plan
+from kdcache.transcode.config import TranscodeConfig
+from kdcache.transcode.plan import origin_of
+
+
+def refuse_same_place(config: TranscodeConfig) -> None:
+    """Refuse an output that is the source, lies inside it or holds it."""
+    places = [Folder(url) for url in (config.source, config.output)]
+    if (places[0].local_path is None) is not (places[1].local_path is None):
+        return
+    roots = [Path(os.path.realpath(p.root)) if p.local_path is not None else Path(p.root) for p in places]
+    if roots[0] == roots[1]:
+        raise ConfigError(f"output {config.output} is the source itself; choose another directory")
+    for inner, outer, words in ((1, 0, "lies inside the source"), (0, 1, "holds the source")):
+        if roots[outer] in roots[inner].parents:
+            raise ConfigError(f"output {config.output} {words} {config.source}; choose a directory beside it")
+
+
+def refuse_another_origin(folder: Folder, plan: Plan) -> None:
+    """Refuse an output that was begun from another source or with other sequences, which plans alone do not tell."""
+    existing = layout.read_plan(folder)
+    if existing is None or differences_of(existing, plan) or origin_of(existing) == origin_of(plan):
+        return
+    if _num_commits(folder, existing):
+        raise CacheError(
+            f"output {folder} was begun from another source or with another filter: {_told(origin_of(existing))} "
+            f"there and {_told(origin_of(plan))} here. Repeat the command that began it, or choose another output"
+        )
+    folder.write(layout.PLAN, layout.to_json(plan))  # nothing is made of it yet
+
+
+def _told(origin: tuple[Any, ...] | None) -> str:
+    if origin is None:
+        return "a dump"
+    return f"source {str(origin[0])[:16]}, where {origin[1]!r}, limit {origin[2]!r}"
+
+
+def _num_commits(folder: Folder, plan: Plan) -> int:
+    return sum(folder.exists(layout.commit_name(shard)) for shard in range(plan.num_shards))
+
+
+def num_committed(folder: Folder, plan: Plan) -> int:
+    """Return how many shards of the planned output exist; raises ``CacheError`` when it holds another cache."""
+    existing = layout.read_plan(folder)
+    if existing is None:
+        return 0
+    count = _num_commits(folder, existing)
+    if count:
+        check_same_plan(existing, plan, folder)
+        refuse_another_origin(folder, plan)
+    return count

@@ -1,0 +1,212 @@
+"""The plan of a transcoding: which sequences of the source, in which shards, with which fields.
+
+Without a filter the shards are those of the source, and fields of which nothing changes are copied as they are stored.
+With one, the chosen sequences keep their order, are numbered anew and are cut into shards of the source's size.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from kdcache.cache import Cache, layout, token_arrays
+from kdcache.cache.filters import select_sequences
+from kdcache.codecs import hidden_codec, targets_codec
+from kdcache.codecs.hidden import relative_error
+from kdcache.corpus import assign_shards
+from kdcache.errors import ConfigError, CorruptCacheError
+from kdcache.schema import STATISTICS_COLUMNS, FieldRecord, Manifest, Plan
+from kdcache.targets_config import TargetsConfig
+from kdcache.transcode.config import TranscodeConfig, wanted_targets
+
+#: Positions that tell what another codec of hidden states costs.
+_PILOT_POSITIONS = 4096
+
+
+@dataclass(frozen=True)
+class Transcoding:
+    """Everything that is decided before the first shard is read."""
+
+    cache: Cache
+    plan: Plan
+    table: pa.Table
+    """Of plan.parquet."""
+    sequence_table: pa.Table
+    """One row per sequence, without the statistics, which the writer adds."""
+    chosen_N: NDArray[np.int64]
+    """The source's number of every sequence."""
+    starts: NDArray[np.int64]
+    copied: tuple[str, ...]
+    """Fields that are copied as they are stored."""
+
+    @cached_property
+    def lengths_N(self) -> NDArray[np.int64]:
+        """Positions of every sequence, [N]."""
+        return np.asarray(self.sequence_table["num_positions"]).astype(np.int64)
+
+
+def plan_transcoding(config: TranscodeConfig, cache: Cache) -> Transcoding:
+    """Return the plan of what ``config`` makes of ``cache``; raises ``ConfigError`` or ``CorruptCacheError``."""
+    manifest = cache.manifest
+    targets = wanted_targets(manifest, config.targets, config.source)
+    layers = _wanted_layers(config, manifest, targets)
+    sequences = cache.sequence_table()
+    chosen_N = select_sequences(sequences, config.where, config.limit_sequences)
+    everything = len(chosen_N) == manifest.num_sequences
+    lengths_N = np.asarray(sequences["num_positions"]).astype(np.int64)[chosen_N]
+    starts = cache.shard_starts if everything else assign_shards(lengths_N, manifest.shard_positions)
+    fields = [_targets_field(manifest, targets)]
+    fields += [_hidden_field(config, cache, name, chosen_N, lengths_N, everything) for name in layers]
+    copied = _copied(manifest, targets, fields) if everything else ()
+    table = _plan_table(cache, chosen_N, starts)
+    changes = {
+        "targets": targets.record,
+        "fields": tuple(fields),
+        "num_sequences": len(chosen_N),
+        "num_positions": int(lengths_N.sum()),
+        "num_tokens": int(lengths_N.sum()) + len(chosen_N),  # one token more than positions in every sequence
+        "num_shards": len(starts) - 1,
+        "table_sha256": layout.sha256(layout.table_to_parquet(table)),
+        "provenance": _provenance(config, cache),
+    }
+    plan = Plan(**{**{name: getattr(manifest, name) for name in Plan.model_fields}, **changes})
+    return Transcoding(cache, plan, table, _sequence_table(sequences, chosen_N), chosen_N, starts, copied)
+
+
+def origin_of(plan: Plan) -> tuple[Any, ...] | None:
+    """Return what says of which sequences of which cache a plan is a transcoding; None for a dump."""
+    chain = _chain(plan.provenance)
+    if not chain:
+        return None
+    settings = chain[-1].get("settings")
+    chosen = settings if isinstance(settings, dict) else {}
+    return chain[-1].get("source"), chosen.get("where"), chosen.get("limit_sequences")
+
+
+def _wanted_layers(config: TranscodeConfig, manifest: Manifest, targets: TargetsConfig) -> list[str]:
+    """Return the names of the hidden states that stay, in their order."""
+    held, last = manifest.hidden_layers, manifest.states_field
+    stays = {last} if targets.kind == "hidden" else set()
+    if "layers" in config.hidden_states.model_fields_set:
+        wanted = {_layer_name(layer, manifest.teacher.num_layers) for layer in config.hidden_states.layers}
+    else:
+        # Of the kind hidden, the last state was the target.
+        wanted = set(held) - ({last} if manifest.targets.kind == "hidden" else set())
+    missing = sorted(wanted - set(held))
+    if missing:
+        raise ConfigError(
+            f"{config.source} holds no {', '.join(missing)}; its hidden states are {', '.join(held) or 'none'}"
+        )
+    return [name for name in held if name in wanted | stays]
+
+
+def _layer_name(layer: str | int, num_layers: int) -> str:
+    """Return the field of a layer: ``last``, a number, or one that counts from the end."""
+    try:
+        number = num_layers if layer == "last" else int(layer)
+    except ValueError:
+        raise ConfigError(f"hidden states are chosen by layer number or 'last', found {layer!r}") from None
+    return f"hidden-{number + num_layers + 1 if number < 0 else number}"
+
+
+def _copied(manifest: Manifest, targets: TargetsConfig, fields: list[FieldRecord]) -> tuple[str, ...]:
+    same = [item.name for item in fields if item.codec == manifest.field(item.name).codec]
+    return tuple(name for name in same if name != layout.TARGETS_FIELD or targets.record == manifest.targets)
+
+
+def _targets_field(manifest: Manifest, targets: TargetsConfig) -> FieldRecord:
+    vocab_size = manifest.tokenizer.vocab_size
+    codec = targets_codec(targets.codec, targets.record, vocab_size)
+    packed = any(array.name == "segment_ids" for array in manifest.field(layout.TARGETS_FIELD).arrays)
+    arrays = (*token_arrays(vocab_size, packed), *codec.arrays())
+    return FieldRecord(name=layout.TARGETS_FIELD, codec=codec.head.model_dump(), arrays=arrays)
+
+
+def _hidden_field(
+    config: TranscodeConfig,
+    cache: Cache,
+    name: str,
+    chosen_N: NDArray[np.int64],
+    lengths_N: NDArray[np.int64],
+    everything: bool,
+) -> FieldRecord:
+    """Describe a field of hidden states; where it is encoded again, with what that costs beside what it had cost."""
+    record = cache.manifest.field(name)
+    asked = "codec" in config.hidden_states.model_fields_set
+    codec = hidden_codec(config.hidden_states.codec if asked else record.codec)
+    if everything and codec.model_dump() == record.codec:
+        return record
+    pilot = max(1, int(np.searchsorted(np.cumsum(lengths_N), _PILOT_POSITIONS)))
+    states_PD = cache.read(chosen_N[:pilot], hidden=[name]).hidden[name]
+    before = 0.0 if record.codec["name"] == "exact" else record.relative_error
+    error = None if before is None else float(np.hypot(before, relative_error(codec, states_PD)))
+    arrays = codec.arrays(states_PD.shape[1])
+    return FieldRecord(name=name, codec=codec.model_dump(), arrays=arrays, relative_error=error)
+
+
+def _plan_table(cache: Cache, chosen_N: NDArray[np.int64], starts: NDArray[np.int64]) -> pa.Table:
+    """Return the table of plan.parquet with the chosen sequences only, numbered anew."""
+    table = _read_plan_table(cache)
+    numbers = np.full(len(cache), -1)
+    numbers[chosen_N] = np.arange(len(chosen_N))
+    before = np.asarray(table["sequence"])
+    if before.size and not 0 <= before.min() <= before.max() < len(cache):
+        raise CorruptCacheError(f"{cache.folder}/{layout.PLAN_TABLE} names sequences that the cache does not have")
+    sequence = numbers[before]
+    table = _with_column(table.filter(pa.array(sequence >= 0)), "sequence", sequence[sequence >= 0])
+    shard = np.searchsorted(starts, np.asarray(table["sequence"]), side="right") - 1
+    return _with_column(table, "shard", shard.astype(np.int32))
+
+
+def _read_plan_table(cache: Cache) -> pa.Table:
+    try:
+        data = cache.folder.read(layout.PLAN_TABLE)
+    except FileNotFoundError:
+        data = b""
+    if layout.sha256(data) != cache.manifest.table_sha256:
+        raise CorruptCacheError(
+            f"{cache.folder}/{layout.PLAN_TABLE} is missing or damaged (its sha256 is not the plan's); the command "
+            "that made the cache writes it again"
+        )
+    return pq.read_table(pa.BufferReader(data))
+
+
+def _sequence_table(table: pa.Table, chosen_N: NDArray[np.int64]) -> pa.Table:
+    table = table.drop_columns([name for name in STATISTICS_COLUMNS if name in table.column_names])
+    return _with_column(table.take(pa.array(chosen_N)), "sequence", np.arange(len(chosen_N))).combine_chunks()
+
+
+def _with_column(table: pa.Table, name: str, values: NDArray[Any]) -> pa.Table:
+    """Return ``table`` with other values in a column, which keeps its type, or with a new column."""
+    if name not in table.column_names:
+        return table.append_column(name, pa.array(values))
+    place = table.column_names.index(name)
+    field = table.schema.field(place)
+    return table.set_column(place, field, pa.array(values, field.type))
+
+
+def _provenance(config: TranscodeConfig, cache: Cache) -> dict[str, Any]:
+    """Return the provenance of the source with one more link: which cache was transcoded, how, when and by what."""
+    before = cache.manifest.provenance
+    link = {
+        "source": cache.fingerprint,
+        "settings": config.settings(),
+        "kdcache": importlib.metadata.version("kdcache"),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    return {**before, "transcoded": [*_chain(before), link]}
+
+
+def _chain(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
+    # For people, so a manifest may say anything here.
+    links = provenance.get("transcoded")
+    return [link for link in links if isinstance(link, dict)] if isinstance(links, list) else []
