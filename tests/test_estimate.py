@@ -100,7 +100,8 @@ def test_corpus_and_teacher_are_described(found, dumped):
 
 def test_a_pilot_is_a_part_of_the_corpus(settings):
     result = estimate(build(DumpConfig, settings), num_positions=60, presets=["compact", "sampled"], progress=False)
-    assert 60 <= result.pilot_positions < result.num_positions == 383
+    assert 40 < result.pilot_positions < 120  # about 60: whole sequences
+    assert result.num_positions == 383
     assert [item.name for item in result.presets] == ["compact", "sampled"]
     assert result.presets[0].total_bytes > 0
 

@@ -43,7 +43,7 @@ _OPTIONS: list[click.Parameter] = [p for p in dump_teacher.command.params if p.n
 
 @click.command("estimate", context_settings=options.CONTEXT, epilog=_EPILOG, params=_OPTIONS)
 @click.option("--preset", multiple=True, metavar="NAME", help=f"{', '.join(PRESETS)}. Repeatable.  [default: all]")
-@click.option("--positions", type=int, default=4096, show_default=True, help="Positions of the pilot.")
+@click.option("--positions", type=int, default=4096, show_default=True, help="Positions of the pilot, about.")
 @options.json_option
 @options.quiet_option
 def command(
