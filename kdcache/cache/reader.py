@@ -7,6 +7,7 @@ sequence, never by order, so batch size, shuffling and the number of ranks chang
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import threading
@@ -168,14 +169,12 @@ class Cache:
         positions, position_offsets = row_spans(arrays.position_offsets_N1, local)
         target_arrays = arrays.fields[layout.TARGETS_FIELD]
         layers = {name: name for name in hidden} | self._last
-        try:
+        with self._naming(shard, layout.TARGETS_FIELD):
             targets = self._codec.decode(self._rows(layout.TARGETS_FIELD, target_arrays, positions))
-            decoded = {
-                field: self._hidden_codecs[field].decode(self._rows(field, arrays.fields[field], positions))
-                for field in set(layers.values())
-            }
-        except CorruptCacheError as error:
-            raise CorruptCacheError(f"{self.folder}, shard {shard}: {error}") from None
+        decoded = {}
+        for field in set(layers.values()):
+            with self._naming(shard, field):
+                decoded[field] = self._hidden_codecs[field].decode(self._rows(field, arrays.fields[field], positions))
         segments = target_arrays.get("segment_ids")
         return SequenceBatch(
             indices=local,
@@ -187,6 +186,15 @@ class Cache:
             segment_ids_T=None if segments is None else take_rows(segments, tokens),
             hidden={name: decoded[field] for name, field in layers.items()},
         )
+
+    @contextlib.contextmanager
+    def _naming(self, shard: int, field: str) -> Iterator[None]:
+        """Name the place in errors of codecs, which know of no files."""
+        try:
+            yield
+        except CorruptCacheError as error:
+            path = self.manifest.shards[shard].objects[field].path
+            raise CorruptCacheError(f"{self.folder}, shard {shard}, field {field}, file {path}: {error}") from None
 
     def _rows(self, field: str, arrays: dict[str, NDArray[Any]], spans: list[slice]) -> dict[str, NDArray[Any]]:
         """Return the arrays of a field with only the rows in ``spans``, and every table whole."""
@@ -202,11 +210,8 @@ class Cache:
                 return self._open[key]
         record = self.manifest.shards[shard]
         arrays = load_shard(self.folder, self.manifest, record, (layout.TARGETS_FIELD, *hidden))
-        try:
+        with self._naming(shard, layout.TARGETS_FIELD):
             arrays.fields[layout.TARGETS_FIELD] = self._codec.open(arrays.fields[layout.TARGETS_FIELD])
-        except CorruptCacheError as error:
-            where = f"{self.folder}, shard {shard}, field {layout.TARGETS_FIELD}"
-            raise CorruptCacheError(f"{where}: {error}") from None
         with self._lock:
             self._open[key] = arrays
             while len(self._open) > self.max_open_shards or (len(self._open) > 1 and self._open_bytes() > _OPEN_BYTES):

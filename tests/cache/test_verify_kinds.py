@@ -177,10 +177,30 @@ def test_arrays_that_contradict_each_other(tmp_path, name):
     SyntheticCache(record=KINDS[kind].record, codec="compact").write(tmp_path)
     rewrite(tmp_path, change)
     assert verify(str(tmp_path)).ok
-    with pytest.raises(CorruptCacheError, match=rf"shard 0.*: .*{words}"):
+    with pytest.raises(
+        CorruptCacheError, match=rf"shard 0, field targets, file shards/000000-\w+\.zarr\.zip: .*{words}"
+    ):
         open_cache(str(tmp_path)).read([0])
     [problem] = verify(str(tmp_path), deep=True).problems
-    assert "shard 0" in problem
+    assert "shard 0, field targets, file shards/000000" in problem
+
+
+def test_scales_of_another_width_than_the_states(tmp_path):
+    SyntheticCache(record=KINDS["hidden"].record, hidden_codec="int8").write(tmp_path)
+    item = open_cache(str(tmp_path)).manifest.shards[0].objects["hidden-2"]
+    arrays = open_cache(str(tmp_path)).open_shard(0, ("hidden-2",)).fields["hidden-2"]
+    data = pack(
+        {
+            "positions/states": arrays["states"],
+            "positions/token_scale": arrays["token_scale"],
+            "table/channel_scale": arrays["channel_scale"][:5],
+        }
+    )
+    (tmp_path / item.path).write_bytes(data)
+    change_manifest(tmp_path, set_at("shards", 0, "objects", "hidden-2", "num_bytes", len(data)))
+    words = r"shard 0, field hidden-2, file fields/hidden-2/000000-\w+\.zarr\.zip: channel_scale has 5 entries for 6"
+    with pytest.raises(CorruptCacheError, match=words):
+        open_cache(str(tmp_path)).read([0])
 
 
 @pytest.mark.parametrize(("kind", "count"), [("min_prob", "num_entries"), ("sampled", "num_draws")])

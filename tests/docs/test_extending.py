@@ -1,15 +1,20 @@
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 
 from kdcache.cli import COMMANDS
-from kdcache.codecs import HIDDEN_CODECS, TOPK_CODECS
+from kdcache.codecs import HIDDEN_CODECS, TOPK_CODECS, TargetsCodec
 from kdcache.corpus.sources import FORMATS
-from kdcache.losses import LOSSES, ChunkView, Loss
+from kdcache.losses import LOSSES, ChunkView, Loss, TeacherContext, allowed
+from kdcache.presets import PRESETS
+from kdcache.schema import Kind, TargetsRecord
 from kdcache.students.sizes import SIZES
 from kdcache.tasks import TASKS
+from tests.contracts.matching import check_merged
 from tests.docs.pages import DOCS, ROOT, blocks, sections
+from tests.synthetic import random_targets
 
 PAGE = (DOCS / "extending.md").read_text()
 TABLES = {
@@ -19,6 +24,7 @@ TABLES = {
     "TASKS": TASKS,
     "FORMATS": FORMATS,
     "SIZES": SIZES,
+    "PRESETS": PRESETS,
     "COMMANDS": COMMANDS,
 }
 
@@ -48,10 +54,44 @@ def test_loss_of_the_page_is_the_total_variation(namespace: dict[str, Any]) -> N
 
 
 def test_codec_of_the_page_decodes_any_slice(namespace: dict[str, Any]) -> None:
-    codec, encoded, decoded = (namespace[name] for name in ("codec", "encoded", "decoded"))
-    part = codec.decode({name: values[1:3] for name, values in encoded.items()})
+    whole, codec, encoded, decoded = (namespace[name] for name in ("whole", "codec", "encoded", "decoded"))
+    part = whole.decode({name: values[1:3] for name, values in encoded.items()})
     assert (part.logprobs_PK == decoded.logprobs_PK[1:3]).all()
     assert codec.model_dump() == {"name": "one-byte", "grid": 16, "scalar_dtype": "float16"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        TargetsRecord(top_k=6, min_prob=0.05),
+        TargetsRecord(top_k=6, min_mass=0.6, temperatures=(2.0,)),
+        TargetsRecord(kind="hybrid", top_k=3, num_draws=9),
+        TargetsRecord(kind="hidden", top_k=1),
+    ],
+    ids=lambda record: record.kind,
+)
+def test_codec_of_the_page_stores_every_kind_of_targets(namespace: dict[str, Any], record: TargetsRecord) -> None:
+    targets = random_targets(30, record, 40)
+    codec = namespace["OneByteCodec"](grid=16)
+    whole = TargetsCodec(codec, record, 40)
+    decoded = whole.decode(whole.open(whole.encode(targets)))
+    kept = targets.logprobs_PK > -np.inf
+    np.testing.assert_array_equal(decoded.ids_PK, targets.ids_PK)
+    np.testing.assert_array_equal(decoded.logprobs_PK > -np.inf, kept)
+    # What is more than 255 steps below 0 is cut.
+    near = kept & (targets.logprobs_PK > -15)
+    assert np.abs(decoded.logprobs_PK[near] - targets.logprobs_PK[near]).max() <= 1 / codec.grid
+    check_merged(decoded)
+    found = np.where(kept, decoded.logprobs_PK, 0)
+    cost = (np.exp(targets.logprobs_PK) * (np.where(kept, targets.logprobs_PK, 0) - found)).sum(axis=1)
+    assert cost.mean() < codec.kl_bound
+
+
+def test_loss_of_the_page_is_refused_where_draws_stand_for_the_tail(namespace: dict[str, Any]) -> None:
+    loss = namespace["loss"]
+    for kind in get_args(Kind):
+        refusal = allowed(loss, TeacherContext(kind=kind))
+        assert (refusal is None) is (kind in ("top-k", "hidden"))
 
 
 def test_examples_leave_the_tables_alone(namespace: dict[str, Any]) -> None:
