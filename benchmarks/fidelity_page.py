@@ -39,7 +39,8 @@ the same format loses nothing on this page (and has no place on the logarithmic 
   teacher gives mass to, so theirs is infinite; a row of draws likewise.
 - *batch-mean error*: L2 norm of the mean over {batch:,} positions of target - teacher, with the best treatment of the
   tail. Unbiased targets lose it in larger batches, biased ones do not.
-- *encode* and *decode*, tokens/s on one core, compression and checksums included; decode ends at log-probabilities.
+- *encode* and *decode*: tokens per second of one core's own time, compression and checksums included, the faster of
+  two runs; decode ends at log-probabilities.
 
 ## Treatments of the tail
 
