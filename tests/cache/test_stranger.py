@@ -203,7 +203,9 @@ def test_no_cache(tmp_path):
 def test_half_a_cache(tmp_path):
     source = SyntheticCache()
     source.write(tmp_path, shards=range(2), finish=False)
-    with pytest.raises(IncompleteCacheError, match=r"unfinished: 2 of 4 shards are written; run the command that began it again"):
+    with pytest.raises(
+        IncompleteCacheError, match=r"unfinished: 2 of 4 shards are written; run the command that began it again"
+    ):
         open_cache(str(tmp_path))
     with pytest.raises(IncompleteCacheError):
         verify(str(tmp_path))

@@ -13,7 +13,7 @@ from tests.dump.test_dump_config import configure
 DEFAULTS = {
     "top-k": (64, 0, True),
     "sampled": (0, 50, False),
-    "hybrid": (8, 24, False),
+    "hybrid": (4, 16, False),
     "hidden": (1, 0, False),
 }
 
@@ -40,7 +40,7 @@ def test_without_a_kind_it_is_top_k():
 def test_what_is_given_replaces_a_default():
     assert configure("targets.top_k=8", "targets.tail_prior=false").targets.record == TargetsRecord(top_k=8)
     hybrid = configure("targets.kind=hybrid", "targets.top_k=3").targets
-    assert (hybrid.top_k, hybrid.num_draws) == (3, 24)
+    assert (hybrid.top_k, hybrid.num_draws) == (3, 16)
     sampled = configure("targets.kind=sampled", "targets.num_draws=300", "targets.seed=7").targets
     assert (sampled.top_k, sampled.num_draws, sampled.seed) == (0, 300, 7)
 
@@ -136,4 +136,4 @@ def test_an_option_changes_the_kind_of_the_file(tmp_path):
     path = tmp_path / "dump.yaml"
     path.write_text("targets:\n  kind: sampled\n  seed: 3\n")
     found = configure(file=str(path), options={"targets": {"kind": "hybrid"}}).targets
-    assert (found.kind, found.top_k, found.num_draws, found.seed) == ("hybrid", 8, 24, 3)
+    assert (found.kind, found.top_k, found.num_draws, found.seed) == ("hybrid", 4, 16, 3)
