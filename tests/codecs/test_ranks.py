@@ -37,6 +37,12 @@ def test_frequent_ids_come_first_and_similar_ones_in_ascending_order(drawn):
         assert same == sorted(same)
 
 
+def test_counts_within_half_a_doubling_are_one_class():
+    ids = np.repeat([9, 3, 1, 8], [7, 6, 5, 100])
+    _, table = rank_ids(ids, 10)
+    assert ids_of_ranks(np.arange(4), table, "x").tolist() == [8, 3, 9, 1]
+
+
 def test_ids_of_any_shape():
     ids = np.array([[3, 1], [3, 2]])
     ranks_V, table = rank_ids(ids, 5)
