@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kdcache.transcode import TranscodeConfig, transcode
 
 from benchmarks import report
 from benchmarks.teacher import gguf_path
 from kdcache.cache import open_cache
-from kdcache.config import build
+from kdcache.config import build, merge
 from kdcache.evaluation import evaluate
 from kdcache.losses import TeacherRows
 from kdcache.presets import PRESETS
 from kdcache.teachers import TeacherConfig, load_teacher
 from kdcache.train import Distiller, TrainConfig, train_student
+from kdcache.transcode import TranscodeConfig, transcode_cache
 
 _KL: dict[str, Any] = {"forward_kl": {"weight": 1.0}, "cross_entropy": {"weight": 0.0}}
 
@@ -103,8 +103,9 @@ def cache_path(options: Any, preset: str) -> str:
 
 def make_cache(options: Any, preset: str) -> None:
     if preset != "hidden":
-        settings = {"source": options.train, "output": cache_path(options, preset), **PRESETS[preset].settings}
-        transcode(build(TranscodeConfig, settings), progress=False)
+        places = {"source": options.train, "output": cache_path(options, preset)}
+        settings = merge({**places, "hidden_states": {"layers": []}}, PRESETS[preset].settings)
+        transcode_cache(build(TranscodeConfig, settings), progress=False)
 
 
 def one(options: Any, run: tuple[str, int]) -> dict[str, float]:

@@ -102,9 +102,9 @@ class TargetsConfig(TargetsRecord):
             (self.num_draws > 0) is not draws,
             ("need num_draws of 1 or more" if draws else "take no draws (the kinds sampled and hybrid do)"),
         )
-        top_k_only = (self.is_ragged, "min_prob and min_mass"), (self.tail_prior, "a tail prior")
+        top_k_only = (self.is_ragged, "min_prob and min_mass"), (self.tail_prior, "tail prior")
         for given, name in (*top_k_only, (bool(self.temperatures), "temperatures of the tail")):
-            yield given and self.kind != "top-k", f"have no {name} (the kind top-k does)"
+            yield given and self.kind != "top-k", f"have no {name} (the kind top-k has)"
 
     @property
     def record(self) -> TargetsRecord:

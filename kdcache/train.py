@@ -131,8 +131,9 @@ def train_student(
 
     With ``resume`` the newest complete checkpoint there is continued (from the beginning if there is none); a run
     that has finished gives its result again. Raises ``ConfigError`` when the output holds a run already, or another
-    one than is to be resumed, or the cache does not allow a loss; ``StudentError`` when the student does not fit the cache; ``CacheError`` when the cache
-    is incomplete, damaged or missing. A loss that is not finite raises ``StudentError`` at the next logging step.
+    one than is to be resumed, or when the cache does not allow a loss; ``StudentError`` when the student does not fit
+    the cache; ``CacheError`` when the cache is incomplete, damaged or missing. A loss that is not finite raises
+    ``StudentError`` at the next logging step.
     """
     check_output(config.output, resume=resume)
     _check_device(config)

@@ -4,8 +4,9 @@ from kdcache.cache.fields import token_arrays
 from kdcache.cache.folder import Folder
 from kdcache.cache.order import epoch_order
 from kdcache.cache.reader import Cache, describe, open_cache
+from kdcache.cache.shard_data import ShardData
 from kdcache.cache.verify import VerifyReport, verify
-from kdcache.cache.writer import CacheWriter, ShardData
+from kdcache.cache.writer import CacheWriter
 
 __all__ = [
     "Cache",

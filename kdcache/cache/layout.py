@@ -179,7 +179,7 @@ def _no_manifest(folder: Folder) -> CacheError:
     done = sum(folder.exists(commit_name(shard)) for shard in range(plan.num_shards))
     return IncompleteCacheError(
         f"{folder} is unfinished: {done} of {plan.num_shards} shards are written; "
-        "run the same kdcache dump-teacher command again to finish it"
+        "run the command that began it again to finish it"
     )
 
 

@@ -11,49 +11,20 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
-from numpy.typing import NDArray
 
 from kdcache.cache import layout
 from kdcache.cache.folder import TEMPORARY, Folder
 from kdcache.cache.outputs import LOCK, check_same_plan, differences_of, refuse_foreign
+from kdcache.cache.shard_data import ShardData, encode_field, statistics_of, with_statistics
 from kdcache.cache.shard_file import pack
-from kdcache.cache.tail_prior import TailPrior, TailSum
-from kdcache.codecs import hidden_codec, targets_codec
+from kdcache.cache.tail_prior import TailPrior
 from kdcache.errors import CacheError, CorruptCacheError
-from kdcache.schema import FieldRecord, Manifest, ObjectRecord, Plan, ShardRecord, Statistics, Targets
+from kdcache.schema import Manifest, ObjectRecord, Plan, ShardRecord
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class ShardData:
-    """Everything a shard holds, ready to be encoded; rows in the order of its sequences.
-
-    ``labels_P`` are the corpus's own tokens at the rows, as the task aligned them; they serve the statistics and are
-    not stored, since the task derives them from the tokens. ``hidden`` maps field names to states as their codec's
-    ``stage`` returned them: in float32 a shard of them would not fit. ``copied`` are fields that come encoded, from
-    another cache, by the names of their arrays. ``table`` is the per-sequence table. ``tail_sum`` is this shard's share
-    of the tail prior, if the plan has one.
-    """
-
-    index: int
-    tokens_T: NDArray[np.uint32]
-    num_tokens_N: NDArray[np.int64]
-    num_positions_N: NDArray[np.int64]
-    loss_mask_P: NDArray[np.uint8]
-    labels_P: NDArray[Any]
-    targets: Targets
-    table: pa.Table
-    segment_ids_T: NDArray[np.uint16] | None = None
-    hidden: dict[str, NDArray[Any]] = field(default_factory=dict)
-    copied: dict[str, dict[str, NDArray[Any]]] = field(default_factory=dict)
-    tail_sum: TailSum | None = None
 
 
 class CacheWriter:
@@ -202,12 +173,12 @@ class CacheWriter:
         num_rows: dict[str, int] = {}
         for item in self.plan.fields:
             name = layout.object_name(item.name, data.index, attempt)
-            arrays = _encode_field(item, data, self.plan)
+            arrays = encode_field(item, data, self.plan)
             num_rows |= {array.rows: len(arrays[array.path]) for array in item.arrays}
             objects[item.name] = layout.write_object(self.folder, name, pack(arrays))
         name = layout.object_name(layout.SEQUENCES_FIELD, data.index, attempt)
         objects[layout.SEQUENCES_FIELD] = layout.write_object(
-            self.folder, name, layout.table_to_ipc(_with_statistics(data))
+            self.folder, name, layout.table_to_ipc(with_statistics(data))
         )
         record = ShardRecord(
             index=data.index,
@@ -218,7 +189,7 @@ class CacheWriter:
             num_entries=num_rows.get("entries", 0),
             num_draws=num_rows.get("draws", 0),
             objects=objects,
-            statistics=_statistics(data),
+            statistics=statistics_of(data),
         )
         if self._tail_prior is not None:
             # Before the record: what a shard adds is never missing, and a shard that is made again adds nothing.
@@ -272,62 +243,3 @@ def _standing_manifest(folder: Folder) -> Manifest | None:
     except CorruptCacheError as error:
         log.warning("%s; it is written again", error)
         return None
-
-
-def _encode_field(record: FieldRecord, data: ShardData, plan: Plan) -> dict[str, NDArray[Any]]:
-    if record.name in data.copied:
-        values = data.copied[record.name]
-    elif record.name != layout.TARGETS_FIELD:
-        values = hidden_codec(record.codec).encode(data.hidden[record.name])
-    else:
-        values = {
-            "tokens": data.tokens_T,
-            "loss_mask": data.loss_mask_P,
-            "num_tokens": data.num_tokens_N,
-            "num_positions": data.num_positions_N,
-            **targets_codec(record.codec, plan.targets, plan.tokenizer.vocab_size).encode(data.targets),
-        }
-        if data.segment_ids_T is not None:
-            values["segment_ids"] = data.segment_ids_T
-    for array in record.arrays:
-        if values[array.name].shape[1:] != array.shape:
-            # Written as it is, no reader would open it.
-            found = values[array.name].shape[1:]
-            raise CacheError(f"field {record.name}, array {array.name}: rows of {found}, the plan says {array.shape}")
-    return {array.path: values[array.name].astype(array.dtype, copy=False) for array in record.arrays}
-
-
-def _per_sequence_sum(values_P: NDArray[Any], data: ShardData) -> NDArray[np.float64]:
-    ends = np.cumsum(data.num_positions_N)
-    cumulated = np.concatenate([[0.0], np.cumsum(values_P, dtype=np.float64)])
-    result: NDArray[np.float64] = cumulated[ends] - cumulated[ends - data.num_positions_N]
-    return result
-
-
-def _with_statistics(data: ShardData) -> pa.Table:
-    """Return the per-sequence table with the teacher's mean loss, entropy and kept mass: what curricula sort by."""
-    counts_P = data.loss_mask_P.astype(bool)
-    count_N = _per_sequence_sum(counts_P, data)
-    table = data.table
-    columns = {
-        "teacher_loss": -data.targets.gold_logprob_P,
-        "teacher_entropy": data.targets.entropy_P,
-        "kept_mass": -np.expm1(data.targets.log_tail_P),
-    }
-    table = table.append_column("num_targets", pa.array(count_N.astype(np.int64)))
-    for name, values_P in columns.items():
-        mean_N = _per_sequence_sum(np.where(counts_P, values_P, 0), data) / np.maximum(count_N, 1)
-        table = table.append_column(name, pa.array(mean_N.astype(np.float32)))
-    return table
-
-
-def _statistics(data: ShardData) -> Statistics:
-    valid = data.loss_mask_P.astype(bool)
-    targets = data.targets
-    return Statistics(
-        num_positions=int(valid.sum()),
-        teacher_loss_sum=float(-targets.gold_logprob_P[valid].sum(dtype=np.float64)),
-        entropy_sum=float(targets.entropy_P[valid].sum(dtype=np.float64)),
-        kept_mass_sum=float(-np.expm1(targets.log_tail_P[valid].astype(np.float64)).sum()),
-        top1_correct=int((targets.top1_ids_P == data.labels_P)[valid].sum()),
-    )

@@ -24,8 +24,9 @@ from kdcache.codecs.hidden import relative_error
 from kdcache.config import build, merge
 from kdcache.dump import DumpConfig, HiddenStatesConfig, TargetsConfig
 from kdcache.dump.batches import BatchRunner
+from kdcache.dump.parts import Parts, load_parts
+from kdcache.dump.pilot import pilot_sequences, run_rows
 from kdcache.dump.plan import LayerPilot, make_fields, shard_positions
-from kdcache.dump.run import _load, _Parts, _pilot_sequences, _run_rows
 from kdcache.errors import ConfigError, TeacherError, did_you_mean
 from kdcache.estimate.choices import LossChoices, student_choices
 from kdcache.estimate.measure import Measurement, measure
@@ -93,7 +94,7 @@ def estimate(
     if config.targets != TargetsConfig() or config.hidden_states != HiddenStatesConfig():
         log.warning("settings of targets and hidden states play no part here, presets have their own")
     config = build(DumpConfig, {**config.model_dump(exclude={"targets", "hidden_states"}), "output": _NO_OUTPUT})
-    parts = _load(config, progress)
+    parts = load_parts(config, progress)
     sample, head, pilot = _pilot(parts, num_positions, progress)
     plans, reasons = _plans(config, parts, chosen, sample, head)
     with bar(2 * sample.num_positions, "measure", "tok", enabled=progress) as meter:
@@ -135,17 +136,17 @@ def _chosen(names: SequenceOf[str]) -> dict[str, Preset]:
     return {name: PRESETS[name] for name in (names or PRESETS)}
 
 
-def _pilot(parts: _Parts, num_positions: int, progress: bool) -> tuple[Sample, LMHead | str, _Pilot]:
+def _pilot(parts: Parts, num_positions: int, progress: bool) -> tuple[Sample, LMHead | str, _Pilot]:
     """Run the teacher over sequences from all of the corpus; return them and the LM head, or why there is none."""
     teacher, sequences = parts.teacher, parts.sequences
-    indices = _pilot_sequences(sequences, num_positions)
+    indices = pilot_sequences(sequences, num_positions)
     head = _head_of(parts)
     layers = [teacher.num_layers] if isinstance(head, LMHead) else []
     runner = BatchRunner(teacher, _PILOT_RECORD, layers, hidden_codec({"name": "exact"}))
     with bar(1, "teacher", "run", enabled=progress) as meter:
-        _run_rows(indices[: max(1, len(indices) // 8)], sequences, runner, parts.batch_tokens)  # warms up
+        run_rows(indices[: max(1, len(indices) // 8)], sequences, runner, parts.batch_tokens)  # warms up
         began = time.perf_counter()
-        rows, _ = _run_rows(indices, sequences, runner, parts.batch_tokens)
+        rows, _ = run_rows(indices, sequences, runner, parts.batch_tokens)
         seconds = time.perf_counter() - began
         meter.update()
     chosen = [sequences.sequence(index) for index in indices]
@@ -158,7 +159,7 @@ def _pilot(parts: _Parts, num_positions: int, progress: bool) -> tuple[Sample, L
     return sample, head, _Pilot(seconds, float(-rows.targets.gold_logprob_P.mean()))
 
 
-def _head_of(parts: _Parts) -> LMHead | str:
+def _head_of(parts: Parts) -> LMHead | str:
     try:
         return parts.teacher.head
     except TeacherError as error:
@@ -166,7 +167,7 @@ def _head_of(parts: _Parts) -> LMHead | str:
 
 
 def _plans(
-    config: DumpConfig, parts: _Parts, chosen: dict[str, Preset], sample: Sample, head: LMHead | str
+    config: DumpConfig, parts: Parts, chosen: dict[str, Preset], sample: Sample, head: LMHead | str
 ) -> tuple[dict[str, Plan], dict[str, str]]:
     """Return the plan of every preset, and why the others are unavailable."""
     plans, reasons = {}, {}

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache import ShardData, layout
+from kdcache.cache.shard_data import encode_field, with_statistics
 from kdcache.cache.shard_file import pack, unpack
-from kdcache.cache.writer import _encode_field, _with_statistics
 from kdcache.codecs import hidden_codec, targets_codec
 from kdcache.corpus import assign_shards
 from kdcache.estimate.sample import Sample
@@ -72,7 +72,7 @@ def store(sample: Sample, plan: Plan, targets: Targets, states_PD: NDArray[np.fl
     for data in _shards(sample, plan, targets, states_PD):
         for record in plan.fields:
             _store_field(record, data, plan, totals)
-        table = _with_statistics(data)
+        table = with_statistics(data)
         whole, once = (len(layout.table_to_ipc(part)) for part in (table, table.slice(0, 1)))
         _add(totals, layout.SEQUENCES_FIELD, whole, once, data, plan)
     return Stored(
@@ -99,7 +99,7 @@ def _store_field(record: FieldRecord, data: ShardData, plan: Plan, totals: _Tota
 
 
 def _encode(record: FieldRecord, data: ShardData, plan: Plan) -> tuple[Arrays, bytes]:
-    arrays = _encode_field(record, data, plan)
+    arrays = encode_field(record, data, plan)
     return arrays, pack(arrays)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from kdcache.cache import Folder, ShardData, layout
+from kdcache.cache.shard_data import encode_field, with_statistics
 from kdcache.cache.shard_file import pack
-from kdcache.cache.writer import _encode_field, _with_statistics
 from kdcache.transcode.config import TranscodeConfig
 from kdcache.transcode.places import num_committed
 from kdcache.transcode.plan import Transcoding
@@ -77,10 +77,10 @@ def estimate_transcode(config: TranscodeConfig) -> TranscodeEstimate:
 def _field_bytes(job: Transcoding, data: ShardData) -> dict[str, float]:
     """Return the bytes per position of every field: measured where it is encoded, else those of the source."""
     source = job.cache.manifest
-    sizes = {layout.SEQUENCES_FIELD: len(layout.table_to_ipc(_with_statistics(data)))}
+    sizes = {layout.SEQUENCES_FIELD: len(layout.table_to_ipc(with_statistics(data)))}
     for item in job.plan.fields:
         if item.name not in job.copied:
-            sizes[item.name] = len(pack(_encode_field(item, data, job.plan)))
+            sizes[item.name] = len(pack(encode_field(item, data, job.plan)))
     as_before = {
         name: sum(shard.objects[name].num_bytes for shard in source.shards) / max(source.num_positions, 1)
         for name in job.copied

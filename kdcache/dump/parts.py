@@ -1,0 +1,86 @@
+"""What a configuration of a dump loads: corpus, tokenizer, teacher, and the plan that they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.cache import Folder, layout
+from kdcache.cache.outputs import refuse_foreign
+from kdcache.codecs import hidden_codec
+from kdcache.corpus import Corpus, SequencePlan, load_corpus, plan_sequences
+from kdcache.dump.batches import BatchRunner, Teacher
+from kdcache.dump.config import DumpConfig
+from kdcache.dump.pilot import layer_pilot
+from kdcache.dump.plan import check_top_k, make_plan
+from kdcache.errors import ConfigError, TeacherError
+from kdcache.models.lm_head import head_to_bytes
+from kdcache.models.loading import load_tokenizer, parse_dtype, pick_device
+from kdcache.models.tokenizer import TextEncoder, tokenizer_files, tokenizer_record
+from kdcache.progress import bar, reporter
+from kdcache.schema import Plan
+from kdcache.teachers import HuggingFaceTeacher, load_teacher, parse_layers
+
+
+@dataclass
+class Parts:
+    """What a configuration loads."""
+
+    plan: Plan
+    table: Any
+    starts: NDArray[np.int64]
+    sequences: SequencePlan
+    teacher: HuggingFaceTeacher
+    layers: list[int]
+    tokenizer_files: dict[str, bytes]
+    cache_files: dict[str, bytes]
+    batch_tokens: int
+
+
+def load_parts(config: DumpConfig, progress: bool) -> Parts:
+    """Load what ``config`` names, cheapest first, so that most mistakes show before the teacher is loaded."""
+    refuse_foreign(Folder(config.output))
+    pick_device(config.teacher.device)
+    if config.teacher.dtype != "auto":
+        parse_dtype(config.teacher.dtype)
+    corpus: Corpus = load_corpus(config.corpus)
+    name, revision = config.teacher.model, config.teacher.revision
+    tokenizer = load_tokenizer(name, revision=revision, error=TeacherError)
+    record = tokenizer_record(tokenizer)
+    check_top_k(config, record.vocab_size)
+    with bar(len(corpus), "tokenise", "doc", enabled=progress) as meter:
+        sequences = plan_sequences(corpus, TextEncoder(tokenizer), config.sequences, progress=reporter(meter))
+    teacher = load_teacher(config.teacher, record.vocab_size)
+    _check_length(sequences, teacher)
+    if config.sequences.packing == "window" and not config.sequences.attend_across_documents:
+        teacher.check_packing()
+    cache_files = {}
+    names = list(config.hidden_states.layers)
+    if config.targets.kind == "hidden":
+        cache_files[layout.LM_HEAD] = head_to_bytes(teacher.head)
+        names.append("last")
+    layers = parse_layers(names, teacher.num_layers)
+    pilot = layer_pilot(config, sequences, teacher, layers)
+    plan, table, starts = make_plan(config, corpus, sequences, teacher.record, record, layers, pilot)
+    batch_tokens = config.batch_tokens or min(4096 if teacher.device.type == "cpu" else 16384, teacher.max_batch_tokens)
+    files = tokenizer_files(tokenizer)
+    return Parts(plan, table, starts, sequences, teacher, layers, files, cache_files, batch_tokens)
+
+
+def _check_length(sequences: SequencePlan, teacher: HuggingFaceTeacher) -> None:
+    # Beyond its context a teacher with learnt positions fails, and one with rotary positions answers badly.
+    longest = int(sequences.lengths_N.max())
+    if teacher.context_length is not None and longest > teacher.context_length:
+        raise ConfigError(
+            f"the longest sequence has {longest} positions, but {teacher.record.name} was made for "
+            f"{teacher.context_length}; use --max-length {teacher.context_length} or less"
+        )
+
+
+def runner_of(teacher: Teacher, plan: Plan, layers: list[int]) -> BatchRunner:
+    """Return what runs batches through ``teacher`` for ``plan``."""
+    states = hidden_codec(plan.field(plan.hidden_layers[0]).codec if plan.hidden_layers else {"name": "bf16"})
+    return BatchRunner(teacher, plan.targets, layers, states)

@@ -1,0 +1,63 @@
+"""Records: what flows between the layers and what stands in the manifest.
+
+Shape suffixes used throughout kdcache: N sequences, T tokens, P positions (rows), K kept ids, J drawn ids, G grid
+temperatures, V vocabulary, D width, B batch, L positions of one padded sequence. Logarithms are natural; losses and
+entropies are in nats.
+
+Two kinds of records live here. Dataclasses hold arrays in memory (`Targets`, `Sequence`, `SequenceBatch`);
+frozen pydantic models (`Plan`, `ShardRecord`, `Manifest`) are written as JSON and describe a cache completely.
+"""
+
+from kdcache.schema.arrays import (
+    Document,
+    Draws,
+    FloatArray,
+    IntArray,
+    Sequence,
+    SequenceBatch,
+    Targets,
+    token_hash,
+)
+from kdcache.schema.records import (
+    FORMAT_VERSION,
+    KINDS,
+    STATISTICS_COLUMNS,
+    ArrayRecord,
+    CorpusRecord,
+    FieldRecord,
+    Kind,
+    Manifest,
+    ObjectRecord,
+    Plan,
+    ShardRecord,
+    Statistics,
+    TargetsRecord,
+    TeacherRecord,
+    TokenizerRecord,
+)
+
+__all__ = [
+    "FORMAT_VERSION",
+    "KINDS",
+    "STATISTICS_COLUMNS",
+    "ArrayRecord",
+    "CorpusRecord",
+    "Document",
+    "Draws",
+    "FieldRecord",
+    "FloatArray",
+    "IntArray",
+    "Kind",
+    "Manifest",
+    "ObjectRecord",
+    "Plan",
+    "Sequence",
+    "SequenceBatch",
+    "ShardRecord",
+    "Statistics",
+    "Targets",
+    "TargetsRecord",
+    "TeacherRecord",
+    "TokenizerRecord",
+    "token_hash",
+]
