@@ -54,10 +54,10 @@ CONTRADICTIONS = {
     "kind=hybrid,num_draws=0": "targets of the kind hybrid need num_draws of 1 or more",
     "num_draws=50": "targets of the kind top-k take no draws (the kinds sampled and hybrid do)",
     "kind=hidden,num_draws=50": "targets of the kind hidden take no draws (the kinds sampled and hybrid do)",
-    "kind=sampled,min_prob=0.001": "targets of the kind sampled have no min_prob and min_mass (the kind top-k does)",
-    "kind=hybrid,min_mass=0.9": "targets of the kind hybrid have no min_prob and min_mass (the kind top-k does)",
-    "kind=hidden,tail_prior=true": "tail prior (the kind top-k does)",
-    "kind=sampled,temperatures=2": "targets of the kind sampled have no temperatures of the tail (the kind top-k does)",
+    "kind=sampled,min_prob=0.001": "targets of the kind sampled have no min_prob and min_mass (the kind top-k has)",
+    "kind=hybrid,min_mass=0.9": "targets of the kind hybrid have no min_prob and min_mass (the kind top-k has)",
+    "kind=hidden,tail_prior=true": "targets of the kind hidden have no tail prior (the kind top-k has)",
+    "kind=sampled,temperatures=2": "targets of the kind sampled have no temperatures of the tail (the kind top-k has)",
 }
 
 
