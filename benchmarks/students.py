@@ -71,6 +71,32 @@ class LiveDistiller(Distiller):
         return result.loss, result.sums, result.num_valid
 
 
+_PAGE = """# Students from a cache beside the live teacher
+
+Written by `python -m benchmarks.students TRAIN HELD_OUT --work DIR --docs docs`, where both caches were made by
+`kdcache dump-teacher --preset hidden`; do not edit it by hand.
+
+| | |
+|---|---|
+| teacher | {teacher} |
+| training texts | {train} |
+| held-out texts | {held_out} |
+| student | {student} |
+| steps | {steps} |
+| seeds | {seeds}; within a seed all students share initial weights and order |
+| machine | {machine} |
+
+{table}
+
+- *loss*, *KL* and *ECE* on the held-out texts; KL is that of the whole vocabulary. Means over the seeds with the half
+  width of their 95 % interval (Student's t). *KL above live*: the same for the paired differences from the student with
+  the live teacher, same seed.
+- *bytes/token* of the cache on disk, token ids, scalars and tables included.
+- *tokens/s* of training, one thread each, two students side by side on a shared machine.
+- All but the last row train on forward KL alone; none has a cross-entropy term, so that the targets are what differs.
+"""
+
+
 def main() -> None:
     parser = report.arguments(__doc__.splitlines()[0])
     parser.add_argument("train", help="finished cache of the kind hidden, to train on")
@@ -114,6 +140,10 @@ def one(options: Any, run: tuple[str, int]) -> dict[str, float]:
     name, seed = run
     preset, objective, live = VARIANTS[name]
     output = Path(options.work) / "students" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+    judged_file = output / "judged.json"
+    if judged_file.exists():
+        found: dict[str, float] = json.loads(judged_file.read_text())
+        return found
     settings = {
         "cache": cache_path(options, preset),
         "student": {"size": options.student_size, "seed": seed},
@@ -139,7 +169,9 @@ def one(options: Any, run: tuple[str, int]) -> dict[str, float]:
     judged = evaluate(options.held_out, [str(output)], device="cpu", progress=False).students[0]
     print(f"{name}, seed {seed}: loss {judged.loss:.4f}, KL {judged.kl:.4f}", flush=True)
     found = {"loss": judged.loss, "kl": judged.kl, "ece": judged.ece, "agreement": judged.agreement}
-    return {**found, "tokens_per_s": result.tokens_per_s}
+    found["tokens_per_s"] = result.tokens_per_s
+    judged_file.write_text(json.dumps(found))
+    return found
 
 
 def row(options: Any, name: str, results: dict[tuple[str, int], dict[str, float]]) -> dict[str, Any]:
@@ -169,6 +201,34 @@ def finish(options: Any, rows: list[dict[str, Any]], runs: dict[str, Any]) -> No
     teacher = evaluate(options.held_out, [], progress=False).teacher
     title = f"Held-out loss of the teacher: {teacher.loss:.4f}; students after {options.epochs:g} epochs"
     report.show(title, rows, {"runs": runs, "teacher": json.loads(teacher.model_dump_json())}, options.json)
+    if options.docs:
+        path = Path(options.docs) / "students.md"
+        path.write_text(page(options, rows, teacher.loss))
+        print(f"written to {path}")
+
+
+def page(options: Any, rows: list[dict[str, Any]], teacher_loss: float) -> str:
+    train, held_out = (open_cache(path).manifest for path in (options.train, options.held_out))
+    manifest = json.loads((Path(options.work) / "students" / first_student(options) / "config.json").read_text())
+    columns = list(rows[0])
+    cells = [[f"{v:,.0f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    lines = [f"| {' | '.join(line)} |" for line in (columns, [":--", *["--:"] * (len(columns) - 1)], *cells)]
+    machine = ", ".join(f"{key} {value}" for key, value in report.machine().items() if value is not None)
+    return _PAGE.format(
+        teacher=f"{train.teacher.name}, {train.teacher.dtype}; held-out loss {teacher_loss:.4f}",
+        train=f"{', '.join(train.corpus.sources)}, {train.num_positions:,} positions, {options.epochs:g} epochs",
+        held_out=f"{', '.join(held_out.corpus.sources)}, {held_out.num_positions:,} positions",
+        student=f"{options.student_size}, fresh: {manifest['architectures'][0]}, width {manifest['hidden_size']}, "
+        f"{manifest['num_hidden_layers']} layers",
+        steps=f"{options.batch_sequences} sequences a step, AdamW, peak learning rate {options.learning_rate:g}",
+        seeds=", ".join(map(str, options.seeds)),
+        machine=machine,
+        table="\n".join(lines),
+    )
+
+
+def first_student(options: Any) -> str:
+    return sorted(path.name for path in (Path(options.work) / "students").iterdir())[0]
 
 
 if __name__ == "__main__":

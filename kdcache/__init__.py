@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kdcache.evaluation import evaluate
     from kdcache.losses import Objective, ObjectiveConfig
     from kdcache.train import TrainConfig, plan_training, train_student
+    from kdcache.transcode import TranscodeConfig, transcode_cache
     from kdcache.viewer import peek
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ _HOMES = {
     "Objective": "kdcache.losses",
     "ObjectiveConfig": "kdcache.losses",
     "TrainConfig": "kdcache.train",
+    "TranscodeConfig": "kdcache.transcode",
     "VerifyReport": "kdcache.cache",
     "dump_teacher": "kdcache.dump",
     "estimate_dump": "kdcache.dump",
@@ -46,6 +48,7 @@ _HOMES = {
     "peek": "kdcache.viewer",
     "plan_training": "kdcache.train",
     "train_student": "kdcache.train",
+    "transcode_cache": "kdcache.transcode",
     "verify": "kdcache.cache",
 }
 
@@ -56,6 +59,7 @@ __all__ = [
     "Objective",
     "ObjectiveConfig",
     "TrainConfig",
+    "TranscodeConfig",
     "VerifyReport",
     "dump_teacher",
     "estimate_dump",
@@ -64,6 +68,7 @@ __all__ = [
     "peek",
     "plan_training",
     "train_student",
+    "transcode_cache",
     "verify",
 ]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from kdcache.cli import options
+from kdcache.cli import options, settings
 from kdcache.codecs import HIDDEN_CODECS, TOPK_CODECS
 from kdcache.presets import PRESETS
 from kdcache.schema import KINDS
@@ -79,36 +79,11 @@ def command(
     from kdcache.config import load, merge
     from kdcache.dump import DumpConfig, dump_teacher, estimate_dump
 
-    settings = options.nest(
-        {
-            "teacher.model": given["teacher"],
-            "teacher.dtype": given["dtype"],
-            "teacher.device": given["device"],
-            "teacher.revision": given["revision"],
-            "corpus.paths": given["corpus"],
-            "corpus.text_field": given["text_field"],
-            "corpus.split_text": given["split_text"],
-            "corpus.limit_documents": given["limit_documents"],
-            "sequences.max_length": given["max_length"],
-            "sequences.packing": "window" if given["pack"] else None,
-            "targets.kind": given["targets"],
-            "targets.top_k": given["top_k"],
-            "targets.min_prob": given["min_prob"],
-            "targets.min_mass": given["min_mass"],
-            "targets.num_draws": given["draws"],
-            "targets.temperatures": given["temperatures"],
-            "targets.tail_prior": given["tail_prior"],
-            "targets.codec": given["codec"],
-            "hidden_states.layers": given["hidden_states"],
-            "hidden_states.codec": given["hidden_codec"],
-            "output": given["output"],
-            "task": given["task"],
-            "batch_tokens": given["batch_tokens"],
-        }
-    )
+    own = {"hidden_states.layers": given["hidden_states"], "output": given["output"]}
+    nested = options.nest({**settings.of_sources(given), **settings.of_targets(given), **own})
     if given["preset"] is not None:
-        settings = merge(dict(PRESETS[given["preset"]].settings), settings)
-    config = load(DumpConfig, file=config_file, assignments=assignments, options=settings)
+        nested = merge(dict(PRESETS[given["preset"]].settings), nested)
+    config = load(DumpConfig, file=config_file, assignments=assignments, options=nested)
     if dry_run:
         estimate = estimate_dump(config, progress=not quiet)
         if as_json:

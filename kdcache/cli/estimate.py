@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from kdcache.cli import dump_teacher, options
+from kdcache.cli import dump_teacher, options, settings
 from kdcache.presets import PRESETS
 
 _EPILOG = """\b
@@ -67,24 +67,8 @@ def command(
     from kdcache.dump import DumpConfig
     from kdcache.estimate import estimate
 
-    settings = options.nest(
-        {
-            "teacher.model": given["teacher"],
-            "teacher.dtype": given["dtype"],
-            "teacher.device": given["device"],
-            "teacher.revision": given["revision"],
-            "corpus.paths": given["corpus"],
-            "corpus.text_field": given["text_field"],
-            "corpus.split_text": given["split_text"],
-            "corpus.limit_documents": given["limit_documents"],
-            "sequences.max_length": given["max_length"],
-            "sequences.packing": "window" if given["pack"] else None,
-            "task": given["task"],
-            "batch_tokens": given["batch_tokens"],
-            "output": "none",
-        }
-    )
-    config = load(DumpConfig, file=config_file, assignments=assignments, options=settings)
+    nested = options.nest({**settings.of_sources(given), "output": "none"})
+    config = load(DumpConfig, file=config_file, assignments=assignments, options=nested)
     result = estimate(config, num_positions=positions, presets=preset, progress=not quiet)
     if as_json:
         options.echo_json(result.to_dict())

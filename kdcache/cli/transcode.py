@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from kdcache.cli import options
+from kdcache.cli import options, settings
 from kdcache.codecs import HIDDEN_CODECS, TOPK_CODECS
 from kdcache.schema import KINDS
 
@@ -73,26 +73,14 @@ def command(
 
     if given["drop_hidden"] and given["layers"] is not None:
         raise click.UsageError("--drop-hidden and --layers exclude each other")
-    settings = options.nest(
-        {
-            "source": source,
-            "output": output,
-            "targets.kind": given["targets"],
-            "targets.top_k": given["top_k"],
-            "targets.min_prob": given["min_prob"],
-            "targets.min_mass": given["min_mass"],
-            "targets.num_draws": given["draws"],
-            "targets.temperatures": given["temperatures"],
-            "targets.tail_prior": given["tail_prior"],
-            "targets.codec": given["codec"],
-            "hidden_states.layers": [] if given["drop_hidden"] else given["layers"],
-            "hidden_states.codec": given["hidden_codec"],
-            "where": given["where"],
-            "limit_sequences": given["limit_sequences"],
-            "device": given["device"],
-        }
-    )
-    config = load(TranscodeConfig, file=config_file, assignments=assignments, options=settings)
+    own = {
+        "source": source,
+        "output": output,
+        "hidden_states.layers": [] if given["drop_hidden"] else given["layers"],
+        **{name: given[name] for name in ("where", "limit_sequences", "device")},
+    }
+    nested = options.nest({**settings.of_targets(given), **own})
+    config = load(TranscodeConfig, file=config_file, assignments=assignments, options=nested)
     if dry_run:
         estimate = estimate_transcode(config)
         if as_json:

@@ -1,0 +1,44 @@
+"""Which settings the options stand for that several commands have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+#: Where the teacher and the texts come from, and how they are cut and run.
+SOURCES = {
+    "teacher.model": "teacher",
+    "teacher.dtype": "dtype",
+    "teacher.device": "device",
+    "teacher.revision": "revision",
+    "corpus.paths": "corpus",
+    "corpus.text_field": "text_field",
+    "corpus.split_text": "split_text",
+    "corpus.limit_documents": "limit_documents",
+    "sequences.max_length": "max_length",
+    "task": "task",
+    "batch_tokens": "batch_tokens",
+}
+#: What is kept of the teacher.
+TARGETS = {
+    "targets.kind": "targets",
+    "targets.top_k": "top_k",
+    "targets.min_prob": "min_prob",
+    "targets.min_mass": "min_mass",
+    "targets.num_draws": "draws",
+    "targets.temperatures": "temperatures",
+    "targets.tail_prior": "tail_prior",
+    "targets.codec": "codec",
+    "hidden_states.codec": "hidden_codec",
+}
+
+
+def of_sources(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of teacher and texts by their dotted names."""
+    packing = "window" if given["pack"] else None
+    return {"sequences.packing": packing, **{setting: given[option] for setting, option in SOURCES.items()}}
+
+
+def of_targets(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of targets and of the codec of hidden states by their dotted names."""
+    return {setting: given[option] for setting, option in TARGETS.items()}
