@@ -134,7 +134,7 @@ def test_verify_against_a_teacher_that_is_not_there(run, dumped):
         ({"teacher": "nobody/nothing"}, [], ["cannot load nobody/nothing", "not a local path"]),
         ({"teacher": "none.gguf"}, [], ["there is no model at none.gguf"]),
         ({}, ["--top-k", 100_000], ["--top-k 100000 is more than the", "vocabulary"]),
-        ({}, ["--top-k", 0], ["targets.top_k", "greater than or equal to 1", "0"]),
+        ({}, ["--top-k", 0], ["targets of the kind top-k need a top_k of 1 or more", "0"]),
         ({}, ["--hidden-states", "7"], ["no hidden state 7", "0 (embeddings) to 2 (last)"]),
         ({}, ["--hidden-states", "top"], ["'top'"]),
         ({}, ["--dtype", "float61"], ["no dtype 'float61'", "did you mean 'float64'"]),
