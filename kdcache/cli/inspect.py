@@ -61,6 +61,7 @@ def command(cache: str, as_json: bool) -> None:
         ("kept mass", f"{totals['kept_mass']:.4f}"),
         ("created", _created(manifest.provenance)),
     ]
+    rows += [("transcoded", text) for text in _transcoded(manifest.provenance)]
     if corpus.metadata_columns:
         rows.insert(6, ("metadata", ", ".join(corpus.metadata_columns)))
     options.echo_rows(rows)
@@ -82,6 +83,13 @@ def _created(provenance: dict[str, Any]) -> str:
     versions = provenance.get("versions")
     version = versions.get("kdcache") if isinstance(versions, dict) else None
     return f"{provenance.get('created', 'unknown')} by kdcache {version or 'of an unknown version'}"
+
+
+def _transcoded(provenance: dict[str, Any]) -> list[str]:
+    """Say which caches this one was made from, the oldest first."""
+    links = provenance.get("transcoded")
+    known = [link for link in links if isinstance(link, dict)] if isinstance(links, list) else []
+    return [f"from {str(link.get('source'))[:16]}..., {link.get('created', 'unknown')}" for link in known]
 
 
 def _settings(values: dict[str, Any]) -> str:
