@@ -8,6 +8,8 @@ the split when the two disagree, because families add scales and soft caps betwe
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +19,9 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from kdcache.errors import CorruptCacheError
+
+#: Of heads in files: what a teacher may run in.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -75,15 +80,38 @@ def head_to_bytes(head: LMHead) -> bytes:
 
 
 def head_from_bytes(data: bytes) -> LMHead:
-    """Return the head in a file that `head_to_bytes` made; raises ``CorruptCacheError``."""
+    """Return the head in a file that `head_to_bytes` made; raises ``CorruptCacheError``.
+
+    The file may come from a stranger, so what it holds has to be a head: floats of one dtype and of fitting shapes,
+    finite, and a scale and a cap that make sense.
+    """
     try:
         tensors = load(data)
         length = int.from_bytes(data[:8], "little")
         settings = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["lm_head"])
         scale, softcap = float(settings["scale"]), settings["softcap"]
-        return LMHead(tensors["weight"], tensors.get("bias"), scale, None if softcap is None else float(softcap))
+        head = LMHead(tensors["weight"], tensors.get("bias"), scale, None if softcap is None else float(softcap))
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise CorruptCacheError(f"the teacher's LM head cannot be read: {error!r}") from None
+    for wrong, words in _problems(head):
+        if wrong:
+            raise CorruptCacheError(f"the teacher's LM head cannot be used: {words}")
+    return head
+
+
+def _problems(head: LMHead) -> Iterator[tuple[bool, str]]:
+    """Say what a head must not be, one after another: what follows relies on what went before."""
+    weight, bias = head.weight_VD, head.bias_V
+    yield weight.dtype not in _DTYPES, f"expected weights of {', '.join(map(str, _DTYPES))}, found {weight.dtype}"
+    yield weight.ndim != 2, f"expected weights of two dimensions, found the shape {list(weight.shape)}"
+    if bias is not None:
+        found = f"{bias.dtype} {list(bias.shape)} beside weights of {weight.dtype} {list(weight.shape)}"
+        yield bias.dtype != weight.dtype or bias.shape != weight.shape[:1], f"the bias is {found}"
+    # A bias of -inf rules an id out, which a teacher may do.
+    yield not weight.isfinite().all() or not (bias is None or bool((bias < math.inf).all())), "it is not finite"
+    scale, cap = head.scale, head.softcap
+    yield not math.isfinite(scale) or scale == 0, f"its scale is {scale:g}"
+    yield cap is not None and not 0 < cap < math.inf, f"its soft cap is {cap}, expected a number above 0"
 
 
 def split_model(model: Any) -> tuple[nn.Module, LMHead] | None:

@@ -19,12 +19,13 @@ from torch import Tensor
 from kdcache.cache import Cache
 from kdcache.cache.tail_prior import TailSum
 from kdcache.errors import CorruptCacheError
-from kdcache.models.lm_head import LMHead, head_from_bytes
+from kdcache.models.lm_head import LMHead
 from kdcache.models.loading import pick_device
 from kdcache.schema import SequenceBatch, Targets, TargetsRecord
 from kdcache.tasks import causal_lm
 from kdcache.teachers.draws import draw_uniforms
 from kdcache.teachers.keep import NonFiniteLogitsError, TargetKeeper
+from kdcache.teaching import head_of
 
 
 class HeadKeeper:
@@ -32,12 +33,7 @@ class HeadKeeper:
 
     def __init__(self, cache: Cache, wanted: TargetsRecord, device: str) -> None:
         self._where, self._wanted, self._device = str(cache.folder), wanted, pick_device(device)
-        head = head_from_bytes(cache.lm_head_file())
-        if head.vocab_size < cache.vocab_size:
-            raise CorruptCacheError(
-                f"{self._where}: the LM head has {head.vocab_size} rows, the vocabulary {cache.vocab_size} ids"
-            )
-        self._head = head.narrow(cache.vocab_size).to(self._device)
+        self._head = head_of(cache).to(self._device)
         self._keep = TargetKeeper(wanted)
         self._buffer: Tensor | None = None
 
@@ -45,9 +41,6 @@ class HeadKeeper:
     def __call__(self, batch: SequenceBatch) -> Targets:
         """Return the targets of a batch of the source."""
         states_PD = torch.from_numpy(batch.hidden["last"]).to(self._device, self._head.weight_VD.dtype)
-        if states_PD.shape[1] != self._head.weight_VD.shape[1]:
-            widths = f"{states_PD.shape[1]} wide, the LM head {self._head.weight_VD.shape[1]}"
-            raise CorruptCacheError(f"{self._where}: the last hidden states are {widths}")
         labels_P = torch.from_numpy(causal_lm.labels(np.split(batch.tokens_T, batch.token_offsets_N1[1:-1])))
         lengths_N, draws = np.diff(batch.position_offsets_N1), self._wanted.num_draws
         uniforms_PN = draw_uniforms(self._wanted.seed, batch.indices, lengths_N, draws) if draws else None
