@@ -29,7 +29,7 @@ class PositionScores:
     """Values of P positions: each loss by name (nats), the gold token's log-probability, the favourite tokens.
 
     ``top1_prob_P`` is the student's probability of its own ``top1_ids_P``: its confidence. ``teacher_top1_P`` is the
-    teacher's favourite: of all its logits where the context has its LM head, of its kept ids, or of its draws.
+    teacher's favourite: the first of its kept ids, or where none are kept the one that was drawn most often.
     """
 
     losses: dict[str, Tensor]
@@ -103,8 +103,6 @@ def _fill(scores: PositionScores, rows: slice, view: ChunkView, losses: Mapping[
 
 
 def _teacher_top1(view: ChunkView) -> Tensor:
-    if view.context.head is not None:
-        return view.teacher_logits_CU.argmax(1)
     if view.context.kind == "sampled":  # in any order
         best_C1 = view.teacher.logprobs_PK.argmax(1, keepdim=True)
         return view.teacher.ids_PK.gather(1, best_C1).squeeze(1)
