@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ from pydantic import ValidationError
 from kdcache.cache.folder import Folder
 from kdcache.config import Config
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
-from kdcache.schema import FORMAT_VERSION, FieldRecord, Manifest, ObjectRecord, Plan, ShardRecord
+from kdcache.schema import FORMAT_VERSION, FieldRecord, Manifest, ObjectRecord, Plan, ShardRecord, TargetsRecord
 
 MANIFEST, PLAN, PLAN_TABLE = "manifest.json", "plan.json", "plan.parquet"
 LM_HEAD, TAIL_PRIOR = "lm_head.safetensors", "tail_prior.zarr.zip"
@@ -191,12 +192,8 @@ def _check_consistent(manifest: Manifest, folder: Folder) -> None:
         total = sum(getattr(shard, name) for shard in manifest.shards)
         if total != getattr(manifest, name):
             raise CorruptCacheError(f"{where}: shards hold {total} {name}, the plan says {getattr(manifest, name)}")
-    targets = manifest.targets
-    if targets.top_k < 1 and targets.num_draws < 1:
-        raise CorruptCacheError(f"{where}: field {TARGETS_FIELD} keeps no ids and no draws")
-    vocab_size = manifest.tokenizer.vocab_size
-    if targets.top_k > vocab_size:
-        raise CorruptCacheError(f"{where}: targets.top_k is {targets.top_k}, but there are {vocab_size} ids")
+    targets, vocab_size = manifest.targets, manifest.tokenizer.vocab_size
+    _check_targets(targets, vocab_size, where)
     if not isinstance(manifest.sequences.get("max_length"), int):
         raise CorruptCacheError(f"{where}: sequences.max_length is not a number")
     fields = {SEQUENCES_FIELD, *(field.name for field in manifest.fields)}
@@ -221,6 +218,22 @@ def _check_consistent(manifest: Manifest, folder: Folder) -> None:
     missing = sorted(cache_file_names(manifest) - {record.path for record in manifest.cache_files})
     if missing:
         raise CorruptCacheError(f"{where}: there is no record of {missing[0]}, which its targets need")
+
+
+def _check_targets(targets: TargetsRecord, vocab_size: int, where: str) -> None:
+    """Refuse targets that contradict themselves: what losses may do with rows follows from their kind."""
+    for name, kinds in (("top_k", ("top-k", "hybrid", "hidden")), ("num_draws", ("sampled", "hybrid"))):
+        found = getattr(targets, name)
+        if (found > 0) is not (targets.kind in kinds):
+            raise CorruptCacheError(f"{where}: targets of the kind {targets.kind} cannot have a {name} of {found}")
+    if targets.top_k > vocab_size:
+        raise CorruptCacheError(f"{where}: targets.top_k is {targets.top_k}, but there are {vocab_size} ids")
+    if len(set(targets.temperatures)) < len(targets.temperatures) or not all(
+        0 < temperature < math.inf and temperature != 1 for temperature in targets.temperatures
+    ):
+        raise CorruptCacheError(
+            f"{where}: targets.temperatures are {list(targets.temperatures)}, expected different numbers above 0, not 1"
+        )
 
 
 def cache_file_names(plan: Plan) -> set[str]:
