@@ -6,16 +6,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kdcache.cache import Cache
 from kdcache.codecs import topk_codec
 from kdcache.codecs.hidden import relative_errors
-from kdcache.errors import CacheError, TeacherError
+from kdcache.errors import CacheError, ConfigError, TeacherError
+from kdcache.models.lm_head import same_head
 from kdcache.progress import bar
 from kdcache.schema import Sequence, SequenceBatch, Targets
-from kdcache.teachers import TeacherConfig, keep_top_k, load_teacher
+from kdcache.teachers import TeacherConfig, TeacherOutput, keep_top_k, load_teacher
 from kdcache.teachers.huggingface import hidden_to_numpy
+from kdcache.teaching import head_of
 
 #: Mean KL (nats) allowed between the teacher run again and the cache, beside what the codec costs: what another batch
 #: shape changes in the teacher's own arithmetic.
@@ -23,10 +26,14 @@ _DTYPE_SLACK = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-3, "float64": 1
 #: Mean difference (nats) allowed of the gold token's log-probability. It is what finds rows of another position or
 #: another text: their few kept ids are mostly disjoint, and a KL over shared ids and one bucket then says little.
 _GOLD_SLACK = {"float32": 0.01, "bfloat16": 0.1, "float16": 0.02, "float64": 0.01}
-
-
 #: Relative error allowed of the last hidden state, beside twice what its codec cost the pilot.
 _STATES_SLACK = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.01, "float64": 1e-3}
+#: Mean KL (nats) allowed where targets were made from stored hidden states: four times what int8 costs SmolLM2.
+_STATES_KL = 2e-3
+#: Standard errors by which the mean surprise of draws may miss its expectation.
+_DRAWS_ERRORS = 6
+#: Positions whose logits are looked at at once for their draws.
+_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -36,24 +43,32 @@ class TeacherCheck:
     num_sequences: int
     num_positions: int
     same_weights: bool
-    mean_kl: float
-    """Mean KL over kept ids and tail, teacher run now || cache, in nats; 0 where no ids are kept."""
+    mean_kl: float | None
+    """Mean KL over kept ids and tail, teacher run now || cache, in nats; None where no ids are kept."""
     allowed_kl: float
     mean_gold_difference: float
     """Mean absolute difference of the gold token's log-probability."""
     allowed_gold_difference: float
-    top1_agreement: float
-    """Share of positions with the same most probable token (where the cache holds draws alone, the most drawn)."""
+    top1_agreement: float | None
+    """Share of positions with the same most probable token; None where the cache holds draws alone."""
     states_error: float | None = None
     """Of targets of the kind hidden: root mean square of |stored - state now| / |state now|."""
     allowed_states_error: float | None = None
+    same_head: bool | None = None
+    """Of targets of the kind hidden: whether the stored LM head is the teacher's."""
+    draws_excess: float | None = None
+    """Of draws: their mean surprise under the teacher run now less its expectation, in nats; 0 on average."""
+    allowed_draws_excess: float | None = None
 
     @property
     def ok(self) -> bool:
         """Whether the cache is this teacher's."""
-        same_targets = self.mean_kl <= self.allowed_kl and self.mean_gold_difference <= self.allowed_gold_difference
+        same_targets = (self.mean_kl or 0.0) <= self.allowed_kl
+        same_gold = self.mean_gold_difference <= self.allowed_gold_difference
         same_states = self.states_error is None or self.states_error <= (self.allowed_states_error or 0.0)
-        return self.same_weights and same_targets and same_states
+        same_draws = self.draws_excess is None or abs(self.draws_excess) <= (self.allowed_draws_excess or 0.0)
+        same_teacher = self.same_weights and self.same_head is not False
+        return same_teacher and same_targets and same_gold and same_states and same_draws
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -80,35 +95,92 @@ def verify_against_teacher(
         raise TeacherError(f"{error}; say where the teacher lies with --teacher") from None
     chosen = np.unique(np.linspace(0, len(cache) - 1, num_sequences).astype(int)).tolist()
     layer = record.num_layers if cache.manifest.targets.kind == "hidden" else None
-    divergences, gold, agree, states = [], [], [], []
+    divergences, gold, agree, states, surprises = [], [], [], [], []
     with bar(len(chosen), "teacher", "seq", enabled=progress) as meter:
         for index in chosen:
             stored = cache.read([index])
             output = runner.run([_sequence(stored)], [] if layer is None else [layer])
             again = keep_top_k(output.logits, output.labels_P, max(cache.manifest.top_k, 1))
-            divergences.append(bucket_kl(again, stored.targets))
+            if cache.manifest.top_k:
+                divergences.append(bucket_kl(again, stored.targets))
+                agree.append(again.ids_PK[:, 0] == stored.targets.top1_ids_P)
             if layer is not None:
                 states.append(relative_errors(stored.hidden["last"], hidden_to_numpy(output.hidden[layer])))
+            if stored.targets.draws is not None:
+                surprises.append(_surprises(output, stored.targets))
             gold.append(np.abs(again.gold_logprob_P - stored.targets.gold_logprob_P))
-            agree.append(again.ids_PK[:, 0] == stored.targets.top1_ids_P)
             meter.update()
     return TeacherCheck(
         num_sequences=len(chosen),
         num_positions=sum(map(len, gold)),
         same_weights=runner.record.weights_sha256 == record.weights_sha256,
-        mean_kl=float(np.concatenate(divergences).mean()),
-        allowed_kl=topk_codec(cache.manifest.field("targets").codec).kl_bound + _DTYPE_SLACK[record.dtype],
+        mean_kl=_mean(divergences),
+        allowed_kl=_allowed_kl(cache),
         mean_gold_difference=float(np.concatenate(gold).mean()),
         allowed_gold_difference=_GOLD_SLACK[record.dtype],
-        top1_agreement=float(np.concatenate(agree).mean()),
+        top1_agreement=_mean(agree),
         states_error=float(np.sqrt((np.concatenate(states) ** 2).mean())) if states else None,
         allowed_states_error=_allowed_states_error(cache) if states else None,
+        same_head=same_head(head_of(cache), runner.head) if states else None,
+        **_draws_excess(surprises, _DTYPE_SLACK[record.dtype]),
     )
+
+
+def _mean(values: list[NDArray[Any]]) -> float | None:
+    return float(np.concatenate(values).mean()) if values else None
+
+
+def _allowed_kl(cache: Cache) -> float:
+    """Return what the codec costs, and what those of the caches cost that this one was made from."""
+    manifest = cache.manifest
+    allowed = topk_codec(manifest.field("targets").codec).kl_bound + _DTYPE_SLACK[manifest.teacher.dtype]
+    links = manifest.provenance.get("transcoded")
+    for link in links if isinstance(links, list) else []:
+        kind, codec = (link.get("kind"), link.get("codec")) if isinstance(link, dict) else (None, None)
+        if kind == "hidden" and manifest.targets.kind != "hidden":
+            allowed += _STATES_KL
+        try:
+            allowed += topk_codec(codec).kl_bound if isinstance(codec, dict) else 0.0
+        except ConfigError:
+            continue  # provenance is for people and may say anything
+    return allowed
 
 
 def _allowed_states_error(cache: Cache) -> float:
     pilot = cache.manifest.field(cache.manifest.states_field).relative_error or 0.0
     return 2 * pilot + _STATES_SLACK[cache.manifest.teacher.dtype]
+
+
+def _surprises(output: TeacherOutput, targets: Targets) -> NDArray[np.float64]:
+    """Return the surprise of the draws of each row less its expectation, and the variance of that, [2, P].
+
+    Surprise is the mean over the draws of -log t, t the teacher's distribution outside the kept ids, from which they
+    came. Its expectation is the entropy of t, whatever the seed; draws from anything else are more surprising.
+    """
+    assert targets.draws is not None
+    counts_PJ, ids_PJ = (torch.from_numpy(a.astype(np.int64)) for a in (targets.draws.counts_PJ, targets.draws.ids_PJ))
+    kept_PK, found = torch.from_numpy(targets.ids_PK.astype(np.int64)), []
+    for start in range(0, targets.num_positions, _CHUNK):
+        rows = slice(start, min(start + _CHUNK, targets.num_positions))
+        logits_CV = output.logits(rows.start, rows.stop).cpu().double().scatter(1, kept_PK[rows], -torch.inf)
+        surprise_CV = -logits_CV.log_softmax(1)
+        probs_CV, counts_CJ = (-surprise_CV).exp(), counts_PJ[rows].double()
+        entropy_C = torch.special.entr(probs_CV).sum(1)
+        squares_C = torch.where(probs_CV > 0, probs_CV * surprise_CV**2, 0.0).sum(1)
+        drawn_C = torch.where(counts_CJ > 0, counts_CJ * surprise_CV.gather(1, ids_PJ[rows]), 0.0).sum(1)
+        num_C = counts_CJ.sum(1)
+        sums_2C = torch.stack([drawn_C / num_C - entropy_C, (squares_C - entropy_C**2).clamp(min=0) / num_C])
+        found.append(torch.where(num_C > 0, sums_2C, 0.0))  # where everything is kept there is nothing to draw
+    surprises: NDArray[np.float64] = torch.cat(found, 1).numpy()
+    return surprises
+
+
+def _draws_excess(surprises: list[NDArray[np.float64]], slack: float) -> dict[str, float]:
+    if not surprises:
+        return {}
+    excess_P, variance_P = np.concatenate(surprises, axis=1)
+    error = float(np.sqrt(variance_P.sum())) / len(excess_P)
+    return {"draws_excess": float(excess_P.mean()), "allowed_draws_excess": _DRAWS_ERRORS * error + slack}
 
 
 def _sequence(batch: SequenceBatch) -> Sequence:
@@ -120,8 +192,6 @@ def bucket_kl(first: Targets, second: Targets) -> NDArray[np.float64]:
 
     A coarsening, hence a lower bound of the full KL; ids that only one keeps (ties at rank K) are in the bucket.
     """
-    if second.top_k == 0:  # one bucket for everything
-        return np.zeros(first.num_positions)
     p_PK = np.exp(first.logprobs_PK.astype(np.float64))
     log_q_PK, shared_PK = _look_up(first.ids_PK, second)
     p_head = np.where(shared_PK, p_PK, 0.0)

@@ -102,13 +102,23 @@ def _echo(report: Any, check: Any) -> None:
     if check is None:
         return
     weights = "same weights" if check.same_weights else "OTHER WEIGHTS than the cache was made with"
-    click.echo(
-        f"Teacher over {check.num_sequences} sequences ({check.num_positions:,} positions): "
-        f"{weights}, mean KL to the cache "
-        f"{check.mean_kl:.2e} nats (allowed {check.allowed_kl:.0e}), gold log-probability off by "
-        f"{check.mean_gold_difference:.2e} on average (allowed {check.allowed_gold_difference:.0e}), top-1 agreement "
-        f"{check.top1_agreement:.4f}."
+    parts = [weights]
+    if check.same_head is False:
+        parts.append("ANOTHER LM HEAD than the teacher's")
+    if check.mean_kl is not None:
+        parts.append(f"mean KL to the cache {check.mean_kl:.2e} nats (allowed {check.allowed_kl:.0e})")
+    parts.append(
+        f"gold log-probability off by {check.mean_gold_difference:.2e} on average (allowed "
+        f"{check.allowed_gold_difference:.0e})"
     )
+    if check.top1_agreement is not None:
+        parts.append(f"top-1 agreement {check.top1_agreement:.4f}")
+    where = f"{check.num_sequences} sequences ({check.num_positions:,} positions)"
+    click.echo(f"Teacher over {where}: {', '.join(parts)}.")
+    if check.draws_excess is not None:
+        click.echo(
+            f"Draws: mean surprise off by {check.draws_excess:.2e} nats (allowed {check.allowed_draws_excess:.0e})."
+        )
     if check.states_error is not None:
         click.echo(
             f"Last hidden states: relative difference {check.states_error:.2e} (allowed "

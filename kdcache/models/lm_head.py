@@ -114,6 +114,15 @@ def _problems(head: LMHead) -> Iterator[tuple[bool, str]]:
     yield cap is not None and not 0 < cap < math.inf, f"its soft cap is {cap}, expected a number above 0"
 
 
+def same_head(first: LMHead, second: LMHead) -> bool:
+    """Return whether two heads are equal: weights and bias to the bit, scale and cap."""
+    settings = [(head.scale, head.softcap, head.bias_V is None) for head in (first, second)]
+    if settings[0] != settings[1]:
+        return False
+    pairs = [(first.weight_VD, second.weight_VD), (first.bias_V, second.bias_V)]
+    return all(a is None or b is None or (a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())) for a, b in pairs)
+
+
 def split_model(model: Any) -> tuple[nn.Module, LMHead] | None:
     """Split a Hugging Face causal LM into its body and `LMHead`, or return None when they do not reproduce its logits.
 

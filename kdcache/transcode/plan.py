@@ -199,6 +199,8 @@ def _provenance(config: TranscodeConfig, cache: Cache) -> dict[str, Any]:
     before = cache.manifest.provenance
     link = {
         "source": cache.fingerprint,
+        "kind": cache.manifest.targets.kind,
+        "codec": cache.manifest.field(layout.TARGETS_FIELD).codec,
         "settings": config.settings(),
         "kdcache": importlib.metadata.version("kdcache"),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

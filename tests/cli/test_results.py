@@ -146,6 +146,20 @@ def test_verify_against_the_teacher(run, dumped, teacher_dir):
     assert "same weights" in run(*options).out
 
 
+@pytest.mark.parametrize(
+    ("kind", "words", "no_words"),
+    [("sampled", "Draws: mean surprise off by", "KL"), ("hidden", "Last hidden states: relative", "Draws")],
+)
+def test_verify_other_kinds_against_the_teacher(run, tmp_path, teacher_dir, corpus_file, kind, words, no_words):
+    cache, common = tmp_path / "cache", ["--teacher", teacher_dir, "--device", "cpu", "--quiet"]
+    dump = ["dump-teacher", "--corpus", corpus_file, "--output", cache, "--max-length", 16, "--targets", kind]
+    assert run(*dump, *common).code == 0
+    outcome = run("verify", cache, "--against-teacher", 3, *common)
+    assert outcome.code == 0
+    assert words in outcome.out
+    assert no_words not in outcome.out
+
+
 def test_verify_says_what_is_wrong_and_fails(run, dumped, tmp_path):
     copy = shutil.copytree(dumped, tmp_path / "copy")
     [name] = [path.relative_to(copy) for path in (copy / "fields" / "hidden-1").glob("000001-*")]

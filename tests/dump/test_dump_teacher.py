@@ -17,8 +17,11 @@ from kdcache.codecs import TOPK_CODECS
 from kdcache.config import build
 from kdcache.dump import DumpConfig, dump_teacher, estimate_dump
 from kdcache.errors import CacheError, ConfigError, CorpusError, TeacherError
+from kdcache.models.lm_head import head_to_bytes
 from kdcache.models.loading import load_tokenizer
 from kdcache.teachers import TeacherConfig
+from kdcache.teaching import head_of
+from kdcache.transcode import TranscodeConfig, transcode_cache
 from tests.families import SPLITTABLE
 from tests.synthetic import targets_of
 from tests.tiny import bpe_tokenizer, llama
@@ -196,6 +199,88 @@ def test_the_right_weights_with_wrong_values_are_found_out(tmp_path, corpus_file
     check = again(tmp_path, teacher_dir)
     assert check.same_weights
     assert not check.ok
+
+
+DRAWN = {"sampled": {"kind": "sampled"}, "hybrid": {"kind": "hybrid"}}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", DRAWN)
+def test_draws_are_checked_too(tmp_path, corpus_file, teacher_dir, kind, dtype):
+    changes = {"targets": DRAWN[kind], "teacher": {"model": str(teacher_dir), "dtype": dtype}}
+    dump_teacher(config_for(teacher_dir, corpus_file, tmp_path, **changes), progress=False)
+    check = again(tmp_path, teacher_dir, 7)
+    assert check.ok
+    assert check.draws_excess != 0
+    assert abs(check.draws_excess) < check.allowed_draws_excess < 0.4
+    if kind == "sampled":
+        assert (check.mean_kl, check.top1_agreement) == (None, None)
+    else:
+        assert check.top1_agreement > 0.99
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_draws_from_something_else_are_found_out(tmp_path, corpus_file, teacher_dir, monkeypatch, kind):
+    import kdcache.teachers.keep as keep
+
+    real = keep.draw_ids
+    monkeypatch.setattr(keep, "draw_ids", lambda weights_CV, uniforms_CN: real(weights_CV.sqrt(), uniforms_CN))
+    changes = {"targets": {**DRAWN[kind], "num_draws": 100}}
+    dump_teacher(config_for(teacher_dir, corpus_file, tmp_path, **changes), progress=False)
+    monkeypatch.undo()
+    assert verify(str(tmp_path), deep=True).ok
+    check = again(tmp_path, teacher_dir, 20)
+    assert check.draws_excess > check.allowed_draws_excess
+    assert not check.ok
+
+
+def test_draws_where_every_id_is_kept(tmp_path, corpus_file, teacher_dir):
+    changes = {"targets": {"kind": "hybrid", "top_k": len(bpe_tokenizer())}}
+    dump_teacher(config_for(teacher_dir, corpus_file, tmp_path, **changes), progress=False)
+    check = again(tmp_path, teacher_dir)
+    assert check.ok
+    assert check.draws_excess == 0
+
+
+def test_another_lm_head_is_found_out(tmp_path, corpus_file, teacher_dir):
+    dump_teacher(config_for(teacher_dir, corpus_file, tmp_path, targets={"kind": "hidden"}), progress=False)
+    assert again(tmp_path, teacher_dir).same_head is True
+    cache = open_cache(str(tmp_path))
+    head = head_of(cache)
+    cache.lm_head_file = lambda: head_to_bytes(dataclasses.replace(head, weight_VD=head.weight_VD * 1.001))
+    config = TeacherConfig(model=str(teacher_dir), device="cpu")
+    check = verify_against_teacher(cache, 5, teacher=config, progress=False)
+    assert check.same_head is False
+    assert not check.ok
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"codec": "exact"}],
+        [{"codec": "fp16"}, {"codec": "exact"}],
+        [{"codec": {"name": "compact", "grid": 2}}, {"codec": "exact", "top_k": 5}],
+    ],
+    ids=["one", "two", "coarse"],
+)
+def test_what_codecs_of_the_source_cost_is_allowed(tmp_path, corpus_file, teacher_dir, steps):
+    config = config_for(teacher_dir, corpus_file, tmp_path / "0", targets={"top_k": 16, "codec": "compact"})
+    dump_teacher(config, progress=False)
+    for number, targets in enumerate(steps):
+        places = {"source": str(tmp_path / str(number)), "output": str(tmp_path / str(number + 1))}
+        transcode_cache(TranscodeConfig(**places, targets=targets), progress=False)
+    check = again(tmp_path / str(len(steps)), teacher_dir, 7)
+    assert check.mean_kl > 1.1e-5, "more than the last codec alone may cost"
+    assert check.ok
+
+
+def test_what_rounded_states_cost_is_allowed(tmp_path, corpus_file, teacher_dir):
+    states = {"codec": "int8"}
+    config = config_for(teacher_dir, corpus_file, tmp_path / "a", targets={"kind": "hidden"}, hidden_states=states)
+    dump_teacher(config, progress=False)
+    places = {"source": str(tmp_path / "a"), "output": str(tmp_path / "b"), "device": "cpu"}
+    transcode_cache(TranscodeConfig(**places, targets={"kind": "top-k", "codec": "exact"}), progress=False)
+    assert again(tmp_path / "b", teacher_dir, 7).ok
 
 
 @pytest.mark.parametrize("count", [0, -1])
