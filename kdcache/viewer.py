@@ -23,13 +23,15 @@ class Choice:
     token: str
     id: int
     probability: float
+    num_draws: int = 0
+    """How often it was drawn; its probability is then an estimate. 0: it was kept, with its own probability."""
 
 
 @dataclass(frozen=True)
 class PeekPosition:
     """What the teacher expects after ``before``; ``tail`` is the probability outside the kept ids.
 
-    Where the cache holds draws, ``top`` has the drawn ids with their share of the tail.
+    Where the cache holds draws, they follow the kept ids in ``top``, with their share of the tail.
     """
 
     position: int
@@ -99,15 +101,15 @@ def peek(
     chosen = list(positions) or SELECTIONS[select](targets, count).tolist()
     tokens = batch.tokens_T.tolist()
 
-    def choice(token_id: int, logprob: float) -> Choice:
-        return Choice(_show(tokenizer, token_id), token_id, float(np.exp(logprob)))
+    def choice(token_id: int, logprob: float, num_draws: int = 0) -> Choice:
+        return Choice(_show(tokenizer, token_id), token_id, float(np.exp(logprob)), num_draws)
 
     found = [
         PeekPosition(
             position=p,
             before=tokenizer.decode(tokens[max(0, p + 1 - context) : p + 1], skip_special_tokens=False),
             gold=choice(int(labels[p]), targets.gold_logprob_P[p]),
-            top=[choice(i, v) for i, v in _favourites(targets, p, top)],
+            top=[choice(*favourite) for favourite in _favourites(targets, p, top)],
             tail=float(np.exp(targets.log_tail_P[p])),
             entropy=float(targets.entropy_P[p]),
             counts=bool(batch.loss_mask_P[p]),
@@ -118,12 +120,19 @@ def peek(
     return PeekResult(sequence, cache.metadata(sequence), text, found)
 
 
-def _favourites(targets: Targets, position: int, count: int) -> list[tuple[int, float]]:
-    """Return the most probable ids of a position with their log-probabilities, as far as the cache knows them."""
-    ids_PJ, logprobs_PJ, _ = targets.take(slice(position, position + 1)).merged()
-    order = np.argsort(-logprobs_PJ[0], kind="stable")[:count]
-    found = zip(ids_PJ[0, order].tolist(), logprobs_PJ[0, order].tolist(), strict=True)
-    return [(token_id, logprob) for token_id, logprob in found if logprob > -np.inf]
+def _favourites(targets: Targets, position: int, count: int) -> list[tuple[int, float, int]]:
+    """Return the first ids of a position: kept ones with their log-probabilities, then drawn ones, and how often each.
+
+    A share of the tail says little of an id by itself (one draw may be of any), so draws never go before kept ids.
+    """
+    row = targets.take(slice(position, position + 1))
+    ids_PJ, logprobs_PJ, _ = row.merged()
+    counts_J = np.zeros(ids_PJ.shape[1], dtype=np.int64)
+    if row.draws is not None:
+        counts_J[row.top_k :] = row.draws.counts_PJ[0]
+    order = np.lexsort((-logprobs_PJ[0], counts_J > 0))
+    live = [j for j in order if logprobs_PJ[0, j] > -np.inf][:count]
+    return [(int(ids_PJ[0, j]), float(logprobs_PJ[0, j]), int(counts_J[j])) for j in live]
 
 
 def _load_tokenizer(cache: Cache) -> Tokenizer:

@@ -285,6 +285,7 @@ def describe(cache: Cache) -> dict[str, Any]:
             "teacher_perplexity": float(np.exp(loss)),
             "teacher_entropy": sums.entropy_sum / count,
             "kept_mass": sums.kept_mass_sum / count,
-            "teacher_top1_accuracy": sums.top1_correct / count,
+            # Draws alone only suggest the teacher's favourite.
+            "teacher_top1_accuracy": sums.top1_correct / count if manifest.top_k else None,
         },
     }

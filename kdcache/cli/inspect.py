@@ -56,7 +56,7 @@ def command(cache: str, as_json: bool) -> None:
     rows += [(f"  {item.path}", f"{options.human_bytes(item.num_bytes)}, once") for item in manifest.cache_files]
     rows += [
         ("teacher loss", f"{totals['teacher_loss']:.4f} nats (perplexity {totals['teacher_perplexity']:.2f})"),
-        ("top-1 accuracy", f"{totals['teacher_top1_accuracy']:.4f}"),
+        ("top-1 accuracy", _known(totals["teacher_top1_accuracy"])),
         ("entropy", f"{totals['teacher_entropy']:.4f} nats"),
         ("kept mass", f"{totals['kept_mass']:.4f}"),
         ("created", _created(manifest.provenance)),
@@ -83,6 +83,10 @@ def _created(provenance: dict[str, Any]) -> str:
     versions = provenance.get("versions")
     version = versions.get("kdcache") if isinstance(versions, dict) else None
     return f"{provenance.get('created', 'unknown')} by kdcache {version or 'of an unknown version'}"
+
+
+def _known(value: float | None) -> str:
+    return "unknown: draws only suggest the favourite" if value is None else f"{value:.4f}"
 
 
 def _transcoded(provenance: dict[str, Any]) -> list[str]:

@@ -28,7 +28,8 @@ def command(cache: str, sequence: int, positions: str | None, select: str, count
     """Show one text of CACHE and what the teacher expected at some of its positions.
 
     For each position: the text before it, the token that really follows (marked *), the teacher's top choices with
-    their probabilities, the tail (probability of all ids that were not kept) and the entropy in nats.
+    their probabilities, the tail (probability of all ids that were not kept) and the entropy in nats. Where CACHE holds
+    draws, they come after the kept ids, each with its share of the tail.
     """
     from kdcache.cache import open_cache
     from kdcache.viewer import peek
@@ -59,6 +60,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _drawn(choice: Any, gold: Any) -> str:
+    if not choice.num_draws:
+        return ""
+    own = f"; its own probability {gold.probability:.4f}" if choice.id == gold.id else ""
+    return f"  (share of {choice.num_draws} {'draw' if choice.num_draws == 1 else 'draws'}{own})"
+
+
 def _echo_position(position: Any) -> None:
     context = position.before[-60:].replace("\n", "\u23ce")
     note = "" if position.counts else "  (does not count in the loss)"
@@ -66,7 +74,7 @@ def _echo_position(position: Any) -> None:
     known = {choice.id for choice in position.top}
     for choice in position.top:
         mark = "*" if choice.id == position.gold.id else " "
-        click.echo(f"  {mark} {choice.probability:7.4f}  {choice.token!r}")
+        click.echo(f"  {mark} {choice.probability:7.4f}  {choice.token!r}{_drawn(choice, position.gold)}")
     if position.gold.id not in known:
         click.echo(f"  * {position.gold.probability:7.4f}  {position.gold.token!r}  (what really follows)")
     click.echo(f"    tail {position.tail:.4f}, entropy {position.entropy:.3f} nats")

@@ -191,6 +191,35 @@ def test_peek(run, dumped):
     assert result["text"]
 
 
+def dump_kind(run, tmp_path, teacher_dir, corpus_file, *options):
+    common = ["--teacher", teacher_dir, "--device", "cpu", "--corpus", corpus_file, "--max-length", 16, "--quiet"]
+    assert run("dump-teacher", *common, "--output", tmp_path / "cache", *options).code == 0
+    return tmp_path / "cache"
+
+
+def test_peek_shows_draws_after_kept_ids_and_as_draws(run, tmp_path, teacher_dir, corpus_file):
+    options = ["--targets", "hybrid", "--top-k", 3, "--draws", 6]
+    cache = dump_kind(run, tmp_path, teacher_dir, corpus_file, *options)
+    result = parse(run("peek", cache, "--sequence", 2, "--at", "0,3,5", "--top", 9, "--json"))
+    targets = open_cache(str(cache)).read([2]).targets
+    for position in result["positions"]:
+        row, top = position["position"], position["top"]
+        assert [choice["id"] for choice in top[:3]] == targets.ids_PK[row].tolist()
+        assert [choice["num_draws"] for choice in top[:3]] == [0, 0, 0]
+        drawn = [choice["num_draws"] for choice in top[3:]]
+        assert drawn == sorted(drawn, reverse=True)
+        assert sum(drawn) == 6
+        share = sum(choice["probability"] for choice in top[3:])
+        assert share == pytest.approx(position["tail"], rel=1e-5)
+    assert "(share of 1 draw)" in run("peek", cache, "--sequence", 2, "--at", "0,3,5", "--top", 9).out
+
+
+def test_inspect_does_not_guess_the_favourite_from_draws(run, tmp_path, teacher_dir, corpus_file):
+    cache = dump_kind(run, tmp_path, teacher_dir, corpus_file, "--targets", "sampled")
+    assert parse(run("inspect", cache, "--json"))["totals"]["teacher_top1_accuracy"] is None
+    assert "unknown: draws only suggest the favourite" in run("inspect", cache).out
+
+
 @pytest.mark.parametrize("select", ["spread", "entropy", "loss"])
 def test_peek_selects_positions(run, dumped, select):
     result = parse(run("peek", dumped, "--sequence", 2, "--select", select, "--count", 4, "--json"))
