@@ -42,6 +42,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "hybrid": {"top_k": 4, "num_draws": 16},
     "hidden": {"top_k": 1},
 }
+#: Memory of a dump grows with it; long before, kept ids or hidden states say more for their bytes.
+_MOST_DRAWS = 4096
 _CAN_DRAW = ("sampled", "hybrid")
 
 
@@ -52,6 +54,7 @@ class TargetsConfig(TargetsRecord):
     16 draws for hybrid; for hidden the single most probable id, beside the state that holds everything.
     """
 
+    num_draws: int = Field(default=0, ge=0, le=_MOST_DRAWS)
     codec: dict[str, Any] = Field(default={"name": _CODEC}, validate_default=True)
     """A codec's name, or a mapping of its settings, in which ``name`` may be left out for the default codec."""
 

@@ -48,8 +48,10 @@ def differences_of(existing: Plan, wanted: Plan) -> list[str]:
         "corpus": {"sources"},
     }
     before, after = (p.model_dump(mode="json", exclude=unimportant) for p in (existing, wanted))
-    for field in (*before["fields"], *after["fields"]):
-        del field["relative_error"]  # of a pilot, which rounds differently on another machine
+    for plan in (before, after):
+        for field in plan["fields"]:
+            del field["relative_error"]  # of a pilot, which rounds differently on another machine
+        plan["fields"] = {field.pop("name"): field for field in plan["fields"]}  # to say which one differs in what
     return _differences(before, after)
 
 

@@ -70,7 +70,7 @@ def estimate_transcode(config: TranscodeConfig) -> TranscodeEstimate:
         targets=job.plan.targets.model_dump(mode="json"),
         field_bytes_per_token=_field_bytes(job, data),
         source_bytes_per_token=source.bytes_per_token,
-        kept_mass=float(-np.expm1(data.targets.log_tail_P).mean()),
+        kept_mass=float((1 - np.exp(data.targets.log_tail_P)).mean()),
     )
 
 

@@ -159,6 +159,25 @@ def test_an_id_that_the_teacher_rules_out_is_never_drawn(tmp_path, corpus_file):
 
 
 @pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_states": {"codec": "int8"}}, "fields.hidden-1.codec.name is 'exact' there and 'int8' here"),
+        ({"layers": (0, 1)}, "fields.hidden-0 is None there and {'codec'"),
+        (
+            {"targets": {"kind": "hidden", "codec": "fp16"}},
+            "fields.targets.codec.name is 'exact' there and 'fp16' here",
+        ),
+    ],
+    ids=str,
+)
+def test_other_codecs_or_layers_are_named(tmp_path, corpus_file, changes, words):
+    settings = {"layers": (1,), "targets": {"kind": "hidden", "codec": "exact"}}
+    run_dump(corpus_file, tmp_path, LinearTeacher(), **settings)
+    with pytest.raises(CacheError, match=f"holds another cache: .*{words}"):
+        run_dump(corpus_file, tmp_path, LinearTeacher(), **{**settings, **changes})
+
+
+@pytest.mark.parametrize(
     ("first", "second", "words"),
     [
         ("sampled", {"kind": "sampled", "num_draws": 24}, "targets.num_draws is 25 there and 24 here"),

@@ -104,6 +104,7 @@ def test_temperatures_that_are_none_are_refused(text):
         ("min_mass=0", "targets.min_mass"),
         ("min_mass=1.1", "targets.min_mass"),
         ("num_draws=-1", "targets.num_draws"),
+        ("num_draws=1000000000", "targets.num_draws': Input should be less than or equal to 4096"),
         ("seed=-1", "targets.seed"),
         ("seed=4294967296", "targets.seed"),
         ("num_draw=5", "did you mean 'num_draws'?"),
