@@ -48,6 +48,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "ragged, bucket": ("ragged", _tail("bucket"), False),
     "sampled": ("sampled", _KL, False),
     "hybrid": ("hybrid", _KL, False),
+    "hybrid-16": ("hybrid-16", _KL, False),
     "compact, renormalised": ("compact", _tail("renormalise"), False),
     "cross-entropy only": ("hidden", {"forward_kl": None, "cross_entropy": {"weight": 1.0}}, False),
 }
@@ -83,14 +84,14 @@ Written by `python -m benchmarks.students TRAIN HELD_OUT --work DIR --docs docs`
 | held-out texts | {held_out} |
 | student | {student} |
 | steps | {steps} |
-| seeds | {seeds}; within a seed all students share initial weights and order |
+| seeds | {seeds}; within a seed all students share initial weights and the order of the texts |
 | machine | {machine} |
 
 {table}
 
 - *loss*, *KL* and *ECE* on the held-out texts; KL is that of the whole vocabulary. Means over the seeds with the half
-  width of their 95 % interval (Student's t). *KL above live*: the same for the paired differences from the student with
-  the live teacher, same seed.
+  width of their 95 % interval (Student's t). *loss above live* and *KL above live*: the same for the paired differences
+  from the student with the live teacher, same seed.
 - *bytes/token* of the cache on disk, token ids, scalars and tables included.
 - *tokens/s* of training, one thread each, two students side by side on a shared machine.
 - All but the last row train on forward KL alone; none has a cross-entropy term, so that the targets are what differs.
@@ -103,7 +104,8 @@ def main() -> None:
     parser.add_argument("held_out", help="finished cache of the kind hidden, of texts that are not trained on")
     parser.add_argument("--work", required=True, help="directory of transcoded caches and students; runs are resumed")
     parser.add_argument("--teacher", default=gguf_path(), help="the caches' teacher, for the live variant")
-    parser.add_argument("--student-size", default="tiny")
+    parser.add_argument("--student", help="a trained student to go on from; quieter than a fresh one")
+    parser.add_argument("--student-size", default="tiny", help="of a fresh student, without --student")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--batch-sequences", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
@@ -146,7 +148,7 @@ def one(options: Any, run: tuple[str, int]) -> dict[str, float]:
         return found
     settings = {
         "cache": cache_path(options, preset),
-        "student": {"size": options.student_size, "seed": seed},
+        "student": {"model": options.student} if options.student else {"size": options.student_size, "seed": seed},
         "output": str(output),
         "objective": objective,
         "epochs": options.epochs,
@@ -182,8 +184,9 @@ def row(options: Any, name: str, results: dict[tuple[str, int], dict[str, float]
     for key in ("loss", "kl", "ece"):
         cells[key] = interval([item[key] for item in found])
     if LIVE in options.variants:
-        paired = [results[name, seed]["kl"] - results[LIVE, seed]["kl"] for seed in options.seeds]
-        cells["KL above live"] = "-" if name == LIVE else interval(paired)
+        for key, heading in (("loss", "loss above live"), ("kl", "KL above live")):
+            paired = [results[name, seed][key] - results[LIVE, seed][key] for seed in options.seeds]
+            cells[heading] = "-" if name == LIVE else interval(paired)
     cells["tokens/s"] = statistics.mean(item["tokens_per_s"] for item in found)
     return cells
 
@@ -218,13 +221,20 @@ def page(options: Any, rows: list[dict[str, Any]], teacher_loss: float) -> str:
         teacher=f"{train.teacher.name}, {train.teacher.dtype}; held-out loss {teacher_loss:.4f}",
         train=f"{', '.join(train.corpus.sources)}, {train.num_positions:,} positions, {options.epochs:g} epochs",
         held_out=f"{', '.join(held_out.corpus.sources)}, {held_out.num_positions:,} positions",
-        student=f"{options.student_size}, fresh: {manifest['architectures'][0]}, width {manifest['hidden_size']}, "
+        student=f"{_origin(options)}: {manifest['architectures'][0]}, width {manifest['hidden_size']}, "
         f"{manifest['num_hidden_layers']} layers",
         steps=f"{options.batch_sequences} sequences a step, AdamW, peak learning rate {options.learning_rate:g}",
         seeds=", ".join(map(str, options.seeds)),
         machine=machine,
         table="\n".join(lines),
     )
+
+
+def _origin(options: Any) -> str:
+    if not options.student:
+        return f"{options.student_size}, fresh"
+    before = evaluate(options.held_out, [options.student], device="cpu", progress=False).students[0]
+    return f"trained before, held-out loss {before.loss:.4f} and KL {before.kl:.4f}"
 
 
 def first_student(options: Any) -> str:

@@ -25,6 +25,10 @@ PRESETS: dict[str, Preset] = {
     "ragged": Preset("of the top 64 those with p >= 0.001", {"targets": {"kind": "top-k", "min_prob": 0.001}}),
     "sampled": Preset("50 draws: fewest bytes, unbiased, T = 1 only", {"targets": {"kind": "sampled"}}),
     "hybrid": Preset("top 4 exactly and 16 draws from the rest, T = 1 only", {"targets": {"kind": "hybrid"}}),
+    "hybrid-16": Preset(
+        "top 16 exactly and 48 draws from the rest: less noise, T = 1 only",
+        {"targets": {"kind": "hybrid", "top_k": 16, "num_draws": 48}},
+    ),
     "hidden": Preset("last hidden state in bfloat16: exact at any T", {"targets": {"kind": "hidden"}}),
     "hidden-int8": Preset(
         "last hidden state in 8 bits: any T, half the bytes",
