@@ -26,7 +26,7 @@ def test_a_table_of_every_preset_and_what_students_may_choose(run: Run, argument
         assert float(line.split()[1]) > 0
     assert "lm_head.safetensors" in table
     assert "forward_kl: tail bucket, prior, uniform" in choices
-    assert "sampled, hybrid\n  forward_kl: tail bucket; temperature 1\n" in choices
+    assert "sampled, hybrid, hybrid-16\n  forward_kl: tail bucket; temperature 1\n" in choices
     assert "any (full)" in choices
     assert "Nothing was written" in lines[-1]
     assert list(tmp_path.iterdir()) == []
