@@ -52,7 +52,13 @@ def differences_of(existing: Plan, wanted: Plan) -> list[str]:
         for field in plan["fields"]:
             del field["relative_error"]  # of a pilot, which rounds differently on another machine
         plan["fields"] = {field.pop("name"): field for field in plan["fields"]}  # to say which one differs in what
-    return _differences(before, after)
+    return [*_differences(before, after), *_other_origin(existing, wanted)]
+
+
+def _other_origin(existing: Plan, wanted: Plan) -> list[str]:
+    """Tell a dump from a transcoding: shards of both would agree in their plans and not in their numbers."""
+    there, here = ("a transcoding" if "transcoded" in plan.provenance else "a dump" for plan in (existing, wanted))
+    return [] if there == here else [f"it is {there} there and {here} here"]
 
 
 def _differences(before: Any, after: Any, path: str = "") -> list[str]:

@@ -102,7 +102,9 @@ def estimate(
         measured = measure(
             sample, plans, also=(_PILOT_RECORD,), report=lambda done: report(done, 2 * sample.num_positions)
         )
-    teacher_s = max(pilot.seconds / sample.num_positions - 1 / _keep_speed(measured.kept[_PILOT_RECORD], sample), 0.0)
+    whole_s = pilot.seconds / sample.num_positions
+    # Of a tiny teacher the reduction takes most; what is left must not be a difference of noise.
+    teacher_s = max(whole_s - 1 / _keep_speed(measured.kept[_PILOT_RECORD], sample), whole_s / 2)
     rows = [
         PresetEstimate(name, preset.description, reasons[name])
         if name in reasons
@@ -115,7 +117,7 @@ def estimate(
         num_sequences=parts.plan.num_sequences,
         num_positions=parts.plan.num_positions,
         pilot_positions=sample.num_positions,
-        teacher_tokens_per_s=1 / max(teacher_s, 1e-9),
+        teacher_tokens_per_s=1 / teacher_s,
         teacher_loss=pilot.teacher_loss,
         presets=rows,
     )

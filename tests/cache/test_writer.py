@@ -88,6 +88,7 @@ def test_finishing_refuses_holes(tmp_path):
         ({"sequences": {"max_length": 8, "packing": "none"}}, "sequences.max_length is 16 there and 8 here"),
         ({"corpus": {"fingerprint": "f" * 64}}, "corpus.fingerprint"),
         ({"task": "other"}, "task is 'causal-lm' there and 'other' here"),
+        ({"provenance": {"transcoded": [{"source": "f" * 64}]}}, "it is a dump there and a transcoding here"),
     ],
 )
 def test_another_cache_is_not_written_over(copy, changes, words):
