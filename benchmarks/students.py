@@ -202,7 +202,7 @@ def interval(values: list[float]) -> str:
 
 def finish(options: Any, rows: list[dict[str, Any]], runs: dict[str, Any]) -> None:
     teacher = evaluate(options.held_out, [], progress=False).teacher
-    title = f"Held-out loss of the teacher: {teacher.loss:.4f}; students after {options.epochs:g} epochs"
+    title = f"Held-out loss of the teacher: {teacher.loss:.4f}; students after {_epochs(options)}"
     report.show(title, rows, {"runs": runs, "teacher": json.loads(teacher.model_dump_json())}, options.json)
     if options.docs:
         path = Path(options.docs) / "students.md"
@@ -218,8 +218,8 @@ def page(options: Any, rows: list[dict[str, Any]], teacher_loss: float) -> str:
     lines = [f"| {' | '.join(line)} |" for line in (columns, [":--", *["--:"] * (len(columns) - 1)], *cells)]
     machine = ", ".join(f"{key} {value}" for key, value in report.machine().items() if value is not None)
     return _PAGE.format(
-        teacher=f"{train.teacher.name}, {train.teacher.dtype}; held-out loss {teacher_loss:.4f}",
-        train=f"{', '.join(train.corpus.sources)}, {train.num_positions:,} positions, {options.epochs:g} epochs",
+        teacher=f"{Path(train.teacher.name).name}, {train.teacher.dtype}; held-out loss {teacher_loss:.4f}",
+        train=f"{', '.join(train.corpus.sources)}, {train.num_positions:,} positions, {_epochs(options)}",
         held_out=f"{', '.join(held_out.corpus.sources)}, {held_out.num_positions:,} positions",
         student=f"{_origin(options)}: {manifest['architectures'][0]}, width {manifest['hidden_size']}, "
         f"{manifest['num_hidden_layers']} layers",
@@ -228,6 +228,10 @@ def page(options: Any, rows: list[dict[str, Any]], teacher_loss: float) -> str:
         machine=machine,
         table="\n".join(lines),
     )
+
+
+def _epochs(options: Any) -> str:
+    return f"{options.epochs:g} {'epoch' if options.epochs == 1 else 'epochs'}"
 
 
 def _origin(options: Any) -> str:

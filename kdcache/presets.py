@@ -19,22 +19,40 @@ class Preset:
     settings: Mapping[str, Any]
 
 
+def _top_k(top_k: int, codec: str = "compact", **more: Any) -> dict[str, Any]:
+    return {
+        "targets": {
+            "kind": "top-k",
+            "top_k": top_k,
+            "num_draws": 0,
+            "tail_prior": True,
+            "codec": {"name": codec},
+            "min_prob": 0.0,
+            **more,
+        }
+    }
+
+
+def _draws(kind: str, top_k: int, num_draws: int) -> dict[str, Any]:
+    return {"targets": {"kind": kind, "top_k": top_k, "num_draws": num_draws, "tail_prior": False}}
+
+
+def _hidden(codec: str) -> dict[str, Any]:
+    targets = {"kind": "hidden", "top_k": 1, "num_draws": 0, "tail_prior": False}
+    return {"targets": targets, "hidden_states": {"codec": {"name": codec}}}
+
+
+# Every number is named, so that a preset means the same over a configuration file that says something else.
 PRESETS: dict[str, Preset] = {
-    "compact": Preset("top 64 and the exact tail; the default", {"targets": {"kind": "top-k"}}),
-    "compact-32": Preset("top 32 and the exact tail", {"targets": {"kind": "top-k", "top_k": 32}}),
-    "ragged": Preset("of the top 64 those with p >= 0.001", {"targets": {"kind": "top-k", "min_prob": 0.001}}),
-    "sampled": Preset("50 draws: fewest bytes, unbiased, T = 1 only", {"targets": {"kind": "sampled"}}),
-    "hybrid": Preset("top 4 exactly and 16 draws from the rest, T = 1 only", {"targets": {"kind": "hybrid"}}),
-    "hybrid-16": Preset(
-        "top 16 exactly and 48 draws from the rest: less noise, T = 1 only",
-        {"targets": {"kind": "hybrid", "top_k": 16, "num_draws": 48}},
-    ),
-    "hidden": Preset("last hidden state in bfloat16: exact at any T", {"targets": {"kind": "hidden"}}),
-    "hidden-int8": Preset(
-        "last hidden state in 8 bits: any T, half the bytes",
-        {"targets": {"kind": "hidden"}, "hidden_states": {"codec": {"name": "int8"}}},
-    ),
-    "fp16": Preset("top 64 as float16, for comparison", {"targets": {"kind": "top-k", "codec": {"name": "fp16"}}}),
-    "bf16": Preset("top 64 as bfloat16, for comparison", {"targets": {"kind": "top-k", "codec": {"name": "bf16"}}}),
-    "exact": Preset("top 64 in float32, for proofs", {"targets": {"kind": "top-k", "codec": {"name": "exact"}}}),
+    "compact": Preset("top 64 and the exact tail; the default", _top_k(64)),
+    "compact-32": Preset("top 32 and the exact tail", _top_k(32)),
+    "ragged": Preset("of the top 64 those with p >= 0.001", _top_k(64, min_prob=0.001)),
+    "sampled": Preset("50 draws: fewest bytes, unbiased, T = 1 only", _draws("sampled", 0, 50)),
+    "hybrid": Preset("top 4 exactly and 16 draws from the rest, T = 1 only", _draws("hybrid", 4, 16)),
+    "hybrid-16": Preset("top 16 exactly and 48 draws from the rest: less noise, T = 1 only", _draws("hybrid", 16, 48)),
+    "hidden": Preset("last hidden state in bfloat16: exact at any T", _hidden("bf16")),
+    "hidden-int8": Preset("last hidden state in 8 bits: any T, half the bytes", _hidden("int8")),
+    "fp16": Preset("top 64 as float16, for comparison", _top_k(64, "fp16")),
+    "bf16": Preset("top 64 as bfloat16, for comparison", _top_k(64, "bf16")),
+    "exact": Preset("top 64 in float32, for proofs", _top_k(64, "exact")),
 }
