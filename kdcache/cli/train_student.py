@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,6 +69,8 @@ def command(
             options.echo_rows([(name.replace("_", " "), _text(value)) for name, value in plan.items()])
         return
     result = train_student(config, resume=resume, progress=not quiet)
+    if int(os.environ.get("RANK", "0")) > 0:  # of several processes the first one speaks for all
+        return
     if as_json:
         options.echo_json(dataclasses.asdict(result))
         return

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kdcache.cache import open_cache, verify
+from kdcache.train import TrainResult
 
 
 def parse(outcome) -> dict:
@@ -265,3 +266,15 @@ def test_an_option_wins_over_what_excludes_it_in_the_file(run, dumped, teacher_d
     options = [teacher_dir if option == "TEACHER" else option for option in options]
     plan = parse(run("train-student", "--config", config, *options, "--dry-run", "--json", "--quiet"))
     assert {name: plan[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(("rank", "speaks"), [(None, True), ("0", True), ("1", False)])
+def test_of_several_processes_one_prints_the_result(run, dumped, tmp_path, monkeypatch, rank, speaks):
+    result = TrainResult(tmp_path / "o", steps=3, losses={"loss": 1.0}, seconds=1.0, tokens_per_s=9.0)
+    monkeypatch.setattr("kdcache.train.train_student", lambda *arguments, **options: result)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    options = ["--cache", dumped, "--student-size", "nano", "--output", tmp_path / "o", "--json", "--quiet"]
+    outcome = run("train-student", *options)
+    assert outcome.code == 0
+    assert (outcome.out != "") is speaks
