@@ -66,9 +66,11 @@ class CacheWriter:
         """Start the planned cache or resume it; return the shards that are not committed.
 
         ``cache_files`` are those that the cache has once and that are known before any shard (the LM head), by name.
-
         Raises ``CacheError`` when the folder holds another cache (saying what differs) or something else entirely.
         """
+        beside = {f"{layout.TOKENIZER}/{name}": data for name, data in tokenizer_files.items()} | dict(
+            cache_files or {}
+        )
         existing = layout.read_plan(self.folder)
         if existing is not None and not self._has_commits() and differences_of(existing, plan):
             # A dump that failed before its first shard (NaN, out of memory) must not forbid another attempt. Its plan
@@ -76,11 +78,11 @@ class CacheWriter:
             self._remove_garbage(existing, {})
             existing = None
         if existing is None:
-            self._start(plan, table, tokenizer_files, cache_files or {})
+            self._start(plan, table, beside)
             existing = plan
         else:
             check_same_plan(existing, plan, self.folder)
-            self._restore(existing, table, tokenizer_files, cache_files or {})
+            self._restore(existing, table, beside)
         self.plan = existing
         committed = self._committed()
         if existing.targets.tail_prior:
@@ -94,38 +96,23 @@ class CacheWriter:
     def _has_commits(self) -> bool:
         return any(not name.endswith(TEMPORARY) for name in self.folder.names(layout.COMMITS))
 
-    def _start(
-        self,
-        plan: Plan,
-        table: pa.Table,
-        tokenizer_files: Mapping[str, bytes],
-        cache_files: Mapping[str, bytes],
-    ) -> None:
+    def _start(self, plan: Plan, table: pa.Table, beside: Mapping[str, bytes]) -> None:
         refuse_foreign(self.folder)
         # Of a start that was killed, perhaps with another teacher.
         for name in (*self.folder.names(layout.TOKENIZER), layout.LM_HEAD, layout.TAIL_PRIOR):
             self.folder.remove(name)
-        for name, data in tokenizer_files.items():
-            self.folder.write(f"{layout.TOKENIZER}/{name}", data)
-        for name, data in cache_files.items():
+        for name, data in beside.items():
             self.folder.write(name, data)
         self.folder.write(layout.PLAN_TABLE, layout.table_to_parquet(table))
         self.folder.write(layout.PLAN, layout.to_json(plan))
 
-    def _restore(
-        self,
-        plan: Plan,
-        table: pa.Table,
-        tokenizer_files: Mapping[str, bytes],
-        cache_files: Mapping[str, bytes],
-    ) -> None:
+    def _restore(self, plan: Plan, table: pa.Table, beside: Mapping[str, bytes]) -> None:
         """Write again what stands beside the shards and is missing or damaged, if these are the recorded bytes."""
         wanted = {layout.PLAN_TABLE: (layout.table_to_parquet(table), plan.table_sha256)}
         manifest = _standing_manifest(self.folder)
         files = (*manifest.tokenizer_files, *manifest.cache_files) if manifest else ()
         recorded = {item.path: item.sha256 for item in files}
-        beside = {f"{layout.TOKENIZER}/{file}": data for file, data in tokenizer_files.items()}
-        for name, data in {**beside, **cache_files}.items():
+        for name, data in beside.items():
             wanted[name] = (data, recorded.get(name, layout.sha256(data)))
         for name, (data, digest) in wanted.items():
             if self.folder.exists(name) and layout.sha256(self.folder.read(name)) == digest:
