@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from kdcache.cache import CacheWriter, Folder, ShardData, layout, token_arrays
+from kdcache.cache import CacheWriter, Folder, ShardData, layout, targets_field
 from kdcache.codecs import targets_codec
-from kdcache.schema import FieldRecord, Plan, Targets, TargetsRecord, token_hash
+from kdcache.schema import Plan, Targets, TargetsRecord, token_hash
 from tests.synthetic import corpus_record, teacher_record, tokenizer_record
 
 
@@ -43,11 +43,6 @@ def write_cache(
     num_shards = -(-num_sequences // per_shard)
     record = TargetsRecord(top_k=top_k)
     coder = targets_codec({"name": codec}, record, vocab_size)
-    field = FieldRecord(
-        name=layout.TARGETS_FIELD,
-        codec=coder.head.model_dump(),
-        arrays=(*token_arrays(vocab_size, False), *coder.arrays()),
-    )
     table = pa.table({"sequence": np.arange(num_sequences), "shard": np.arange(num_sequences) // per_shard})
     plan = Plan(
         task="causal-lm",
@@ -56,7 +51,7 @@ def write_cache(
         corpus=corpus_record(num_sequences),
         targets=record,
         sequences={"max_length": length},
-        fields=(field,),
+        fields=(targets_field(coder, packed=False),),
         num_sequences=num_sequences,
         num_positions=num_sequences * length,
         num_tokens=num_sequences * (length + 1),

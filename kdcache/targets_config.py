@@ -115,6 +115,16 @@ class TargetsConfig(TargetsRecord):
         return TargetsRecord(**self.model_dump(include=set(TargetsRecord.model_fields)))
 
 
+def layer_number(layer: str | int, num_layers: int) -> int:
+    """Return the number of a layer: ``last``, a number, or one that counts from the end; may be one there is not."""
+    text = str(layer).strip()
+    try:
+        number = num_layers if text == "last" else int(text)
+    except ValueError:
+        raise ConfigError(f"hidden states are chosen by layer number or 'last', found {text!r}") from None
+    return number + num_layers + 1 if number < 0 else number
+
+
 class HiddenStatesConfig(Config):
     """Which hidden states are stored, if any."""
 

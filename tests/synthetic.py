@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from safetensors.numpy import save
 
-from kdcache.cache import CacheWriter, Folder, ShardData, token_arrays
+from kdcache.cache import CacheWriter, Folder, ShardData, targets_field
 from kdcache.cache.layout import sha256, table_to_parquet
 from kdcache.cache.tail_prior import TailSum
 from kdcache.codecs import hidden_codec, targets_codec
@@ -140,10 +140,9 @@ class SyntheticCache:
 
     def fields(self) -> tuple[FieldRecord, ...]:
         codec = targets_codec(self.codec, self.record, self.vocab_size)
-        arrays = (*token_arrays(self.vocab_size, self.packed), *codec.arrays())
         states = hidden_codec(self.hidden_codec)
         return (
-            FieldRecord(name="targets", codec=codec.head.model_dump(), arrays=arrays),
+            targets_field(codec, self.packed),
             *(
                 FieldRecord(name=name, codec=states.model_dump(), arrays=states.arrays(WIDTH))
                 for name in self.hidden_names

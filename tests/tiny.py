@@ -12,10 +12,10 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kdcache.cache import CacheWriter, Folder, ShardData, token_arrays
+from kdcache.cache import CacheWriter, Folder, ShardData, targets_field
 from kdcache.codecs import targets_codec
 from kdcache.models.tokenizer import tokenizer_record
-from kdcache.schema import CorpusRecord, FieldRecord, Plan, Targets, TargetsRecord, TeacherRecord
+from kdcache.schema import CorpusRecord, Plan, Targets, TargetsRecord, TeacherRecord
 from kdcache.tasks.causal_lm import pad_batch
 
 SENTENCES = [
@@ -108,7 +108,6 @@ def make_cache(
     targets = TargetsRecord(top_k=top_k)
     coder = targets_codec({"name": codec}, targets, record.vocab_size)
     lengths = np.array([len(sequence) - 1 for sequence in sequences])
-    arrays = (*token_arrays(record.vocab_size, packed=False), *coder.arrays())
     table = pa.table({"sequence": np.arange(len(sequences)), "num_positions": lengths})
     plan = Plan(
         task="causal-lm",
@@ -134,7 +133,7 @@ def make_cache(
         ),
         targets=targets,
         sequences={"max_length": max_length, "packing": "none"},
-        fields=(FieldRecord(name="targets", codec=coder.head.model_dump(), arrays=arrays),),
+        fields=(targets_field(coder, packed=False),),
         num_sequences=len(sequences),
         num_positions=int(lengths.sum()),
         num_tokens=int((lengths + 1).sum()),

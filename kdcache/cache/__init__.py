@@ -1,6 +1,6 @@
 """The cache: plan, shards, manifest; writing, reading, verifying (numpy, zarr, pyarrow, fsspec; never torch)."""
 
-from kdcache.cache.fields import token_arrays
+from kdcache.cache.fields import targets_field, token_arrays
 from kdcache.cache.folder import Folder
 from kdcache.cache.order import epoch_order
 from kdcache.cache.reader import Cache, describe, open_cache
@@ -17,6 +17,7 @@ __all__ = [
     "describe",
     "epoch_order",
     "open_cache",
+    "targets_field",
     "token_arrays",
     "verify",
 ]

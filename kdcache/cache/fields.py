@@ -6,7 +6,7 @@ from kdcache.cache import layout
 from kdcache.cache.folder import Folder
 from kdcache.codecs import HiddenCodec, TargetsCodec, hidden_codec, id_dtype, targets_codec
 from kdcache.errors import CacheError, ConfigError, CorruptCacheError
-from kdcache.schema import ArrayRecord, Manifest
+from kdcache.schema import ArrayRecord, FieldRecord, Manifest
 
 
 def token_arrays(vocab_size: int, packed: bool) -> tuple[ArrayRecord, ...]:
@@ -21,6 +21,12 @@ def token_arrays(vocab_size: int, packed: bool) -> tuple[ArrayRecord, ...]:
     if packed:
         records.append(ArrayRecord(name="segment_ids", dtype="uint16", rows="tokens"))
     return tuple(records)
+
+
+def targets_field(codec: TargetsCodec, packed: bool) -> FieldRecord:
+    """Describe the field that every cache has: tokens, masks, and what ``codec`` stores of the teacher."""
+    arrays = (*token_arrays(codec.vocab_size, packed), *codec.arrays())
+    return FieldRecord(name=layout.TARGETS_FIELD, codec=codec.head.model_dump(), arrays=arrays)
 
 
 def build_codecs(folder: Folder, manifest: Manifest) -> tuple[TargetsCodec, dict[str, HiddenCodec]]:
@@ -40,8 +46,7 @@ def check_arrays(
     folder: Folder, manifest: Manifest, codec: TargetsCodec, hidden_codecs: dict[str, HiddenCodec]
 ) -> None:
     """Refuse a manifest (it may come from a stranger) whose fields lack an array that reading them needs."""
-    packed = any(array.name == "segment_ids" for array in manifest.field(layout.TARGETS_FIELD).arrays)
-    needed = {layout.TARGETS_FIELD: (*token_arrays(manifest.tokenizer.vocab_size, packed), *codec.arrays())}
+    needed = {layout.TARGETS_FIELD: targets_field(codec, manifest.is_packed).arrays}
     needed |= {name: hidden_codec.arrays(_width(manifest, name)) for name, hidden_codec in hidden_codecs.items()}
     for name, arrays in needed.items():
         found = {array.name: array for array in manifest.field(name).arrays}

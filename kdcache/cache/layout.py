@@ -158,6 +158,11 @@ def read_commit(folder: Folder, shard: int) -> ShardRecord | None:
     return from_json(ShardRecord, data, f"{folder}/{commit_name(shard)}")
 
 
+def num_commits(folder: Folder, plan: Plan) -> int:
+    """Return how many shards of the planned cache have a commit record."""
+    return sum(folder.exists(commit_name(shard)) for shard in range(plan.num_shards))
+
+
 def read_manifest(folder: Folder) -> tuple[Manifest, str]:
     """Return the manifest and its SHA-256, the cache's fingerprint.
 
@@ -177,9 +182,8 @@ def _no_manifest(folder: Folder) -> CacheError:
     plan = read_plan(folder)
     if plan is None:
         return CacheError(f"there is no cache in {folder} (no {MANIFEST}); make one with kdcache dump-teacher")
-    done = sum(folder.exists(commit_name(shard)) for shard in range(plan.num_shards))
     return IncompleteCacheError(
-        f"{folder} is unfinished: {done} of {plan.num_shards} shards are written; "
+        f"{folder} is unfinished: {num_commits(folder, plan)} of {plan.num_shards} shards are written; "
         "run the command that began it again to finish it"
     )
 

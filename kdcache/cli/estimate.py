@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -106,14 +107,11 @@ def _nats(value: float | None) -> str:
 
 
 def _echo_table(rows: list[dict[str, str]]) -> None:
-    if not rows:
-        return
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
-    for line in lines:
-        first, *rest = line
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
-        click.echo("  ".join(cells).rstrip())
+    from kdcache.students.table import render_table
+
+    if rows:
+        columns = {name: (name, "s" if name == "preset" else ">s") for name in rows[0]}
+        click.echo(render_table(columns, [SimpleNamespace(**row) for row in rows]))
 
 
 def _echo_notes(presets: list[Any]) -> None:

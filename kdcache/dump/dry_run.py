@@ -99,4 +99,4 @@ def _committed(output: str, wanted: Plan) -> int:
     if plan is None:
         return 0
     check_same_plan(plan, wanted, folder)
-    return sum(folder.exists(layout.commit_name(s)) for s in range(plan.num_shards))
+    return layout.num_commits(folder, plan)

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdcache.cache import layout, token_arrays
+from kdcache.cache import layout, targets_field
 from kdcache.codecs import hidden_codec, targets_codec
 from kdcache.corpus import Corpus, SequencePlan, assign_shards
 from kdcache.dump.config import DumpConfig
@@ -53,8 +53,7 @@ def make_fields(
     check_top_k(config, vocab_size)
     codec = targets_codec(config.targets.codec, config.targets.record, vocab_size)
     packed = config.sequences.packing == "window" and not config.sequences.attend_across_documents
-    arrays = (*token_arrays(vocab_size, packed), *codec.arrays())
-    fields = [FieldRecord(name=layout.TARGETS_FIELD, codec=codec.head.model_dump(), arrays=arrays)]
+    fields = [targets_field(codec, packed)]
     states = hidden_codec(config.hidden_states.codec)
     for layer in layers:
         known = pilot.get(layer, LayerPilot(teacher.hidden_size, None))

@@ -104,7 +104,7 @@ def estimate(
         )
     whole_s = pilot.seconds / sample.num_positions
     # Of a tiny teacher the reduction takes most; what is left must not be a difference of noise.
-    teacher_s = max(whole_s - 1 / _keep_speed(measured.kept[_PILOT_RECORD], sample), whole_s / 2)
+    teacher_s = max(whole_s - measured.kept[_PILOT_RECORD].keep_s / sample.num_positions, whole_s / 2)
     rows = [
         PresetEstimate(name, preset.description, reasons[name])
         if name in reasons
@@ -182,9 +182,7 @@ def _plans(
         states_PD = sample.logits.states_PD if isinstance(sample.logits, HeadLogits) else None
         try:
             plans[name] = plan_of(own, parts.plan, states_PD)
-        except ConfigError as error:  # more ids than the vocabulary has
-            reasons[name] = str(error)
-        except TeacherError as error:  # states that the codec cannot hold
+        except (ConfigError, TeacherError) as error:  # too many ids for the vocabulary; states the codec cannot hold
             reasons[name] = str(error)
     return plans, reasons
 
@@ -204,10 +202,6 @@ def plan_of(config: DumpConfig, base: Plan, states_PD: NDArray[np.float32] | Non
             "shard_positions": shard_positions(config, base.num_positions, base.teacher, len(layers)),
         }
     )
-
-
-def _keep_speed(kept: Any, sample: Sample) -> float:
-    return sample.num_positions / max(kept.keep_s, 1e-9)
 
 
 def _estimate_of(

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.models.lm_head import LMHead
+from kdcache.models.lm_head import BufferedHead, LMHead
 from kdcache.schema import Sequence
 from kdcache.tasks import causal_lm
 from kdcache.teachers import HuggingFaceTeacher
@@ -43,7 +43,7 @@ class HeadLogits:
     def __init__(self, states_PD: NDArray[np.float32], head: LMHead) -> None:
         self.states_PD, self.head = states_PD, head
         self._size = ChunkSizes.for_device(head.weight_VD.device).head
-        self._buffer: Tensor | None = None
+        self._buffered = BufferedHead(head)
 
     @torch.inference_mode()
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -56,9 +56,7 @@ class HeadLogits:
         """Return the logits [C, V] of a chunk of any states; valid until the next call."""
         weight_VD = self.head.weight_VD
         states = torch.from_numpy(states_CD).to(weight_VD.device, weight_VD.dtype)
-        if self._buffer is None:
-            self._buffer = torch.empty(self._size, len(weight_VD), dtype=weight_VD.dtype, device=weight_VD.device)
-        return self.head.logits(states, out=self._buffer[: len(states)])
+        return self._buffered.logits(states, 0, len(states))
 
 
 class TeacherLogits:

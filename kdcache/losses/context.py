@@ -11,15 +11,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kdcache.errors import CorruptCacheError
 from kdcache.models.lm_head import LMHead
-
-Kind = Literal["top-k", "sampled", "hybrid", "hidden"]
+from kdcache.schema import Kind
 
 _HOLDS: dict[Kind, str] = {
     "top-k": "the most probable ids of each position",
@@ -57,10 +55,8 @@ class TeacherContext:
         tensors = (self.prior_V, *((head.weight_VD, head.bias_V) if head is not None else ()))
         if all(tensor is None or tensor.device == device for tensor in tensors):
             return self
-        if head is not None:
-            bias_V = None if head.bias_V is None else head.bias_V.to(device)
-            head = replace(head, weight_VD=head.weight_VD.to(device), bias_V=bias_V)
-        return replace(self, prior_V=None if self.prior_V is None else self.prior_V.to(device), head=head)
+        prior_V = None if self.prior_V is None else self.prior_V.to(device)
+        return replace(self, prior_V=prior_V, head=None if head is None else head.to(device))
 
     @property
     def holds(self) -> str:

@@ -69,6 +69,26 @@ class LMHead:
         return logits_PV
 
 
+class BufferedHead:
+    """A head whose logits are written into one array, chunk after chunk.
+
+    The page faults of fresh memory cost as much as a tenth of the product.
+    """
+
+    def __init__(self, head: LMHead) -> None:
+        self.head = head
+        self._buffer: Tensor | None = None
+
+    @torch.inference_mode()
+    def logits(self, hidden_PD: Tensor, start: int, stop: int) -> Tensor:
+        """Return the logits of rows ``start`` to ``stop``, in their dtype; valid until the next call."""
+        num_rows, buffer = stop - start, self._buffer
+        if buffer is None or len(buffer) < num_rows or buffer.dtype != hidden_PD.dtype:
+            buffer = hidden_PD.new_empty(num_rows, self.head.vocab_size)
+            self._buffer = buffer
+        return self.head.logits(hidden_PD[start:stop], out=buffer[:num_rows])
+
+
 def head_to_bytes(head: LMHead) -> bytes:
     """Return ``head`` as a safetensors file: ``weight`` [V, D], ``bias`` [V] if there is one, scale and cap beside."""
     tensors = {"weight": head.weight_VD} | ({} if head.bias_V is None else {"bias": head.bias_V})

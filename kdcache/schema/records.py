@@ -191,6 +191,11 @@ class Plan(Config):
         raise KeyError(name)
 
     @property
+    def is_packed(self) -> bool:
+        """Whether sequences hold several documents that do not see each other."""
+        return any(array.name == "segment_ids" for array in self.field("targets").arrays)
+
+    @property
     def states_field(self) -> str:
         """Name of the field of the last hidden state, whether or not it is stored."""
         return f"hidden-{self.teacher.num_layers}"

@@ -167,8 +167,7 @@ def _check_finite(model: Any, name: str) -> None:
 
 
 def _check_packing(model: Any, manifest: Manifest, name: str) -> None:
-    packed = any(array.name == "segment_ids" for field in manifest.fields for array in field.arrays)
-    if packed and not keeps_documents_apart(model, manifest.tokenizer.vocab_size):
+    if manifest.is_packed and not keeps_documents_apart(model, manifest.tokenizer.vocab_size):
         raise StudentError(
             f"student {name} ({type(model).__name__}) reads across the packed documents of this cache, which its "
             "teacher kept apart; choose another architecture or a cache without packing"

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from kdcache.config import Config
 from kdcache.errors import ConfigError, TeacherError
-from kdcache.models.lm_head import LMHead, split_model
+from kdcache.models.lm_head import BufferedHead, LMHead, split_model
 from kdcache.models.loading import load_causal_lm, parse_dtype, pick_device
 from kdcache.models.packing import keeps_documents_apart
 from kdcache.models.weights import weights_sha256
 from kdcache.schema import Sequence, TeacherRecord
+from kdcache.targets_config import layer_number
 from kdcache.tasks import causal_lm
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,6 @@ class HuggingFaceTeacher:
         self.device = next(model.parameters()).device
         self.vocab_size = vocab_size
         self._split = split_model(model)
-        self._buffer: Tensor | None = None
         if self._split is None:
             log.warning("the LM head of %s cannot be split off; its full logits are made batch by batch", name)
         rows = self._split[1].vocab_size if self._split else int(model.config.get_text_config().vocab_size)
@@ -71,6 +71,7 @@ class HuggingFaceTeacher:
             raise TeacherError(
                 f"the tokenizer has {vocab_size} ids, but {name} only predicts {rows}: tokenizer and model do not match"
             )
+        self._head = BufferedHead(self._split[1].narrow(vocab_size)) if self._split else None
         _check_causal(self, name)
         self.record = _describe(model, name, rows, revision)
 
@@ -97,12 +98,12 @@ class HuggingFaceTeacher:
         What works is every family whose logits are ``cap(scale * (hidden @ W.T + b))`` of its last hidden state (Llama,
         Qwen, Mistral, GPT-2, GPT-NeoX, OPT, Cohere's and Granite's scales, Gemma's soft cap, ...), found by trying.
         """
-        if self._split is None:
+        if self._head is None:
             raise TeacherError(
                 f"the logits of {self.record.name} ({self.record.architecture}) are not its last hidden state times a "
                 "matrix, scaled or soft-capped, so they cannot be rebuilt from it; use --targets top-k"
             )
-        return self._split[1].narrow(self.vocab_size)
+        return self._head.head
 
     def check_packing(self) -> None:
         """Raise ``TeacherError`` when the documents of a packed window would see each other."""
@@ -131,24 +132,15 @@ class HuggingFaceTeacher:
         output = module(
             **tensors, use_cache=False, output_hidden_states=wants_middle or (bool(layers) and not self._split)
         )
-        if self._split is None:
+        if self._head is None:
             logits_PV = real(output.logits[..., : self.vocab_size])
             last = output.hidden_states[-1] if layers else logits_PV
             logits = partial(_rows_of, logits_PV)
         else:
             last = output.last_hidden_state
-            logits = partial(self._head_rows, self._split[1].narrow(self.vocab_size), real(last))
+            logits = partial(self._head.logits, real(last))
         hidden = {layer: real(last if layer == self.num_layers else output.hidden_states[layer]) for layer in layers}
         return TeacherOutput(logits, labels, hidden)
-
-    @torch.inference_mode()
-    def _head_rows(self, head: LMHead, hidden_PD: Tensor, start: int, stop: int) -> Tensor:
-        num_rows, buffer = stop - start, self._buffer
-        if buffer is None or len(buffer) < num_rows or buffer.dtype != hidden_PD.dtype:
-            buffer = torch.empty(num_rows, head.vocab_size, dtype=hidden_PD.dtype, device=self.device)
-            # Reused from chunk to chunk: the page faults of fresh memory cost as much as a tenth of the product.
-            self._buffer = buffer
-        return head.logits(hidden_PD[start:stop], out=buffer[:num_rows])
 
 
 def _rows_of(logits_PV: Tensor, start: int, stop: int) -> Tensor:
@@ -172,14 +164,11 @@ def parse_layers(names: SequenceOf[str | int], num_layers: int) -> list[int]:
     """Turn ``["last", 12, -2]`` into sorted layer numbers; negative ones count from the end, ``last`` is -1."""
     layers = set()
     for name in names:
-        text = str(name).strip()
-        try:
-            number = num_layers if text == "last" else int(text)
-        except ValueError:
-            raise ConfigError(f"hidden states are chosen by layer number or 'last', found {text!r}") from None
-        layer = number + num_layers + 1 if number < 0 else number
+        layer = layer_number(name, num_layers)
         if not 0 <= layer <= num_layers:
-            raise ConfigError(f"the teacher has no hidden state {text}; it has 0 (embeddings) to {num_layers} (last)")
+            raise ConfigError(
+                f"the teacher has no hidden state {str(name).strip()}; it has 0 (embeddings) to {num_layers} (last)"
+            )
         layers.add(layer)
     return sorted(layers)
 

@@ -14,12 +14,11 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kdcache.cache import Cache
 from kdcache.cache.tail_prior import TailSum
 from kdcache.errors import CorruptCacheError
-from kdcache.models.lm_head import LMHead
+from kdcache.models.lm_head import BufferedHead
 from kdcache.models.loading import pick_device
 from kdcache.schema import SequenceBatch, Targets, TargetsRecord
 from kdcache.tasks import causal_lm
@@ -33,19 +32,18 @@ class HeadKeeper:
 
     def __init__(self, cache: Cache, wanted: TargetsRecord, device: str) -> None:
         self._where, self._wanted, self._device = str(cache.folder), wanted, pick_device(device)
-        self._head = head_of(cache).to(self._device)
+        self._head = BufferedHead(head_of(cache).to(self._device))
         self._keep = TargetKeeper(wanted)
-        self._buffer: Tensor | None = None
 
     @torch.inference_mode()
     def __call__(self, batch: SequenceBatch) -> Targets:
         """Return the targets of a batch of the source."""
-        states_PD = torch.from_numpy(batch.hidden["last"]).to(self._device, self._head.weight_VD.dtype)
+        states_PD = torch.from_numpy(batch.hidden["last"]).to(self._device, self._head.head.weight_VD.dtype)
         labels_P = torch.from_numpy(causal_lm.labels(np.split(batch.tokens_T, batch.token_offsets_N1[1:-1])))
         lengths_N, draws = np.diff(batch.position_offsets_N1), self._wanted.num_draws
         uniforms_PN = draw_uniforms(self._wanted.seed, batch.indices, lengths_N, draws) if draws else None
         try:
-            targets = self._keep(partial(self._logits, self._head, states_PD), labels_P.to(self._device), uniforms_PN)
+            targets = self._keep(partial(self._head.logits, states_PD), labels_P.to(self._device), uniforms_PN)
         except NonFiniteLogitsError as error:
             number = int(np.searchsorted(batch.position_offsets_N1, error.row, side="right")) - 1
             raise CorruptCacheError(
@@ -59,9 +57,3 @@ class HeadKeeper:
         """Return what all rows since the last call add to the tail prior; None where the targets have none."""
         found = self._keep.take_tail_sum()
         return None if found is None else TailSum(*found)
-
-    def _logits(self, head: LMHead, states_PD: Tensor, start: int, stop: int) -> Tensor:
-        if self._buffer is None or len(self._buffer) < stop - start:
-            # One buffer for all chunks: the page faults of fresh memory cost as much as a tenth of the product.
-            self._buffer = states_PD.new_empty(stop - start, head.vocab_size)
-        return head.logits(states_PD[start:stop], out=self._buffer[: stop - start])

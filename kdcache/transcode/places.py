@@ -32,7 +32,7 @@ def refuse_another_origin(folder: Folder, plan: Plan) -> None:
     existing = layout.read_plan(folder)
     if existing is None or differences_of(existing, plan) or origin_of(existing) == origin_of(plan):
         return
-    if _num_commits(folder, existing):
+    if layout.num_commits(folder, existing):
         raise CacheError(
             f"output {folder} was begun from another source or with another filter: {_told(origin_of(existing))} "
             f"there and {_told(origin_of(plan))} here. Repeat the command that began it, or choose another output"
@@ -46,16 +46,12 @@ def _told(origin: tuple[Any, ...] | None) -> str:
     return f"source {str(origin[0])[:16]}, where {origin[1]!r}, limit {origin[2]!r}"
 
 
-def _num_commits(folder: Folder, plan: Plan) -> int:
-    return sum(folder.exists(layout.commit_name(shard)) for shard in range(plan.num_shards))
-
-
 def num_committed(folder: Folder, plan: Plan) -> int:
     """Return how many shards of the planned output exist; raises ``CacheError`` when it holds another cache."""
     existing = layout.read_plan(folder)
     if existing is None:
         return 0
-    count = _num_commits(folder, existing)
+    count = layout.num_commits(folder, existing)
     if count:
         check_same_plan(existing, plan, folder)
         refuse_another_origin(folder, plan)

@@ -18,14 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from kdcache.cache import Cache, layout, token_arrays
+from kdcache.cache import Cache, layout, targets_field
 from kdcache.cache.filters import select_sequences
 from kdcache.codecs import hidden_codec, targets_codec
 from kdcache.codecs.hidden import relative_error
 from kdcache.corpus import assign_shards
 from kdcache.errors import ConfigError, CorruptCacheError
 from kdcache.schema import STATISTICS_COLUMNS, FieldRecord, Manifest, Plan
-from kdcache.targets_config import TargetsConfig
+from kdcache.targets_config import TargetsConfig, layer_number
 from kdcache.transcode.config import TranscodeConfig, wanted_targets
 
 #: Positions that tell what another codec of hidden states costs.
@@ -110,12 +110,7 @@ def _wanted_layers(config: TranscodeConfig, manifest: Manifest, targets: Targets
 
 
 def _layer_name(layer: str | int, num_layers: int) -> str:
-    """Return the field of a layer: ``last``, a number, or one that counts from the end."""
-    try:
-        number = num_layers if layer == "last" else int(layer)
-    except ValueError:
-        raise ConfigError(f"hidden states are chosen by layer number or 'last', found {layer!r}") from None
-    return f"hidden-{number + num_layers + 1 if number < 0 else number}"
+    return f"hidden-{layer_number(layer, num_layers)}"
 
 
 def _copied(manifest: Manifest, targets: TargetsConfig, fields: list[FieldRecord]) -> tuple[str, ...]:
@@ -124,11 +119,8 @@ def _copied(manifest: Manifest, targets: TargetsConfig, fields: list[FieldRecord
 
 
 def _targets_field(manifest: Manifest, targets: TargetsConfig) -> FieldRecord:
-    vocab_size = manifest.tokenizer.vocab_size
-    codec = targets_codec(targets.codec, targets.record, vocab_size)
-    packed = any(array.name == "segment_ids" for array in manifest.field(layout.TARGETS_FIELD).arrays)
-    arrays = (*token_arrays(vocab_size, packed), *codec.arrays())
-    return FieldRecord(name=layout.TARGETS_FIELD, codec=codec.head.model_dump(), arrays=arrays)
+    codec = targets_codec(targets.codec, targets.record, manifest.tokenizer.vocab_size)
+    return targets_field(codec, manifest.is_packed)
 
 
 def _hidden_field(
