@@ -49,7 +49,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "sampled": ("sampled", _KL, False),
     "hybrid": ("hybrid", _KL, False),
     "hybrid-16": ("hybrid-16", _KL, False),
+    "compact, uniform": ("compact", _tail("uniform"), False),
     "compact, renormalised": ("compact", _tail("renormalise"), False),
+    "compact, drop": ("compact", _tail("drop"), False),
     "cross-entropy only": ("hidden", {"forward_kl": None, "cross_entropy": {"weight": 1.0}}, False),
 }
 LIVE = "live teacher, full KL"
