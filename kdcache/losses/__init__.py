@@ -5,8 +5,10 @@ the losses as a `ChunkView`, and know the losses from one table, `LOSSES`. `Teac
 rows come from, and `allowed` which losses make sense with it. Nothing here reads a cache.
 """
 
+from kdcache.losses.base import Loss, allowed
 from kdcache.losses.context import TeacherContext
-from kdcache.losses.divergences import LOSSES, CrossEntropy, ForwardKL, Loss, allowed
+from kdcache.losses.divergences import LOSSES, CrossEntropy
+from kdcache.losses.forward_kl import ForwardKL
 from kdcache.losses.objective import Objective, ObjectiveConfig, ObjectiveOutput
 from kdcache.losses.scores import PositionScores, per_position_values, score_positions
 from kdcache.losses.teacher_rows import TeacherRows

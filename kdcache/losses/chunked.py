@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kdcache.losses.base import Loss
 from kdcache.losses.context import TeacherContext
-from kdcache.losses.divergences import Loss
 from kdcache.losses.teacher_rows import TeacherRows
 from kdcache.losses.view import ChunkView
 from kdcache.models.lm_head import LMHead

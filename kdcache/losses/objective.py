@@ -19,9 +19,10 @@ from torch import Tensor
 
 from kdcache.config import Config, merge
 from kdcache.errors import ConfigError, StudentError
+from kdcache.losses.base import Loss
 from kdcache.losses.chunked import Work, default_chunk_positions, weighted_sum
 from kdcache.losses.context import TeacherContext
-from kdcache.losses.divergences import LOSSES, Loss
+from kdcache.losses.divergences import LOSSES
 from kdcache.losses.teacher_rows import TeacherRows
 from kdcache.models.lm_head import LMHead
 
@@ -90,8 +91,8 @@ class Objective:
         self.losses = self.config.losses
         self.chunk_positions = chunk_positions
         self.context = context if context is not None else TeacherContext()
-        for loss in self.losses.values():
-            loss.check(self.context)
+        for name, loss in self.losses.items():
+            loss.check(self.context, name)
 
     def __call__(
         self, hidden_PD: Tensor, head: LMHead, teacher: TeacherRows, num_valid: float | Tensor

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdcache.losses.base import Loss
 from kdcache.losses.chunked import at_least_float32, chunks, default_chunk_positions, in_compute_dtype
 from kdcache.losses.context import TeacherContext
-from kdcache.losses.divergences import Loss
 from kdcache.losses.objective import Objective, check_ids, check_positions
 from kdcache.losses.teacher_rows import TeacherRows
 from kdcache.losses.view import ChunkView
@@ -56,8 +56,8 @@ def score_positions(
     a cache of this ``context`` (default: top-k) does not hold.
     """
     context = (context if context is not None else TeacherContext()).to(hidden_PD.device)
-    for loss in losses.values():
-        loss.check(context)
+    for name, loss in losses.items():
+        loss.check(context, name)
     check_positions(hidden_PD, teacher)
     check_ids(head, teacher, context)
     hidden_PD, head = in_compute_dtype(hidden_PD, head)

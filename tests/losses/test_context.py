@@ -120,8 +120,8 @@ class Entropy(Loss):
 def test_other_losses_want_true_probabilities_unless_they_say_otherwise():
     loss = Entropy(weight=1.0)
     assert allowed(loss, CONTEXTS["plain"]) is None
-    with pytest.raises(ConfigError, match=r"Entropy: it needs the probabilities of the kept ids.*sampled targets"):
-        loss.check(CONTEXTS["sampled"])
+    with pytest.raises(ConfigError, match=r"toy: it needs the probabilities of the kept ids.*sampled targets"):
+        loss.check(CONTEXTS["sampled"], "toy")
     assert all(allowed(CrossEntropy(weight=1.0), context) is None for context in CONTEXTS.values())
     assert all(loss.needs for loss in (Entropy, CrossEntropy, ForwardKL))
 

@@ -14,21 +14,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-import torch
-from pydantic import Field, model_validator
-from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
-from kdcache.cache import Cache, open_cache
-from kdcache.config import Config
-from kdcache.errors import ConfigError
-from kdcache.losses import Objective, ObjectiveConfig, TeacherRows
-from kdcache.students import Student, StudentConfig, load_student
+from kdcache.cache import Cache
+from kdcache.losses import Objective
+from kdcache.students import Student, load_student
 from kdcache.students.batches import MicroBatches, training_loader
 from kdcache.students.run_record import RunRecord, check_output, settings_that_decide
 from kdcache.students.trainer import (
@@ -41,56 +35,9 @@ from kdcache.students.trainer import (
     save_student,
 )
 from kdcache.teaching import context_of
-
-
-class TrainConfig(Config):
-    """Everything about a training run that the cache does not know.
-
-    ``batch_sequences`` is per device and micro-batch; a step trains on ``batch_sequences x gradient_accumulation x
-    number of processes`` sequences. ``epochs`` (default 1) and ``max_steps`` exclude each other. ``learning_rate``
-    defaults to 1e-3 for a fresh student and 3e-4 for a pretrained one. ``shuffle_window`` is how many shards are mixed
-    with each other: more is better mixed and takes more memory.
-    """
-
-    cache: str
-    student: StudentConfig
-    output: str
-    objective: ObjectiveConfig = ObjectiveConfig()
-    epochs: float | None = Field(default=None, gt=0)
-    max_steps: int | None = Field(default=None, ge=1)
-    batch_sequences: int = Field(default=8, ge=1)
-    gradient_accumulation: int = Field(default=1, ge=1)
-    learning_rate: float | None = Field(default=None, gt=0)
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
-    weight_decay: float = Field(default=0.01, ge=0)
-    adam_beta2: float = Field(default=0.95, gt=0, lt=1)
-    max_grad_norm: float = Field(default=1.0, ge=0)
-    """Longer gradients are cut to this length; 0 switches that off."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """``bf16`` computes in bfloat16 (autocast) and keeps weights and optimiser in the student's dtype."""
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    shuffle_window: int = Field(default=4, ge=1)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    logging_steps: int = Field(default=10, ge=1)
-    save_steps: int = Field(default=500, ge=1)
-    save_total_limit: int = Field(default=2, ge=1)
-    data_workers: int = Field(default=0, ge=0)
-    report_to: str = "none"
-    """A logger that the Trainer knows, such as ``tensorboard`` or ``wandb``."""
-
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainConfig:
-        if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("give epochs or max_steps, not both")
-        return self
-
-    @property
-    def peak_learning_rate(self) -> float:
-        """The learning rate after warm-up."""
-        if self.learning_rate is not None:
-            return self.learning_rate
-        return 1e-3 if self.student.is_fresh else 3e-4
+from kdcache.train.config import TrainConfig
+from kdcache.train.module import Distiller
+from kdcache.train.prepare import check_device, micro_batches, num_steps, open_training_cache
 
 
 @dataclass(frozen=True)
@@ -102,19 +49,6 @@ class TrainResult:
     losses: dict[str, float]
     seconds: float
     tokens_per_s: float
-
-
-class Distiller(Distillation):
-    """A student and its objective as one module, so that distributed wrappers see a single forward."""
-
-    def __init__(self, student: Student, objective: Objective) -> None:
-        super().__init__(student)
-        self.objective = objective
-
-    def forward(self, batch: Mapping[str, Tensor], num_valid: Tensor) -> tuple[Tensor, dict[str, Tensor], int]:
-        hidden_PD = self.student.hidden(batch)
-        result = self.objective(hidden_PD, self.student.head, TeacherRows.from_batch(batch), num_valid)
-        return result.loss, result.sums, result.num_valid
 
 
 def train_student(
@@ -136,9 +70,9 @@ def train_student(
     ``StudentError`` at the next logging step.
     """
     check_output(config.output, resume=resume)
-    _check_device(config)
+    check_device(config)
     check_logger(config.report_to)
-    cache = _open(config)
+    cache = open_training_cache(config)
     objective = Objective(config.objective, context=context_of(cache))
     student = load_student(config.student, cache.manifest, cache.tokenizer_dir())
     trainer, batches = _make_trainer(config, cache, module(student, objective), progress, callbacks)
@@ -162,64 +96,6 @@ def train_student(
     return _finish(config, trainer, record if save else None, seconds)
 
 
-def plan_training(config: TrainConfig) -> dict[str, Any]:
-    """Return what `train_student` would do: sizes, steps and tokens. Loads the student, trains nothing."""
-    check_logger(config.report_to)
-    cache = _open(config)
-    Objective(config.objective, context=context_of(cache))  # refuses what the cache does not allow
-    student = load_student(config.student, cache.manifest, cache.tokenizer_dir())
-    batches = _micro_batches(config, cache)
-    steps = _num_steps(config, batches)
-    tokens_per_step = cache.manifest.num_positions * min(batches.sequences_per_step / len(cache), 1.0)
-    return {
-        "student": type(student.model).__name__,
-        "num_parameters": student.num_parameters,
-        "teacher": cache.manifest.teacher.name,
-        "num_sequences": len(cache),
-        "num_positions": cache.manifest.num_positions,
-        "sequences_per_step": batches.sequences_per_step,
-        "tokens_per_step": round(tokens_per_step),
-        "steps_per_epoch": batches.steps_per_epoch,
-        "steps": steps,
-        "epochs": round(steps / batches.steps_per_epoch, 3),
-        "learning_rate": config.peak_learning_rate,
-        "objective": {name: loss.model_dump() for name, loss in config.objective.losses.items()},
-        "output": config.output,
-    }
-
-
-def _open(config: TrainConfig) -> Cache:
-    # A step may reach from one shuffle window into the next.
-    return open_cache(config.cache, max_open_shards=2 * config.shuffle_window)
-
-
-def _check_device(config: TrainConfig) -> None:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, but this machine has no usable CUDA device; use --device cpu or auto")
-    on_cuda = config.device != "cpu" and torch.cuda.is_available()
-    if on_cuda and config.precision == "bf16" and not torch.cuda.is_bf16_supported():
-        raise ConfigError("precision is bf16, which this CUDA device does not support; use fp32")
-
-
-def _micro_batches(config: TrainConfig, cache: Cache, rank: int = 0, num_ranks: int = 1) -> MicroBatches:
-    return MicroBatches(
-        cache,
-        batch_sequences=config.batch_sequences,
-        accumulation=config.gradient_accumulation,
-        seed=config.seed,
-        window_shards=config.shuffle_window,
-        rank=rank,
-        num_ranks=num_ranks,
-    )
-
-
-def _num_steps(config: TrainConfig, batches: MicroBatches) -> int:
-    if config.max_steps is not None:
-        return config.max_steps
-    epochs = 1.0 if config.epochs is None else config.epochs
-    return math.ceil(epochs * batches.steps_per_epoch)
-
-
 def _make_trainer(
     config: TrainConfig,
     cache: Cache,
@@ -228,8 +104,8 @@ def _make_trainer(
     callbacks: Sequence[TrainerCallback],
 ) -> tuple[DistillationTrainer, MicroBatches]:
     args = _arguments(config)
-    batches = _micro_batches(config, cache, args.process_index, args.world_size)
-    args.max_steps = _num_steps(config, batches)
+    batches = micro_batches(config, cache, args.process_index, args.world_size)
+    args.max_steps = num_steps(config, batches)
     args.warmup_steps = math.ceil(config.warmup_ratio * args.max_steps)
     trainer = DistillationTrainer(
         module,
