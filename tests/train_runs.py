@@ -18,9 +18,13 @@ from kdcache.train import TrainConfig, TrainResult, train_student
 
 
 class Recorder(TrainerCallback):
-    """Keep what every optimiser step was about to do: gradients (before clipping) and weights."""
+    """Keep what every optimiser step was about to do: gradients (before clipping) and weights, of all parameters.
 
-    def __init__(self) -> None:
+    With ``trained_only`` those of the ones that are trained.
+    """
+
+    def __init__(self, *, trained_only: bool = False) -> None:
+        self.trained_only = trained_only
         self.gradients: list[dict[str, torch.Tensor]] = []
         self.weights: list[dict[str, torch.Tensor]] = []
 
@@ -30,6 +34,7 @@ class Recorder(TrainerCallback):
                 "model.",
             ): p
             for name, p in model.named_parameters()
+            if p.requires_grad or not self.trained_only
         }
         self.gradients.append({name: parameter.grad.clone() for name, parameter in named.items()})
         self.weights.append({name: parameter.detach().clone() for name, parameter in named.items()})

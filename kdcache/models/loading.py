@@ -72,6 +72,7 @@ def load_causal_lm(
 
     arguments = source_arguments(name)
     is_gguf = "gguf_file" in arguments
+    _check_not_an_adapter(name, error)
     with _readable_failures(name, error):
         if not is_gguf:
             _check_architecture(AutoConfig.from_pretrained(name, revision=revision), name, error)
@@ -99,6 +100,15 @@ def load_tokenizer(name: str, *, revision: str | None = None, error: type[Kdcach
 
     with _readable_failures(name, error), quiet():
         return AutoTokenizer.from_pretrained(**source_arguments(name), revision=revision or "main")
+
+
+def _check_not_an_adapter(name: str, error: type[KdcacheError]) -> None:
+    path = Path(name)
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise error(
+            f"{name} holds adapters (LoRA) of another model, no model; give the directory of a finished run, whose "
+            "model has its adapters merged, or merge them with peft"
+        )
 
 
 def _check_architecture(config: Any, name: str, error: type[KdcacheError]) -> None:

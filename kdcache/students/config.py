@@ -4,11 +4,34 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kdcache.config import Config
 from kdcache.errors import did_you_mean
 from kdcache.students.sizes import SIZES
+
+#: As ``target_modules``: every linear layer but the LM head.
+ALL_LINEAR: Literal["all-linear"] = "all-linear"
+
+
+class LoraConfig(Config):
+    """Low-rank adapters: their rank, and the factor ``alpha / rank`` that they are multiplied by.
+
+    ``target_modules`` names linear layers of the body by the end of their path (``q_proj``, ``layers.0.mlp.up_proj``).
+    """
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | tuple[str, ...] = ALL_LINEAR
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _all_or_names(cls, value: object) -> object:
+        is_list = isinstance(value, list | tuple) and value and all(isinstance(name, str) for name in value)
+        if value == ALL_LINEAR or is_list:
+            return value
+        raise ValueError(f"expected {ALL_LINEAR!r} or a list of module names, such as [q_proj, v_proj]")
 
 
 class StudentConfig(Config):
@@ -16,7 +39,7 @@ class StudentConfig(Config):
 
     ``model`` is a local directory (a previous run, say) or a hub name, at ``revision``. ``config_file`` is a
     ``config.json``, or a YAML mapping with ``model_type`` and sizes, for a fresh student; ``size`` a row of ``SIZES``.
-    ``seed`` decides the weights of a fresh student.
+    ``seed`` decides the weights of a fresh student, and those that ``lora`` adds to a pretrained one.
     """
 
     model: str | None = None
@@ -25,6 +48,8 @@ class StudentConfig(Config):
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = Field(default=0, ge=0, lt=2**32)
+    lora: LoraConfig | None = None
+    """Train low-rank adapters beside frozen weights, instead of the weights."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> StudentConfig:
@@ -37,6 +62,10 @@ class StudentConfig(Config):
             raise ValueError(f"unknown student size {self.size!r}, {did_you_mean(self.size, SIZES)}")
         if self.revision is not None and self.model is None:
             raise ValueError("revision belongs to model, a fresh student has none")
+        if self.lora is not None and self.model is None:
+            raise ValueError(
+                "lora adapts a pretrained student, a fresh one has nothing to adapt: give model, or no lora"
+            )
         return self
 
     @property

@@ -28,6 +28,7 @@ from kdcache.models.tokenizer import describe_difference
 from kdcache.schema import Manifest
 from kdcache.students.config import StudentConfig
 from kdcache.students.fresh import build_fresh, max_length
+from kdcache.students.lora import adapt
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ class Student:
     body: nn.Module
     vocab_size: int
     _head: LMHead
+    adapter: Any = None
+    """The ``PeftModel`` around the model, where only adapters are trained (see ``kdcache.students.lora``)."""
 
     @property
     def head(self) -> LMHead:
@@ -56,8 +59,14 @@ class Student:
 
     @property
     def num_parameters(self) -> int:
-        """Number of parameters, tied ones once."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        """Number of parameters, tied ones once, of the model that a run ends with: adapters merge into the others."""
+        num_adapters = 0 if self.adapter is None else self.num_trainable_parameters
+        return sum(parameter.numel() for parameter in self.model.parameters()) - num_adapters
+
+    @property
+    def num_trainable_parameters(self) -> int:
+        """Number of parameters that training changes: all of them, or those of the adapters."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
     @property
     def pad_id(self) -> int:
@@ -70,6 +79,19 @@ class Student:
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
         output: Tensor = self.body(**inputs, use_cache=False).last_hidden_state
         return output.flatten(0, 1)[batch["rows"]]
+
+    def checkpoint_activations(self) -> None:
+        """Keep the layers' inputs only and compute the rest again in the backward: less memory, more time.
+
+        Gradients stay the same. Raises `StudentError` where the architecture cannot.
+        """
+        try:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError:
+            raise StudentError(
+                f"gradient_checkpointing: a student of architecture {type(self.model).__name__} cannot do that; "
+                "switch it off and lower batch_sequences (with more gradient_accumulation) to save memory"
+            ) from None
 
 
 def load_student(config: StudentConfig, manifest: Manifest, tokenizer_dir: str | Path) -> Student:
@@ -86,7 +108,10 @@ def load_student(config: StudentConfig, manifest: Manifest, tokenizer_dir: str |
     else:
         model = load_causal_lm(name, dtype=parse_dtype(config.dtype), revision=config.revision, error=StudentError)
         _check_tokenizer(config, manifest, tokenizer, name)
-    return _fit(model, tokenizer, manifest, name)
+    student = _fit(model, tokenizer, manifest, name)
+    if config.lora is not None:
+        student.adapter = adapt(student.model, config, name)
+    return student
 
 
 def _fit(model: Any, tokenizer: Any, manifest: Manifest, name: str) -> Student:

@@ -36,6 +36,7 @@ _FREE = {
     "save_steps",
     "save_total_limit",
     "report_to",
+    "gradient_checkpointing",
     # What counts is their product with the number of processes.
     "batch_sequences",
     "gradient_accumulation",
@@ -119,7 +120,11 @@ class RunRecord:
             "cache": {"fingerprint": cache.fingerprint, "corpus": cache.manifest.corpus.fingerprint},
             "teacher": cache.manifest.teacher.model_dump(mode="json"),
             "tokenizer": cache.manifest.tokenizer.model_dump(mode="json"),
-            "student": {"architecture": type(student.model).__name__, "num_parameters": student.num_parameters},
+            "student": {
+                "architecture": type(student.model).__name__,
+                "num_parameters": student.num_parameters,
+                "num_trainable_parameters": student.num_trainable_parameters,
+            },
             "versions": _versions(),
         }
         # Compared as JSON would give it back.

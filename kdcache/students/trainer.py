@@ -9,7 +9,8 @@ What the stock Trainer would do otherwise, and what is overridden for it:
   already yields this rank's share;
 - several visible GPUs without a launcher would mean ``nn.DataParallel``, which splits a batch of flat rows at the wrong
   places: here one process uses one device;
-- checkpoints are those of the *student* alone, plain Hugging Face directories that load without kdcache.
+- checkpoints are those of the *student* alone, plain Hugging Face directories that load without kdcache; of a student
+  with adapters they are the adapters, in peft's format.
 
 The module it trains is any ``forward(batch, num_valid) -> (loss, sums, count)`` with the model under ``.student``:
 distributed wrappers then see one forward, whatever the loss is made of.
@@ -43,6 +44,7 @@ from kdcache.errors import ConfigError, StudentError, did_you_mean
 from kdcache.models.loading import first_line, quiet
 from kdcache.students.batches import MicroBatches
 from kdcache.students.load import Student
+from kdcache.students.lora import ADAPTER_DIR, load_adapter, merge_adapter, save_adapter
 
 STATE_FILE = "trainer_state.json"
 
@@ -118,9 +120,12 @@ class DistillationTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
-            save_student(self.student, output_dir or self.args.output_dir)
+            _save_checkpoint(self.student, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.student.adapter is not None:
+            load_adapter(self.student.adapter, resume_from_checkpoint)
+            return
         model = self.student.model
         with quiet():
             saved = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=model.dtype)
@@ -146,10 +151,23 @@ def check_logger(name: str) -> None:
 
 
 def save_student(student: Student, output: str | Path) -> None:
-    """Write model and tokenizer as a plain Hugging Face directory."""
+    """Write a trained student, model and tokenizer, as a plain Hugging Face directory.
+
+    Adapters are written to ``adapter`` under it and merged into the model, which ends their training.
+    """
+    if student.adapter is not None:
+        save_adapter(student.adapter, Path(output) / ADAPTER_DIR)
+        merge_adapter(student.adapter)
     with quiet():
         student.model.save_pretrained(output)
     student.tokenizer.save_pretrained(output)
+
+
+def _save_checkpoint(student: Student, output: str | Path) -> None:
+    if student.adapter is None:
+        save_student(student, output)
+    else:
+        save_adapter(student.adapter, output)
 
 
 def last_checkpoint(output: str | Path) -> Path | None:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from kdcache.cache.curriculum import Curriculum
 from kdcache.config import Config
 from kdcache.losses import ObjectiveConfig
 from kdcache.students import StudentConfig
@@ -37,8 +38,14 @@ class TrainConfig(Config):
     """Longer gradients are cut to this length; 0 switches that off."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16`` computes in bfloat16 (autocast) and keeps weights and optimiser in the student's dtype."""
+    gradient_checkpointing: bool = False
+    """Keep only the layers' inputs for the backward and compute the rest again: less memory, about a third slower."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     shuffle_window: int = Field(default=4, ge=1)
+    where: str | None = None
+    """Train only on sequences of which this filter on the per-sequence table is true, such as ``teacher_loss < 5``."""
+    curriculum: Curriculum | None = None
+    """Easy sequences first; without it the order is shuffled. It reaches all over the cache, not into a window."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     logging_steps: int = Field(default=10, ge=1)
     save_steps: int = Field(default=500, ge=1)

@@ -75,6 +75,8 @@ def train_student(
     cache = open_training_cache(config)
     objective = Objective(config.objective, context=context_of(cache))
     student = load_student(config.student, cache.manifest, cache.tokenizer_dir())
+    if config.gradient_checkpointing:
+        student.checkpoint_activations()
     trainer, batches = _make_trainer(config, cache, module(student, objective), progress, callbacks)
     record = RunRecord.begin(
         config.output,
