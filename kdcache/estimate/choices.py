@@ -45,6 +45,7 @@ def context_of_record(record: TargetsRecord, vocab_size: int) -> TeacherContext:
         temperatures=record.temperatures,
         prior_V=torch.ones(vocab_size) if record.tail_prior else None,
         head=LMHead(torch.ones(vocab_size, 1)) if record.kind == "hidden" else None,
+        num_kept=record.top_k,
     )
 
 

@@ -1,8 +1,12 @@
 """What every loss is: its own configuration, and a formula that yields one value per position, in nats.
 
-No loss masks, weights or averages: `Objective` does that, once. So a loss is a formula over a `ChunkView`. What a
-formula may use depends on the cache, and a loss that asks for more than the cache holds is refused before training
-(`allowed`, `Loss.check`) with what to do instead; nothing is approximated quietly.
+No loss weights or averages: `Objective` does that, once. So a loss is a formula over a `ChunkView`. What a formula may
+use depends on the cache, and a loss that asks for more than the cache holds is refused before training (`allowed`,
+`Loss.check`) with what to do instead; nothing is approximated quietly.
+
+The weight and other numbers of a loss may be schedules, and a selection may restrict it to some positions. Neither is
+a formula's business: `values` and `refusal` are only called on what `Loss.at` returns, in which all are numbers, and
+`selected_values` puts 0 at the other positions.
 
 Shape suffixes: C positions of a chunk.
 """
@@ -12,17 +16,39 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from kdcache.config import Config
 from kdcache.errors import ConfigError
 from kdcache.losses.context import TeacherContext
-from kdcache.losses.schedules import Weight
+from kdcache.losses.schedules import Scheduled, Weight
+from kdcache.losses.selection import Select
 from kdcache.losses.view import ChunkView
 
 
-class Loss(Config, ABC):
-    """Base of all losses. ``weight`` is what `Objective` multiplies by; 0 measures the loss without training on it."""
+class Part(Scheduled, ABC):
+    """Base of all that an objective is the sum of: the losses here, and the terms that own parameters.
+
+    ``weight`` is what `Objective` multiplies by; 0 measures the part without training on it. ``select`` restricts it to
+    some positions (default: all).
+    """
+
+    weight: Weight
+    select: Select | None = None
+
+    @abstractmethod
+    def refusal(self, context: TeacherContext) -> str | None:
+        """Return why the part makes no sense with such a cache and what to do instead; None if it does."""
+
+    def check(self, context: TeacherContext, name: str) -> None:
+        """Raise ``ConfigError`` about the part called ``name`` when it makes no sense with such a cache."""
+        reason = allowed(self, context)
+        if reason is not None:
+            raise ConfigError(f"{name}: {reason}")
+
+
+class Loss(Part):
+    """Base of all losses."""
 
     is_divergence: ClassVar[bool]
     """Whether the loss is 0 exactly when student and teacher agree on the K + 1 outcomes."""
@@ -30,28 +56,38 @@ class Loss(Config, ABC):
     needs: ClassVar[str] = "the probabilities of the kept ids and of their tail"
     """What of the teacher the loss is made of, in words."""
 
-    weight: Weight
+    ignores_draws: ClassVar[bool] = False
+    """Whether the loss reads no draws but only the exact kept ids before them (see ``TeacherContext.num_kept``)."""
 
     @abstractmethod
     def values(self, view: ChunkView) -> Tensor:
         """Return the loss of each of the C positions, [C], unweighted."""
+
+    def selected_values(self, view: ChunkView) -> Tensor:
+        """Return the loss of each of the C positions that are selected and 0 at the others, [C], unweighted."""
+        values_C = self.values(view)
+        if self.select is None:
+            return values_C
+        return torch.where(self.select.mask(view.teacher), values_C, 0.0)
 
     def refusal(self, context: TeacherContext) -> str | None:
         """Return why the loss makes no sense with such a cache and what to do instead; None if it does.
 
         Unless a loss says otherwise it wants true probabilities: only what is linear in them may be fed estimates.
         """
-        if context.is_drawn:
-            return f"it needs {self.needs}, and the cache holds {context.holds}; use a cache of top-k or hidden targets"
-        return None
+        if not context.is_drawn or (self.ignores_draws and context.num_kept):
+            return None
+        kinds = "top-k, hybrid or hidden" if self.ignores_draws else "top-k or hidden"
+        return f"it needs {self.needs}, and the cache holds {context.holds}; use a cache of {kinds} targets"
 
-    def check(self, context: TeacherContext, name: str) -> None:
-        """Raise ``ConfigError`` about the loss called ``name`` when it makes no sense with such a cache."""
-        reason = allowed(self, context)
+
+def allowed(part: Part, context: TeacherContext) -> str | None:
+    """Return None where ``part`` makes sense with a cache of this ``context``, else the reason and what to do.
+
+    What has schedules must make sense at all times of a run.
+    """
+    for progress in part.moments():
+        reason = part.at(progress).refusal(context)
         if reason is not None:
-            raise ConfigError(f"{name}: {reason}")
-
-
-def allowed(loss: Loss, context: TeacherContext) -> str | None:
-    """Return None where ``loss`` makes sense with a cache of this ``context``, else the reason and what to do."""
-    return loss.refusal(context)
+            return reason + (f" (reached by a schedule, at {progress:.0%} of the run)" if part.schedules else "")
+    return None if part.select is None else part.select.refusal(context)

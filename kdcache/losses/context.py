@@ -9,7 +9,8 @@ case, a top-k cache whose rows all keep K ids.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -34,7 +35,10 @@ class TeacherContext:
     ``kind`` of the targets; ``vocab_size`` the teacher's true vocabulary V (None: the student's); ``is_ragged``
     whether rows keep different numbers of ids; ``temperatures`` [G] those of ``TeacherRows.log_tails_PG``;
     ``prior_V`` the mean probability of every id while it is not kept (None: not stored); ``head`` the teacher's LM
-    head over V ids (None: not stored). Raises ``CorruptCacheError`` when prior or head are of another vocabulary.
+    head over V ids (None: not stored). ``num_layers`` of the teacher, and ``layer_widths`` of those layers whose
+    hidden states are stored, by number (0: the embeddings, ``num_layers``: after the final norm). ``num_kept`` is how
+    many ids at the front of every row are the most probable ones, with their exact probabilities; who reads draws needs
+    it (0: none, or unknown). Raises ``CorruptCacheError`` when prior or head are of another vocabulary.
     """
 
     kind: Kind = "top-k"
@@ -43,6 +47,9 @@ class TeacherContext:
     temperatures: tuple[float, ...] = ()
     prior_V: Tensor | None = None
     head: LMHead | None = None
+    num_layers: int = 0
+    layer_widths: Mapping[int, int] = field(default_factory=dict)
+    num_kept: int = 0
 
     def __post_init__(self) -> None:
         self._check_size("tail prior", None if self.prior_V is None else len(self.prior_V))

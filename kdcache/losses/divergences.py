@@ -10,7 +10,9 @@ from torch import Tensor
 
 from kdcache.losses.base import Loss
 from kdcache.losses.context import TeacherContext
+from kdcache.losses.f_divergences import JensenShannon, ReverseKL, SkewKL, SkewReverseKL, TotalVariation
 from kdcache.losses.forward_kl import ForwardKL
+from kdcache.losses.kept_logits import LogitsMSE, Ranking
 from kdcache.losses.view import ChunkView
 
 
@@ -32,4 +34,11 @@ class CrossEntropy(Loss):
 LOSSES: dict[str, type[Loss]] = {
     "forward_kl": ForwardKL,
     "cross_entropy": CrossEntropy,
+    "reverse_kl": ReverseKL,
+    "jensen_shannon": JensenShannon,
+    "total_variation": TotalVariation,
+    "skew_kl": SkewKL,
+    "skew_reverse_kl": SkewReverseKL,
+    "logits_mse": LogitsMSE,
+    "ranking": Ranking,
 }

@@ -11,7 +11,7 @@ softening a renormalised top-k is not distillation at T = 2.
 The factor T^2 of Hinton et al. (2015, section 2) is applied to what is softened, so gradients keep their scale as T
 changes.
 
-Shape suffixes: C positions of a chunk, K kept ids, G grid temperatures, V the student's vocabulary, U the teacher's.
+Shape suffixes: C positions of a chunk, V the student's vocabulary, U the teacher's.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kdcache.losses.outcomes import outcomes
 from kdcache.losses.tails import kl_terms, tail_term
 from kdcache.losses.view import ChunkView
 
@@ -40,17 +41,7 @@ def decoupled_kl(view: ChunkView, temperature: float) -> Tensor:
 
 def grid_kl(view: ChunkView, temperature: float) -> Tensor:
     """Return T^2 x KL over the kept ids and the tail bucket, both models at a temperature of the cache's grid, [C]."""
-    column = view.context.grid_index(temperature)
-    assert column is not None
-    log_tail_C = view.teacher.require("log_tails_PG")[:, column]
-    # The tail's mass is what was stored; the kept ids share the rest as softmax(z / T) shares it among them.
-    log_head_C = torch.log1p(-log_tail_C.exp())
-    teacher_CK = (view.teacher.logprobs_PK / temperature).log_softmax(1) + log_head_C[:, None]
-    student_CK, student_tail_C = view.tempered(temperature)
-    values_C = kl_terms(teacher_CK, student_CK).sum(1)
-    if student_tail_C is not None:
-        values_C = values_C + kl_terms(log_tail_C, student_tail_C)
-    return temperature**2 * values_C
+    return temperature**2 * kl_terms(*outcomes(view, "grid", temperature)).sum(1)
 
 
 def full_kl(view: ChunkView, temperature: float) -> Tensor:
