@@ -54,6 +54,31 @@ def filter_mask(table: pa.Table, where: str) -> NDArray[np.bool_]:
     return np.full(table.num_rows, bool(value.as_py()))
 
 
+def number_column(table: pa.Table, name: str, rows_N: NDArray[np.int64], setting: str) -> NDArray[np.float64]:
+    """Return the values of the column ``name`` of ``table`` in the rows ``rows_N``, [N] float64.
+
+    Raises ``ConfigError``, naming the ``setting``, for a column that there is not, that holds no numbers, or that has
+    no value (null or not a number) in one of the rows.
+    """
+    if name not in table.column_names:
+        raise ConfigError(
+            f"{setting}: there is no column {name!r}, {did_you_mean(name, table.column_names)} (columns of numbers are "
+            f"{', '.join(_number_names(table))})"
+        )
+    if name not in _number_names(table):
+        kind, known = _kind(_plain(table[name])), ", ".join(_number_names(table))
+        raise ConfigError(f"{setting}: column {name!r} holds a {kind}, not numbers; columns of numbers are {known}")
+    values_N = np.asarray(_floating(_plain(table[name]))).astype(np.float64)[rows_N]
+    num_missing = int(np.isnan(values_N).sum())
+    if num_missing:
+        quoted = name if name.isidentifier() else f"`{name}`"
+        raise ConfigError(
+            f"{setting}: column {name!r} has no value for {num_missing} of {len(rows_N)} sequences; leave them out "
+            f"with the filter (where) {f'{quoted} == {quoted}'!r}"
+        )
+    return values_N
+
+
 class _Evaluation:
     """One expression over one table; values are Arrow columns, or Arrow scalars where they are constant."""
 
@@ -192,6 +217,10 @@ def _kind(value: Any) -> str:
     if pa.types.is_integer(value.type) or pa.types.is_floating(value.type):
         return "number"
     return "text" if pa.types.is_string(value.type) else str(value.type)
+
+
+def _number_names(table: pa.Table) -> list[str]:
+    return [name for name in table.column_names if _kind(_plain(table[name])) == "number"]
 
 
 def _ranges(table: pa.Table, where: str) -> list[str]:

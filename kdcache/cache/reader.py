@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import tempfile
 import threading
 from collections import OrderedDict
@@ -30,7 +31,9 @@ from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.schema import Manifest, ObjectRecord, SequenceBatch, Targets
 
 #: Encoded shards that stay in memory take at most this much together (but one always stays).
-_OPEN_BYTES = 2 << 30
+OPEN_BYTES = 2 << 30
+#: Kinds of rows that shards count.
+_COUNTED = ("positions", "tokens", "entries", "draws")
 
 
 class Cache:
@@ -214,12 +217,22 @@ class Cache:
             arrays.fields[layout.TARGETS_FIELD] = self._codec.open(arrays.fields[layout.TARGETS_FIELD])
         with self._lock:
             self._open[key] = arrays
-            while len(self._open) > self.max_open_shards or (len(self._open) > 1 and self._open_bytes() > _OPEN_BYTES):
+            while len(self._open) > self.max_open_shards or (len(self._open) > 1 and self.open_bytes() > OPEN_BYTES):
                 self._open.popitem(last=False)
         return arrays
 
-    def _open_bytes(self) -> int:
+    def open_bytes(self) -> int:
+        """Return the bytes of the encoded shards that are in memory."""
         return sum(array.nbytes for s in self._open.values() for field in s.fields.values() for array in field.values())
+
+    def encoded_bytes(self, hidden: Iterable[str] = ()) -> int:
+        """Return about how many bytes all shards take in memory, encoded, when read with the ``hidden`` fields."""
+        manifest = self.manifest
+        counts = {name: sum(getattr(shard, f"num_{name}") for shard in manifest.shards) for name in _COUNTED}
+        counts |= {"sequences": manifest.num_sequences, "table": manifest.num_shards}
+        names = dict.fromkeys([layout.TARGETS_FIELD, *hidden, *self._last.values()])
+        arrays = [array for name in names for array in layout.field_of(manifest, name).arrays]
+        return sum(counts[a.rows] * math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in arrays)
 
     def metadata(self, index: int) -> dict[str, Any]:
         """Return the row of the per-sequence table of sequence ``index``."""

@@ -17,6 +17,8 @@ Examples:
   kdcache train-student --cache cache --student HuggingFaceTB/SmolLM2-135M --output run
   kdcache train-student --config train.yaml --set objective.forward_kl.temperature=2
   kdcache train-student --config train.yaml --set objective.cross_entropy.weight=1      (no distillation)
+  kdcache train-student --config train.yaml --where "teacher_loss < 5 and num_positions >= 32"
+  kdcache train-student --config train.yaml --curriculum teacher_loss --set curriculum.pacing=linear
   accelerate launch --num-processes 2 -m kdcache train-student --config train.yaml
 
 \b
@@ -32,6 +34,8 @@ Whoever gives any weight of the objective gives them all; the default is 0.9 for
 @click.option("--output", metavar="RUN", help="Directory of the run and of the trained student.")
 @click.option("--max-steps", type=int, help="Optimiser steps, instead of --epochs.")
 @click.option("--epochs", type=float, help="Passes over the cache.  [default: 1]")
+@click.option("--where", metavar="FILTER", help="Train only on sequences of which this is true.")
+@click.option("--curriculum", metavar="COLUMN", help="Easy sequences first, by a column such as teacher_loss.")
 @click.option("--batch-sequences", type=int, help="Sequences per device and micro-batch.  [default: 8]")
 @click.option("--gradient-accumulation", type=int, help="Micro-batches per optimiser step.  [default: 1]")
 @click.option("--learning-rate", type=float, help="Peak.  [default: 1e-3 for a fresh student, else 3e-4]")
@@ -88,8 +92,9 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
             "student.model": given["student"],
             "student.config_file": given["student_config"],
             "student.size": given["student_size"],
+            "curriculum.by": given["curriculum"],
             # The other options are called like the settings that they give.
-            **{name: value for name, value in given.items() if not name.startswith("student")},
+            **{name: value for name, value in given.items() if not name.startswith(("student", "curriculum"))},
         }
     )
     if "student" in settings:

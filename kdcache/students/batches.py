@@ -1,10 +1,11 @@
 """Which sequences an optimiser step trains on, and how they reach the device.
 
-A *step* is the next S sequences of the epoch's order, S = sequences per micro-batch x gradient accumulation x ranks.
+A *step* is the next S sequences of the epoch's order, S = sequences per micro-batch x gradient accumulation x ranks;
+where the order comes from is none of this module's business (`kdcache.cache.order.Order`).
 Only then is it dealt out: any split of the step into micro-batches and ranks sees the same sequences, none twice (the
 usual sampler repeats sequences at an epoch's end to make ranks even), so the gradient does not depend on the split.
-Inside a step sequences are grouped by length, which only saves padding. The order is a pure function of (texts, seed,
-epoch), so the number of steps done is all that resuming has to know.
+Inside a step sequences are grouped by length, which only saves padding. An order is a pure function of the epoch, so
+the number of steps done is all that resuming has to know.
 
 The last step of an epoch may be smaller. When it has fewer sequences than micro-batches, some micro-batches are
 *empty*: they stand in with one sequence whose loss mask is 0, because every rank has to take part in every step.
@@ -22,7 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from kdcache.cache import Cache, epoch_order
+from kdcache.cache import Cache
+from kdcache.cache.order import Order
 from kdcache.schema import SequenceBatch
 from kdcache.tasks.causal_lm import collate
 
@@ -33,11 +35,10 @@ class MicroBatches(BatchSampler):
     def __init__(
         self,
         cache: Cache,
+        order: Order,
         *,
         batch_sequences: int,
         accumulation: int,
-        seed: int,
-        window_shards: int,
         rank: int = 0,
         num_ranks: int = 1,
     ) -> None:
@@ -46,11 +47,15 @@ class MicroBatches(BatchSampler):
         self.batch_size = batch_sequences
         self.drop_last = False
         self._cache = cache
+        self._order = order
         self._accumulation = accumulation
-        self._seed = seed
-        self._window_shards = window_shards
         self._rank = rank
         self._num_ranks = num_ranks
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of an epoch, over all ranks."""
+        return self._order.num_sequences
 
     @property
     def sequences_per_step(self) -> int:
@@ -59,15 +64,14 @@ class MicroBatches(BatchSampler):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps that see every sequence once."""
-        return -(-len(self._cache) // self.sequences_per_step)
+        """Optimiser steps of as many sequences as an epoch has."""
+        return -(-self.num_sequences // self.sequences_per_step)
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self._accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        cache = self._cache
-        order = epoch_order(cache.shard_starts, self._seed, self.epoch, self._window_shards, cache.order_key)
+        order = self._order.epoch(self.epoch)
         for start in range(0, len(order), self.sequences_per_step):
             yield from self._mine(order[start : start + self.sequences_per_step])
 

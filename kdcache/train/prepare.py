@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
+from collections.abc import Iterable
 
 import torch
 
 from kdcache.cache import Cache, open_cache
+from kdcache.cache.curriculum import PacedOrder
+from kdcache.cache.filters import select_sequences
+from kdcache.cache.order import Order, ShuffledOrder
+from kdcache.cache.reader import OPEN_BYTES
 from kdcache.errors import ConfigError
+from kdcache.losses import Objective
 from kdcache.students.batches import MicroBatches
+from kdcache.teaching import context_of, resolve_selection
 from kdcache.train.config import TrainConfig
 
+log = logging.getLogger(__name__)
 
-def open_training_cache(config: TrainConfig) -> Cache:
-    """Open the cache with room for the shards that a step may reach into."""
+
+def open_training_cache(config: TrainConfig, hidden: Iterable[str] = ()) -> Cache:
+    """Open the cache with room for the shards that a step may reach into.
+
+    ``hidden`` are the hidden-state fields that training reads. Warns when a curriculum cannot have all shards open.
+    """
     # A step may reach from one shuffle window into the next.
-    return open_cache(config.cache, max_open_shards=2 * config.shuffle_window)
+    cache = open_cache(config.cache, max_open_shards=2 * config.shuffle_window)
+    if config.curriculum is not None:
+        cache.max_open_shards = max(cache.manifest.num_shards, 1)
+        _warn_of_many_bytes(cache, hidden)
+    return cache
+
+
+def _warn_of_many_bytes(cache: Cache, hidden: Iterable[str]) -> None:
+    num_bytes = cache.encoded_bytes(hidden)
+    if num_bytes > OPEN_BYTES:
+        log.warning(
+            "a curriculum reaches all over the cache, whose %d shards take %.1f GB in memory, and at most %.1f GB stay "
+            "there: batches will read shards again and again. Train without one, or on a smaller cache (kdcache "
+            "transcode: fewer ids, a smaller codec, --where)",
+            cache.manifest.num_shards,
+            num_bytes / 1e9,
+            OPEN_BYTES / 1e9,
+        )
 
 
 def check_device(config: TrainConfig) -> None:
@@ -27,14 +58,27 @@ def check_device(config: TrainConfig) -> None:
         raise ConfigError("precision is bf16, which this CUDA device does not support; use fp32")
 
 
+def training_objective(config: TrainConfig, cache: Cache) -> Objective:
+    """Return the objective of the run, its shares of positions turned into bounds on the texts that are trained on.
+
+    Raises ``ConfigError`` when it needs what the cache does not hold.
+    """
+    chosen_N = None
+    if config.where is not None and config.objective.shares:
+        chosen_N = select_sequences(cache.sequence_table(), config.where)
+    return Objective(resolve_selection(config.objective, cache, chosen_N), context=context_of(cache))
+
+
 def micro_batches(config: TrainConfig, cache: Cache, rank: int = 0, num_ranks: int = 1) -> MicroBatches:
-    """Return the micro-batches of one rank."""
+    """Return the micro-batches of one rank.
+
+    Raises ``ConfigError`` when the filter chooses nothing, or the curriculum's column says nothing of a sequence.
+    """
     return MicroBatches(
         cache,
+        _order(config, cache, config.batch_sequences * config.gradient_accumulation * num_ranks),
         batch_sequences=config.batch_sequences,
         accumulation=config.gradient_accumulation,
-        seed=config.seed,
-        window_shards=config.shuffle_window,
         rank=rank,
         num_ranks=num_ranks,
     )
@@ -42,7 +86,36 @@ def micro_batches(config: TrainConfig, cache: Cache, rank: int = 0, num_ranks: i
 
 def num_steps(config: TrainConfig, batches: MicroBatches) -> int:
     """Return how many optimiser steps the run has."""
+    return _num_steps(config, batches.steps_per_epoch)
+
+
+def num_positions(config: TrainConfig, cache: Cache) -> int:
+    """Return how many positions the sequences have that the run trains on, each counted once."""
+    if config.where is None:
+        return cache.manifest.num_positions
+    return int(cache.lengths_N[select_sequences(cache.sequence_table(), config.where)].sum())
+
+
+def _order(config: TrainConfig, cache: Cache, sequences_per_step: int) -> Order:
+    shuffled = ShuffledOrder(cache.shard_starts, config.seed, config.shuffle_window, cache.order_key)
+    if config.where is None and config.curriculum is None:
+        return shuffled
+    table = cache.sequence_table()
+    chosen_N = select_sequences(table, config.where)
+    if config.curriculum is None:
+        return dataclasses.replace(shuffled, chosen_N=chosen_N)
+    name = f"{cache.order_key}/{config.seed}"
+    return PacedOrder(
+        config.curriculum,
+        config.curriculum.ranking(table, chosen_N, name),
+        num_steps=_num_steps(config, math.ceil(len(chosen_N) / sequences_per_step)),
+        sequences_per_step=sequences_per_step,
+        name=name,
+    )
+
+
+def _num_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     if config.max_steps is not None:
         return config.max_steps
     epochs = 1.0 if config.epochs is None else config.epochs
-    return math.ceil(epochs * batches.steps_per_epoch)
+    return math.ceil(epochs * steps_per_epoch)

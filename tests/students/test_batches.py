@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from kdcache.cache.curriculum import Curriculum, PacedOrder
+from kdcache.cache.order import ShuffledOrder
 from kdcache.students.batches import MicroBatches
 
 
@@ -20,40 +23,55 @@ def fake_cache(num_sequences):
     return Cache(shard_starts=starts, lengths_N=lengths, order_key="f")
 
 
-def steps(num_sequences, batch, accumulation, num_ranks, *, epoch=0, seed=0):
+def order_of(cache, kind, seed, size):
+    shuffled = ShuffledOrder(cache.shard_starts, seed, 2, cache.order_key)
+    if kind == "shuffled":
+        return shuffled
+    if kind == "chosen":
+        return dataclasses.replace(shuffled, chosen_N=np.arange(0, len(cache), 3))
+    return PacedOrder(
+        Curriculum(pacing=kind), np.arange(len(cache)), num_steps=20, sequences_per_step=size, name=f"f/{seed}"
+    )
+
+
+def steps(num_sequences, batch, accumulation, num_ranks, *, epoch=0, seed=0, kind="shuffled"):
     """The sequences of every step, over all ranks."""
     per_rank = []
+    cache = fake_cache(num_sequences)
     for rank in range(num_ranks):
-        batches = MicroBatches(
-            fake_cache(num_sequences),
-            batch_sequences=batch,
-            accumulation=accumulation,
-            seed=seed,
-            window_shards=2,
-            rank=rank,
-            num_ranks=num_ranks,
-        )
-        batches.epoch = epoch
-        mine = list(batches)
-        assert len(mine) == len(batches)
-        assert max(map(len, mine)) <= batch
-        per_rank.append([mine[i : i + accumulation] for i in range(0, len(mine), accumulation)])
+        order = order_of(cache, kind, seed, batch * accumulation * num_ranks)
+        per_rank.append(dealt_to(rank, cache, order, batch, accumulation, num_ranks, epoch))
     assert len({len(mine) for mine in per_rank}) == 1, "every rank takes part in every step"
     return [sorted(s for mine in step for batch in mine for s in batch) for step in zip(*per_rank, strict=True)]
+
+
+def dealt_to(rank, cache, order, batch, accumulation, num_ranks, epoch):
+    batches = MicroBatches(
+        cache, order, batch_sequences=batch, accumulation=accumulation, rank=rank, num_ranks=num_ranks
+    )
+    batches.epoch = epoch
+    mine = list(batches)
+    assert len(mine) == len(batches) == batches.steps_per_epoch * accumulation
+    assert max(map(len, mine)) <= batch
+    return [mine[i : i + accumulation] for i in range(0, len(mine), accumulation)]
 
 
 @pytest.mark.parametrize("num_sequences", [1, 7, 8, 9, 24, 101])
 @pytest.mark.parametrize(
     ("batch", "accumulation", "num_ranks"), [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]
 )
-def test_steps_do_not_depend_on_how_they_are_dealt_out(num_sequences, batch, accumulation, num_ranks):
-    whole = steps(num_sequences, 8, 1, 1)
-    assert Counter(s for step in whole for s in step) == Counter(range(num_sequences)), "each sequence once"
+@pytest.mark.parametrize("kind", ["shuffled", "chosen", "root", "sorted"])
+def test_steps_do_not_depend_on_how_they_are_dealt_out(num_sequences, batch, accumulation, num_ranks, kind):
+    whole = steps(num_sequences, 8, 1, 1, kind=kind)
+    chosen = range(0, num_sequences, 3 if kind == "chosen" else 1)
+    if kind != "root":
+        assert Counter(s for step in whole for s in step) == Counter(chosen), "each sequence once"
 
-    assert steps(num_sequences, batch, accumulation, num_ranks) == whole
+    assert steps(num_sequences, batch, accumulation, num_ranks, kind=kind) == whole
 
 
-def test_epochs_and_seeds_differ_and_repeat():
-    assert steps(40, 8, 1, 1, epoch=1) == steps(40, 8, 1, 1, epoch=1)
-    assert steps(40, 8, 1, 1, epoch=1) != steps(40, 8, 1, 1, epoch=0)
-    assert steps(40, 8, 1, 1, seed=1) != steps(40, 8, 1, 1, seed=0)
+@pytest.mark.parametrize("kind", ["shuffled", "chosen", "root"])
+def test_epochs_and_seeds_differ_and_repeat(kind):
+    assert steps(40, 8, 1, 1, epoch=1, kind=kind) == steps(40, 8, 1, 1, epoch=1, kind=kind)
+    assert steps(40, 8, 1, 1, epoch=1, kind=kind) != steps(40, 8, 1, 1, epoch=0, kind=kind)
+    assert steps(40, 8, 1, 1, seed=1, kind=kind) != steps(40, 8, 1, 1, seed=0, kind=kind)
