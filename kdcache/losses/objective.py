@@ -2,44 +2,49 @@
 
 The denominator is one number for the whole optimiser step: the valid positions of all micro-batches and all ranks,
 given by the caller. A mean per micro-batch would weigh short batches as much as long ones, and the gradient would
-change with padding, batch composition, gradient accumulation and the number of processes.
+change with padding, batch composition, gradient accumulation and the number of processes. That holds for a loss that
+looks at selected positions only, too: its sum is over fewer, and the denominator is the same.
 
 Shape suffixes: P flat positions, V vocabulary, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import create_model, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdcache.config import Config, merge
 from kdcache.errors import ConfigError, StudentError
-from kdcache.losses.base import Loss
+from kdcache.losses.base import Loss, Part
 from kdcache.losses.chunked import Work, default_chunk_positions, weighted_sum
 from kdcache.losses.context import TeacherContext
 from kdcache.losses.divergences import LOSSES
+from kdcache.losses.hidden_terms import TERMS
+from kdcache.losses.schedules import highest
 from kdcache.losses.teacher_rows import TeacherRows
+from kdcache.losses.terms import LayerStates, Needs, Term, TermModule, build_terms, untouched, weighted_terms
 from kdcache.models.lm_head import LMHead
 
 DEFAULT_WEIGHTS: dict[str, Any] = {"forward_kl": {"weight": 0.9}, "cross_entropy": {"weight": 0.1}}
 
-# One optional field per row of the table; typed Any because a checker cannot follow fields that a table made.
-_FIELDS: dict[str, Any] = {name: (loss | None, None) for name, loss in LOSSES.items()}
-_OneFieldPerLoss: Any = create_model("_OneFieldPerLoss", __base__=Config, **_FIELDS)
+# One optional field per row of the tables; typed Any because a checker cannot follow fields that a table made.
+_FIELDS: dict[str, Any] = {name: (part | None, None) for name, part in (LOSSES | TERMS).items()}
+_OneFieldPerPart: Any = create_model("_OneFieldPerPart", __base__=Config, **_FIELDS)
 
 
-class ObjectiveConfig(_OneFieldPerLoss):
+class ObjectiveConfig(_OneFieldPerPart):
     """Losses by name, such as ``{forward_kl: {weight: 0.9, temperature: 2}, cross_entropy: {weight: 0.1}}``.
 
     Whoever gives a weight gives them all: a loss that is not named is then off, and a named one without a weight is
     an error. As long as no weight is given, the default weights stand (forward_kl 0.9, cross_entropy 0.1) and other
     settings refine them, so ``--set objective.forward_kl.temperature=2`` changes the temperature and nothing else.
-    ``null`` switches a loss off. Weight 0 means measured but not trained on.
+    ``null`` switches a loss off. Weight 0 means measured but not trained on. Weights and temperatures may be schedules
+    (see ``kdcache.losses.schedules``); ``select`` restricts a loss to some positions (``kdcache.losses.selection``).
     """
 
     @model_validator(mode="before")
@@ -51,8 +56,8 @@ class ObjectiveConfig(_OneFieldPerLoss):
 
     @model_validator(mode="after")
     def _trains_on_something(self) -> ObjectiveConfig:
-        if not any(loss.weight > 0 for loss in self.losses.values()):
-            raise ValueError(f"at least one of {', '.join(LOSSES)} needs a weight above 0")
+        if not any(highest(part.weight) > 0 for part in (self.losses | self.terms).values()):
+            raise ValueError(f"at least one of {', '.join(_FIELDS)} needs a weight above 0 at some time")
         return self
 
     @property
@@ -60,10 +65,37 @@ class ObjectiveConfig(_OneFieldPerLoss):
         """The losses that are on, in the order of the table."""
         return {name: getattr(self, name) for name in LOSSES if getattr(self, name) is not None}
 
+    @property
+    def terms(self) -> dict[str, Term]:
+        """The terms over the inside of both models that are on, in the order of their table."""
+        return {name: getattr(self, name) for name in TERMS if getattr(self, name) is not None}
+
+    @property
+    def shares(self) -> frozenset[str]:
+        """The measures of positions of which somebody selects a share, so that `resolve` has to know them."""
+        return frozenset(part.select.by for part in self._selective.values() if part.select.is_share)
+
+    def resolve(self, values: Mapping[str, Tensor]) -> ObjectiveConfig:
+        """Return the objective with all shares turned into bounds on ``values``, [P] for each measure of `shares`."""
+        parts = {
+            name: part.model_copy(update={"select": part.select.resolve(values[part.select.by])})
+            for name, part in self._selective.items()
+            if part.select.is_share
+        }
+        return self.model_copy(update=parts)
+
+    @property
+    def _selective(self) -> dict[str, Any]:
+        return {name: part for name, part in self if part is not None and part.select is not None}
+
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """``loss`` to call backward on; ``sums`` of each loss over ``num_valid`` positions, unweighted, detached."""
+    """``loss`` to call backward on; ``sums`` of each loss over ``num_valid`` positions, unweighted, detached.
+
+    A loss that looks at selected positions only is 0 at the others; beside its sum stands their number, under
+    ``<name>_selected``.
+    """
 
     loss: Tensor
     sums: dict[str, Tensor]
@@ -75,7 +107,10 @@ class Objective:
 
     ``chunk_positions`` is how many positions go through the head at once: more is faster on an accelerator and takes
     more memory (default: by device). ``context`` says what kind of cache the rows come from (default: top-k, K ids in
-    every row); raises ``ConfigError`` when a loss needs what such a cache does not hold.
+    every row); raises ``ConfigError`` when a loss needs what such a cache does not hold, or selects a share of
+    positions that `ObjectiveConfig.resolve` has not turned into a bound.
+
+    Set ``progress`` before every optimiser step, from 0 at the first to 1 at the last: schedules are functions of it.
     """
 
     def __init__(
@@ -88,30 +123,91 @@ class Objective:
         if chunk_positions is not None and chunk_positions < 1:
             raise ConfigError(f"chunk_positions must be at least 1, found {chunk_positions}")
         self.config = config if config is not None else ObjectiveConfig()
-        self.losses = self.config.losses
+        self.progress = 0.0
         self.chunk_positions = chunk_positions
         self.context = context if context is not None else TeacherContext()
-        for name, loss in self.losses.items():
-            loss.check(self.context, name)
+        self.terms = nn.ModuleDict()
+        for name, part in (self.config.losses | self.config.terms).items():
+            part.check(self.context, name)
+            if part.select is not None:
+                part.select.check_resolved()
+
+    def build_terms(self, student_widths: Sequence[int], seed: int) -> None:
+        """Make the modules of all terms, ``terms``, for a student whose states 0, 1, ..., n have these widths.
+
+        ``seed`` decides their parameters. Raises ``ConfigError`` when a term does not fit the student.
+        """
+        self.terms = build_terms(self.config.terms, self.context, student_widths, seed)
+
+    @property
+    def needs(self) -> Needs:
+        """The layers whose states `__call__` wants, of the terms that have been built."""
+        return Needs.union(cast(TermModule, module).needs for module in self.terms.values())
+
+    @property
+    def losses(self) -> dict[str, Loss]:
+        """The losses with the weights and temperatures of this moment."""
+        return {name: loss.at(self.progress) for name, loss in self.config.losses.items()}
+
+    @property
+    def scheduled(self) -> dict[str, float]:
+        """What changes during the run, at this moment, such as ``forward_kl_weight``."""
+        return {
+            f"{name}_{setting}": schedule.at(self.progress)
+            for name, part in self.config
+            if part is not None
+            for setting, schedule in part.schedules.items()
+        }
 
     def __call__(
-        self, hidden_PD: Tensor, head: LMHead, teacher: TeacherRows, num_valid: float | Tensor
+        self,
+        hidden_PD: Tensor,
+        head: LMHead,
+        teacher: TeacherRows,
+        num_valid: float | Tensor,
+        states: LayerStates | None = None,
     ) -> ObjectiveOutput:
         """Return sum over losses and valid positions of weight x value, divided by ``num_valid``.
 
         ``num_valid`` counts the valid positions of the whole optimiser step (number or 0-d tensor; 0 gives loss 0).
         Without valid positions the loss is 0, its gradients are 0, and backward still works. Raises ``StudentError``
         when the rows do not belong to the student: other positions, or ids outside its or the teacher's vocabulary.
+        ``states`` are those of the layers in ``needs``; only terms want them.
         """
         check_positions(hidden_PD, teacher)
-        rows_P = teacher.loss_mask_P.nonzero().squeeze(1)
+        losses = self.losses
+        terms = {name: term.at(self.progress) for name, term in self.config.terms.items()}
+        selected = _selected({**losses, **terms}, teacher)
+        total_terms, sums_terms = self._sum_terms(terms, states, selected, teacher)
+        num_here = int(teacher.loss_mask_P.sum())
+        rows_P = _needed(losses, selected, teacher).nonzero().squeeze(1)
         if len(rows_P) < teacher.num_positions:
             hidden_PD, teacher = hidden_PD.index_select(0, rows_P), teacher.select(rows_P)
         check_ids(head, teacher, self.context)
         chunk_positions = self.chunk_positions or default_chunk_positions(hidden_PD.device)
         self.context = self.context.to(hidden_PD.device)
-        total, sums = weighted_sum(hidden_PD, Work(self.losses, teacher, head, chunk_positions, self.context))
-        return ObjectiveOutput(total / _denominator(num_valid), sums, len(rows_P))
+        work = Work(losses, teacher, head, chunk_positions, self.context)
+        total, sums = weighted_sum(hidden_PD, work) if losses else (_untrained(hidden_PD, head), {})
+        counts = {f"{name}_selected": mask_P.sum() for name, mask_P in selected.items()}
+        return ObjectiveOutput((total + total_terms) / _denominator(num_valid), sums | sums_terms | counts, num_here)
+
+    def _sum_terms(
+        self,
+        terms: Mapping[str, Term],
+        states: LayerStates | None,
+        selected: Mapping[str, Tensor],
+        teacher: TeacherRows,
+    ) -> tuple[Tensor | float, dict[str, Tensor]]:
+        if not terms:
+            return 0.0, {}
+        if states is None or len(self.terms) < len(terms):
+            raise ConfigError(
+                f"{', '.join(terms)}: call build_terms with the student's widths first, and give the states of the "
+                "layers in needs with every batch"
+            )
+        states.check(teacher.num_positions)
+        masks = {name: selected.get(name, teacher.loss_mask_P) for name in terms}
+        return weighted_terms(self.terms, terms, states, masks)
 
 
 def check_positions(hidden_PD: Tensor, teacher: TeacherRows) -> None:
@@ -149,8 +245,31 @@ def check_ids(head: LMHead, teacher: TeacherRows, context: TeacherContext) -> No
             )
 
 
+def _selected(parts: Mapping[str, Part], teacher: TeacherRows) -> dict[str, Tensor]:
+    """Return the valid positions, [P] bool, that each part looks at which does not look at all."""
+    selecting = {name: part.select for name, part in parts.items() if part.select is not None}
+    return {name: select.mask(teacher) & teacher.loss_mask_P for name, select in selecting.items()}
+
+
+def _needed(losses: Mapping[str, Loss], selected: Mapping[str, Tensor], teacher: TeacherRows) -> Tensor:
+    """Return the valid positions, [P] bool, that any loss looks at: no others need go through the LM head."""
+    masks = [selected[name] for name in losses if name in selected]
+    if not masks or len(masks) < len(losses):
+        return teacher.loss_mask_P
+    return torch.stack(masks).any(0)
+
+
+def _untrained(hidden_PD: Tensor, head: LMHead) -> Tensor:
+    """Return 0, with a gradient of 0 for what only losses train: the last layers and the LM head.
+
+    Distributed data parallelism waits for the gradient of every parameter.
+    """
+    parameters = [hidden_PD, head.weight_VD, *([] if head.bias_V is None else [head.bias_V])]
+    return hidden_PD.new_zeros(()) + untouched(parameters)
+
+
 def _states_weight(value: Any) -> bool:
-    return isinstance(value, Loss) or (isinstance(value, Mapping) and "weight" in value)
+    return isinstance(value, Part) or (isinstance(value, Mapping) and "weight" in value)
 
 
 def _denominator(num_valid: float | Tensor) -> float | Tensor:

@@ -52,12 +52,14 @@ def score_positions(
     """Return the unweighted values of ``losses`` and the student's predictions at every position, masked or not.
 
     Any losses can be asked for, whatever the student was trained on; values are float32, or float64 for a float64
-    student. Raises ``StudentError`` when the rows do not belong to the student, ``ConfigError`` when a loss needs what
+    student. A loss that selects positions has its value at all of them here, and one with schedules is that of the end
+    of a run. Raises ``StudentError`` when the rows do not belong to the student, ``ConfigError`` when a loss needs what
     a cache of this ``context`` (default: top-k) does not hold.
     """
     context = (context if context is not None else TeacherContext()).to(hidden_PD.device)
     for name, loss in losses.items():
         loss.check(context, name)
+    losses = {name: loss.at(1.0) for name, loss in losses.items()}
     check_positions(hidden_PD, teacher)
     check_ids(head, teacher, context)
     hidden_PD, head = in_compute_dtype(hidden_PD, head)
@@ -73,7 +75,10 @@ def score_positions(
 def per_position_values(
     hidden_PD: Tensor, head: LMHead, teacher: TeacherRows, objective: Objective
 ) -> dict[str, Tensor]:
-    """Return the unweighted value of each loss of ``objective`` at every position, [P] each, without gradients."""
+    """Return the unweighted value of each loss of ``objective`` at every position, [P] each, without gradients.
+
+    Temperatures are those of the moment (``objective.progress``).
+    """
     chunk_positions, context = objective.chunk_positions, objective.context
     scores = score_positions(
         hidden_PD, head, teacher, objective.losses, chunk_positions=chunk_positions, context=context

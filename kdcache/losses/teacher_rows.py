@@ -22,7 +22,11 @@ BATCH_KEYS = {
     "labels_P": "labels",
     "loss_mask_P": "loss_mask",
 }
-OPTIONAL_BATCH_KEYS = {"log_tails_PG": "teacher_log_tails", "hidden_PD": "teacher_hidden"}
+OPTIONAL_BATCH_KEYS = {
+    "log_tails_PG": "teacher_log_tails",
+    "hidden_PD": "teacher_hidden",
+    "gold_logprob_P": "teacher_gold_logprob",
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class TeacherRows:
 
     Where the cache's `TeacherContext` says that rows are padded, places that stand for nothing repeat the row's first
     id with log-probability -inf. Some caches have more: ``log_tails_PG``, the log of the mass outside the kept ids at
-    each temperature of the grid, and ``hidden_PD``, the teacher's last hidden state.
+    each temperature of the grid, and ``hidden_PD``, the teacher's last hidden state. ``gold_logprob_P``, the teacher's
+    log-probability of the label, is only needed where positions are selected by it.
     """
 
     ids_PK: Tensor
@@ -47,6 +52,7 @@ class TeacherRows:
     loss_mask_P: Tensor
     log_tails_PG: Tensor | None = None
     hidden_PD: Tensor | None = None
+    gold_logprob_P: Tensor | None = None
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Tensor]) -> TeacherRows:

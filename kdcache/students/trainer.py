@@ -10,7 +10,8 @@ What the stock Trainer would do otherwise, and what is overridden for it:
 - several visible GPUs without a launcher would mean ``nn.DataParallel``, which splits a batch of flat rows at the wrong
   places: here one process uses one device;
 - checkpoints are those of the *student* alone, plain Hugging Face directories that load without kdcache; of a student
-  with adapters they are the adapters, in peft's format.
+  with adapters they are the adapters, in peft's format. What is trained beside the student lies beside it
+  (``kdcache.students.term_file``).
 
 The module it trains is any ``forward(batch, num_valid) -> (loss, sums, count)`` with the model under ``.student``:
 distributed wrappers then see one forward, whatever the loss is made of.
@@ -45,6 +46,7 @@ from kdcache.models.loading import first_line, quiet
 from kdcache.students.batches import MicroBatches
 from kdcache.students.load import Student
 from kdcache.students.lora import ADAPTER_DIR, load_adapter, merge_adapter, save_adapter
+from kdcache.students.term_file import load_terms, save_terms
 
 STATE_FILE = "trainer_state.json"
 
@@ -55,6 +57,9 @@ class Distillation(nn.Module):
     #: For the Trainer: the loss is already divided by the number of positions of the whole step.
     accepts_loss_kwargs = True
 
+    hidden_fields: tuple[str, ...] = ()
+    """Names of the cache's fields of hidden states that a batch must hold."""
+
     def __init__(self, student: Student) -> None:
         super().__init__()
         self.model = student.model
@@ -63,6 +68,13 @@ class Distillation(nn.Module):
     def forward(self, batch: Mapping[str, Tensor], num_valid: Tensor) -> tuple[Tensor, dict[str, Tensor], int]:
         """Return the loss, each term's unweighted sum over the valid positions (detached), and their number."""
         raise NotImplementedError
+
+    def set_progress(self, progress: float) -> None:
+        """Take note, before an optimiser step, of how far the run is: 0 at its first step, 1 at its last."""
+
+    def logged(self) -> dict[str, float]:
+        """Return what else is to be logged beside the means of the terms, at this moment."""
+        return {}
 
 
 class DistillationTrainer(Trainer):
@@ -85,7 +97,8 @@ class DistillationTrainer(Trainer):
         self._loader = loader
         self.meter = _Meter()
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Flow(batches))
+        self.module = module
+        self.add_callback(_Flow(module, batches))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return self._loader
@@ -105,7 +118,7 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # The Trainer also logs a summary at the end, which repeats what has been said.
         if "loss" in logs:
-            super().log({**logs, **self.meter.read(self.accelerator)}, start_time)
+            super().log({**logs, **self.meter.read(self.accelerator), **self.module.logged()}, start_time)
             self._check_loss(logs["loss"])
 
     def _check_loss(self, loss: float) -> None:
@@ -121,8 +134,10 @@ class DistillationTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
             _save_checkpoint(self.student, output_dir or self.args.output_dir)
+            save_terms(self.module, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_terms(self.module, resume_from_checkpoint)
         if self.student.adapter is not None:
             load_adapter(self.student.adapter, resume_from_checkpoint)
             return
@@ -223,13 +238,20 @@ class _Meter:
 
 
 class _Flow(TrainerCallback):
-    """Tell the micro-batches which epoch begins, also when a run resumes inside one; log the last step."""
+    """Say which epoch begins to the micro-batches, how far the run is to the module; log the last step.
 
-    def __init__(self, batches: MicroBatches) -> None:
+    All from the number of steps done, so that a resumed run is told what an uninterrupted one was.
+    """
+
+    def __init__(self, module: Distillation, batches: MicroBatches) -> None:
+        self._module = module
         self._batches = batches
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._batches.epoch = state.global_step // self._batches.steps_per_epoch
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._module.set_progress(state.global_step / max(state.max_steps - 1, 1))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:

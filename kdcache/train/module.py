@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from kdcache.losses import Objective, TeacherRows
+from kdcache.losses import LayerStates, Objective, TeacherRows
 from kdcache.students import Student
 from kdcache.students.trainer import Distillation
 
@@ -17,8 +17,29 @@ class Distiller(Distillation):
     def __init__(self, student: Student, objective: Objective) -> None:
         super().__init__(student)
         self.objective = objective
+        # The parameters that are trained beside the student.
+        self.terms = objective.terms
+        self.hidden_fields = objective.needs.teacher_fields
 
     def forward(self, batch: Mapping[str, Tensor], num_valid: Tensor) -> tuple[Tensor, dict[str, Tensor], int]:
-        hidden_PD = self.student.hidden(batch)
-        result = self.objective(hidden_PD, self.student.head, TeacherRows.from_batch(batch), num_valid)
+        needs = self.objective.needs
+        hidden_PD, student_states = self.student.states(batch, needs.student_layers)
+        states = LayerStates.from_batch(student_states, batch, needs)
+        rows = TeacherRows.from_batch(batch)
+        result = self.objective(hidden_PD, self.student.head, rows, num_valid, states)
         return result.loss, result.sums, result.num_valid
+
+    def set_progress(self, progress: float) -> None:
+        self.objective.progress = progress
+
+    def logged(self) -> dict[str, float]:
+        return self.objective.scheduled
+
+
+def fit_terms(objective: Objective, student: Student, seed: int) -> None:
+    """Make the objective's terms for ``student``; ``seed`` decides their parameters.
+
+    Raises ``ConfigError`` when a term does not fit the student, ``StudentError`` when that has no states to compare.
+    """
+    if objective.config.terms:
+        objective.build_terms(student.layer_widths(), seed)

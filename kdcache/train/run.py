@@ -17,14 +17,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from transformers import TrainerCallback, TrainingArguments
 
 from kdcache.cache import Cache
-from kdcache.losses import Objective
+from kdcache.losses import Objective, TermModule
 from kdcache.students import Student, load_student
 from kdcache.students.batches import MicroBatches, training_loader
 from kdcache.students.run_record import RunRecord, check_output, settings_that_decide
+from kdcache.students.term_file import TERMS_FILE, save_terms
 from kdcache.students.trainer import (
     STATE_FILE,
     Distillation,
@@ -34,10 +36,9 @@ from kdcache.students.trainer import (
     last_checkpoint,
     save_student,
 )
-from kdcache.teaching import context_of
 from kdcache.train.config import TrainConfig
-from kdcache.train.module import Distiller
-from kdcache.train.prepare import check_device, micro_batches, num_steps, open_training_cache
+from kdcache.train.module import Distiller, fit_terms
+from kdcache.train.prepare import check_device, micro_batches, num_steps, open_training_cache, training_objective
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,11 @@ def train_student(
     check_device(config)
     check_logger(config.report_to)
     cache = open_training_cache(config)
-    objective = Objective(config.objective, context=context_of(cache))
+    objective = training_objective(config, cache)
     student = load_student(config.student, cache.manifest, cache.tokenizer_dir())
     if config.gradient_checkpointing:
         student.checkpoint_activations()
+    fit_terms(objective, student, config.seed)
     trainer, batches = _make_trainer(config, cache, module(student, objective), progress, callbacks)
     record = RunRecord.begin(
         config.output,
@@ -88,6 +90,7 @@ def train_student(
         student=student,
         resume=resume,
         write=trainer.args.should_save,
+        terms=_describe_terms(objective),
     )
     if record.finished is not None:
         return TrainResult(Path(config.output), **record.finished)
@@ -95,6 +98,7 @@ def train_student(
     save = trainer.args.should_save
     if save:
         save_student(student, config.output)
+        save_terms(trainer.module, config.output)
     return _finish(config, trainer, record if save else None, seconds)
 
 
@@ -112,11 +116,19 @@ def _make_trainer(
     trainer = DistillationTrainer(
         module,
         args,
-        training_loader(cache, batches, module.student.pad_id, config.data_workers),
+        training_loader(cache, batches, module.student.pad_id, config.data_workers, hidden=module.hidden_fields),
         batches,
         callbacks=[*callbacks, *([ProgressBar()] if progress else [])],
     )
     return trainer, batches
+
+
+def _describe_terms(objective: Objective) -> dict[str, Any]:
+    """Return what the record of the run says about the terms and their parameters; nothing where there are none."""
+    num_parameters = sum(parameter.numel() for parameter in objective.terms.parameters())
+    where = {"file": TERMS_FILE if num_parameters else None, "num_parameters": num_parameters}
+    described = {name: cast(TermModule, module).describe() for name, module in objective.terms.items()}
+    return {**described, **where} if described else {}
 
 
 def _arguments(config: TrainConfig) -> TrainingArguments:
@@ -161,7 +173,7 @@ def _finish(config: TrainConfig, trainer: DistillationTrainer, record: RunRecord
     history = trainer.state.log_history
     tokens_per_s = trainer.meter.total_positions / seconds if seconds else 0.0
     last = history[-1] if history else {}
-    losses = {name: last[name] for name in ("loss", *config.objective.losses) if name in last}
+    losses = {name: last[name] for name in ("loss", *config.objective.losses, *config.objective.terms) if name in last}
     steps = trainer.state.global_step
     if record is not None:
         record.finish(steps=steps, losses=losses, history=history, seconds=seconds, tokens_per_s=tokens_per_s)

@@ -38,7 +38,9 @@ def test_one_field_per_row_of_the_table():
     ],
 )
 def test_weights_are_given_all_or_not_at_all(assignments, expected):
-    found = {name: loss and tuple(loss.values()) for name, loss in objective(*assignments).items()}
+    found = objective(*assignments)
+    assert all(loss is None or loss.pop("select") is None for loss in found.values())
+    found = {name: loss and tuple(loss.values()) for name, loss in found.items()}
     assert {name: found[name] for name in expected} == expected
 
 
