@@ -36,7 +36,8 @@ from kdcache.students.tally import Tally
 from kdcache.tasks.causal_lm import labels
 from kdcache.teaching import context_of
 
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+#: Not what lies beside a model, such as the parameters of an objective's terms.
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 
 class ModelRow(Config):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kdcache.cache.tail_prior import TailSum
 from kdcache.codecs import HiddenCodec
 from kdcache.errors import TeacherError
-from kdcache.schema import Draws, Sequence, Targets, TargetsRecord, TeacherRecord
+from kdcache.schema import Draws, Sequence, Targets, TargetsRecord, TeacherRecord, layer_field
 from kdcache.teachers import TeacherOutput
 from kdcache.teachers.draws import draw_uniforms
 from kdcache.teachers.huggingface import hidden_to_numpy
@@ -104,7 +104,8 @@ class BatchRunner:
             targets = self._keep(output.logits, output.labels_P, self._uniforms(sequences))
         except NonFiniteLogitsError as error:
             raise TeacherError(f"{error}{_place(sequences, error.row)}") from None
-        hidden = {f"hidden-{n}": self._states(f"hidden-{n}", output.hidden[n], sequences) for n in self.layers}
+        names = {n: layer_field(n) for n in self.layers}
+        hidden = {name: self._states(name, output.hidden[n], sequences) for n, name in names.items()}
         return targets, hidden
 
     def take_tail_sum(self) -> TailSum | None:

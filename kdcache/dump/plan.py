@@ -19,7 +19,7 @@ from kdcache.codecs import hidden_codec, targets_codec
 from kdcache.corpus import Corpus, SequencePlan, assign_shards
 from kdcache.dump.config import DumpConfig
 from kdcache.errors import ConfigError
-from kdcache.schema import CorpusRecord, FieldRecord, Plan, TeacherRecord, TokenizerRecord
+from kdcache.schema import CorpusRecord, FieldRecord, Plan, TeacherRecord, TokenizerRecord, layer_field
 
 #: A shard is not made larger than this (uncompressed), because it is assembled in memory.
 _SHARD_BYTES = 512 << 20
@@ -59,7 +59,7 @@ def make_fields(
         known = pilot.get(layer, LayerPilot(teacher.hidden_size, None))
         fields.append(
             FieldRecord(
-                name=f"hidden-{layer}",
+                name=layer_field(layer),
                 codec=states.model_dump(),
                 arrays=states.arrays(known.width),
                 relative_error=known.relative_error,

@@ -34,6 +34,7 @@ from kdcache.schema.records import (
     TargetsRecord,
     TeacherRecord,
     TokenizerRecord,
+    layer_field,
 )
 
 __all__ = [
@@ -59,5 +60,6 @@ __all__ = [
     "TargetsRecord",
     "TeacherRecord",
     "TokenizerRecord",
+    "layer_field",
     "token_hash",
 ]

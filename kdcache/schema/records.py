@@ -106,6 +106,14 @@ class ArrayRecord(Config):
         return f"{self.rows}/{self.name}"
 
 
+_LAYER = "hidden-"
+
+
+def layer_field(layer: int) -> str:
+    """Return the name of the field of a layer's hidden states."""
+    return f"{_LAYER}{layer}"
+
+
 class FieldRecord(Config):
     """A group of arrays that is stored and read together, one object per shard; ``codec`` with all its parameters."""
 
@@ -198,7 +206,7 @@ class Plan(Config):
     @property
     def states_field(self) -> str:
         """Name of the field of the last hidden state, whether or not it is stored."""
-        return f"hidden-{self.teacher.num_layers}"
+        return layer_field(self.teacher.num_layers)
 
     @property
     def top_k(self) -> int:
@@ -208,7 +216,16 @@ class Plan(Config):
     @property
     def hidden_layers(self) -> tuple[str, ...]:
         """Names of the stored hidden-state fields, such as ``hidden-30``."""
-        return tuple(item.name for item in self.fields if item.name.startswith("hidden-"))
+        return tuple(item.name for item in self.fields if item.name.startswith(_LAYER))
+
+    @property
+    def layer_widths(self) -> dict[int, int]:
+        """Width of the stored hidden states by layer number: 0 is the embeddings, n the state after block n."""
+        names = {name.removeprefix(_LAYER): name for name in self.hidden_layers}
+        widths = {
+            int(n): [a.shape[0] for a in self.field(name).arrays if a.shape] for n, name in names.items() if n.isdigit()
+        }
+        return {layer: found[0] for layer, found in sorted(widths.items()) if found}
 
 
 class Manifest(Plan):

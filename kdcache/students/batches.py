@@ -13,7 +13,7 @@ The last step of an epoch may be smaller. When it has fewer sequences than micro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -85,29 +85,37 @@ class MicroBatches(BatchSampler):
 
 
 class CacheDataset(Dataset[SequenceBatch]):
-    """A cache as a data set whose items are read a micro-batch at a time."""
+    """A cache as a data set whose items are read a micro-batch at a time, with the named fields of hidden states."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, hidden: Sequence[str] = ()) -> None:
         self._cache = cache
+        self._hidden = tuple(hidden)
 
     def __len__(self) -> int:
         return len(self._cache)
 
     def __getitems__(self, indices: list[int]) -> SequenceBatch:
         if indices:
-            return self._cache.read(indices)
-        stand_in = self._cache.read([int(self._cache.lengths_N.argmin())])
+            return self._cache.read(indices, hidden=self._hidden)
+        stand_in = self._cache.read([int(self._cache.lengths_N.argmin())], hidden=self._hidden)
         stand_in.loss_mask_P = np.zeros_like(stand_in.loss_mask_P)
         return stand_in
 
 
-def training_loader(cache: Cache, batches: MicroBatches, pad_id: int, num_workers: int = 0) -> DataLoader[Any]:
-    """Return a loader of collated micro-batches as CPU tensors.
+def training_loader(
+    cache: Cache,
+    batches: MicroBatches | Sequence[list[int]],
+    pad_id: int,
+    num_workers: int = 0,
+    *,
+    hidden: Sequence[str] = (),
+) -> DataLoader[Any]:
+    """Return a loader of collated micro-batches as CPU tensors; ``hidden`` names further fields that they hold.
 
     ``num_workers`` is 0 by default: a decoded batch is larger than an encoded one, so sending it from another process
     costs more than decoding it.
     """
-    dataset: Dataset[Any] = CacheDataset(cache)
+    dataset: Dataset[Any] = CacheDataset(cache, hidden)
     return DataLoader(
         dataset,
         batch_sampler=batches,

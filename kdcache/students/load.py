@@ -12,7 +12,7 @@ How a model is found and what goes wrong with it is the same for teachers: see `
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from kdcache.errors import CacheError, StudentError
 from kdcache.models.lm_head import LMHead, split_model
-from kdcache.models.loading import load_causal_lm, load_tokenizer, parse_dtype
+from kdcache.models.loading import load_causal_lm, load_tokenizer, parse_dtype, quiet
 from kdcache.models.packing import keeps_documents_apart
 from kdcache.models.tokenizer import describe_difference
 from kdcache.schema import Manifest
@@ -76,9 +76,44 @@ class Student:
 
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the last hidden states [P, D] of the real positions of a collated batch."""
+        return self.states(batch)[0]
+
+    def states(self, batch: Mapping[str, Tensor], layers: Collection[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return the last hidden states [P, D] of the real positions of a collated batch, and those of ``layers``.
+
+        Layers are numbered as those of the teacher in a cache: 0 is the embeddings, n the state after block n, the
+        last one that after the final norm.
+        """
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-        output: Tensor = self.body(**inputs, use_cache=False).last_hidden_state
-        return output.flatten(0, 1)[batch["rows"]]
+        output = self.body(**inputs, use_cache=False, **({"output_hidden_states": True} if layers else {}))
+
+        def real(states_BLD: Tensor) -> Tensor:
+            return states_BLD.flatten(0, 1)[batch["rows"]]
+
+        last_PD = real(output.last_hidden_state)
+        num_layers = len(output.hidden_states) - 1 if layers else 0
+        return last_PD, {n: last_PD if n == num_layers else real(output.hidden_states[n]) for n in sorted(layers)}
+
+    @torch.no_grad()
+    def layer_widths(self) -> tuple[int, ...]:
+        """Return the width of every layer's state, from the embeddings to the last one, by trying.
+
+        Raises `StudentError` where the architecture does not give its states.
+        """
+        training = self.body.training
+        self.body.eval()
+        try:
+            probe = torch.zeros(1, 1, dtype=torch.int64, device=next(self.body.parameters()).device)
+            output = self.body(input_ids=probe, use_cache=False, output_hidden_states=True)
+        finally:
+            self.body.train(training)
+        states = getattr(output, "hidden_states", None)
+        if not states:
+            raise StudentError(
+                f"the student's architecture ({type(self.model).__name__}) does not return the states of its layers, "
+                "which the objective's hidden-state terms need; leave these terms out, or choose another student"
+            )
+        return (*(state.shape[-1] for state in states[:-1]), output.last_hidden_state.shape[-1])
 
     def checkpoint_activations(self) -> None:
         """Keep the layers' inputs only and compute the rest again in the backward: less memory, more time.
@@ -86,7 +121,8 @@ class Student:
         Gradients stay the same. Raises `StudentError` where the architecture cannot.
         """
         try:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            with quiet():
+                self.model.gradient_checkpointing_enable({"use_reentrant": False})
         except ValueError:
             raise StudentError(
                 f"gradient_checkpointing: a student of architecture {type(self.model).__name__} cannot do that; "

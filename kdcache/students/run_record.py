@@ -108,8 +108,11 @@ class RunRecord:
         student: Student,
         resume: bool,
         write: bool,
+        terms: Mapping[str, Any] | None = None,
     ) -> RunRecord:
         """Make the record (and write it, on the process that ``write``s); compare it with the run that is resumed.
+
+        ``terms`` says what is trained beside the student and where it lies.
 
         Raises ``ConfigError`` when the run in ``output`` had other settings or another cache.
         """
@@ -125,6 +128,7 @@ class RunRecord:
                 "num_parameters": student.num_parameters,
                 "num_trainable_parameters": student.num_trainable_parameters,
             },
+            **({"terms": dict(terms)} if terms else {}),
             "versions": _versions(),
         }
         # Compared as JSON would give it back.

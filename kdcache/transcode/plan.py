@@ -24,7 +24,7 @@ from kdcache.codecs import hidden_codec, targets_codec
 from kdcache.codecs.hidden import relative_error
 from kdcache.corpus import assign_shards
 from kdcache.errors import ConfigError, CorruptCacheError
-from kdcache.schema import STATISTICS_COLUMNS, FieldRecord, Manifest, Plan
+from kdcache.schema import STATISTICS_COLUMNS, FieldRecord, Manifest, Plan, layer_field
 from kdcache.targets_config import TargetsConfig, layer_number
 from kdcache.transcode.config import TranscodeConfig, wanted_targets
 
@@ -110,7 +110,7 @@ def _wanted_layers(config: TranscodeConfig, manifest: Manifest, targets: Targets
 
 
 def _layer_name(layer: str | int, num_layers: int) -> str:
-    return f"hidden-{layer_number(layer, num_layers)}"
+    return layer_field(layer_number(layer, num_layers))
 
 
 def _copied(manifest: Manifest, targets: TargetsConfig, fields: list[FieldRecord]) -> tuple[str, ...]:

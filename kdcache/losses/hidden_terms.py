@@ -1,0 +1,187 @@
+"""Terms over hidden states: some layers of the student are to say what some layers of the teacher say.
+
+Layers are paired; where student and teacher differ in width, a linear map from the student's states to the teacher's
+is learnt along with the student and thrown away after training (FitNets; Romero et al., 2015, section 2.2). Every pair
+has a map of its own, without a bias, as in TinyBERT (Jiao et al., 2020, equation 8). A map starts as an orthogonal
+matrix, the identity where it is square: states keep their length and their angles, so that the first gradients that
+reach the student speak of its states and not of a random stretching, whatever the two widths.
+
+Some positions, "sinks" such as the first token, have states a hundred times longer than the median. In a plain MSE
+they are all of the loss, so by default every state is measured by its own size (``normalise``).
+
+The value of a position is the mean over the width and over the pairs.
+
+Shape suffixes: P flat positions, D width (of the teacher, once a student's state has been mapped).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from kdcache.errors import ConfigError
+from kdcache.losses.chunked import at_least_float32
+from kdcache.losses.context import TeacherContext
+from kdcache.losses.terms import LayerStates, Needs, Term, TermModule
+from kdcache.targets_config import layer_number
+
+Layer = int | Literal["last"]
+
+#: Added to mean squares, as in RMSNorm: a state of zeros has no direction.
+_EPS = 1e-6
+
+
+class HiddenTerm(Term):
+    """What both terms over hidden states have in common.
+
+    ``layers`` maps layers of the student to layers of the teacher: 0 is the embeddings, n the state after block n,
+    ``last`` or -1 the state after the final norm. By default every layer that the cache stores is paired with the
+    student's layer at the same relative depth, s = round(t x student's blocks / teacher's blocks); of several teacher
+    layers at one layer of the student the deepest one counts.
+
+    ``projection``: ``linear`` learns a map for every pair, ``none`` for none, ``auto`` where widths differ.
+    """
+
+    needs = "the teacher's hidden states of the mapped layers"
+
+    layers: dict[Layer, Layer] | None = Field(default=None, min_length=1)
+    projection: Literal["auto", "linear", "none"] = "auto"
+
+    @abstractmethod
+    def compare(self, student_PD: Tensor, teacher_PD: Tensor) -> Tensor:
+        """Return the distance of the states at each position, [P], in their dtype."""
+
+    def refusal(self, context: TeacherContext) -> str | None:
+        """Return why these settings make no sense with such a cache and what to do instead; None if they do."""
+        stored = context.layer_widths
+        if not stored:
+            return (
+                "it needs the teacher's hidden states, and the cache stores none; dump with --hidden-states, such as "
+                "--hidden-states last,12"
+            )
+        wanted = [layer_number(layer, context.num_layers) for layer in (self.layers or {}).values()]
+        missing = sorted({layer for layer in wanted if layer not in stored})
+        if missing:
+            return (
+                f"it needs the teacher's hidden states of layer {', '.join(map(str, missing))}, and the cache stores "
+                f"those of layer {', '.join(map(str, stored))} of 0 (embeddings) to {context.num_layers} (last); "
+                "choose among these, or dump with --hidden-states"
+            )
+        return None
+
+    def pairs(self, context: TeacherContext, num_student_layers: int) -> dict[int, int]:
+        """Return the teacher's layer of every mapped layer of the student; raises ``ConfigError``."""
+        if self.layers is None:
+            depth = num_student_layers / context.num_layers
+            return {round(layer * depth): layer for layer in sorted(context.layer_widths)}
+        pairs: dict[int, int] = {}
+        for student_layer, teacher_layer in self.layers.items():
+            number = layer_number(student_layer, num_student_layers)
+            if not 0 <= number <= num_student_layers:
+                raise ConfigError(
+                    f"the student has no layer {student_layer}; it has 0 (embeddings) to {num_student_layers} (last)"
+                )
+            if number in pairs:
+                raise ConfigError(f"layer {number} of the student is named twice in layers; give it one teacher layer")
+            pairs[number] = layer_number(teacher_layer, context.num_layers)
+        return pairs
+
+    def build(self, context: TeacherContext, student_widths: Sequence[int], generator: torch.Generator) -> HiddenModule:
+        """Return the module for such a cache and a student whose states 0, 1, ..., n have these widths."""
+        pairs = self.pairs(context, len(student_widths) - 1)
+        maps = {}
+        for student_layer, teacher_layer in sorted(pairs.items()):
+            width, teacher_width = student_widths[student_layer], context.layer_widths[teacher_layer]
+            if self.projection == "none" and width != teacher_width:
+                raise ConfigError(
+                    f"projection none needs equal widths, but layer {student_layer} of the student is {width} wide "
+                    f"and layer {teacher_layer} of the teacher {teacher_width}; use projection auto or linear"
+                )
+            if self.projection == "linear" or width != teacher_width:
+                maps[student_layer] = _orthogonal(width, teacher_width, generator)
+        return HiddenModule(self, pairs, maps)
+
+
+class HiddenMSE(HiddenTerm):
+    """Mean squared error of hidden states.
+
+    ``normalise`` says what both states are divided by at each position. ``rms``: each by its own root mean square, so
+    that directions count and lengths do not; the value is then 2 x (1 - cosine). ``teacher``: both by the teacher's,
+    so that the value is the squared relative error |s - t|^2 / |t|^2 and lengths count as well. ``none``: by nothing,
+    the plain MSE of TinyBERT (Jiao et al., 2020, equation 8).
+    """
+
+    normalise: Literal["rms", "teacher", "none"] = "rms"
+
+    def compare(self, student_PD: Tensor, teacher_PD: Tensor) -> Tensor:
+        """Return the mean squared error at each position, [P]."""
+        if self.normalise != "none":
+            by_teacher_P1 = _inverse_rms(teacher_PD)
+            by_student_P1 = _inverse_rms(student_PD) if self.normalise == "rms" else by_teacher_P1
+            student_PD, teacher_PD = student_PD * by_student_P1, teacher_PD * by_teacher_P1
+        return (student_PD - teacher_PD).square().mean(1)
+
+
+class HiddenCosine(HiddenTerm):
+    """1 - cosine of the angle between hidden states (DistilBERT; Sanh et al., 2019, section 2)."""
+
+    def compare(self, student_PD: Tensor, teacher_PD: Tensor) -> Tensor:
+        """Return 1 - cosine at each position, [P]."""
+        return 1 - nn.functional.cosine_similarity(student_PD, teacher_PD, dim=1)
+
+
+class HiddenModule(TermModule):
+    """The mean over ``pairs`` {student layer: teacher layer} of the distance that ``term`` measures.
+
+    ``maps`` has the linear maps by student layer; a layer without one is compared as it is.
+    """
+
+    def __init__(self, term: HiddenTerm, pairs: Mapping[int, int], maps: Mapping[int, nn.Linear]) -> None:
+        super().__init__()
+        self._term = term
+        self.pairs = dict(sorted(pairs.items()))
+        self.needs = Needs(frozenset(pairs), frozenset(pairs.values()))
+        self.maps = nn.ModuleDict({str(layer): linear for layer, linear in maps.items()})
+
+    def forward(self, states: LayerStates) -> Tensor:
+        """Return the value at each position, [P]."""
+        values = []
+        for student_layer, teacher_layer in self.pairs.items():
+            student_PD = self._mapped(at_least_float32(states.student[student_layer]), student_layer)
+            values.append(self._term.compare(student_PD, states.teacher[teacher_layer].to(student_PD.dtype)))
+        return torch.stack(values).mean(0)
+
+    def describe(self) -> dict[str, object]:
+        """Return the pairs, and for which layers of the student there is a map."""
+        return {"layers": {str(s): t for s, t in self.pairs.items()}, "projections": [int(name) for name in self.maps]}
+
+    def _mapped(self, student_PD: Tensor, layer: int) -> Tensor:
+        if str(layer) not in self.maps:
+            return student_PD
+        mapped_PD: Tensor = self.maps[str(layer)](student_PD)
+        return mapped_PD
+
+
+def _inverse_rms(states_PD: Tensor) -> Tensor:
+    return (states_PD.square().mean(1, keepdim=True) + _EPS).rsqrt()
+
+
+def _orthogonal(width: int, teacher_width: int, generator: torch.Generator) -> nn.Linear:
+    # Without the usual initialisation, which would draw from the generator that dropout draws from.
+    linear = nn.utils.skip_init(nn.Linear, width, teacher_width, bias=False)
+    if width == teacher_width:
+        nn.init.eye_(linear.weight)
+    else:
+        nn.init.orthogonal_(linear.weight, generator=generator)
+    return linear
+
+
+TERMS: dict[str, type[Term]] = {
+    "hidden_mse": HiddenMSE,
+    "hidden_cosine": HiddenCosine,
+}

@@ -1,0 +1,165 @@
+"""The seam for terms that own parameters: they compare the inside of the student with the inside of the teacher.
+
+A loss (`base.Loss`) is a formula over a chunk of the LM head's logits and has nothing to learn. A term looks at other
+outputs of the student, of a whole micro-batch at once, because those are [P, D] and small; and what it compares may
+live in spaces of different width, so it may own a map between them that is trained with the student. Therefore it
+comes in two parts: a `Term` is its settings, which say what it needs of a cache and refuse what does not fit, and
+`Term.build` makes the `TermModule` of one cache and one student, which holds the parameters and yields one value per
+position. As with losses, nothing here masks or averages: `Objective` does.
+
+What a module reads of either model it declares in ``needs``, so that nothing else is computed, decoded or moved. Today
+that is states of layers; a term over attentions or relations adds its own field to `Needs` and `LayerStates`.
+
+Shape suffixes: P flat positions, D width of a layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.errors import ConfigError, StudentError
+from kdcache.losses.base import Part
+from kdcache.losses.context import TeacherContext
+from kdcache.schema import layer_field
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Numbers of the layers whose states are read, of either model; 0 is the embeddings, n the state after block n."""
+
+    student_layers: frozenset[int] = frozenset()
+    teacher_layers: frozenset[int] = frozenset()
+
+    @property
+    def teacher_fields(self) -> tuple[str, ...]:
+        """Names of the cache's fields that hold the teacher's states."""
+        return tuple(layer_field(layer) for layer in sorted(self.teacher_layers))
+
+    @staticmethod
+    def union(needs: Iterable[Needs]) -> Needs:
+        """Return what all of them need together."""
+        every = list(needs)
+        return Needs(
+            frozenset().union(*(item.student_layers for item in every)),
+            frozenset().union(*(item.teacher_layers for item in every)),
+        )
+
+
+@dataclass(frozen=True)
+class LayerStates:
+    """States [P, D] of some layers of student and teacher at the same P positions, by layer number."""
+
+    student: Mapping[int, Tensor]
+    teacher: Mapping[int, Tensor]
+
+    @classmethod
+    def from_batch(cls, student: Mapping[int, Tensor], batch: Mapping[str, Tensor], needs: Needs) -> LayerStates:
+        """Join the student's states with the teacher's of a collated batch; raises ``ConfigError`` for missing keys."""
+        missing = [name for name in needs.teacher_fields if name not in batch]
+        if missing:
+            raise ConfigError(
+                f"the objective needs {', '.join(missing)} in every training batch, found {', '.join(batch)}; read "
+                "those fields of the cache too"
+            )
+        return cls(student, {layer: batch[layer_field(layer)] for layer in sorted(needs.teacher_layers)})
+
+    def check(self, num_positions: int) -> None:
+        """Raise ``StudentError`` unless every layer has one state for each of the teacher's rows."""
+        for whose, states in (("student", self.student), ("teacher", self.teacher)):
+            for layer, states_PD in states.items():
+                if states_PD.shape[0] != num_positions:
+                    raise StudentError(
+                        f"layer {layer} of the {whose} has {states_PD.shape[0]} states for {num_positions} rows of the "
+                        "teacher; select the real positions (the batch's 'rows') first"
+                    )
+
+    def select(self, rows_P: Tensor) -> LayerStates:
+        """Return the states at the positions with the given int64 indices, in that order."""
+        student, teacher = (
+            {layer: states_PD.index_select(0, rows_P) for layer, states_PD in states.items()}
+            for states in (self.student, self.teacher)
+        )
+        return LayerStates(student, teacher)
+
+
+class TermModule(nn.Module, ABC):
+    """A term made for one cache and one student, with its parameters (float32 whatever the student's dtype)."""
+
+    needs: Needs
+
+    @abstractmethod
+    def forward(self, states: LayerStates) -> Tensor:
+        """Return the term's value at each of the P positions, [P], unweighted, in float32 at least."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, object]:
+        """Return what was decided when the term was made, in plain JSON types, for the record of the run."""
+
+
+class Term(Part):
+    """Base of the settings of all terms.
+
+    At weight 0, where a term is measured and not trained on, its parameters stay as they are.
+    """
+
+    needs: ClassVar[str]
+    """What of the teacher the term is made of, in words."""
+
+    @abstractmethod
+    def build(self, context: TeacherContext, student_widths: Sequence[int], generator: torch.Generator) -> TermModule:
+        """Return the module for such a cache and a student whose states 0, 1, ..., n have these widths.
+
+        Parameters are drawn from ``generator`` alone. Raises ``ConfigError`` when the student does not fit.
+        """
+
+
+def build_terms(
+    terms: Mapping[str, Term], context: TeacherContext, student_widths: Sequence[int], seed: int
+) -> nn.ModuleDict:
+    """Return the modules of ``terms`` by name; raises ``ConfigError`` naming the term that does not fit the student.
+
+    Each draws from a generator of its own, seeded with ``seed``: the same on every rank, the same when a run is
+    resumed, and neither dropout nor the data order of a run depends on whether there are terms.
+    """
+    modules = nn.ModuleDict()
+    for name, term in terms.items():
+        term.check(context, name)
+        try:
+            modules[name] = term.build(context, student_widths, torch.Generator().manual_seed(seed))
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from None
+    return modules
+
+
+def weighted_terms(
+    modules: nn.ModuleDict, terms: Mapping[str, Term], states: LayerStates, masks: Mapping[str, Tensor]
+) -> tuple[Tensor | float, dict[str, Tensor]]:
+    """Return the sum over positions and terms of weight x value, and each term's own unweighted, detached sum.
+
+    ``terms`` are the settings of the moment (`Term.at`), ``masks`` [P] bool the positions that each of them looks at.
+    Every parameter takes part, with gradient 0 where there are no positions or the weight is 0: distributed data
+    parallelism waits for all of them in every micro-batch.
+    """
+    total: Tensor | float = 0.0
+    sums = {}
+    for name, module in modules.items():
+        weight, mask_P = terms[name].weight, masks[name]
+        # Under autocast the maps would run in 8 bits of mantissa, although they cost next to nothing.
+        autocast_off = torch.autocast(mask_P.device.type, enabled=False)
+        with autocast_off, torch.set_grad_enabled(weight > 0 and torch.is_grad_enabled()):
+            # The others are left out, not multiplied by 0: what they hold may be no number.
+            value = module(states if mask_P.all() else states.select(mask_P.nonzero().squeeze(1))).sum()
+        sums[name] = value.detach()
+        total = total + (weight * value if weight > 0 else untouched(module.parameters()))
+    return total, sums
+
+
+def untouched(tensors: Iterable[Tensor]) -> Tensor | float:
+    """Return 0 with a gradient of 0 for each of the tensors that want one."""
+    return sum((0.0 * tensor.sum() for tensor in tensors if tensor.requires_grad), start=0.0)
