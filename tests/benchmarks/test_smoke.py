@@ -44,6 +44,10 @@ def options_of(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> lis
             f"{fixture('hidden_cache')} {fixture('hidden_cache')} --teacher {fixture('teacher_dir')} "
             f"--work {tmp_path / 'work'} --student-size nano --seeds 0 1 --jobs 1 --docs {tmp_path}"
         ),
+        "curricula": lambda: (
+            f"{fixture('hidden_cache')} {fixture('hidden_cache')} --work {tmp_path / 'work'} --student-size nano "
+            f"--seeds 0 --jobs 1 --docs {tmp_path}"
+        ),
         "reader": lambda: "--positions 600 --length 50 --vocab-size 500 --rounds 1 --shard-positions 200 --top-k 4",
     }
     return options[name]().split()
