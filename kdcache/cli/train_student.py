@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kdcache.cli import options
+
+if TYPE_CHECKING:
+    from kdcache.train.memory import MemoryReport
+    from kdcache.train.report import TermReport, TrainingReport
 
 _EPILOG = """\b
 Examples:
@@ -44,7 +48,7 @@ Whoever gives any weight of the objective gives them all; the default is 0.9 for
 @click.option("--seed", type=int, help="Order of the data and dropout.  [default: 0]")
 @options.config_options
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --output.")
-@click.option("--dry-run", is_flag=True, help="Print sizes, steps and tokens; train nothing.")
+@click.option("--dry-run", is_flag=True, help="Look before training: losses, memory, time, warnings; write nothing.")
 @options.json_option
 @options.quiet_option
 def command(
@@ -66,11 +70,11 @@ def command(
 
     config = load(TrainConfig, file=config_file, assignments=assignments, options=_settings(given))
     if dry_run:
-        plan = plan_training(config)
+        report = plan_training(config)
         if as_json:
-            options.echo_json(plan)
+            options.echo_json(report.to_dict())
         else:
-            options.echo_rows([(name.replace("_", " "), _text(value)) for name, value in plan.items()])
+            _echo_report(report)
         return
     result = train_student(config, resume=resume, progress=not quiet)
     if int(os.environ.get("RANK", "0")) > 0:  # of several processes the first one speaks for all
@@ -105,5 +109,63 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _text(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _echo_report(report: TrainingReport) -> None:
+    """Print a dry run: the sizes, the memory, the terms, and what to think of before starting."""
+    from kdcache.students.table import render_table
+
+    sample, memory, speed = report.sample, report.memory, report.speed
+    assert speed is not None
+    of = "" if memory.available_bytes is None else f" of {options.human_bytes(memory.available_bytes)}"
+    options.echo_rows(
+        [
+            ("student", f"{report.student}, {report.num_parameters:,} parameters"),
+            ("to train", f"{report.num_trainable_parameters:,} parameters, learning rate {report.learning_rate:g}"),
+            ("teacher", report.teacher),
+            ("texts", f"{report.num_sequences:,} sequences, {report.num_positions:,} positions"),
+            ("a step", f"{report.sequences_per_step:,} sequences, about {report.tokens_per_step:,} positions"),
+            ("steps", f"{report.steps:,} ({report.steps_per_epoch:,} an epoch, {report.epochs:g} epochs)"),
+            ("teacher loss", f"{report.teacher_loss:.4f}, kept mass {report.kept_mass:.4f} at temperature 1"),
+            (
+                "on a sample",
+                f"student {sample.student_loss:.4f} before the first step, teacher {sample.teacher_loss:.4f} "
+                f"({sample.num_positions:,} positions)",
+            ),
+            ("memory", f"about {options.human_bytes(memory.total_bytes)}{of} ({memory.device})"),
+            ("of which", _parts(memory)),
+            ("speed", f"about {speed.tokens_per_s:,.0f} tokens/s; the loss takes {speed.loss_share:.0%} of the time"),
+            ("time", f"about {options.human_seconds(speed.eta_s)}, {speed.step_s:.3g} s a step"),
+            ("output", f"{report.output} (nothing was written)"),
+        ]
+    )
+    click.echo("\n" + render_table(_TERM_COLUMNS, [_TermRow(term) for term in report.terms]))
+    for warning in report.warnings:
+        click.echo(f"\nwarning: {warning}")
+
+
+_TERM_COLUMNS = {
+    "name": ("term", "s"),
+    "weight": ("weight", "s"),
+    "temperature": ("temperature", "s"),
+    "mode": ("mode", "s"),
+    "tail": ("tail", "s"),
+    "kept_mass": ("kept mass", ".4f"),
+    "value": ("value now", ".4f"),
+    "ms_per_1000_positions": ("ms/1000 positions", ".1f"),
+    "needs": ("needs of the teacher", "s"),
+}
+
+
+class _TermRow:
+    """A term as the table shows it: weight and temperature with their course."""
+
+    def __init__(self, term: TermReport) -> None:
+        from kdcache.train.report import course
+
+        self.__dict__.update(dict(term))
+        self.weight = course(term.weight, term.weight_end)
+        self.temperature = course(term.temperature, term.temperature_end)
+
+
+def _parts(memory: MemoryReport) -> str:
+    parts = {name.removesuffix("_bytes"): value for name, value in memory if name.endswith("_bytes")}
+    return ", ".join(f"{name} {options.human_bytes(parts[name])}" for name in parts if name != "available")

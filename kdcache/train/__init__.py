@@ -2,7 +2,8 @@
 
 from kdcache.train.config import TrainConfig
 from kdcache.train.module import Distiller
-from kdcache.train.report import plan_training
+from kdcache.train.plan import plan_training
+from kdcache.train.report import TrainingReport
 from kdcache.train.run import TrainResult, train_student
 
-__all__ = ["Distiller", "TrainConfig", "TrainResult", "plan_training", "train_student"]
+__all__ = ["Distiller", "TrainConfig", "TrainResult", "TrainingReport", "plan_training", "train_student"]

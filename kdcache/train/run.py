@@ -13,12 +13,14 @@ without changing its gradient.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
 from kdcache.cache import Cache
@@ -38,6 +40,7 @@ from kdcache.students.trainer import (
 )
 from kdcache.train.config import TrainConfig
 from kdcache.train.module import Distiller, fit_terms
+from kdcache.train.plan import report_start
 from kdcache.train.prepare import check_device, micro_batches, num_steps, open_training_cache, training_objective
 
 
@@ -94,12 +97,23 @@ def train_student(
     )
     if record.finished is not None:
         return TrainResult(Path(config.output), **record.finished)
-    seconds = _run(trainer, last_checkpoint(config.output) if resume else None)
+    checkpoint = last_checkpoint(config.output) if resume else None
+    if progress and checkpoint is None and trainer.is_world_process_zero():
+        _print_report(config, cache, trainer, objective)
+    seconds = _run(trainer, checkpoint)
     save = trainer.args.should_save
     if save:
         save_student(student, config.output)
         save_terms(trainer.module, config.output)
     return _finish(config, trainer, record if save else None, seconds)
+
+
+def _print_report(config: TrainConfig, cache: Cache, trainer: DistillationTrainer, objective: Objective) -> None:
+    report = report_start(
+        config, cache, trainer.module, objective, trainer.args.process_index, trainer.args.world_size
+    )
+    for line in report.summary():
+        tqdm.write(line, file=sys.stderr)
 
 
 def _make_trainer(

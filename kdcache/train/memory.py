@@ -1,0 +1,225 @@
+"""How much memory a training run will take, from short passes over the student rather than from a table of layers.
+
+Weights, gradients and AdamW's two moments are counted. What a micro-batch adds is *measured*: a dispatch mode sees the
+storage of every tensor that an operation makes, on any device, and when it is freed, so whatever the architecture keeps
+for its backward, and whatever gradient checkpointing does not, is in the numbers. Two measurements of different size
+give a constant and a slope, and the run is put on that line:
+
+- the body: forward and backward of one and of two sequences of up to 128 tokens; the slope is per token of a padded
+  micro-batch, and the largest micro-batch is ``batch_sequences`` of the longest sequence;
+- the loss: all of it on half a chunk and on a whole one; more positions than a chunk take no more memory, apart from
+  the gradient of their hidden states.
+
+What is not seen: work buffers inside an operation, fragmentation, and attention that keeps an array of length x length
+(transformers' ``eager``); on a CPU also the interpreter and its libraries, which are there before. So it is an
+estimate, for choosing a batch size; the tests hold it against the measured peak of real runs.
+
+Shape suffixes: B sequences, L positions, P flat positions, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kdcache.cache import Cache
+from kdcache.cache.reader import OPEN_BYTES
+from kdcache.config import Config
+from kdcache.losses import Objective
+from kdcache.losses.chunked import default_chunk_positions
+from kdcache.students.trainer import Distillation
+from kdcache.train.sample import Probe
+
+_PROBE_TOKENS = 128
+
+
+class MemoryReport(Config):
+    """Bytes of a training run by what they are for; ``available_bytes`` counts what this process holds of them already.
+
+    ``shards_bytes`` lie in the main memory, everything else on the device. ``available_bytes`` is None where the
+    system does not say.
+    """
+
+    device: str
+    weights_bytes: int
+    gradients_bytes: int
+    optimiser_bytes: int
+    activations_bytes: int
+    loss_bytes: int
+    shards_bytes: int
+    available_bytes: int | None
+
+    @property
+    def total_bytes(self) -> int:
+        """What the device has to hold: all of it on a CPU, all but the shards elsewhere."""
+        parts = (self.weights_bytes, self.gradients_bytes, self.optimiser_bytes, self.activations_bytes)
+        return sum(parts) + self.loss_bytes + (self.shards_bytes if self.device == "cpu" else 0)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the total is not more than what is available, as far as that is known."""
+        return self.available_bytes is None or self.total_bytes <= self.available_bytes
+
+
+class AllocatedBytes(TorchDispatchMode):
+    """Bytes of the tensors made while the mode is on: ``live`` now, and the ``peak`` of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # An output that shares its storage with an input is a view or was written in place.
+        known = {storage._cdata for storage in _storages((args, kwargs))}
+        result = func(*args, **kwargs)
+        for storage in {storage._cdata: storage for storage in _storages(result)}.values():
+            if storage._cdata not in known:
+                self._add(storage)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        num_bytes = storage.nbytes()
+        self.live += num_bytes
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, num_bytes).atexit = False
+
+    def _free(self, num_bytes: int) -> None:
+        self.live -= num_bytes
+
+
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def estimate_memory(
+    module: Distillation,
+    objective: Objective,
+    probe: Probe,
+    cache: Cache,
+    *,
+    hidden: Sequence[str],
+    batch_sequences: int,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> MemoryReport:
+    """Estimate the memory of training ``module`` on the device where its parameters are.
+
+    ``probe`` are some positions of the cache, on that device; ``hidden`` the fields of hidden states that are read;
+    ``autocast`` makes the context of the forward pass. Leaves weights and gradients as they are, and draws random
+    numbers only for dropout.
+    """
+    parameters = list(module.parameters())
+    device = parameters[0].device
+    trained_bytes = _nbytes(parameter for parameter in parameters if parameter.requires_grad)
+    held_bytes = _nbytes([*parameters, *module.buffers()])
+    free_bytes = _free_bytes(device)
+    has_bytes = held_bytes + (cache.open_bytes() if device.type == "cpu" else 0)
+    max_length = int(cache.lengths_N.max())
+    with _own_gradients(module):
+        activations_bytes = _body_bytes(module, objective, batch_sequences, max_length, autocast)
+        loss_bytes = _loss_bytes(module, objective, probe, batch_sequences * max_length, autocast)
+    return MemoryReport(
+        device=device.type,
+        weights_bytes=held_bytes,
+        gradients_bytes=trained_bytes,
+        optimiser_bytes=2 * trained_bytes,  # AdamW's moments have the dtype of the parameter
+        activations_bytes=activations_bytes,
+        loss_bytes=loss_bytes,
+        shards_bytes=_shards_bytes(cache, hidden),
+        available_bytes=None if free_bytes is None else free_bytes + has_bytes,
+    )
+
+
+@contextlib.contextmanager
+def _own_gradients(module: nn.Module) -> Iterator[None]:
+    """Give every trained parameter a gradient to add to, as in a run, and take it away again; dropout is on."""
+    was_training = {part: part.training for part in module.modules()}
+    before = [parameter.grad for parameter in module.parameters()]
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    module.train()
+    try:
+        yield
+    finally:
+        for part, training in was_training.items():
+            part.training = training
+        for parameter, gradient in zip(module.parameters(), before, strict=True):
+            parameter.grad = gradient
+
+
+def _body_bytes(
+    module: Distillation, objective: Objective, num_sequences: int, max_length: int, autocast: Callable[[], Any]
+) -> int:
+    """Return what forward and backward of the body take for ``num_sequences`` of ``max_length`` positions."""
+    length = min(max_length, _PROBE_TOKENS)
+    one, two = (_body_peak(module, objective, count, length, autocast) for count in (1, 2))
+    constant, per_token = max(2 * one - two, 0), (two - one) / length
+    return round(constant + per_token * num_sequences * max_length)
+
+
+def _body_peak(
+    module: Distillation, objective: Objective, num_sequences: int, length: int, autocast: Callable[[], Any]
+) -> int:
+    student = module.student
+    rows_P = torch.arange(num_sequences * length, device=student.head.weight_VD.device)
+    input_ids = rows_P.remainder(student.vocab_size).view(num_sequences, length)
+    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "rows": rows_P}
+    with AllocatedBytes() as memory:
+        with autocast():
+            hidden_PD, states = student.states(batch, objective.needs.student_layers)
+        outputs = [hidden_PD, *states.values()]
+        torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
+    return memory.peak
+
+
+def _loss_bytes(
+    module: Distillation, objective: Objective, probe: Probe, num_positions: int, autocast: Callable[[], Any]
+) -> int:
+    """Return what the loss of ``num_positions`` takes, with what the batch holds of the teacher."""
+    chunk = objective.chunk_positions or default_chunk_positions(probe.hidden_PD.device)
+    size = min(chunk, num_positions, probe.num_positions)
+    whole, half = (_loss_peak(module, objective, probe.first(count), autocast) for count in (size, (size + 1) // 2))
+    per_position = (whole - half) / max(size // 2, 1)
+    # Beyond a chunk: the hidden states that count, their gradient, and both once more in other places or dtypes.
+    further = 4 * probe.hidden_PD.shape[1] * probe.hidden_PD.element_size()
+    in_chunk, beyond = min(chunk, num_positions) - size, max(num_positions - chunk, 0)
+    # The batch holds the teacher's rows, and those that count are selected.
+    return round(whole + per_position * in_chunk + further * beyond + 2 * _row_bytes(probe) * num_positions)
+
+
+def _loss_peak(module: Distillation, objective: Objective, probe: Probe, autocast: Callable[[], Any]) -> int:
+    with AllocatedBytes() as memory:
+        probe.backward(objective, module, autocast)
+    return memory.peak
+
+
+def _shards_bytes(cache: Cache, hidden: Sequence[str]) -> int:
+    """Return what the encoded shards take that are open at once."""
+    mean_bytes = cache.encoded_bytes(hidden) / max(cache.manifest.num_shards, 1)
+    return round(max(mean_bytes, min(mean_bytes * min(cache.max_open_shards, cache.manifest.num_shards), OPEN_BYTES)))
+
+
+def _row_bytes(probe: Probe) -> int:
+    tensors = [getattr(probe.rows, field.name) for field in fields(probe.rows)]
+    tensors += probe.states.teacher.values()
+    return _nbytes(tensor for tensor in tensors if tensor is not None) // max(probe.num_positions, 1)
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available) if device.type == "cpu" else None

@@ -1,0 +1,231 @@
+"""Look at a training run before its first step: how good student and teacher are, what it will cost, what is wrong.
+
+`plan_training` does it for a run that is not made (a dry run): it loads the student, times it and throws it away.
+`report_start` does it for a run that is about to begin, and leaves no trace: weights, gradients, the state of the
+random numbers and the order of the data are what they were, so the run ends with the same weights, bit for bit. It
+times nothing, because the bar of the run will do better.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from kdcache.cache import Cache
+from kdcache.cache.filters import select_sequences
+from kdcache.losses import CrossEntropy, Loss, Objective, Part
+from kdcache.losses.modes import TemperedLoss
+from kdcache.models.loading import pick_device
+from kdcache.students import Student, load_student
+from kdcache.students.batches import MicroBatches, training_loader
+from kdcache.students.trainer import Distillation, check_logger
+from kdcache.train.config import TrainConfig
+from kdcache.train.memory import estimate_memory
+from kdcache.train.module import Distiller, fit_terms
+from kdcache.train.prepare import (
+    check_device,
+    micro_batches,
+    num_positions,
+    num_steps,
+    open_training_cache,
+    training_objective,
+)
+from kdcache.train.report import TermReport, TrainingReport
+from kdcache.train.sample import SAMPLE_POSITIONS, Batch, Measured, Probe, first_batches, measure
+from kdcache.train.timing import SpeedReport, loss_s, optimiser_s, position_s
+
+#: Positions of one batch of the sample, by device type: a forward pass of it should be short, and fill the device.
+_BATCH_POSITIONS = {"cpu": 1024}
+_BATCH_POSITIONS_ELSEWHERE = 16_384
+#: Micro-batches that are timed at most, and positions that the loss is timed on.
+_TIMED_BATCHES = 4
+_LOSS_POSITIONS = {"cpu": 256}
+_LOSS_POSITIONS_ELSEWHERE = 4096
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The parts of a run, on the device that it uses."""
+
+    config: TrainConfig
+    cache: Cache
+    student: Student
+    objective: Objective
+    module: Distillation
+    batches: MicroBatches
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.module.parameters())).device
+
+    @property
+    def autocast(self) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+        return partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def read(self, num_positions: int) -> Iterator[Batch]:
+        """Yield the first batches of the training order, on the device."""
+        size = _BATCH_POSITIONS.get(self.device.type, _BATCH_POSITIONS_ELSEWHERE)
+        chosen = first_batches(self.cache, self.batches, num_positions=num_positions, batch_positions=size)
+        for batch in training_loader(self.cache, chosen, self.student.pad_id, hidden=self.module.hidden_fields):
+            yield {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+
+def plan_training(config: TrainConfig) -> TrainingReport:
+    """Return what `train_student` would do, with what it would cost and what is wrong with it; writes nothing.
+
+    Loads the student and times a few micro-batches. Raises what `train_student` raises before its first step, unless
+    it is about the output.
+    """
+    check_device(config)
+    check_logger(config.report_to)
+    cache = open_training_cache(config)
+    objective = training_objective(config, cache)
+    student = load_student(config.student, cache.manifest, cache.tokenizer_dir())
+    if config.gradient_checkpointing:
+        student.checkpoint_activations()
+    fit_terms(objective, student, config.seed)
+    module = Distiller(student, objective).to(pick_device(config.device))
+    run = _Run(config, cache, student, objective, module, micro_batches(config, cache))
+    return _report(run, is_timed=True)
+
+
+def report_start(
+    config: TrainConfig, cache: Cache, module: Distillation, objective: Objective, rank: int, num_ranks: int
+) -> TrainingReport:
+    """Return the report of a run that is about to begin on ``num_ranks`` processes, and leave no trace in it."""
+    batches = micro_batches(config, cache, rank, num_ranks)
+    run = _Run(config, cache, module.student, objective, module, batches)
+    devices = [run.device] if run.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        return _report(run, is_timed=False)
+
+
+def _report(run: _Run, is_timed: bool) -> TrainingReport:
+    config, manifest, batches = run.config, run.cache.manifest, run.batches
+    sample = list(run.read(SAMPLE_POSITIONS))
+    measured = measure(run.module, run.objective, sample, run.autocast)
+    probe = Probe.of(run.module, run.objective, sample[0], run.autocast)
+    steps, positions = num_steps(config, batches), num_positions(config, run.cache)
+    tokens_per_step = round(positions * min(batches.sequences_per_step / batches.num_sequences, 1.0))
+    teacher_loss, kept_mass = _statistics(run)
+    memory = estimate_memory(
+        run.module,
+        run.objective,
+        probe,
+        run.cache,
+        hidden=run.module.hidden_fields,
+        batch_sequences=config.batch_sequences,
+        autocast=run.autocast,
+    )
+    speed, costs_s = _timed(run, probe, steps, tokens_per_step) if is_timed else (None, {})
+    return TrainingReport(
+        student=type(run.student.model).__name__,
+        num_parameters=run.student.num_parameters,
+        num_trainable_parameters=sum(p.numel() for p in run.module.parameters() if p.requires_grad),
+        teacher=manifest.teacher.name,
+        num_sequences=batches.num_sequences,
+        num_positions=positions,
+        sequences_per_step=batches.sequences_per_step,
+        tokens_per_step=tokens_per_step,
+        steps_per_epoch=batches.steps_per_epoch,
+        steps=steps,
+        epochs=round(steps / batches.steps_per_epoch, 3),
+        learning_rate=config.peak_learning_rate,
+        objective={name: part.model_dump() for name, part in config.objective if part is not None},
+        output=config.output,
+        vocab_size=run.cache.vocab_size,
+        teacher_loss=teacher_loss,
+        kept_mass=kept_mass,
+        sample=measured.report,
+        terms=tuple(
+            _term(run, name, part, kept_mass, measured, costs_s.get(name))
+            for name, part in run.objective.config
+            if part is not None
+        ),
+        memory=memory,
+        speed=speed,
+    )
+
+
+def _statistics(run: _Run) -> tuple[float, float]:
+    """Return the teacher's loss and the kept mass, means over the positions that count of what is trained on."""
+    if run.config.where is None:
+        sums = run.cache.manifest.statistics
+        count = max(sums.num_positions, 1)
+        return sums.teacher_loss_sum / count, sums.kept_mass_sum / count
+    table = run.cache.sequence_table()
+    chosen = select_sequences(table, run.config.where)
+    counts, losses, masses = (
+        table[name].to_numpy()[chosen].astype(float) for name in ("num_targets", "teacher_loss", "kept_mass")
+    )
+    # A sequence without positions that count has no loss.
+    total = max(counts.sum(), 1.0)
+    return tuple(float((counts * values)[counts > 0].sum() / total) for values in (losses, masses))  # type: ignore[return-value]
+
+
+def _term(run: _Run, name: str, part: Part, kept_mass: float, measured: Measured, cost_s: float | None) -> TermReport:
+    first, last = part.at(0.0), part.at(1.0)
+    uses_teacher = not isinstance(part, CrossEntropy)
+    masses = [_kept_mass(part.at(progress), run, kept_mass, measured) for progress in part.moments()]
+    known = [mass for mass in masses if mass is not None]
+    return TermReport(
+        name=name,
+        weight=first.weight,
+        weight_end=last.weight,
+        temperature=getattr(first, "temperature", None),
+        temperature_end=getattr(last, "temperature", None),
+        mode=_mode(first, run),
+        tail=getattr(first, "tail", None),
+        needs=part.needs if isinstance(part, Loss) else "hidden states of the teacher",
+        uses_teacher=uses_teacher,
+        kept_mass=min(known) if known else None,
+        value=measured.mean(measured.term_sums[name]),
+        ms_per_1000_positions=None if cost_s is None else 1e6 * cost_s,
+    )
+
+
+def _mode(part: Part, run: _Run) -> str | None:
+    """Return the mode in which a loss gets to its temperature; None where it has no such setting or needs none."""
+    if not isinstance(part, TemperedLoss):
+        return None
+    mode = part.resolved_mode(run.objective.context)
+    return mode if mode == "full" or part.temperature != 1.0 else None
+
+
+def _kept_mass(part: Part, run: _Run, at_one: float, measured: Measured) -> float | None:
+    """Return the teacher's mass on the ids that the term compares one by one; None where that says nothing.
+
+    Modes: ``full`` compares all ids, ``grid`` the kept ones at its temperature, whose tail was stored; ``decoupled``
+    compares kept ids with the tail at temperature 1 and only softens what is among the kept ids.
+    """
+    context = run.objective.context
+    if not isinstance(part, Loss) or isinstance(part, CrossEntropy) or context.is_drawn:
+        return None
+    if context.head is not None and _mode(part, run) in ("full", None):
+        return 1.0
+    temperature = getattr(part, "temperature", 1.0)
+    if temperature == 1.0 or _mode(part, run) != "grid":
+        return at_one
+    column = context.grid_index(temperature)
+    assert column is not None
+    return 1 - measured.mean(measured.tail_sums_G[column])
+
+
+def _timed(run: _Run, probe: Probe, steps: int, tokens_per_step: int) -> tuple[SpeedReport, dict[str, float]]:
+    """Return the times of the run and the seconds per position that each term adds; the student is spoilt by it."""
+    run.objective.progress = 0.5  # where schedules have begun, and nothing is off that will be on
+    size = _LOSS_POSITIONS.get(run.device.type, _LOSS_POSITIONS_ELSEWHERE)
+    whole_s, costs_s = loss_s(run.module, run.objective, probe.first(size), run.autocast)
+    per_position_s = position_s(run.module, run.read(_TIMED_BATCHES * SAMPLE_POSITIONS), run.autocast)
+    step_s = per_position_s * tokens_per_step + optimiser_s(run.module.parameters())
+    return SpeedReport(
+        tokens_per_s=1 / per_position_s,
+        step_s=step_s,
+        eta_s=steps * step_s,
+        loss_share=min(whole_s / per_position_s, 1.0),
+    ), costs_s

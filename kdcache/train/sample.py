@@ -1,0 +1,188 @@
+"""Student and teacher on the same small sample of the cache, before the first step.
+
+The sample is the beginning of the training order (as filters and curricula make it), so it is what the student will see
+first, and the same at every start. The student's losses are measured with dropout off; the teacher's come from the
+cache. Only positions whose loss mask is 1 count. At 2,000 positions the mean of a loss is uncertain by a few percent,
+but student and teacher are compared on the same positions.
+
+Shape suffixes: P flat positions, G grid temperatures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcache.cache import Cache
+from kdcache.config import Config
+from kdcache.losses import LayerStates, Objective, TeacherRows, score_positions
+from kdcache.students.batches import MicroBatches
+from kdcache.students.trainer import Distillation
+
+#: Positions of the sample, at least (fewer where the cache has fewer).
+SAMPLE_POSITIONS = 2048
+
+Batch = dict[str, Tensor]
+
+
+class SampleReport(Config):
+    """Means over ``num_positions`` positions of ``num_sequences`` sequences, in nats per position."""
+
+    num_sequences: int
+    num_positions: int
+    teacher_loss: float
+    student_loss: float
+
+
+@dataclass
+class Measured:
+    """Sums over the positions of a sample that count: of the losses of teacher and student, of each term of the
+    objective, and of the teacher's mass outside the kept ids at each of the cache's other temperatures.
+    """
+
+    num_sequences: int = 0
+    num_positions: int = 0
+    teacher_sum: float = 0.0
+    student_sum: float = 0.0
+    term_sums: dict[str, float] = field(default_factory=dict)
+    tail_sums_G: list[float] = field(default_factory=list)
+
+    @property
+    def report(self) -> SampleReport:
+        """The losses of student and teacher."""
+        return SampleReport(
+            num_sequences=self.num_sequences,
+            num_positions=self.num_positions,
+            teacher_loss=self.mean(self.teacher_sum),
+            student_loss=self.mean(self.student_sum),
+        )
+
+    def mean(self, total: float) -> float:
+        """Return a sum per position."""
+        return total / max(self.num_positions, 1)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What an objective is called with, for some positions that all count: leaves of no graph that want gradients."""
+
+    hidden_PD: Tensor
+    rows: TeacherRows
+    states: LayerStates
+
+    @classmethod
+    def of(cls, module: Distillation, objective: Objective, batch: Batch, autocast: Any) -> Probe:
+        """Take the positions of a collated batch; dropout is as the module has it."""
+        needs = objective.needs
+        with torch.no_grad(), autocast():
+            hidden_PD, states = module.student.states(batch, needs.student_layers)
+        states = {layer: states_PD.detach().requires_grad_() for layer, states_PD in states.items()}
+        rows = TeacherRows.from_batch(batch)
+        rows = replace(rows, loss_mask_P=torch.ones_like(rows.loss_mask_P))
+        return cls(hidden_PD.requires_grad_(), rows, LayerStates.from_batch(states, batch, needs))
+
+    @property
+    def num_positions(self) -> int:
+        """Number of positions."""
+        return self.rows.num_positions
+
+    def first(self, count: int) -> Probe:
+        """Return the first ``count`` positions (all, if there are fewer)."""
+        states = LayerStates(
+            *(
+                {layer: states_PD[:count].detach().requires_grad_() for layer, states_PD in states.items()}
+                for states in (self.states.student, self.states.teacher)
+            )
+        )
+        return Probe(self.hidden_PD[:count].detach().requires_grad_(), self.rows.slice(0, count), states)
+
+    def backward(self, objective: Objective, module: Distillation, autocast: Any) -> None:
+        """Run the objective forward and backward, down to the hidden states and the LM head."""
+        with autocast():
+            output = objective(self.hidden_PD, module.student.head, self.rows, self.num_positions, self.states)
+        output.loss.backward()
+
+
+def first_batches(cache: Cache, batches: MicroBatches, *, num_positions: int, batch_positions: int) -> list[list[int]]:
+    """Return the first sequences of the training order as lists of sequence numbers.
+
+    Together they have ``num_positions`` positions or a few more; a list has at most ``batches.batch_size`` sequences
+    and ``batch_positions`` positions, but one sequence at least.
+    """
+    found: list[list[int]] = []
+    total, inside = 0, 0
+    for index in (index for micro_batch in batches for index in micro_batch):
+        length = int(cache.lengths_N[index])
+        if not found or len(found[-1]) == batches.batch_size or inside + length > batch_positions:
+            found.append([])
+            inside = 0
+        found[-1].append(index)
+        total, inside = total + length, inside + length
+        if total >= num_positions:
+            break
+    return found
+
+
+@torch.no_grad()
+def measure(
+    module: Distillation,
+    objective: Objective,
+    batches: Sequence[Batch],
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> Measured:
+    """Return the sums of student, teacher and every term of the ``objective`` over collated ``batches``."""
+    measured = Measured(tail_sums_G=[0.0] * len(objective.context.temperatures))
+    with _evaluating(module):
+        for batch in batches:
+            with autocast():
+                _add(measured, _student_values(module, objective, batch), batch)
+                _add_terms(measured, module, objective, batch)
+    return measured
+
+
+def _student_values(module: Distillation, objective: Objective, batch: Batch) -> dict[str, Tensor]:
+    """Return the value of each loss at every position, [P], and the student's own loss under the empty name."""
+    student, rows = module.student, TeacherRows.from_batch(batch)
+    scores = score_positions(student.hidden(batch), student.head, rows, objective.losses, context=objective.context)
+    return {**scores.losses, "": -scores.gold_logprob_P}
+
+
+def _add(measured: Measured, values: Mapping[str, Tensor], batch: Batch) -> None:
+    valid_P = batch["loss_mask"]
+
+    def total(value_P: Tensor) -> float:
+        return float(value_P[valid_P].sum(dtype=torch.float64))
+
+    measured.num_sequences += len(batch["input_ids"])
+    measured.num_positions += int(valid_P.sum())
+    measured.teacher_sum -= total(batch["teacher_gold_logprob"])
+    measured.student_sum += total(values[""])
+    for name in values.keys() - {""}:
+        measured.term_sums[name] = measured.term_sums.get(name, 0.0) + total(values[name])
+    for column in range(len(measured.tail_sums_G)):
+        measured.tail_sums_G[column] += total(batch["teacher_log_tails"][:, column].exp())
+
+
+def _add_terms(measured: Measured, module: Distillation, objective: Objective, batch: Batch) -> None:
+    """Add what is no loss of a position's logits: terms over other outputs of the student, which the module makes."""
+    names = [name for name, part in objective.config if part is not None and name not in objective.losses]
+    if names:
+        sums = module(batch, batch["loss_mask"].sum())[1]
+        for name in names:
+            measured.term_sums[name] = measured.term_sums.get(name, 0.0) + float(sums[name])
+
+
+@contextlib.contextmanager
+def _evaluating(module: Distillation) -> Iterator[None]:
+    was_training = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in was_training.items():
+            part.training = training
