@@ -86,6 +86,28 @@ def unsplittable(vocab_size: int) -> Any:
     return model
 
 
+class NoKwargsConfig(transformers.LlamaConfig):
+    model_type = "no_kwargs"
+
+
+class NoKwargsForCausalLM(transformers.LlamaForCausalLM):
+    """A model whose forward takes nothing but what it names: a Trainer then counts no labels for it."""
+
+    config_class = NoKwargsConfig
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, use_cache: Any = None) -> Any:
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+
+transformers.AutoConfig.register("no_kwargs", NoKwargsConfig)
+transformers.AutoModelForCausalLM.register(NoKwargsConfig, NoKwargsForCausalLM)
+
+
+def no_kwargs(vocab_size: int) -> Any:
+    torch.manual_seed(3)
+    return NoKwargsForCausalLM(NoKwargsConfig(vocab_size=vocab_size, max_position_embeddings=64, **_SIZES)).eval()
+
+
 #: Families whose head is split off.
 SPLITTABLE: dict[str, Callable[[int], Any]] = {
     "llama": llama,
