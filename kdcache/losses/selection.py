@@ -53,8 +53,9 @@ class Select(Config):
             raise ValueError("select takes one of: min and max (or one of the two), top, bottom")
         if len(bounds) == 2 and bounds[0] > bounds[1]:
             raise ValueError(f"min must be at most max, found {self.min:g} and {self.max:g}")
-        if self.by == "confidence" and not all(0 <= value <= 1 for value in bounds):
-            raise ValueError(f"confidence is a probability between 0 and 1, found {bounds[0]:g}")
+        impossible = [value for value in bounds if not 0 <= value <= 1]
+        if self.by == "confidence" and impossible:
+            raise ValueError(f"confidence is a probability between 0 and 1, found {impossible[0]:g}")
         return self
 
     @property
