@@ -163,7 +163,7 @@ def test_options_of_the_command(run, cache_path, tmp_path):  # noqa: F811
     command = ["train-student", "--cache", cache_path, "--student-size", "nano", "--output", tmp_path / "run"]
     command += ["--where", "num_positions > 6", "--curriculum", "num_positions", "--batch-sequences", "2", "--json"]
     plan = json.loads(run(*command, "--set", "curriculum.order=hard-to-easy", "--dry-run").out)
-    assert plan.num_sequences < 19
+    assert plan["num_sequences"] < 19
     assert "did you mean 'num_positions'" in run(*command, "--curriculum", "num_position", "--dry-run").message()
     assert (
         "pacing sorted has no start"
