@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdcache.losses.base import Loss
@@ -30,6 +30,7 @@ from kdcache.losses.context import TeacherContext
 from kdcache.losses.teacher_rows import TeacherRows
 from kdcache.losses.view import ChunkView
 from kdcache.models.lm_head import LMHead
+from kdcache.models.products import hidden_gradient, logits_of
 
 CHUNK_POSITIONS = {"cpu": 128}
 """Positions of a chunk by device type: on a CPU the chunk should stay near the caches, elsewhere it should fill the
@@ -115,7 +116,8 @@ class _WeightedSum(torch.autograd.Function):
 
 def _total(losses: Mapping[str, Loss], sums: Tensor) -> Tensor:
     # Losses of weight 0 are left out, not multiplied: an infinite one would make the total NaN.
-    return torch.stack([loss.weight * sums[i] for i, loss in enumerate(losses.values()) if loss.weight > 0]).sum()
+    terms = [loss.weight * sums[i] for i, loss in enumerate(losses.values()) if loss.weight > 0]
+    return torch.stack(terms).sum() if terms else sums.new_zeros(())
 
 
 def _accumulator(tensor: Tensor | None, sums_over_chunks: bool) -> Tensor:
@@ -130,7 +132,8 @@ def _sweep(hidden_PD: Tensor, work: Work, gradients: list[Tensor | None]) -> Ten
     sums = torch.zeros(
         len(work.losses), dtype=torch.promote_types(hidden_PD.dtype, torch.float32), device=hidden_PD.device
     )
-    wants_gradient = any(gradient is not None for gradient in gradients)
+    is_trained = any(loss.weight > 0 for loss in work.losses.values())
+    wants_gradient = is_trained and any(gradient is not None for gradient in gradients)
     with torch.autocast(hidden_PD.device.type, enabled=False):
         for rows, hidden_CD, teacher in chunks(hidden_PD, work.teacher, work.chunk_positions):
             chunk_sums, grad_CV = _chunk(hidden_CD, head, teacher, work, wants_gradient)
@@ -145,11 +148,11 @@ def _chunk(
     hidden_CD: Tensor, head: LMHead, teacher: TeacherRows, work: Work, wants_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the sum of each loss over a chunk and the gradient of the head product, [C, V]."""
-    product_CV = nn.functional.linear(hidden_CD, head.weight_VD, head.bias_V)
+    product_CV = logits_of(hidden_CD, head.weight_VD, head.bias_V)
     product_CV.requires_grad_(wants_gradient)
     with torch.set_grad_enabled(wants_gradient):
         view = ChunkView(at_least_float32(head.finish(product_CV)), teacher, work.context)
-        sums = torch.stack([loss.values(view).sum() for loss in work.losses.values()])
+        sums = torch.stack([loss.selected_values(view).sum() for loss in work.losses.values()])
         if not wants_gradient:
             return sums, None
         (grad_CV,) = torch.autograd.grad(_total(work.losses, sums), product_CV)
@@ -161,7 +164,7 @@ def _add_gradients(
 ) -> None:
     grad_hidden_PD, grad_weight_VD, grad_bias_V = gradients
     if grad_hidden_PD is not None:
-        grad_hidden_PD[rows] = grad_CV @ head.weight_VD
+        grad_hidden_PD[rows] = hidden_gradient(grad_CV, head.weight_VD)
     if grad_weight_VD is not None:
         if grad_weight_VD.dtype == grad_CV.dtype:
             grad_weight_VD.addmm_(grad_CV.T, hidden_CD)

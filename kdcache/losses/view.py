@@ -153,8 +153,9 @@ class ChunkView:
 class _Coarsen(torch.autograd.Function):
     """Logits [C, V] to (logits at ids [C, K], logsumexp of logits / T outside the ids [C], logits at labels [C]).
 
-    With ``weights_U`` also the weighted sum of the logits outside the ids, [C]. One [C, V] array is made; the backward
-    turns it into the gradient in place, so it can run only once (autograd raises if it is asked twice).
+    With ``weights_U`` also the weighted sum of the logits outside the ids, [C]. One [C, V] array is made, the softmax
+    outside the ids; the backward turns it into the gradient in place, so it can run only once (autograd raises if it
+    is asked twice).
     """
 
     @staticmethod
@@ -169,32 +170,31 @@ class _Coarsen(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         head_CK = logits_CV.gather(1, ids_CK)
         gold_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1)
-        sum_outside_C = None
-        if weights_U is None:
-            outside_CV = logits_CV.scatter(1, ids_CK, -torch.inf)
-        else:
+        lowest, sum_outside_C = torch.finfo(logits_CV.dtype).min * min(1.0, temperature), None
+        # For a moment the logits at the ids are lowered in place, which costs K of V elements; a copy would cost as
+        # much as the softmax. Through ``data``, because they are back before anyone can see it.
+        outside_CV = logits_CV.data
+        if weights_U is not None:
             # Without the ids from the start: subtracting them from a sum over all would cost digits.
-            outside_CV = logits_CV.scatter(1, ids_CK, 0.0)
-            sum_outside_C = outside_CV[:, : len(weights_U)] @ weights_U
-            outside_CV.scatter_(1, ids_CK, -torch.inf)
-        # The peak outside the ids, not of the row: a small tail must not underflow. Clamped, as -inf - -inf is NaN.
-        peak_C1 = outside_CV.amax(1, keepdim=True).clamp(min=torch.finfo(logits_CV.dtype).min)
-        outside_CV.sub_(peak_C1)
-        if temperature != 1.0:
-            outside_CV.div_(temperature)
-        sum_C1 = outside_CV.exp_().sum(1, keepdim=True)
-        ctx.save_for_backward(outside_CV, sum_C1, ids_CK, labels_C, weights_U)
+            sum_outside_C = outside_CV.scatter_(1, ids_CK, 0.0)[:, : len(weights_U)] @ weights_U
+        outside_CV.scatter_(1, ids_CK, lowest)
+        peak_C = outside_CV.amax(1)
+        probs_CV = torch.softmax(outside_CV if temperature == 1.0 else outside_CV / temperature, 1)
+        outside_CV.scatter_(1, ids_CK, head_CK)
+        is_empty_C = peak_C <= lowest
+        # The probability of the peak is 1 / sum exp(x - peak): the logsumexp without another pass of exponentials.
+        rest_C = peak_C / temperature - probs_CV.amax(1).log()
+        ctx.save_for_backward(probs_CV, is_empty_C, ids_CK, labels_C, weights_U)
         ctx.temperature, ctx.has_pads = temperature, has_pads
-        return head_CK, (peak_C1 / temperature + sum_C1.log()).squeeze(1), gold_C, sum_outside_C
+        return head_CK, rest_C.masked_fill(is_empty_C, -torch.inf), gold_C, sum_outside_C
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, grad_head_CK: Tensor, grad_rest_C: Tensor, grad_gold_C: Tensor, grad_sum_C: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        outside_CV, sum_C1, ids_CK, labels_C, weights_U = ctx.saved_tensors
-        # The softmax outside the ids: at least 1 in a row that has a finite logit there, 0 only in one that has none.
-        grad_CV = outside_CV.mul_(grad_rest_C[:, None] / (sum_C1.clamp(min=1) * ctx.temperature))
+        probs_CV, is_empty_C, ids_CK, labels_C, weights_U = ctx.saved_tensors
+        grad_CV = probs_CV.mul_((grad_rest_C / ctx.temperature).masked_fill(is_empty_C, 0.0)[:, None])
         if weights_U is not None:
             grad_CV[:, : len(weights_U)].addr_(grad_sum_C, weights_U)
         if ctx.has_pads:  # an id stands in several places, and only their sum is its gradient

@@ -95,6 +95,15 @@ def test_float64_students_stay_in_float64_under_autocast():
 # --------------------------------------------------------------------------------------------- memory and work
 
 
+#: The last is there only in builds of torch with oneDNN (see kdcache.models.products).
+PRODUCTS = (
+    torch.ops.aten.mm,
+    torch.ops.aten.addmm,
+    torch.ops.aten.addmm_,
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None),
+)
+
+
 class Watch(TorchDispatchMode):
     """Records the largest tensor that any operation makes and the shapes of all matrix products."""
 
@@ -108,7 +117,7 @@ class Watch(TorchDispatchMode):
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor):
                 self.largest = max(self.largest, tensor.numel())
-        self.num_products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        self.num_products += func.overloadpacket in PRODUCTS
         return out
 
 
