@@ -27,7 +27,8 @@ IMPOSSIBLE = -1e30
 def outcomes(view: ChunkView, mode: Mode, temperature: float) -> tuple[Tensor, Tensor]:
     """Return log-probabilities of teacher and student at ``temperature``, [C, O] each.
 
-    What is at most `IMPOSSIBLE` (-inf too) stands for a probability of 0. In mode ``decoupled``, which tempers among the kept ids only, ask for temperature 1.
+    What is at most `IMPOSSIBLE` (-inf too) stands for a probability of 0. In mode ``decoupled``, which tempers among
+    the kept ids only, ask for temperature 1.
     """
     if mode == "full":
         return _vocabulary(view, temperature)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdcache.losses import LOSSES, CrossEntropy, ForwardKL, Loss, ObjectiveConfig, TeacherContext, TeacherRows
+from kdcache.losses.f_divergences import JensenShannon, ReverseKL, SkewKL, SkewReverseKL, TotalVariation
+from kdcache.losses.kept_logits import LogitsMSE, Ranking
 from kdcache.losses.tails import TAILS
 from kdcache.models.lm_head import LMHead
 
@@ -29,7 +34,7 @@ class Case:
         The head is the identity unless the case has one, because the rows' hidden states are the teacher's logits.
         """
         given = losses.losses.values() if isinstance(losses, ObjectiveConfig) else [losses]
-        if not any(isinstance(loss, ForwardKL) and loss.mode == "full" for loss in given):
+        if not any(getattr(loss, "mode", None) == "full" for loss in given):
             return replace(self.context, head=None)
         if self.context.head is not None:
             return self.context
@@ -75,6 +80,7 @@ def teacher_rows(
         torch.ones_like(labels_P, dtype=torch.bool) if mask_P is None else mask_P,
         torch.stack(tails[1:], 1),
         teacher_logits_PV,
+        logprobs_PV.gather(1, labels_P[:, None]).squeeze(1),
     )
 
 
@@ -128,6 +134,36 @@ def with_teacher_head(
     return replace(case, teacher_logits_PV=logits_PV, rows=rows, context=replace(case.context, head=head))
 
 
+def ragged_case(num_kept_P: Tensor, top_k: int = 8, **settings: Any) -> Case:
+    """A case whose row p keeps ``num_kept_P[p]`` ids."""
+    case = make_case(num_positions=len(num_kept_P), top_k=top_k, masked=False, **settings)
+    rows = teacher_rows(case.teacher_logits_PV, top_k, case.rows.labels_P, None, num_kept_P)
+    return replace(case, rows=rows, context=replace(case.context, is_ragged=True))
+
+
+def hybrid_case(top_k: int = 4, num_draws: int = 9, **settings: Any) -> Case:
+    """A case whose rows keep ``top_k`` ids and draws of the tail, which share its mass; the last row drew nothing."""
+    case = make_case(top_k=top_k, **settings)
+    rows = case.rows
+    random = torch.Generator().manual_seed(4)
+    outside_PV = case.teacher_logits_PV.softmax(1).scatter(1, rows.ids_PK, 0.0)
+    drawn_PN = outside_PV.multinomial(num_draws, replacement=True, generator=random)
+    counts_PV = torch.zeros_like(outside_PV).scatter_add(1, drawn_PN, torch.ones_like(drawn_PN, dtype=torch.float64))
+    counts_PJ, ids_PJ = counts_PV.topk(num_draws)
+    counts_PJ[-1] = 0
+    drawn_PJ = rows.log_tail_P[:, None] + (counts_PJ / num_draws).log()
+    assert bool((counts_PJ == 0).any()), "there are pads"
+    ids_PJ = torch.where(counts_PJ > 0, ids_PJ, rows.ids_PK[:, :1])
+    log_tail_P = torch.where(counts_PJ.sum(1) > 0, -torch.inf, rows.log_tail_P)
+    rows = replace(
+        rows,
+        ids_PK=torch.cat([rows.ids_PK, ids_PJ], 1),
+        logprobs_PK=torch.cat([rows.logprobs_PK, drawn_PJ], 1),
+        log_tail_P=log_tail_P,
+    )
+    return replace(case, rows=rows, context=replace(case.context, kind="hybrid", num_kept=top_k))
+
+
 def dense_values(case: Case, loss: object) -> Tensor:
     """Value of ``loss`` at every position, [P], from float64 logits of the whole batch."""
     logits_PV = dense_logits(case)
@@ -138,6 +174,13 @@ def dense_values(case: Case, loss: object) -> Tensor:
             values.append(-logits_PV[row].log_softmax(0)[rows.labels_P[row]])
         elif isinstance(loss, ForwardKL):
             values.append(_dense_forward_kl(case, loss, logits_PV[row], row))
+        elif isinstance(loss, LogitsMSE | Ranking):
+            values.append(_dense_kept(loss, *_kept_logits(case, logits_PV[row], row)))
+        elif isinstance(loss, ReverseKL) and loss.temperature != 1.0 and loss.mode in (None, "decoupled"):
+            values.append(_dense_decoupled_reverse_kl(loss, *_dense_pair(case, loss, logits_PV[row], row)))
+        elif type(loss) in PAIRWISE:
+            pair = _dense_pair(case, loss, logits_PV[row], row)
+            values.append(loss.temperature**2 * PAIRWISE[type(loss)](loss, *pair))
         else:
             raise AssertionError(f"the oracle does not know {loss!r}: write its formula here, densely")
     return torch.stack(values) if values else logits_PV.new_zeros(0)
@@ -186,6 +229,77 @@ def dense_target(case: Case, tail: str, row: int) -> Tensor:
     return target_V.index_copy(0, ids, t_K)
 
 
+def _dense_pair(case: Case, loss: Any, logits_V: Tensor, row: int) -> tuple[Tensor, Tensor]:
+    """Probabilities of teacher and student: over the vocabulary, or of the kept ids and all others together."""
+    rows, temperature = case.rows, 1.0 if loss.mode in (None, "decoupled") else loss.temperature
+    p_V = (logits_V / temperature).softmax(0)
+    if loss.mode == "full":
+        t = (case.teacher_logits_PV[row] / temperature).softmax(0)
+        return torch.cat([t, t.new_zeros(len(p_V) - len(t))]), p_V
+    ids = _kept_ids(case, row)
+    t_K, tail_t = rows.logprobs_PK[row][: len(ids)].double().exp(), 1 - rows.logprobs_PK[row][: len(ids)].exp().sum()
+    outside = torch.ones(len(logits_V), dtype=torch.bool).index_fill(0, ids, False)
+    if temperature != 1.0:
+        assert rows.log_tails_PG is not None
+        tail_t, t_K = rows.log_tails_PG[row, GRID.index(temperature)].exp(), t_K ** (1 / temperature)
+        t_K = t_K / t_K.sum() * (1 - tail_t)
+    elif not case.context.is_drawn:
+        tail_t = rows.log_tail_P[row].exp()
+    return torch.cat([t_K, tail_t[None]]), torch.cat([p_V[ids], p_V[outside].sum()[None]])
+
+
+def _kept_ids(case: Case, row: int) -> Tensor:
+    rows = case.rows
+    if case.context.is_drawn:
+        return rows.ids_PK[row, : case.context.num_kept]
+    return rows.ids_PK[row][rows.logprobs_PK[row] > -torch.inf] if case.context.has_pads else rows.ids_PK[row]
+
+
+def _dense_decoupled_reverse_kl(loss: ReverseKL, t: Tensor, p: Tensor) -> Tensor:
+    (t_K, p_K), (tail_t, tail_p) = (t[:-1], p[:-1]), (t[-1], p[-1])
+    split = _reverse_kl(torch.stack([t_K.sum(), tail_t]), torch.stack([p_K.sum(), tail_p]))
+    soft_t, soft_p = t_K ** (1 / loss.temperature), p_K ** (1 / loss.temperature)
+    return split + p_K.sum() * loss.temperature**2 * _reverse_kl(soft_t / soft_t.sum(), soft_p / soft_p.sum())
+
+
+def _reverse_kl(t: Tensor, p: Tensor) -> Tensor:
+    # A teacher's probability counts as e^-104 at least.
+    return _kl(p, t.clamp(min=math.exp(-104)))
+
+
+def _jensen_shannon(loss: JensenShannon, t: Tensor, p: Tensor) -> Tensor:
+    if loss.beta in (0, 1):
+        return _kl(t, p) if loss.beta == 0 else _reverse_kl(t, p)
+    mixed = loss.beta * t + (1 - loss.beta) * p
+    return loss.beta * _kl(t, mixed) + (1 - loss.beta) * _kl(p, mixed)
+
+
+#: What each loss between two distributions t and p is.
+PAIRWISE: dict[type, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    ReverseKL: lambda _, t, p: _reverse_kl(t, p),
+    JensenShannon: _jensen_shannon,
+    TotalVariation: lambda _, t, p: (t - p).abs().sum() / 2,
+    SkewKL: lambda loss, t, p: _kl(t, loss.alpha * t + (1 - loss.alpha) * p),
+    SkewReverseKL: lambda loss, t, p: _kl(p, (1 - loss.alpha) * t + loss.alpha * p),
+}
+
+
+def _kept_logits(case: Case, logits_V: Tensor, row: int) -> tuple[Tensor, Tensor]:
+    """Logits of teacher and student at the kept ids that both give some probability."""
+    ids = _kept_ids(case, row)
+    z, x = case.rows.logprobs_PK[row][: len(ids)].double(), logits_V[ids]
+    known = z.isfinite() & x.isfinite()
+    return z[known], x[known]
+
+
+def _dense_kept(loss: LogitsMSE | Ranking, z: Tensor, x: Tensor) -> Tensor:
+    if isinstance(loss, LogitsMSE):
+        return ((x - x.mean()) - (z - z.mean())).square().mean()
+    order = z.argsort(descending=True, stable=True)[: loss.top_k]
+    chosen = [-x[order[place:]].log_softmax(0)[0] for place in range(len(order) - 1)]
+    return torch.stack(chosen).mean() if chosen else 0 * x.sum()
+
+
 def _kl(t: Tensor, p: Tensor) -> Tensor:
     t, p = t[t > 0], p[: len(t)][t > 0]  # ids beyond the teacher's vocabulary get nothing
     return (t * (t / p).log()).sum()
@@ -228,9 +342,23 @@ def forward_kls() -> list[Loss]:
     return list(found)
 
 
+def other_losses() -> list[Loss]:
+    """Every other row of the table, with every mode and parameter that changes the formula."""
+    found: list[Loss] = [CrossEntropy(weight=1.0), LogitsMSE(weight=1.0), Ranking(weight=1.0)]
+    found += [Ranking(weight=1.0, top_k=3), ReverseKL(weight=1.0, temperature=2.5)]
+    found += [JensenShannon(weight=1.0, beta=beta) for beta in (0.0, 0.2, 1.0)]
+    found += [skew(weight=1.0, alpha=0.6) for skew in (SkewKL, SkewReverseKL)]
+    for divergence in PAIRWISE:
+        found += [
+            divergence(weight=1.0),
+            divergence(weight=1.0, mode="grid", temperature=0.5),
+            divergence(weight=1.0, mode="full", temperature=2.5),
+            divergence(weight=1.0, mode="full"),
+        ]
+    assert {ForwardKL, *map(type, found)} == set(LOSSES.values()), "list the settings of the new loss here"
+    return found
+
+
 def every_loss() -> list[Loss]:
     """One instance of every row of the table, and every setting of those that have settings."""
-    found = [loss(weight=1.0) for loss in LOSSES.values() if loss is not ForwardKL]
-    assert len(found) >= 1
-    assert all(set(type(loss).model_fields) == {"weight"} for loss in found), "list the settings of the new loss"
-    return [*forward_kls(), *found]
+    return [*forward_kls(), *other_losses()]

@@ -24,16 +24,16 @@ def test_one_field_per_row_of_the_table():
 @pytest.mark.parametrize(
     ("assignments", "expected"),
     [
-        ([], {"forward_kl": (0.9, 1.0, "bucket", None), "cross_entropy": (0.1,)}),
-        (["forward_kl.temperature=2"], {"forward_kl": (0.9, 2.0, "bucket", None), "cross_entropy": (0.1,)}),
-        (["forward_kl.weight=1"], {"forward_kl": (1.0, 1.0, "bucket", None), "cross_entropy": None}),
-        (["forward_kl.tail=prior"], {"forward_kl": (0.9, 1.0, "prior", None), "cross_entropy": (0.1,)}),
-        (["forward_kl.mode=full"], {"forward_kl": (0.9, 1.0, "bucket", "full"), "cross_entropy": (0.1,)}),
+        ([], {"forward_kl": (0.9, 1.0, None, "bucket"), "cross_entropy": (0.1,)}),
+        (["forward_kl.temperature=2"], {"forward_kl": (0.9, 2.0, None, "bucket"), "cross_entropy": (0.1,)}),
+        (["forward_kl.weight=1"], {"forward_kl": (1.0, 1.0, None, "bucket"), "cross_entropy": None}),
+        (["forward_kl.tail=prior"], {"forward_kl": (0.9, 1.0, None, "prior"), "cross_entropy": (0.1,)}),
+        (["forward_kl.mode=full"], {"forward_kl": (0.9, 1.0, "full", "bucket"), "cross_entropy": (0.1,)}),
         (["cross_entropy.weight=1"], {"forward_kl": None, "cross_entropy": (1.0,)}),
-        (["cross_entropy=null"], {"forward_kl": (0.9, 1.0, "bucket", None), "cross_entropy": None}),
+        (["cross_entropy=null"], {"forward_kl": (0.9, 1.0, None, "bucket"), "cross_entropy": None}),
         (
             ["forward_kl.weight=0", "cross_entropy.weight=2"],
-            {"forward_kl": (0.0, 1.0, "bucket", None), "cross_entropy": (2.0,)},
+            {"forward_kl": (0.0, 1.0, None, "bucket"), "cross_entropy": (2.0,)},
         ),
     ],
 )

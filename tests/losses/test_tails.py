@@ -19,7 +19,7 @@ from tests.losses.oracle import (
     dense_values,
     forward_kls,
     make_case,
-    teacher_rows,
+    ragged_case,
 )
 
 COMPLETED = ["prior", "uniform"]
@@ -176,12 +176,6 @@ def test_float32_keeps_its_digits_when_the_kept_ids_have_almost_all_of_the_prior
 
 
 # --------------------------------------------------------------------------------------------- ragged rows
-
-
-def ragged_case(num_kept_P: Tensor, top_k: int = 8) -> Case:
-    case = make_case(num_positions=len(num_kept_P), top_k=top_k, masked=False)
-    rows = teacher_rows(case.teacher_logits_PV, top_k, case.rows.labels_P, None, num_kept_P)
-    return replace(case, rows=rows, context=replace(case.context, is_ragged=True))
 
 
 RAGGED = torch.tensor([1, 8, 3, 5, 8, 2, 1, 7, 4, 31, 6])
