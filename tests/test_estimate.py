@@ -371,10 +371,16 @@ def test_every_loss_is_asked():
 def test_what_students_may_choose():
     top_k = choices(tail_prior=True, temperatures=(0.5, 2.0))["forward_kl"]
     assert set(top_k.tails) >= {"bucket", "prior", "uniform"}
-    assert top_k.modes == {"decoupled": "any", "grid": "0.5, 2"} or top_k.modes["grid"] == "any"
+    assert top_k.modes == {"decoupled": "any", "grid": "0.5, 2"}
+    assert choices(temperatures=(0.5, 2.0))["jensen_shannon"].modes == {"grid": "0.5, 2"}
     assert "prior" not in choices()["forward_kl"].tails
     assert choices()["forward_kl"].modes == {"decoupled": "any"}
     drawn = choices(kind="sampled", top_k=0, num_draws=5)["forward_kl"]
     assert (drawn.tails, drawn.modes) == (("bucket",), {})
     assert choices(kind="hidden", top_k=1)["forward_kl"].modes["full"] == "any"
     assert choices()["cross_entropy"].refusal is None
+    hybrid = choices(kind="hybrid", top_k=3, num_draws=5)
+    assert all(choice.refusal is None for choice in hybrid.values())
+    assert (hybrid["reverse_kl"].modes, hybrid["skew_kl"].modes) == ({"decoupled": "any"}, {})
+    sampled = choices(kind="sampled", top_k=0, num_draws=5)
+    assert {name for name, choice in sampled.items() if choice.refusal is None} == {"forward_kl", "cross_entropy"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from safetensors.torch import save
 
 from kdcache.cache import layout, open_cache
 from kdcache.errors import CorruptCacheError
+from kdcache.losses import LOSSES, ChunkView, TeacherRows
 from kdcache.schema import TargetsRecord
+from kdcache.students.batches import to_tensors
 from kdcache.teaching import context_of
 from kdcache.transcode import TranscodeConfig, transcode_cache
 from tests.synthetic import WIDTH, SyntheticCache
@@ -86,3 +89,24 @@ def test_a_bias_may_rule_an_id_out(with_head, weight):
     head = context_of(open_cache(str(with_head({"weight": weight, "bias": bias})))).head
     assert head is not None
     assert head.logits(torch.ones(1, WIDTH))[0, 3] == -torch.inf
+
+
+def test_losses_that_ignore_draws_see_the_kept_ids_of_a_hybrid_cache(tmp_path):
+    record = TargetsRecord(kind="hybrid", top_k=3, num_draws=9)
+    SyntheticCache(record=record).write(tmp_path / "cache")
+    cache = open_cache(str(tmp_path / "cache"))
+    context, stored = context_of(cache), cache.read(range(4))
+    assert (context.kind, context.num_kept) == ("hybrid", 3)
+    rows = TeacherRows.from_batch(to_tensors(stored, 0))
+    assert rows.top_k > 3
+    targets = stored.targets
+    kept = replace(
+        rows,
+        ids_PK=torch.from_numpy(targets.ids_PK.astype("int64")),
+        logprobs_PK=torch.from_numpy(targets.logprobs_PK),
+        log_tail_P=torch.from_numpy(targets.log_tail_P),
+    )
+    logits_PV = torch.randn(rows.num_positions, cache.vocab_size, generator=torch.Generator().manual_seed(0)).double()
+    for loss in (kind(weight=1.0) for kind in LOSSES.values() if kind.ignores_draws):
+        found_P = loss.values(ChunkView(logits_PV, rows, context))
+        torch.testing.assert_close(found_P, loss.values(ChunkView(logits_PV, kept)), rtol=1e-5, atol=1e-6)

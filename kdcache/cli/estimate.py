@@ -135,7 +135,8 @@ def _echo_choices(presets: list[Any]) -> None:
 
 
 def _choice_lines(choices: list[Any]) -> list[str]:
-    lines = []
+    # Losses that allow the same, or are refused for the same reason, share a line.
+    groups: dict[str, list[str]] = {}
     for choice in choices:
         parts = []
         if choice.tails:
@@ -144,5 +145,5 @@ def _choice_lines(choices: list[Any]) -> list[str]:
             modes = [f"{temperatures} ({mode})" for mode, temperatures in choice.modes.items()]
             parts.append(f"temperature {', '.join(['1', *modes])}")
         said = f"no: {choice.refusal}" if choice.refusal is not None else "; ".join(parts) or "yes"
-        lines.append(f"  {choice.loss}: {said}")
-    return lines
+        groups.setdefault(said, []).append(choice.loss)
+    return [f"  {', '.join(losses)}: {said}" for said, losses in groups.items()]

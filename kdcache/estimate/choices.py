@@ -12,8 +12,8 @@ from kdcache.losses import LOSSES, Loss, TeacherContext, allowed
 from kdcache.models.lm_head import LMHead
 from kdcache.schema import TargetsRecord
 
-#: Stands for every temperature that no cache stores by itself.
-_SOME_TEMPERATURE = 2.0
+#: Stands for every temperature: one that nobody would store.
+_SOME_TEMPERATURE = 1.618034
 
 
 @dataclass

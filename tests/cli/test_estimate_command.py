@@ -26,7 +26,10 @@ def test_a_table_of_every_preset_and_what_students_may_choose(run: Run, argument
         assert float(line.split()[1]) > 0
     assert "lm_head.safetensors" in table
     assert "forward_kl: tail bucket, prior, uniform" in choices
-    assert "sampled, hybrid, hybrid-16\n  forward_kl: tail bucket; temperature 1\n" in choices
+    assert "\nsampled\n  forward_kl: tail bucket; temperature 1\n" in choices
+    assert "  reverse_kl, jensen_shannon, total_variation, skew_kl, skew_reverse_kl: no: it needs the prob" in choices
+    hybrid = choices.split("\nhybrid, hybrid-16\n")[1]
+    assert hybrid.startswith("  forward_kl: tail bucket; temperature 1\n  cross_entropy, logits_mse, ranking: yes\n")
     assert "any (full)" in choices
     assert "Nothing was written" in lines[-1]
     assert list(tmp_path.iterdir()) == []
