@@ -17,7 +17,8 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, CTRLConfig, CTRLLMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from kdcache.cache import open_cache
-from kdcache.errors import StudentError
+from kdcache.errors import ConfigError, StudentError
+from kdcache.train.prepare import check_processes
 from tests import families
 from tests.tiny import bpe_tokenizer, llama, make_cache
 from tests.train_runs import (
@@ -154,7 +155,8 @@ def test_adapters_alone(tmp_path, world, family):
 
 def test_two_processes(tmp_path, world):
     two = {
-        "plain": {"family": "llama", "save_steps": 1},
+        # Of themselves they would not find each other here: the Trainer takes "no device named" for one process.
+        "plain": {"family": "llama", "save_steps": 1, "device": "auto"},
         "no kwargs": {"family": "no kwargs"},
         "adapters": {"family": "gpt2", "lora": True},
         "both": {"family": "llama", "lora": True, "gradient_checkpointing": True},
@@ -178,6 +180,18 @@ def test_two_processes(tmp_path, world):
             assert a[name] == pytest.approx(b[name], rel=1e-4)
     for name in runs:
         AutoModelForCausalLM.from_pretrained(tmp_path / name)
+
+
+@pytest.mark.parametrize(("started", "num_ranks"), [(None, 1), ("1", 1), ("2", 2), ("2", 1)])
+def test_processes_that_would_each_train_alone(monkeypatch, started, num_ranks):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if started is not None:
+        monkeypatch.setenv("WORLD_SIZE", started)
+    if (started, num_ranks) != ("2", 1):
+        check_processes(num_ranks)
+        return
+    with pytest.raises(ConfigError, match=r"2 processes were started, but .* each would train alone.*--device cpu"):
+        check_processes(num_ranks)
 
 
 # ----------------------------------------------------------------------------------------- gradient checkpointing

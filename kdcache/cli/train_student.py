@@ -23,7 +23,7 @@ Examples:
   kdcache train-student --config train.yaml --set objective.cross_entropy.weight=1      (no distillation)
   kdcache train-student --config train.yaml --where "teacher_loss < 5 and num_positions >= 32"
   kdcache train-student --config train.yaml --curriculum teacher_loss --set curriculum.pacing=linear
-  accelerate launch --num-processes 2 -m kdcache train-student --config train.yaml
+  torchrun --nproc-per-node 2 -m kdcache train-student --config train.yaml              (two GPUs, or on a CPU)
 
 \b
 Whoever gives any weight of the objective gives them all; the default is 0.9 forward_kl + 0.1 cross_entropy.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Iterable
 
 import torch
@@ -56,6 +57,24 @@ def check_device(config: TrainConfig) -> None:
     on_cuda = config.device != "cpu" and torch.cuda.is_available()
     if on_cuda and config.precision == "bf16" and not torch.cuda.is_bf16_supported():
         raise ConfigError("precision is bf16, which this CUDA device does not support; use fp32")
+
+
+def uses_cpu(config: TrainConfig) -> bool:
+    """Return whether the run is on the CPU; that has to be said for several processes to find each other there."""
+    return config.device == "cpu" or (config.device == "auto" and not torch.accelerator.is_available())
+
+
+def check_processes(num_ranks: int) -> None:
+    """Raise ``ConfigError`` when a launcher started several processes that would each train alone.
+
+    ``num_ranks`` is how many share the steps of this run.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != num_ranks:
+        raise ConfigError(
+            f"{started} processes were started, but on this machine's device each would train alone, and all write to "
+            "the same output; start one process, or train on the CPU (--device cpu)"
+        )
 
 
 def training_objective(config: TrainConfig, cache: Cache) -> Objective:

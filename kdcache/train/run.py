@@ -6,8 +6,8 @@ Face model beside ``kdcache_run.json``, which says how it was made; its checkpoi
 resuming needs. A run that is resumed continues at the exact next batch and gives the weights that it would have given
 without the interruption.
 
-One process trains on one device; several are started with ``torchrun`` or ``accelerate launch`` and share every step
-without changing its gradient.
+One process trains on one device; several are started with ``torchrun`` (for GPUs also with ``accelerate launch``) and
+share every step without changing its gradient.
 """
 
 from __future__ import annotations
@@ -41,7 +41,15 @@ from kdcache.students.trainer import (
 from kdcache.train.config import TrainConfig
 from kdcache.train.module import Distiller, fit_terms
 from kdcache.train.plan import report_start
-from kdcache.train.prepare import check_device, micro_batches, num_steps, open_training_cache, training_objective
+from kdcache.train.prepare import (
+    check_device,
+    check_processes,
+    micro_batches,
+    num_steps,
+    open_training_cache,
+    training_objective,
+    uses_cpu,
+)
 
 
 @dataclass(frozen=True)
@@ -109,9 +117,7 @@ def train_student(
 
 
 def _print_report(config: TrainConfig, cache: Cache, trainer: DistillationTrainer, objective: Objective) -> None:
-    report = report_start(
-        config, cache, trainer.module, objective, trainer.args.process_index, trainer.args.world_size
-    )
+    report = report_start(config, cache, trainer.module, objective, trainer.args.process_index, trainer.args.world_size)
     for line in report.summary():
         tqdm.write(line, file=sys.stderr)
 
@@ -124,6 +130,7 @@ def _make_trainer(
     callbacks: Sequence[TrainerCallback],
 ) -> tuple[DistillationTrainer, MicroBatches]:
     args = _arguments(config)
+    check_processes(args.world_size)
     batches = micro_batches(config, cache, args.process_index, args.world_size)
     args.max_steps = num_steps(config, batches)
     args.warmup_steps = math.ceil(config.warmup_ratio * args.max_steps)
@@ -157,7 +164,7 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
         max_grad_norm=config.max_grad_norm,
         bf16=config.precision == "bf16",
         seed=config.seed,
-        use_cpu=config.device == "cpu",
+        use_cpu=uses_cpu(config),
         logging_steps=config.logging_steps,
         save_steps=config.save_steps,
         save_total_limit=config.save_total_limit,
