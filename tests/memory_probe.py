@@ -1,0 +1,40 @@
+"""The memory that a run takes, in a process of its own.
+
+As a script (``python -m tests.memory_probe warm.json run.json``): trains the first configuration once so that all
+libraries are loaded, then the second for two steps, and prints by how many bytes the process has grown at most.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import TrainerCallback
+
+from tests.train_runs import train
+
+
+class Stop(TrainerCallback):
+    """Print what the process has grown by after two steps, and leave without saving."""
+
+    def __init__(self, before: int) -> None:
+        self.before = before
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            print(peak - self.before, flush=True)
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warm, values = (json.loads(Path(path).read_text()) for path in sys.argv[1:])
+    train(warm)
+    train(values, callbacks=[Stop(psutil.Process().memory_info().rss)])
