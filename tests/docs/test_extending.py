@@ -42,7 +42,7 @@ def namespace() -> dict[str, Any]:
     return names
 
 
-def test_loss_of_the_page_is_the_total_variation(namespace: dict[str, Any]) -> None:
+def test_loss_of_the_page_is_the_squared_hellinger_distance(namespace: dict[str, Any]) -> None:
     loss, logprobs, teacher = (namespace[name] for name in ("loss", "teacher_logprobs", "teacher"))
     assert isinstance(loss, Loss)
     student = torch.randn(logprobs.shape).log_softmax(-1)
@@ -51,7 +51,7 @@ def test_loss_of_the_page_is_the_total_variation(namespace: dict[str, Any]) -> N
         head = logprobs_PV.exp().gather(1, teacher.ids_PK)
         return torch.cat([head, 1 - head.sum(1, keepdim=True)], 1)
 
-    expected = (buckets(student) - buckets(logprobs)).abs().sum(1) / 2
+    expected = (buckets(student).sqrt() - buckets(logprobs).sqrt()).square().sum(1) / 2
     torch.testing.assert_close(loss.values(ChunkView(student, teacher)), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -97,7 +97,7 @@ def test_loss_of_the_page_is_refused_where_draws_stand_for_the_tail(namespace: d
 
 
 def test_examples_leave_the_tables_alone(namespace: dict[str, Any]) -> None:
-    assert "total_variation" not in LOSSES
+    assert "hellinger" not in LOSSES
     assert "one-byte" not in TOPK_CODECS
 
 
@@ -116,7 +116,7 @@ def test_tables_are_where_the_page_says() -> None:
 
 def test_page_shows_the_table_of_losses_with_one_row_more() -> None:
     shown = [line.split('"')[1] for line in PAGE.splitlines() if line.startswith('        "')]
-    assert shown == [*LOSSES, "total_variation"]
+    assert shown == [*LOSSES, "hellinger"]
 
 
 def test_names_that_the_prose_relies_on_exist() -> None:
