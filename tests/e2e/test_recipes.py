@@ -26,19 +26,24 @@ def kdcache(*arguments: str) -> str:
 
 
 def test_every_recipe_is_tested() -> None:
-    assert {path.parent.name for path in (ROOT / "pipelines").glob("*/run.sh")} == {"causal_lm"}
+    assert {path.parent.name for path in (ROOT / "pipelines").glob("*/run.sh")} == {"causal_lm", "progressive"}
+
+
+def run_recipe(name: str, output: Path) -> None:
+    """Run a recipe in its smoke size."""
+    environment = {**os.environ, "SMOKE": "1", "OUTPUT": str(output), "PYTHON": sys.executable}
+    environment.pop("OMP_NUM_THREADS", None)
+    done = subprocess.run(
+        ["bash", f"pipelines/{name}/run.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
     """Output of pipelines/causal_lm/run.sh in its smoke size."""
     output = tmp_path_factory.mktemp("recipe")
-    environment = {**os.environ, "SMOKE": "1", "OUTPUT": str(output), "PYTHON": sys.executable}
-    environment.pop("OMP_NUM_THREADS", None)
-    done = subprocess.run(
-        ["bash", "pipelines/causal_lm/run.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_recipe("causal_lm", output)
     return output
 
 
@@ -74,6 +79,33 @@ def test_recipe_cache_is_the_teachers(recipe: Path) -> None:
 def test_run_again_does_nothing_twice(recipe: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (recipe / "cache").rglob("*.zip")}
     assert before
-    environment = {**os.environ, "SMOKE": "1", "OUTPUT": str(recipe), "PYTHON": sys.executable}
-    subprocess.run(["bash", "pipelines/causal_lm/run.sh"], cwd=ROOT, env=environment, check=True, capture_output=True)
+    run_recipe("causal_lm", recipe)
     assert {path: path.stat().st_mtime_ns for path in (recipe / "cache").rglob("*.zip")} == before
+
+
+def test_progressive_recipe_goes_on_from_the_same_cache(recipe: Path) -> None:
+    kept = [*(recipe / "cache").rglob("*.zip"), recipe / "student-kd" / "model.safetensors"]
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    run_recipe("progressive", recipe)
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+    table = (recipe / "progressive.md").read_text()
+    assert "student-kd" in table
+    assert "student-progressive" in table
+    plain, progressive = (
+        json.loads((recipe / name / "kdcache_run.json").read_text()) for name in ("student-kd", "student-progressive")
+    )
+    assert plain["settings"]["steps"] == progressive["settings"]["steps"] == 20
+    differing = {name for name, value in plain["settings"].items() if progressive["settings"][name] != value}
+    assert differing == {"curriculum", "objective"}
+    evaluation = json.loads(
+        kdcache(
+            "evaluate",
+            "--cache",
+            f"{recipe}/held-out-cache",
+            "--student",
+            f"{recipe}/student-progressive",
+            "--json",
+            "-q",
+        )
+    )
+    assert evaluation["students"][0]["loss"] < 10.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from kdcache.cache import open_cache
-from kdcache.config import build
+from kdcache.config import build, load
 from kdcache.errors import ConfigError
 from kdcache.train import TrainConfig, plan_training, prepare
 from tests.cli.conftest import run  # noqa: F401  (a fixture)
@@ -174,3 +175,14 @@ def test_options_of_the_command(run, cache_path, tmp_path):  # noqa: F811
     record = json.loads((tmp_path / "run" / "kdcache_run.json").read_text())
     assert record["config"]["curriculum"]["by"] == "num_positions"
     assert record["config"]["where"] == "num_positions > 6"
+
+
+def test_the_progressive_recipe_differs_from_the_plain_one_in_two_settings():
+    recipes = Path(__file__).parents[2] / "pipelines"
+    files = [recipes / "causal_lm" / "train.yaml", recipes / "progressive" / "progressive.yaml"]
+    plain, progressive = (load(TrainConfig, file=file, options={"cache": "c", "output": "o"}) for file in files)
+    assert progressive.curriculum is not None
+    assert progressive.objective.forward_kl.at(0.0).temperature == 4
+    assert progressive.objective.forward_kl.at(1.0) == plain.objective.forward_kl
+    objective = progressive.objective.model_copy(update={"forward_kl": plain.objective.forward_kl})
+    assert progressive.model_copy(update={"curriculum": None, "objective": objective}) == plain
