@@ -33,6 +33,9 @@ class Part(Scheduled, ABC):
     some positions (default: all).
     """
 
+    needs: ClassVar[str]
+    """What of the teacher the part is made of, in words."""
+
     weight: Weight
     select: Select | None = None
 
@@ -53,8 +56,7 @@ class Loss(Part):
     is_divergence: ClassVar[bool]
     """Whether the loss is 0 exactly when student and teacher agree on the K + 1 outcomes."""
 
-    needs: ClassVar[str] = "the probabilities of the kept ids and of their tail"
-    """What of the teacher the loss is made of, in words."""
+    needs = "the probabilities of the kept ids and of their tail"
 
     ignores_draws: ClassVar[bool] = False
     """Whether the loss reads no draws but only the exact kept ids before them (see ``TeacherContext.num_kept``)."""

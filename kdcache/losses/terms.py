@@ -18,7 +18,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -107,9 +106,6 @@ class Term(Part):
 
     At weight 0, where a term is measured and not trained on, its parameters stay as they are.
     """
-
-    needs: ClassVar[str]
-    """What of the teacher the term is made of, in words."""
 
     @abstractmethod
     def build(self, context: TeacherContext, student_widths: Sequence[int], generator: torch.Generator) -> TermModule:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from kdcache.losses import LayerStates, Objective, TeacherRows
+from kdcache.losses.schedules import highest
 from kdcache.students import Student
 from kdcache.students.trainer import Distillation
+
+log = logging.getLogger(__name__)
 
 
 class Distiller(Distillation):
@@ -41,5 +45,12 @@ def fit_terms(objective: Objective, student: Student, seed: int) -> None:
 
     Raises ``ConfigError`` when a term does not fit the student, ``StudentError`` when that has no states to compare.
     """
-    if objective.config.terms:
-        objective.build_terms(student.layer_widths(), seed)
+    if not objective.config.terms:
+        return
+    objective.build_terms(student.layer_widths(), seed)
+    if not any(highest(loss.weight) > 0 for loss in objective.config.losses.values()):
+        log.warning(
+            "the objective has no loss beside %s, so the student's LM head learns nothing: whoever gives a weight "
+            "gives them all (objective.forward_kl.weight=0.9, say)",
+            " and ".join(objective.config.terms),
+        )

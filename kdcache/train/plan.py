@@ -181,7 +181,7 @@ def _term(run: _Run, name: str, part: Part, kept_mass: float, measured: Measured
         temperature_end=getattr(last, "temperature", None),
         mode=_mode(first, run),
         tail=getattr(first, "tail", None),
-        needs=part.needs if isinstance(part, Loss) else "hidden states of the teacher",
+        needs=part.needs,
         uses_teacher=uses_teacher,
         kept_mass=min(known) if known else None,
         value=measured.mean(measured.term_sums[name]),
