@@ -44,14 +44,6 @@ SPLITS = [(4, 1), (1, 4), (2, 3), (1, 7)]
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class World:
     """A teacher, its cache of four sequences of 55 positions, and pretrained students."""
 

@@ -5,6 +5,7 @@ As a script (``python -m tests.train_runs runs.json recorded.pt``) it is one ran
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -158,6 +159,7 @@ def _main(runs_file: str, recorded_file: str) -> None:
     import tests.families  # noqa: F401  (registers a model of the tests' own)
 
     torch.set_num_threads(1)
+    gc.freeze()
     recorded = {}
     runs, not_multiplied = json.loads(Path(runs_file).read_text())
     for name, values in runs.items():
