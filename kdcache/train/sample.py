@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kdcache.cache import Cache
 from kdcache.config import Config
-from kdcache.losses import LayerStates, Objective, TeacherRows, score_positions
+from kdcache.losses import LayerStates, Objective, Select, TeacherRows, score_positions
 from kdcache.students.batches import MicroBatches
 from kdcache.students.trainer import Distillation
 
@@ -146,10 +146,18 @@ def measure(
 
 
 def _student_values(module: Distillation, objective: Objective, batch: Batch) -> dict[str, Tensor]:
-    """Return the value of each loss at every position, [P], and the student's own loss under the empty name."""
-    student, rows = module.student, TeacherRows.from_batch(batch)
-    scores = score_positions(student.hidden(batch), student.head, rows, objective.losses, context=objective.context)
-    return {**scores.losses, "": -scores.gold_logprob_P}
+    """Return the value of each loss at every position, [P], and the student's own loss under the empty name.
+
+    As in training, a loss that looks at selected positions only is 0 at the others.
+    """
+    student, rows, losses = module.student, TeacherRows.from_batch(batch), objective.losses
+    scores = score_positions(student.hidden(batch), student.head, rows, losses, context=objective.context)
+    values = {name: _selected(values_P, losses[name].select, rows) for name, values_P in scores.losses.items()}
+    return values | {"": -scores.gold_logprob_P}
+
+
+def _selected(values_P: Tensor, select: Select | None, rows: TeacherRows) -> Tensor:
+    return values_P if select is None else torch.where(select.mask(rows), values_P, 0.0)
 
 
 def _add(measured: Measured, values: Mapping[str, Tensor], batch: Batch) -> None:
