@@ -20,6 +20,7 @@ from kdcache.cache import Cache
 from kdcache.cache.filters import select_sequences
 from kdcache.losses import CrossEntropy, Loss, Objective, Part
 from kdcache.losses.modes import TemperedLoss
+from kdcache.losses.schedules import highest
 from kdcache.models.loading import pick_device
 from kdcache.students import Student, load_student
 from kdcache.students.batches import MicroBatches, training_loader
@@ -183,6 +184,7 @@ def _term(run: _Run, name: str, part: Part, kept_mass: float, measured: Measured
         tail=getattr(first, "tail", None),
         needs=part.needs,
         uses_teacher=uses_teacher,
+        is_trained=highest(part.weight) > 0,
         kept_mass=min(known) if known else None,
         value=measured.mean(measured.term_sums[name]),
         ms_per_1000_positions=None if cost_s is None else 1e6 * cost_s,

@@ -29,7 +29,8 @@ _GIB = 1 << 30
 class TermReport(Config):
     """One term of the objective: its settings as this cache resolves them, and what it is before the first step.
 
-    ``weight`` and ``temperature`` at the first step, with ``_end`` at the last (they differ where there is a schedule).
+    ``weight`` and ``temperature`` at the first step, with ``_end`` at the last (they differ where there is a schedule);
+    ``is_trained`` says whether the weight is above 0 at any time.
     ``kept_mass`` is the teacher's mass on the ids that the term compares one by one, at its temperature and lowest over
     the run; None where draws stand for the teacher or the teacher plays no part. ``value`` is the mean per position on
     the sample, unweighted; ``ms_per_1000_positions`` the time that the term adds to the others, where it was measured.
@@ -44,6 +45,7 @@ class TermReport(Config):
     tail: str | None
     needs: str
     uses_teacher: bool
+    is_trained: bool
     kept_mass: float | None
     value: float
     ms_per_1000_positions: float | None
@@ -123,7 +125,7 @@ def course(start: float | None, end: float | None) -> str | None:
 
 def _about_losses(report: TrainingReport) -> Iterator[str]:
     student, teacher, guessing = report.sample.student_loss, report.sample.teacher_loss, math.log(report.vocab_size)
-    distils = any(term.uses_teacher for term in report.terms)
+    distils = any(term.uses_teacher and term.is_trained for term in report.terms)
     if not math.isfinite(student):
         yield (
             f"the student's loss at the start is {student}: its weights or its precision cannot take these texts, and "
@@ -146,7 +148,7 @@ def _about_losses(report: TrainingReport) -> Iterator[str]:
 def _about_kept_mass(report: TrainingReport) -> Iterator[str]:
     for term in report.terms:
         mass = term.kept_mass
-        if mass is None or max(term.weight, term.weight_end) == 0:
+        if mass is None or not term.is_trained:
             continue
         at, cooler = (" at its temperature", "a lower temperature, or ") if term.mode == "grid" else ("", "")
         kept = f"{term.name}: the kept ids hold {mass:.0%} of the teacher's mass{at}"
