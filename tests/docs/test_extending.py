@@ -7,7 +7,7 @@ import torch
 from kdcache.cli import COMMANDS
 from kdcache.codecs import HIDDEN_CODECS, TOPK_CODECS, TargetsCodec
 from kdcache.corpus.sources import FORMATS
-from kdcache.losses import LOSSES, MEASURES, SCHEDULES, ChunkView, Loss, TeacherContext, allowed
+from kdcache.losses import LOSSES, MEASURES, SCHEDULES, TERMS, ChunkView, Loss, TeacherContext, allowed
 from kdcache.presets import PRESETS
 from kdcache.schema import Kind, TargetsRecord
 from kdcache.students.sizes import SIZES
@@ -19,6 +19,7 @@ from tests.synthetic import random_targets
 PAGE = (DOCS / "extending.md").read_text()
 TABLES = {
     "LOSSES": LOSSES,
+    "TERMS": TERMS,
     "SCHEDULES": SCHEDULES,
     "MEASURES": MEASURES,
     "TOPK_CODECS": TOPK_CODECS,

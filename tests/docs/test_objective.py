@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from kdcache.config import Config, build
-from kdcache.losses import MEASURES, SCHEDULES, Objective, ObjectiveConfig, TeacherContext
+from kdcache.losses import MEASURES, SCHEDULES, TERMS, Objective, ObjectiveConfig, TeacherContext
 from kdcache.losses.schedules import Schedule
 from kdcache.teaching import SAMPLE_POSITIONS
 from tests.docs.pages import DOCS, blocks, rows, sections
@@ -23,11 +23,13 @@ class Settings(Config):
 @pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_examples_are_objectives_of_a_top_k_cache(example: str) -> None:
     config = build(Settings, yaml.safe_load(example)).objective
-    Objective(config.resolve(dict.fromkeys(config.shares, torch.arange(10.0))), context=TeacherContext())
+    context = TeacherContext(num_layers=12, layer_widths={4: 16, 8: 16, 12: 16})
+    objective = Objective(config.resolve(dict.fromkeys(config.shares, torch.arange(10.0))), context=context)
+    objective.build_terms(student_widths=(8,) * 7, seed=0)
 
 
 def test_there_are_examples_of_everything() -> None:
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
     assert any("select" in example and "schedule" in example for example in EXAMPLES)
 
 
@@ -47,6 +49,10 @@ def test_table_of_schedules_is_that_of_the_code() -> None:
             f"`{field}`" if info.is_required() else f"`{field}` ({info.default:g})" for field, info in fields.items()
         ]
         assert settings.replace(";", ",") == ", ".join(written)
+
+
+def test_table_of_terms_is_that_of_the_code() -> None:
+    assert list(rows(sections(PAGE)["Terms over hidden states"])) == list(TERMS)
 
 
 def test_table_of_measures_is_that_of_the_code() -> None:

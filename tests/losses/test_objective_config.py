@@ -5,7 +5,7 @@ import torch
 
 from kdcache.config import Config, load
 from kdcache.errors import ConfigError
-from kdcache.losses import LOSSES, ObjectiveConfig, TeacherRows
+from kdcache.losses import LOSSES, TERMS, ObjectiveConfig, TeacherRows
 
 
 class Settings(Config):
@@ -17,7 +17,7 @@ def objective(*assignments: str) -> dict:
 
 
 def test_one_field_per_row_of_the_table():
-    assert list(ObjectiveConfig.model_fields) == list(LOSSES)
+    assert list(ObjectiveConfig.model_fields) == [*LOSSES, *TERMS]
     assert len(LOSSES) >= 2
 
 
