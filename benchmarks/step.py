@@ -47,7 +47,28 @@ SIZES: dict[str, dict[str, int]] = {
     },
 }
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-PLAIN = "plain cross-entropy (HF)"
+PLAIN = "plain"
+
+
+_PAGE = """# What a step costs
+
+Written by `python -m benchmarks.step --docs docs`; do not edit it by hand.
+
+| | |
+|---|---|
+| step | {step} |
+| machine | {machine} |
+
+{table}
+
+- A *step* is forward, backward and AdamW on one batch of random texts; reading and decoding the cache are not in it
+  (`python -m benchmarks.reader`: a few milliseconds for such a batch).
+- *time / plain*: median, smallest and largest ratio to Hugging Face's own cross-entropy step of the same student in
+  the same round; all ways take turns within a round.
+- *peak*: the most memory of a process above weights, gradients and the two moments of AdamW, each way in a process of
+  its own. Dense KD holds the teacher's distribution of the batch, online KD runs the teacher (135M, bfloat16).
+- *naive sparse KD* is the bucket loss as it is usually written: log-softmax over all logits, then a gather.
+"""
 
 
 @dataclass
@@ -72,7 +93,7 @@ class Setting:
             loss = loss_of(self)
         loss.backward()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad()
         return float(loss.detach())
 
 
@@ -118,7 +139,8 @@ def online(setting: Setting) -> Tensor:
     """KD with the teacher's forward in every step."""
     with torch.no_grad():
         teacher_BLV = setting.teacher.model(**setting.inputs, use_cache=False).logits
-        probs_PV = teacher_BLV.float().flatten(0, 1)[setting.batch["rows"]].softmax(-1)
+        known_BLV = teacher_BLV[..., : setting.student.vocab_size]  # a teacher's head may have padding rows
+        probs_PV = known_BLV.float().flatten(0, 1)[setting.batch["rows"]].softmax(-1)
     return _dense(full_logits(setting), probs_PV, setting.rows.labels_P)
 
 
@@ -131,16 +153,21 @@ def _objective(**terms: Any) -> ObjectiveConfig:
     return ObjectiveConfig.model_validate(terms)
 
 
-WAYS: dict[str, Callable[[Setting], Tensor]] = {
-    PLAIN: plain,
-    "kdcache, CE + KD": distil(_objective(forward_kl={"weight": 0.9}, cross_entropy={"weight": 0.1})),
-    "kdcache, CE alone": distil(_objective(cross_entropy={"weight": 1.0})),
-    "kdcache, CE + KD at T = 2": distil(
-        _objective(forward_kl={"weight": 0.9, "temperature": 2.0}, cross_entropy={"weight": 0.1})
+#: Name -> (heading, what makes the loss).
+WAYS: dict[str, tuple[str, Callable[[Setting], Tensor]]] = {
+    PLAIN: ("plain cross-entropy (HF)", plain),
+    "kdcache": (
+        "kdcache, CE + KD",
+        distil(_objective(forward_kl={"weight": 0.9}, cross_entropy={"weight": 0.1})),
     ),
-    "naive sparse KD": naive,
-    "dense KD": dense,
-    "online KD": online,
+    "kdcache-ce": ("kdcache, CE alone", distil(_objective(cross_entropy={"weight": 1.0}))),
+    "kdcache-t2": (
+        "kdcache, CE + KD at T = 2",
+        distil(_objective(forward_kl={"weight": 0.9, "temperature": 2.0}, cross_entropy={"weight": 0.1})),
+    ),
+    "naive": ("naive sparse KD", naive),
+    "dense": ("dense KD", dense),
+    "online": ("online KD", online),
 }
 
 
@@ -158,6 +185,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--teacher", default=gguf_path(), help="of online KD; hub id, directory or GGUF file")
     parser.add_argument("--no-memory", action="store_true", help="measure times only")
+    parser.add_argument("--docs", metavar="DIR", help="write step.md there")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.threads:
@@ -171,6 +199,23 @@ def main() -> None:
         runs[size] = found
         rows += [_row(size, name, found) for name in found]
     report.show(f"A step of {options.sequences} x {options.length} positions", rows, {"runs": runs}, options.json)
+    if options.docs:
+        path = Path(options.docs) / "step.md"
+        path.write_text(page(options, rows))
+        print(f"written to {path}")
+
+
+def page(options: Any, rows: list[dict[str, Any]]) -> str:
+    columns = list(rows[0])
+    cells = [[f"{v:,.0f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    rule = [":--", ":--", *["--:"] * (len(columns) - 2)]
+    machine = ", ".join(f"{key} {value}" for key, value in report.machine().items() if value is not None)
+    return _PAGE.format(
+        step=f"{options.sequences} x {options.length} positions, {options.vocab_size:,} ids, K = {options.top_k}, "
+        f"{options.precision}, {options.rounds} rounds",
+        machine=machine,
+        table="\n".join(f"| {' | '.join(line)} |" for line in (columns, rule, *cells)),
+    )
 
 
 def measure(options: Any, size: str) -> dict[str, dict[str, Any]]:
@@ -185,14 +230,18 @@ def measure(options: Any, size: str) -> dict[str, dict[str, Any]]:
     del setting
     gc.collect()
     memory = {} if options.no_memory else {name: _memory(options, size, name) for name in options.ways}
-    return {name: {"seconds": seconds[name], **memory.get(name, {})} for name in options.ways}
+    num_positions = options.sequences * options.length
+    return {
+        name: {"seconds": seconds[name], "num_positions": num_positions, **memory.get(name, {})}
+        for name in options.ways
+    }
 
 
 def _timed(setting: Setting, name: str) -> float:
     gc.collect()
     _synchronise(setting.device)
     started_s = time.perf_counter()
-    setting.step(WAYS[name])
+    setting.step(WAYS[name][1])
     _synchronise(setting.device)
     return time.perf_counter() - started_s
 
@@ -204,7 +253,9 @@ def _synchronise(device: torch.device) -> None:
 
 def _row(size: str, name: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     seconds, peak = found[name]["seconds"], found[name].get("peak_bytes")
-    cells: dict[str, Any] = {"student": size, "way": name, "ms": f"{1000 * statistics.median(seconds):,.0f}"}
+    middle = statistics.median(seconds)
+    cells: dict[str, Any] = {"student": size, "step": WAYS[name][0], "ms": f"{1000 * middle:,.0f}"}
+    cells["tokens/s"] = found[name]["num_positions"] / middle
     if PLAIN in found:
         ratios = sorted(a / b for a, b in zip(seconds, found[PLAIN]["seconds"], strict=True))
         cells["time / plain"] = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
@@ -241,7 +292,7 @@ def peak_bytes(options: Any) -> dict[str, int]:
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
         highest = lambda: _status("VmHWM")  # noqa: E731
     for _ in range(2):
-        setting.step(WAYS[options.memory_of])
+        setting.step(WAYS[options.memory_of][1])
     return {"peak_bytes": highest() - before - own, "num_parameters": num_parameters}
 
 
@@ -273,10 +324,10 @@ def make_setting(options: Any, size: str, ways: list[str]) -> Setting:
         device,
         options.precision,
     )
-    if "dense KD" in ways:
+    if "dense" in ways:
         probs_PV = torch.zeros(len(rows.ids_PK), options.vocab_size)
         setting.teacher_probs_PV = probs_PV.scatter_(1, rows.ids_PK, rows.logprobs_PK.exp()).to(device)
-    if "online KD" in ways:
+    if "online" in ways:
         config = TeacherConfig(model=options.teacher, dtype="bfloat16", device=options.device)
         setting.teacher = load_teacher(config, options.vocab_size)
     return setting
