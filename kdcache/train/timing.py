@@ -22,7 +22,7 @@ from kdcache.students.trainer import Distillation
 from kdcache.train.sample import Batch, Probe
 
 #: Seconds after which no further measurement of a kind begins.
-_BUDGET_S = 2.0
+_BUDGET_S = 1.0
 _ROUNDS = 3
 
 
