@@ -15,7 +15,8 @@ from kdcache.errors import ConfigError, StudentError
 from kdcache.losses import Objective, ObjectiveConfig, TeacherRows
 from kdcache.students import StudentConfig, load_student
 from kdcache.students.batches import to_tensors
-from kdcache.train import TrainConfig
+from kdcache.students.term_file import TERMS_FILE
+from kdcache.train import TrainConfig, plan_training
 from tests.tiny import bpe_tokenizer, llama, make_cache, random_sequences
 from tests.train_runs import Recorder, settings, train
 
@@ -208,6 +209,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, cache, base):
         assert (tmp_path / "part" / place).read_bytes() == (tmp_path / "whole" / place).read_bytes()
 
 
+def test_adapters_and_the_maps_of_hidden_states_are_trained_together(tmp_path, dumped):
+    llama(VOCAB_SIZE + 22, seed=4, width=32).save_pretrained(tmp_path / "base")
+    changes = {"objective": {"hidden_mse": {"weight": 1.0}}, "max_steps": 4, "save_steps": 1}
+    recorder = Recorder(trained_only=True)
+    train(lora_settings(dumped, tmp_path / "base", tmp_path / "whole", **changes), callbacks=[recorder])
+    names = set(recorder.gradients[0])
+    assert {name.split(".")[0] for name in names if "lora_" not in name} == {"terms"}
+    assert all(gradient.abs().sum() > 0 for name, gradient in recorder.gradients[1].items() if "layers.0" in name)
+    part = lora_settings(dumped, tmp_path / "base", tmp_path / "part", **changes)
+    with pytest.raises(KeyboardInterrupt):
+        train(part, callbacks=[Interrupt()])
+    train(part, resume=True)
+    for place in ("model.safetensors", "adapter/adapter_model.safetensors", TERMS_FILE):
+        assert (tmp_path / "part" / place).read_bytes() == (tmp_path / "whole" / place).read_bytes()
+
+
 def test_a_checkpoint_is_an_adapter_of_the_base(tmp_path, cache, base):
     recorder = Recorder(trained_only=True)
     train(lora_settings(cache, base, tmp_path / "out", save_steps=2), callbacks=[recorder])
@@ -227,6 +244,13 @@ def test_a_run_whose_last_checkpoint_is_its_last_step_only_saves(tmp_path, cache
     model.unlink()
     train(values, resume=True)
     assert model.read_bytes() == expected
+
+
+def test_a_dry_run_tells_what_is_trained_of_how_much(tmp_path, cache, base):
+    student = student_of(cache, base)
+    plan = plan_training(build(TrainConfig, lora_settings(cache, base, tmp_path / "out")))
+    assert plan.num_parameters == AutoModelForCausalLM.from_pretrained(base).num_parameters()
+    assert plan.num_trainable_parameters == student.num_trainable_parameters < plan.num_parameters
 
 
 def test_resuming_with_other_adapters_is_refused(tmp_path, cache, base):
