@@ -123,7 +123,7 @@ class ChunkView:
             return (self.student_logits_CK / temperature).log_softmax(1), None
         rest_C = self._coarse(None, temperature)[1]
         head_CK = self.student_logits_CK / temperature
-        lse_C = torch.logaddexp(head_CK.logsumexp(1), rest_C)
+        lse_C = torch.logaddexp(_logsumexp(head_CK), rest_C)
         return head_CK - lse_C[:, None], rest_C - lse_C
 
     def _coarse(self, spread: Spread | None = None, temperature: float = 1.0) -> tuple[Tensor, ...]:
@@ -147,7 +147,12 @@ class ChunkView:
 
     @cached_property
     def _head_lse_C(self) -> Tensor:
-        return self.student_logits_CK.logsumexp(1)
+        return _logsumexp(self.student_logits_CK)
+
+
+def _logsumexp(logits_CK: Tensor) -> Tensor:
+    """Return the logsumexp of each row, the lowest number (not -inf, which has no gradient) where all are -inf."""
+    return logits_CK.clamp(min=torch.finfo(logits_CK.dtype).min).logsumexp(1)
 
 
 class _Coarsen(torch.autograd.Function):

@@ -137,6 +137,19 @@ def test_ids_that_the_student_rules_out_are_harmless_where_the_teacher_does_too(
     assert torch.isfinite(logits_PV.grad).all()
 
 
+BOUNDED = ("reverse_kl", "jensen_shannon", "total_variation", "skew_kl", "skew_reverse_kl")
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_student_that_rules_out_all_kept_ids_has_a_finite_loss_and_gradient(name):
+    case = make_case(top_k=3, masked=False)
+    logits_PV = dense_logits(case).detach().scatter(1, case.rows.ids_PK, -torch.inf).requires_grad_()
+    values_P = values_of(LOSSES[name](weight=1.0), logits_PV, case.rows, case.context)
+    assert (torch.isfinite(values_P) & (values_P > 0)).all()
+    values_P.sum().backward()
+    assert torch.isfinite(logits_PV.grad).all()
+
+
 def test_a_tiny_tail_keeps_its_digits_in_float32():
     # 1 - sum of the kept probabilities is 0 or negative in float32 here; the tail must come from its own logits.
     student_PV = torch.tensor([[30.0, 29.0, 0.0, -1.0]])
