@@ -32,10 +32,12 @@ from kdcache.losses.view import ChunkView
 from kdcache.models.lm_head import LMHead
 from kdcache.models.products import hidden_gradient, logits_of
 
-CHUNK_POSITIONS = {"cpu": 128}
-"""Positions of a chunk by device type: on a CPU the chunk should stay near the caches, elsewhere it should fill the
-device (1,024 rows of a vocabulary of 150,000 take 0.6 GB per float32 array, of which two or three exist)."""
-CHUNK_POSITIONS_ELSEWHERE = 1024
+#: On a CPU the arrays of a chunk, of which three are alive at once, should stay where the allocator reuses them: the C
+#: library gives back whatever is free above 64 MiB, and the page faults of fresh memory cost more than a softmax.
+_CPU_CHUNK_BYTES = 20 << 20
+
+#: Elsewhere a chunk should fill the device: 1,024 rows of a vocabulary of 150,000 take 0.6 GB per float32 array.
+_DEVICE_CHUNK_POSITIONS = 1024
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,12 @@ class Work:
     context: TeacherContext = field(default_factory=TeacherContext)
 
 
-def default_chunk_positions(device: torch.device) -> int:
-    """Return how many positions to send through the head at once on ``device``."""
-    return CHUNK_POSITIONS.get(device.type, CHUNK_POSITIONS_ELSEWHERE)
+def default_chunk_positions(device: torch.device, vocab_size: int) -> int:
+    """Return how many positions to send through a head of ``vocab_size`` ids at once on ``device``."""
+    if device.type != "cpu":
+        return _DEVICE_CHUNK_POSITIONS
+    rows = _CPU_CHUNK_BYTES // (4 * vocab_size)
+    return min(max(rows - rows % 16, 32), 512)
 
 
 def weighted_sum(hidden_PD: Tensor, work: Work) -> tuple[Tensor, dict[str, Tensor]]:

@@ -184,7 +184,7 @@ class Objective:
         if len(rows_P) < teacher.num_positions:
             hidden_PD, teacher = hidden_PD.index_select(0, rows_P), teacher.select(rows_P)
         check_ids(head, teacher, self.context)
-        chunk_positions = self.chunk_positions or default_chunk_positions(hidden_PD.device)
+        chunk_positions = self.chunk_positions or default_chunk_positions(hidden_PD.device, head.vocab_size)
         self.context = self.context.to(hidden_PD.device)
         work = Work(losses, teacher, head, chunk_positions, self.context)
         total, sums = weighted_sum(hidden_PD, work) if losses else (_untrained(hidden_PD, head), {})

@@ -63,7 +63,7 @@ def score_positions(
     check_positions(hidden_PD, teacher)
     check_ids(head, teacher, context)
     hidden_PD, head = in_compute_dtype(hidden_PD, head)
-    size = chunk_positions or default_chunk_positions(hidden_PD.device)
+    size = chunk_positions or default_chunk_positions(hidden_PD.device, head.vocab_size)
     scores = _empty_scores(hidden_PD, losses)
     with torch.autocast(hidden_PD.device.type, enabled=False):
         for rows, hidden_CD, chunk_teacher in chunks(hidden_PD, teacher, size):

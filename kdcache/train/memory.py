@@ -186,7 +186,7 @@ def _loss_bytes(
     module: Distillation, objective: Objective, probe: Probe, num_positions: int, autocast: Callable[[], Any]
 ) -> int:
     """Return what the loss of ``num_positions`` takes, with what the batch holds of the teacher."""
-    chunk = objective.chunk_positions or default_chunk_positions(probe.hidden_PD.device)
+    chunk = objective.chunk_positions or default_chunk_positions(probe.hidden_PD.device, module.student.vocab_size)
     size = min(chunk, num_positions, probe.num_positions)
     whole, half = (_loss_peak(module, objective, probe.first(count), autocast) for count in (size, (size + 1) // 2))
     per_position = (whole - half) / max(size // 2, 1)
