@@ -7,7 +7,7 @@ matrix, the identity where it is square: states keep their length and their angl
 reach the student speak of its states and not of a random stretching, whatever the two widths.
 
 Some positions, "sinks" such as the first token, have states a hundred times longer than the median. In a plain MSE
-they are all of the loss, so by default every state is measured by its own size (``normalise``).
+they are all of the loss, so by default the error is measured by the size of the teacher's state (``normalise``).
 
 The value of a position is the mean over the width and over the pairs.
 
@@ -110,21 +110,17 @@ class HiddenTerm(Term):
 class HiddenMSE(HiddenTerm):
     """Mean squared error of hidden states.
 
-    ``normalise`` says what both states are divided by at each position. ``rms``: each by its own root mean square, so
-    that directions count and lengths do not; the value is then 2 x (1 - cosine). ``teacher``: both by the teacher's,
-    so that the value is the squared relative error |s - t|^2 / |t|^2 and lengths count as well. ``none``: by nothing,
-    the plain MSE of TinyBERT (Jiao et al., 2020, equation 8).
+    ``normalise`` says what both states are divided by at each position. ``teacher``: by the root mean square of the
+    teacher's, so that the value is the squared relative error |s - t|^2 / |t|^2. ``none``: by nothing, the plain MSE of
+    TinyBERT (Jiao et al., 2020, equation 8). To divide each by its own would be 2 x `HiddenCosine`.
     """
 
-    normalise: Literal["rms", "teacher", "none"] = "rms"
+    normalise: Literal["teacher", "none"] = "teacher"
 
     def compare(self, student_PD: Tensor, teacher_PD: Tensor) -> Tensor:
         """Return the mean squared error at each position, [P]."""
-        if self.normalise != "none":
-            by_teacher_P1 = _inverse_rms(teacher_PD)
-            by_student_P1 = _inverse_rms(student_PD) if self.normalise == "rms" else by_teacher_P1
-            student_PD, teacher_PD = student_PD * by_student_P1, teacher_PD * by_teacher_P1
-        return (student_PD - teacher_PD).square().mean(1)
+        squares_P = (student_PD - teacher_PD).square().mean(1)
+        return squares_P if self.normalise == "none" else squares_P / (teacher_PD.square().mean(1) + _EPS)
 
 
 class HiddenCosine(HiddenTerm):
@@ -165,10 +161,6 @@ class HiddenModule(TermModule):
             return student_PD
         mapped_PD: Tensor = self.maps[str(layer)](student_PD)
         return mapped_PD
-
-
-def _inverse_rms(states_PD: Tensor) -> Tensor:
-    return (states_PD.square().mean(1, keepdim=True) + _EPS).rsqrt()
 
 
 def _orthogonal(width: int, teacher_width: int, generator: torch.Generator) -> nn.Linear:

@@ -168,6 +168,8 @@ def _read_resumed(output: str | Path) -> dict[str, Any] | None:
 
 
 def _check_same_run(before: Mapping[str, Any], after: Mapping[str, Any], output: str | Path) -> None:
+    # A setting of None is one that is not there: a newer version may know more of them.
+    before, after = _given(before), _given(after)
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     if not changed:
         return
@@ -176,6 +178,13 @@ def _check_same_run(before: Mapping[str, Any], after: Mapping[str, Any], output:
         f"cannot resume {output} with other settings: {'; '.join(lines)}. Repeat those of the run "
         f"({RUN_FILE} holds them), or begin a new run that starts from this student (student.model: {output})"
     )
+
+
+def _given(settings: Any) -> Any:
+    """Return ``settings`` without those that are None, at any depth."""
+    if not isinstance(settings, Mapping):
+        return settings
+    return {name: _given(value) for name, value in settings.items() if value is not None}
 
 
 def _versions() -> dict[str, str]:

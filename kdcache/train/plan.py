@@ -35,6 +35,7 @@ from kdcache.train.prepare import (
     num_steps,
     open_training_cache,
     training_objective,
+    warn_of_rereading,
 )
 from kdcache.train.report import TermReport, TrainingReport
 from kdcache.train.sample import SAMPLE_POSITIONS, Batch, Measured, Probe, first_batches, measure
@@ -91,6 +92,7 @@ def plan_training(config: TrainConfig) -> TrainingReport:
         student.checkpoint_activations()
     fit_terms(objective, student, config.seed)
     module = Distiller(student, objective).to(pick_device(config.device))
+    warn_of_rereading(config, cache, module.hidden_fields)
     run = _Run(config, cache, student, objective, module, micro_batches(config, cache))
     return _report(run, is_timed=True)
 

@@ -24,20 +24,19 @@ from kdcache.train.config import TrainConfig
 log = logging.getLogger(__name__)
 
 
-def open_training_cache(config: TrainConfig, hidden: Iterable[str] = ()) -> Cache:
-    """Open the cache with room for the shards that a step may reach into.
-
-    ``hidden`` are the hidden-state fields that training reads. Warns when a curriculum cannot have all shards open.
-    """
+def open_training_cache(config: TrainConfig) -> Cache:
+    """Open the cache with room for the shards that a step may reach into."""
     # A step may reach from one shuffle window into the next.
     cache = open_cache(config.cache, max_open_shards=2 * config.shuffle_window)
     if config.curriculum is not None:
         cache.max_open_shards = max(cache.manifest.num_shards, 1)
-        _warn_of_many_bytes(cache, hidden)
     return cache
 
 
-def _warn_of_many_bytes(cache: Cache, hidden: Iterable[str]) -> None:
+def warn_of_rereading(config: TrainConfig, cache: Cache, hidden: Iterable[str]) -> None:
+    """Warn when a curriculum cannot have all shards open; ``hidden`` are the hidden-state fields that are read too."""
+    if config.curriculum is None:
+        return
     num_bytes = cache.encoded_bytes(hidden)
     if num_bytes > OPEN_BYTES:
         log.warning(

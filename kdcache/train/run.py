@@ -49,6 +49,7 @@ from kdcache.train.prepare import (
     open_training_cache,
     training_objective,
     uses_cpu,
+    warn_of_rereading,
 )
 
 
@@ -131,6 +132,7 @@ def _make_trainer(
 ) -> tuple[DistillationTrainer, MicroBatches]:
     args = _arguments(config)
     check_processes(args.world_size)
+    warn_of_rereading(config, cache, module.hidden_fields)
     batches = micro_batches(config, cache, args.process_index, args.world_size)
     args.max_steps = num_steps(config, batches)
     args.warmup_steps = math.ceil(config.warmup_ratio * args.max_steps)

@@ -152,10 +152,12 @@ def test_a_curriculum_keeps_all_shards_open_and_warns_when_they_are_too_many(cac
     config = config_of(cache_path, shuffle_window=1, curriculum={})
     assert prepare.open_training_cache(config).max_open_shards == 3
     assert not caplog.records
+    cache = open_cache(str(cache_path))
+    prepare.warn_of_rereading(config, cache, ())
     monkeypatch.setattr(prepare, "OPEN_BYTES", 1000)
-    prepare.open_training_cache(plain)
+    prepare.warn_of_rereading(plain, cache, ())
     assert not caplog.records
-    prepare.open_training_cache(config)
+    prepare.warn_of_rereading(config, cache, ())
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "batches will read shards again and again" in caplog.text
 
