@@ -276,6 +276,23 @@ def test_resume_of_a_finished_run_gives_its_result_again(tmp_path, caches):
     assert train(values, resume=True) == train(values, resume=True)
 
 
+def without_none(data):
+    return {k: without_none(v) for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+
+
+def test_a_run_of_a_version_that_knew_fewer_settings_can_be_resumed(tmp_path, caches):
+    values = settings(caches[8], tmp_path / "out")
+    first = train(values)
+    path = tmp_path / "out" / "kdcache_run.json"
+    record = json.loads(path.read_text())
+    older = {**record, "settings": without_none(record["settings"])}
+    assert older != record
+    path.write_text(json.dumps(older))
+    assert train(values, resume=True) == first
+    with pytest.raises(ConfigError, match="where was None and is 'num_positions > 1'"):
+        train({**values, "where": "num_positions > 1"}, resume=True)
+
+
 def test_a_student_can_be_trained_further(tmp_path, caches):
     train(settings(caches[8], tmp_path / "first"))
     before = weights(tmp_path / "first")
