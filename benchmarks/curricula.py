@@ -17,12 +17,15 @@ from kdcache.cache import open_cache
 
 #: Share of the sequences that the filter drops, by teacher loss.
 DROPPED = 0.2
-_FALLING = {"schedule": "cosine", "start": 4.0, "end": 1.0}
 _EASY_FIRST = {"by": "teacher_loss", "pacing": "root", "start": 0.2, "full_at": 0.5}
 
 
 def _objective(temperature: Any = 1.0) -> dict[str, Any]:
     return {"forward_kl": {"weight": 1.0, "temperature": temperature}, "cross_entropy": {"weight": 0.0}}
+
+
+def _falling(start: float) -> dict[str, Any]:
+    return _objective({"schedule": "cosine", "start": start, "end": 1.0})
 
 
 PLAIN = "shuffled"
@@ -33,9 +36,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "easy to hard, strictly sorted": {"curriculum": {"by": "teacher_loss", "pacing": "sorted"}},
     "hard to easy": {"curriculum": {**_EASY_FIRST, "order": "hard-to-easy"}},
     "short to long": {"curriculum": {**_EASY_FIRST, "by": "num_positions"}},
+    "temperature 2": {"objective": _objective(2.0)},
+    "temperature 2 to 1": {"objective": _falling(2.0)},
     "temperature 4": {"objective": _objective(4.0)},
-    "temperature 4 to 1": {"objective": _objective(_FALLING)},
-    "progressive (easy to hard, temperature 4 to 1)": {"curriculum": _EASY_FIRST, "objective": _objective(_FALLING)},
+    "temperature 4 to 1": {"objective": _falling(4.0)},
+    "progressive (easy to hard, temperature 2 to 1)": {"curriculum": _EASY_FIRST, "objective": _falling(2.0)},
+    "progressive (easy to hard, temperature 4 to 1)": {"curriculum": _EASY_FIRST, "objective": _falling(4.0)},
     f"without the hardest {DROPPED:.0%}": {"where": DROPPED},
 }
 

@@ -31,6 +31,10 @@ def _tail(name: str) -> dict[str, Any]:
     return {"forward_kl": {"weight": 1.0, "tail": name}, "cross_entropy": {"weight": 0.0}}
 
 
+def _loss(name: str) -> dict[str, Any]:
+    return {name: {"weight": 1.0}, "cross_entropy": {"weight": 0.0}}
+
+
 #: Variant -> (preset of the cache, objective, whether the teacher is in memory).
 VARIANTS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "live teacher, full KL": ("hidden", _KL, True),
@@ -46,6 +50,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "compact, uniform": ("compact", _tail("uniform"), False),
     "compact, renormalised": ("compact", _tail("renormalise"), False),
     "compact, drop": ("compact", _tail("drop"), False),
+    "compact, reverse KL": ("compact", _loss("reverse_kl"), False),
+    "compact, Jensen-Shannon": ("compact", _loss("jensen_shannon"), False),
+    "compact, skew KL": ("compact", _loss("skew_kl"), False),
     "cross-entropy only": ("hidden", {"forward_kl": None, "cross_entropy": {"weight": 1.0}}, False),
 }
 LIVE = "live teacher, full KL"
@@ -82,7 +89,7 @@ Written by `python -m benchmarks.students TRAIN HELD_OUT --work DIR --docs docs`
   from the student with the live teacher, same seed.
 - *bytes/token* of the cache on disk, token ids, scalars and tables included.
 - *tokens/s* of training, one thread each, two students side by side on a shared machine.
-- All but the last row train on forward KL alone; none has a cross-entropy term, so that the targets are what differs.
+- All rows train on one loss alone, forward KL unless they say otherwise, so that the targets are what differs.
 """
 
 
