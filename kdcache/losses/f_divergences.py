@@ -1,7 +1,7 @@
 """Divergences other than forward KL: each a formula over two distributions on the same outcomes.
 
 Module ``outcomes`` says which outcomes; t are the teacher's probabilities of them, p the student's, both softened where
-a temperature is set, and the value is then multiplied by T^2 as in ``tempered``. None of them is linear in t, so draws
+a temperature is set, and the value is then multiplied by a power of T (`power`). None of them is linear in t, so draws
 alone cannot estimate them: such caches are refused. There is no treatment of the tail but the bucket either. A reverse
 KL over the kept ids alone would pull every other logit down, whatever the teacher thought of it.
 
@@ -37,10 +37,13 @@ class FDivergence(TemperedLoss):
     is_divergence = True
     ignores_draws = True
 
+    power: ClassVar[int] = 2
+    """The power of T that keeps the length of gradients as T grows, as in ``tempered``: T^2 for all that is smooth."""
+
     def values(self, view: ChunkView) -> Tensor:
-        """Return T^2 x the divergence of each position, [C]."""
+        """Return T^2 (see `power`) x the divergence of each position, [C]."""
         teacher_CO, student_CO = outcomes(view, self.resolved_mode(view.context), self.temperature)
-        return self.temperature**2 * self.between(_at_least(teacher_CO), _finite(student_CO))
+        return self.temperature**self.power * self.between(_at_least(teacher_CO), _finite(student_CO))
 
     @abstractmethod
     def between(self, teacher_CO: Tensor, student_CO: Tensor) -> Tensor:
@@ -95,7 +98,12 @@ class JensenShannon(FDivergence):
 
 
 class TotalVariation(FDivergence):
-    """Half the sum of |t - p|, in 0..1 and no nats: the mass that one would have to move."""
+    """Half the sum of |t - p|, in 0..1 and no nats: the mass that one would have to move.
+
+    At a temperature it is multiplied by T alone: it grows with the difference of the two, the others with its square.
+    """
+
+    power = 1
 
     def between(self, teacher_CO: Tensor, student_CO: Tensor) -> Tensor:
         return (teacher_CO.exp() - student_CO.exp()).abs().sum(1) / 2

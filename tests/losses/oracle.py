@@ -180,7 +180,8 @@ def dense_values(case: Case, loss: object) -> Tensor:
             values.append(_dense_decoupled_reverse_kl(loss, *_dense_pair(case, loss, logits_PV[row], row)))
         elif type(loss) in PAIRWISE:
             pair = _dense_pair(case, loss, logits_PV[row], row)
-            values.append(loss.temperature**2 * PAIRWISE[type(loss)](loss, *pair))
+            factor = loss.temperature if isinstance(loss, TotalVariation) else loss.temperature**2
+            values.append(factor * PAIRWISE[type(loss)](loss, *pair))
         else:
             raise AssertionError(f"the oracle does not know {loss!r}: write its formula here, densely")
     return torch.stack(values) if values else logits_PV.new_zeros(0)

@@ -213,6 +213,14 @@ def test_grid_is_below_full_and_equal_to_it_over_the_whole_vocabulary(divergence
         assert bool((full_P - grid_P).max() > 1e-3) is (top_k < 31)
 
 
+@pytest.mark.parametrize("divergence", [ForwardKL, *(type(loss) for loss in AT_ONE)])
+def test_gradients_keep_their_length_as_the_temperature_grows(divergence):
+    case = make_case(masked=False)
+    losses = [divergence(weight=1.0, mode="full", temperature=temperature) for temperature in (50.0, 100.0)]
+    at_50, at_100 = (float(values_and_gradient(loss, case, dense_logits(case))[1].norm()) for loss in losses)
+    assert at_100 == pytest.approx(at_50, rel=0.01)
+
+
 @pytest.mark.parametrize("kind", CASES)
 def test_decoupled_reverse_kl_near_temperature_one_is_the_bucket(kind):
     case = CASES[kind]()
