@@ -162,7 +162,7 @@ def test_history_shows_the_course_of_what_is_scheduled(tmp_path, cache):
     assert set(result.losses) == {"loss", "forward_kl", "cross_entropy"}
 
 
-def test_a_step_whose_weights_are_all_0_changes_nothing(tmp_path, cache):
+def test_a_step_whose_weights_are_all_0_has_no_gradient(tmp_path, cache):
     rising = {"schedule": "linear", "start": 0.0, "end": 1.0, "begin": 0.5}
     recorder = Recorder()
     values = settings(cache, tmp_path / "out", max_steps=5, objective={"forward_kl": {"weight": rising}})

@@ -104,7 +104,8 @@ class TermModule(nn.Module, ABC):
 class Term(Part):
     """Base of the settings of all terms.
 
-    At weight 0, where a term is measured and not trained on, its parameters stay as they are.
+    At weight 0, where a term is measured and not trained on, its parameters have a gradient of 0. Only the optimiser's
+    weight decay and momentum move them.
     """
 
     @abstractmethod

@@ -423,6 +423,8 @@ def test_draws_alone_are_refused_and_every_other_cache_allowed(name):
         (JensenShannon(weight=1, temperature=2), "top-k", "at temperature 2, and the cache stores the tail at temp"),
         (TotalVariation(weight=1, temperature=3), "grid", "temperatures 2, 4; use temperature 1, one of these, or a c"),
         (SkewKL(weight=1, temperature=2), "hybrid", "temperature 1 only; use temperature 1, or a cache of hidden"),
+        (SkewKL(weight=1, temperature=2), "top-k", "a dump stores the tail at others with --temperatures$"),
+        (SkewKL(weight=1, temperature=2), "hybrid", "or a cache of hidden targets$"),
         (SkewReverseKL(weight=1, mode="full"), "top-k", "mode full needs the teacher's last hidden state"),
         (ReverseKL(weight=1, mode="grid", temperature=3), "grid", "use temperature 1, one of these, or mode decoupled"),
         (ReverseKL(weight=1, temperature=2), "sampled", "it needs the probabilities of the kept ids"),
