@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -364,11 +365,15 @@ def test_device_that_is_not_there(tmp_path, caches):
         ({"epochs": 1.0}, "epochs or max_steps, not both"),
         ({"learning_rat": 1.0}, "unknown setting 'learning_rat', did you mean 'learning_rate'"),
         ({"objective": {"forward_lk": {"weight": 1}}}, "did you mean 'forward_kl'"),
+        ({"max_steps": None, "epochs": math.inf}, "'epochs'.*finite"),
+        ({"learning_rate": math.inf}, "'learning_rate'.*finite"),
+        ({"max_grad_norm": math.inf}, "'max_grad_norm'.*finite"),
         ({"batch_sequences": 0}, "batch_sequences"),
         ({"seed": -5}, "'seed'.*greater than or equal to 0"),
         ({"seed": 2**40}, "'seed'.*less than 4294967296"),
         ({"student": {"size": "nano", "seed": -5}}, "'student.seed'.*greater than or equal to 0"),
         ({"student": {"size": "nano", "model": "x"}}, "exactly one of"),
+        ({"student": {"model": ""}}, "'student.model'.*at least 1 character"),
     ],
 )
 def test_settings_that_make_no_sense(tmp_path, changes, match):

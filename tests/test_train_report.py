@@ -194,6 +194,17 @@ def test_memory_grows_with_the_micro_batch_and_shrinks_with_checkpointing(tmp_pa
 # --------------------------------------------------------------------------------------------- warnings
 
 
+def test_memory_is_that_of_the_sequences_there_are(tmp_path, cache_path):
+    def memory(**changes):
+        return report_of(cache_path, tmp_path / "out", **changes).memory.activations_bytes
+
+    assert memory(batch_sequences=10_000) == memory(batch_sequences=24)
+    assert memory(batch_sequences=10_000, gradient_accumulation=3) == memory(batch_sequences=8)
+    longest = int(open_cache(str(cache_path)).lengths_N.max())
+    short = {"where": f"num_positions <= {longest // 2}", "batch_sequences": 2}
+    assert memory(**short) < 0.7 * memory(batch_sequences=2)
+
+
 def words(report):
     return "\n".join(report.warnings)
 
@@ -333,3 +344,16 @@ def test_a_dry_run_of_the_command(run, tmp_path, cache_path):  # noqa: F811
         assert name in people.out
     assert people.out.splitlines()[-1].startswith("warning: ")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_dry_run_of_several_processes_is_that_of_their_run(run, tmp_path, cache_path, monkeypatch):  # noqa: F811
+    options = ["--cache", cache_path, "--student-size", "nano", "--output", tmp_path / "out", "--device", "cpu"]
+    options += ["--batch-sequences", 4, "--dry-run", "--json", "--quiet"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    first = json.loads(run("train-student", *options).out)
+    assert (first["sequences_per_step"], first["steps"]) == (8, 3)
+    one_alone_s = first["tokens_per_step"] / first["speed"]["tokens_per_s"]
+    assert first["speed"]["step_s"] < one_alone_s
+    monkeypatch.setenv("RANK", "1")
+    other = run("train-student", *options)
+    assert (other.code, other.out) == (0, "")

@@ -69,15 +69,18 @@ def command(
     from kdcache.train import TrainConfig, plan_training, train_student
 
     config = load(TrainConfig, file=config_file, assignments=assignments, options=_settings(given))
+    is_first = int(os.environ.get("RANK", "0")) == 0  # of several processes the first one speaks for all
     if dry_run:
         report = plan_training(config)
+        if not is_first:
+            return
         if as_json:
             options.echo_json(report.to_dict())
         else:
             _echo_report(report)
         return
     result = train_student(config, resume=resume, progress=not quiet)
-    if int(os.environ.get("RANK", "0")) > 0:  # of several processes the first one speaks for all
+    if not is_first:
         return
     if as_json:
         options.echo_json(dataclasses.asdict(result))

@@ -50,7 +50,7 @@ class MicroBatches(BatchSampler):
         self._order = order
         self._accumulation = accumulation
         self._rank = rank
-        self._num_ranks = num_ranks
+        self.num_ranks = num_ranks
 
     @property
     def num_sequences(self) -> int:
@@ -60,7 +60,12 @@ class MicroBatches(BatchSampler):
     @property
     def sequences_per_step(self) -> int:
         """Sequences of a full optimiser step, over all micro-batches and ranks."""
-        return self.batch_size * self._accumulation * self._num_ranks
+        return self.batch_size * self._accumulation * self.num_ranks
+
+    @property
+    def largest(self) -> int:
+        """Sequences of the largest micro-batch, which has no more than its share of an epoch."""
+        return -(-min(self.sequences_per_step, self.num_sequences) // (self._accumulation * self.num_ranks))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -78,8 +83,8 @@ class MicroBatches(BatchSampler):
     def _mine(self, step: NDArray[np.int64]) -> Iterator[list[int]]:
         """Yield this rank's micro-batches of a step."""
         by_length = step[np.argsort(self._cache.lengths_N[step], kind="stable")]
-        pieces = np.array_split(by_length, self._accumulation * self._num_ranks)
-        for piece in pieces[self._rank :: self._num_ranks]:
+        pieces = np.array_split(by_length, self._accumulation * self.num_ranks)
+        for piece in pieces[self._rank :: self.num_ranks]:
             # Neighbours in a shard are decoded together.
             yield np.sort(piece).tolist()
 

@@ -21,7 +21,7 @@ class LoraConfig(Config):
     """
 
     rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0, allow_inf_nan=False)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | tuple[str, ...] = ALL_LINEAR
 
@@ -42,8 +42,8 @@ class StudentConfig(Config):
     ``seed`` decides the weights of a fresh student, and those that ``lora`` adds to a pretrained one.
     """
 
-    model: str | None = None
-    config_file: str | None = None
+    model: str | None = Field(default=None, min_length=1)
+    config_file: str | None = Field(default=None, min_length=1)
     size: str | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"

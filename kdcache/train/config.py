@@ -25,16 +25,16 @@ class TrainConfig(Config):
     student: StudentConfig
     output: str
     objective: ObjectiveConfig = ObjectiveConfig()
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_steps: int | None = Field(default=None, ge=1)
     batch_sequences: int = Field(default=8, ge=1)
     gradient_accumulation: int = Field(default=1, ge=1)
-    learning_rate: float | None = Field(default=None, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
-    weight_decay: float = Field(default=0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     adam_beta2: float = Field(default=0.95, gt=0, lt=1)
-    max_grad_norm: float = Field(default=1.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Longer gradients are cut to this length; 0 switches that off."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16`` computes in bfloat16 (autocast) and keeps weights and optimiser in the student's dtype."""

@@ -6,7 +6,7 @@ for its backward, and whatever gradient checkpointing does not, is in the number
 give a constant and a slope, and the run is put on that line:
 
 - the body: forward and backward of one and of two sequences of up to 128 tokens; the slope is per token of a padded
-  micro-batch, and the largest micro-batch is ``batch_sequences`` of the longest sequence;
+  micro-batch, and the largest micro-batch is all of the longest sequence;
 - the loss: all of it on half a chunk and on a whole one; more positions than a chunk take no more memory, apart from
   the gradient of their hidden states.
 
@@ -110,11 +110,13 @@ def estimate_memory(
     *,
     hidden: Sequence[str],
     batch_sequences: int,
+    max_length: int,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]],
 ) -> MemoryReport:
     """Estimate the memory of training ``module`` on the device where its parameters are.
 
-    ``probe`` are some positions of the cache, on that device; ``hidden`` the fields of hidden states that are read;
+    ``probe`` are some positions of the cache, on that device; ``hidden`` the fields of hidden states that are read.
+    The largest micro-batch has ``batch_sequences`` sequences, the longest of them ``max_length`` positions.
     ``autocast`` makes the context of the forward pass. Leaves weights and gradients as they are, and draws random
     numbers only for dropout.
     """
@@ -124,7 +126,6 @@ def estimate_memory(
     held_bytes = _nbytes([*parameters, *module.buffers()])
     free_bytes = _free_bytes(device)
     has_bytes = held_bytes + (cache.open_bytes() if device.type == "cpu" else 0)
-    max_length = int(cache.lengths_N.max())
     with _own_gradients(module):
         activations_bytes = _body_bytes(module, objective, batch_sequences, max_length, autocast)
         loss_bytes = _loss_bytes(module, objective, probe, batch_sequences * max_length, autocast)

@@ -31,9 +31,10 @@ from kdcache.train.module import Distiller, fit_terms
 from kdcache.train.prepare import (
     check_device,
     micro_batches,
-    num_positions,
     num_steps,
     open_training_cache,
+    started_processes,
+    trained_lengths,
     training_objective,
     warn_of_rereading,
 )
@@ -93,7 +94,7 @@ def plan_training(config: TrainConfig) -> TrainingReport:
     fit_terms(objective, student, config.seed)
     module = Distiller(student, objective).to(pick_device(config.device))
     warn_of_rereading(config, cache, module.hidden_fields)
-    run = _Run(config, cache, student, objective, module, micro_batches(config, cache))
+    run = _Run(config, cache, student, objective, module, micro_batches(config, cache, num_ranks=started_processes()))
     return _report(run, is_timed=True)
 
 
@@ -113,7 +114,8 @@ def _report(run: _Run, is_timed: bool) -> TrainingReport:
     sample = list(run.read(SAMPLE_POSITIONS))
     measured = measure(run.module, run.objective, sample, run.autocast)
     probe = Probe.of(run.module, run.objective, sample[0], run.autocast)
-    steps, positions = num_steps(config, batches), num_positions(config, run.cache)
+    steps, lengths_N = num_steps(config, batches), trained_lengths(config, run.cache)
+    positions = int(lengths_N.sum())
     tokens_per_step = round(positions * min(batches.sequences_per_step / batches.num_sequences, 1.0))
     teacher_loss, kept_mass = _statistics(run)
     memory = estimate_memory(
@@ -122,7 +124,8 @@ def _report(run: _Run, is_timed: bool) -> TrainingReport:
         probe,
         run.cache,
         hidden=run.module.hidden_fields,
-        batch_sequences=config.batch_sequences,
+        batch_sequences=batches.largest,
+        max_length=int(lengths_N.max()),
         autocast=run.autocast,
     )
     speed, costs_s = _timed(run, probe, steps, tokens_per_step) if is_timed else (None, {})
@@ -226,7 +229,7 @@ def _timed(run: _Run, probe: Probe, steps: int, tokens_per_step: int) -> tuple[S
     size = _LOSS_POSITIONS.get(run.device.type, _LOSS_POSITIONS_ELSEWHERE)
     whole_s, costs_s = loss_s(run.module, run.objective, probe.first(size), run.autocast)
     per_position_s = position_s(run.module, run.read(_TIMED_BATCHES * SAMPLE_POSITIONS), run.autocast)
-    step_s = per_position_s * tokens_per_step + optimiser_s(run.module.parameters())
+    step_s = per_position_s * tokens_per_step / run.batches.num_ranks + optimiser_s(run.module.parameters())
     return SpeedReport(
         tokens_per_s=1 / per_position_s,
         step_s=step_s,

@@ -8,7 +8,9 @@ import math
 import os
 from collections.abc import Iterable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kdcache.cache import Cache, open_cache
 from kdcache.cache.curriculum import PacedOrder
@@ -63,12 +65,17 @@ def uses_cpu(config: TrainConfig) -> bool:
     return config.device == "cpu" or (config.device == "auto" and not torch.accelerator.is_available())
 
 
+def started_processes() -> int:
+    """Return how many processes a launcher such as torchrun started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def check_processes(num_ranks: int) -> None:
     """Raise ``ConfigError`` when a launcher started several processes that would each train alone.
 
     ``num_ranks`` is how many share the steps of this run.
     """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started = started_processes()
     if started != num_ranks:
         raise ConfigError(
             f"{started} processes were started, but on this machine's device each would train alone, and all write to "
@@ -107,11 +114,11 @@ def num_steps(config: TrainConfig, batches: MicroBatches) -> int:
     return _num_steps(config, batches.steps_per_epoch)
 
 
-def num_positions(config: TrainConfig, cache: Cache) -> int:
-    """Return how many positions the sequences have that the run trains on, each counted once."""
+def trained_lengths(config: TrainConfig, cache: Cache) -> NDArray[np.int64]:
+    """Return the positions of each sequence that the run trains on, [N]."""
     if config.where is None:
-        return cache.manifest.num_positions
-    return int(cache.lengths_N[select_sequences(cache.sequence_table(), config.where)].sum())
+        return cache.lengths_N
+    return cache.lengths_N[select_sequences(cache.sequence_table(), config.where)]
 
 
 def _order(config: TrainConfig, cache: Cache, sequences_per_step: int) -> Order:
