@@ -39,6 +39,7 @@ def _loss(name: str) -> dict[str, Any]:
 VARIANTS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "live teacher, full KL": ("hidden", _KL, True),
     "hidden (exact mode)": ("hidden", _KL, False),
+    "hidden, and a term on the last states": ("hidden", _KL | {"hidden_cosine": {"weight": 1.0}}, False),
     "hidden-int8": ("hidden-int8", _KL, False),
     "compact, bucket": ("compact", _tail("bucket"), False),
     "compact, prior": ("compact", _tail("prior"), False),
