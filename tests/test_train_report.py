@@ -265,6 +265,20 @@ def test_low_kept_mass(tmp_path, cache_path, loss, expected):
         assert expected in found[0]
 
 
+def test_a_selection_that_chooses_nothing(tmp_path, cache_path):
+    def report(**select):
+        objective = {"forward_kl": {"weight": 1, "select": select}, "cross_entropy": {"weight": 1}}
+        return report_of(cache_path, tmp_path / "out", objective=objective)
+
+    nothing, half = report(by="teacher_entropy", min=99), report(by="teacher_entropy", top=0.5)
+    assert by_name(nothing)["forward_kl"].selected == 0
+    assert "forward_kl: select chooses none" in words(nothing)
+    # The sample is all of this cache.
+    assert by_name(half)["forward_kl"].selected == pytest.approx(0.5, abs=0.01)
+    assert by_name(half)["cross_entropy"].selected is None
+    assert "select chooses none" not in words(half)
+
+
 def test_a_run_that_does_not_fit(tmp_path, cache_path, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     report = report_of(cache_path, tmp_path / "out", batch_sequences=64)

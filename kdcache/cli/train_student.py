@@ -152,6 +152,7 @@ _TERM_COLUMNS = {
     "mode": ("mode", "s"),
     "tail": ("tail", "s"),
     "kept_mass": ("kept mass", ".4f"),
+    "selected": ("selected", ".4f"),
     "value": ("value now", ".4f"),
     "ms_per_1000_positions": ("ms/1000 positions", ".1f"),
     "needs": ("needs of the teacher", "s"),

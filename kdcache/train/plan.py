@@ -191,6 +191,7 @@ def _term(run: _Run, name: str, part: Part, kept_mass: float, measured: Measured
         uses_teacher=uses_teacher,
         is_trained=highest(part.weight) > 0,
         kept_mass=min(known) if known else None,
+        selected=None if part.select is None else measured.mean(measured.selected_sums[name]),
         value=measured.mean(measured.term_sums[name]),
         ms_per_1000_positions=None if cost_s is None else 1e6 * cost_s,
     )

@@ -32,8 +32,9 @@ class TermReport(Config):
     ``weight`` and ``temperature`` at the first step, with ``_end`` at the last (they differ where there is a schedule);
     ``is_trained`` says whether the weight is above 0 at any time.
     ``kept_mass`` is the teacher's mass on the ids that the term compares one by one, at its temperature and lowest over
-    the run; None where draws stand for the teacher or the teacher plays no part. ``value`` is the mean per position on
-    the sample, unweighted; ``ms_per_1000_positions`` the time that the term adds to the others, where it was measured.
+    the run; None where draws stand for the teacher or the teacher plays no part. ``selected`` is the share of the
+    sample's positions that the term looks at, None where that is all; ``value`` the mean per position on the sample,
+    unweighted; ``ms_per_1000_positions`` the time that the term adds to the others, where it was measured.
     """
 
     name: str
@@ -47,6 +48,7 @@ class TermReport(Config):
     uses_teacher: bool
     is_trained: bool
     kept_mass: float | None
+    selected: float | None = None
     value: float
     ms_per_1000_positions: float | None
 
@@ -84,7 +86,7 @@ class TrainingReport(Config):
     @property
     def warnings(self) -> tuple[str, ...]:
         """What whoever starts the run should know, with what to do about it."""
-        return (*_about_losses(self), *_about_kept_mass(self), *_about_memory(self.memory))
+        return (*_about_losses(self), *_about_kept_mass(self), *_about_selection(self), *_about_memory(self.memory))
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything with the warnings as plain JSON types; None for a number that is not finite."""
@@ -161,6 +163,15 @@ def _about_kept_mass(report: TrainingReport) -> Iterator[str]:
             yield (
                 f"{kept}; of the rest the student learns its sum and not which ids it is made of. Use {cooler}a "
                 "cache with more ids, draws (hybrid) or hidden targets"
+            )
+
+
+def _about_selection(report: TrainingReport) -> Iterator[str]:
+    for term in report.terms:
+        if term.is_trained and term.selected == 0:
+            yield (
+                f"{term.name}: select chooses none of the {report.sample.num_positions:,} positions of a sample, so "
+                "there is hardly anything that it trains on; widen its bounds, or give a share (top or bottom)"
             )
 
 

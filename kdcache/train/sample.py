@@ -42,7 +42,8 @@ class SampleReport(Config):
 @dataclass
 class Measured:
     """Sums over the positions of a sample that count: of the losses of teacher and student, of each term of the
-    objective, and of the teacher's mass outside the kept ids at each of the cache's other temperatures.
+    objective, of ones where a term's selection chooses the position, and of the teacher's mass outside the kept ids at
+    each of the cache's other temperatures.
     """
 
     num_sequences: int = 0
@@ -50,6 +51,7 @@ class Measured:
     teacher_sum: float = 0.0
     student_sum: float = 0.0
     term_sums: dict[str, float] = field(default_factory=dict)
+    selected_sums: dict[str, float] = field(default_factory=dict)
     tail_sums_G: list[float] = field(default_factory=list)
 
     @property
@@ -142,6 +144,7 @@ def measure(
             with autocast():
                 _add(measured, _student_values(module, objective, batch), batch)
                 _add_terms(measured, module, objective, batch)
+            _add_selected(measured, objective, batch)
     return measured
 
 
@@ -174,6 +177,14 @@ def _add(measured: Measured, values: Mapping[str, Tensor], batch: Batch) -> None
         measured.term_sums[name] = measured.term_sums.get(name, 0.0) + total(values[name])
     for column in range(len(measured.tail_sums_G)):
         measured.tail_sums_G[column] += total(batch["teacher_log_tails"][:, column].exp())
+
+
+def _add_selected(measured: Measured, objective: Objective, batch: Batch) -> None:
+    rows, valid_P = TeacherRows.from_batch(batch), batch["loss_mask"]
+    for name, part in objective.config:
+        if part is not None and part.select is not None:
+            count = int((part.select.mask(rows) & valid_P.bool()).sum())
+            measured.selected_sums[name] = measured.selected_sums.get(name, 0.0) + count
 
 
 def _add_terms(measured: Measured, module: Distillation, objective: Objective, batch: Batch) -> None:
