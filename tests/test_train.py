@@ -369,6 +369,7 @@ def test_device_that_is_not_there(tmp_path, caches):
         ({"learning_rate": math.inf}, "'learning_rate'.*finite"),
         ({"max_grad_norm": math.inf}, "'max_grad_norm'.*finite"),
         ({"batch_sequences": 0}, "batch_sequences"),
+        ({"objective": {"forward_kl": {"weight": 1, "temperature": 1e9}}}, "temperature'.*less than or equal to 1000"),
         ({"seed": -5}, "'seed'.*greater than or equal to 0"),
         ({"seed": 2**40}, "'seed'.*less than 4294967296"),
         ({"student": {"size": "nano", "seed": -5}}, "'student.seed'.*greater than or equal to 0"),

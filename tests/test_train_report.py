@@ -129,6 +129,16 @@ def test_kept_mass_at_the_temperature_of_each_loss(tmp_path, kinds):
     assert mass("sampled")[0] is None
 
 
+def test_what_a_term_needs_and_does_with_the_tail(tmp_path, kinds):
+    terms = {
+        kind: by_name(report_of(kinds / kind, tmp_path / "out"))["forward_kl"]
+        for kind in ("top-k", "sampled", "hidden")
+    }
+    assert {kind: term.tail for kind, term in terms.items()} == {"top-k": "bucket", "sampled": None, "hidden": None}
+    assert terms["hidden"].needs == "the teacher's last hidden state and LM head"
+    assert "kept ids" in terms["top-k"].needs
+
+
 def test_a_filter_restricts_all_of_the_report(tmp_path, kinds):
     whole = report_of(kinds / "top-k", tmp_path / "out")
     where = f"teacher_loss < {whole.teacher_loss}"

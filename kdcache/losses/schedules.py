@@ -224,7 +224,8 @@ if TYPE_CHECKING:
 else:
     _OR_SCHEDULE = (WrapValidator(_number_or_schedule), PlainSerializer(_plain))
     Weight = Annotated[float, Field(ge=0, allow_inf_nan=False), *_OR_SCHEDULE]
-    Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False), *_OR_SCHEDULE]
+    # A divergence shrinks as 1/T^2 and is multiplied by T^2: well beyond 1000 float32 has no digit left of it.
+    Temperature = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False), *_OR_SCHEDULE]
 
 SCHEDULES: dict[str, type[Schedule]] = {
     "constant": Constant,

@@ -177,6 +177,9 @@ def _statistics(run: _Run) -> tuple[float, float]:
 def _term(run: _Run, name: str, part: Part, kept_mass: float, measured: Measured, cost_s: float | None) -> TermReport:
     first, last = part.at(0.0), part.at(1.0)
     uses_teacher = not isinstance(part, CrossEntropy)
+    mode = _mode(first, run)
+    # Whole distributions and draws have no tail that something is to be done about.
+    has_tail = mode != "full" and not run.objective.context.is_drawn
     masses = [_kept_mass(part.at(progress), run, kept_mass, measured) for progress in part.moments()]
     known = [mass for mass in masses if mass is not None]
     return TermReport(
@@ -185,9 +188,9 @@ def _term(run: _Run, name: str, part: Part, kept_mass: float, measured: Measured
         weight_end=last.weight,
         temperature=getattr(first, "temperature", None),
         temperature_end=getattr(last, "temperature", None),
-        mode=_mode(first, run),
-        tail=getattr(first, "tail", None),
-        needs=part.needs,
+        mode=mode,
+        tail=getattr(first, "tail", None) if has_tail else None,
+        needs="the teacher's last hidden state and LM head" if mode == "full" else part.needs,
         uses_teacher=uses_teacher,
         is_trained=highest(part.weight) > 0,
         kept_mass=min(known) if known else None,
