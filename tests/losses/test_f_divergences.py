@@ -302,6 +302,14 @@ def test_the_ends_of_jensen_shannon_are_the_two_kls_and_its_slopes():
         torch.testing.assert_close(tuple(part / 1e-7 for part in inside), limit, rtol=1e-4, atol=1e-5)
 
 
+def test_what_a_student_finds_all_but_impossible_keeps_its_gradient():
+    case = make_case()
+    logits_PV = 300.0 * dense_logits(case).detach()
+    assert float(logits_PV.log_softmax(1).gather(1, case.rows.ids_PK).min()) < 2 * LEAST_LOG_PROB
+    losses = (JensenShannon(weight=1.0, beta=0.0), ForwardKL(weight=1.0))
+    torch.testing.assert_close(*(values_and_gradient(loss, case, logits_PV) for loss in losses))
+
+
 def test_skewed_divergences_tend_to_the_two_kls():
     case = make_case()
     logits_PV = 0.3 * dense_logits(case)
