@@ -162,10 +162,18 @@ def gpt2_file(folder: Path) -> str:
 
 def test_two_processes_do_not_change_the_gradient(tmp_path, dumped):
     alone = {"hidden_mse": {"weight": 1.0, "layers": {1: 1}, "projection": "linear"}, "hidden_cosine": {"weight": 0.0}}
+    rising = {"schedule": "linear", "start": 0.0, "end": 1.0}
+    selected = {
+        "forward_kl": {"weight": rising, "select": {"by": "teacher_loss", "top": 0.03}},
+        "hidden_mse": {"weight": 0.5, "select": {"by": "teacher_entropy", "bottom": 0.03}},
+        "hidden_cosine": {"weight": rising, "layers": {0: 1, "last": 2}, "select": {"by": "confidence", "top": 0.03}},
+    }
     changes = {
         "all": {"objective": OBJECTIVE},
         # Neither the second block nor the head has anything to learn.
         "alone": {"objective": alone, "student": {"config_file": gpt2_file(tmp_path)}},
+        # A few positions each, at other weights in every step: many micro-batches have none for some part.
+        "selected": {"objective": selected},
     }
     halves = {"learning_rate": 1e-6, "batch_sequences": 2, "gradient_accumulation": 2, "save_steps": 2}
     runs = {name: settings(dumped, tmp_path / name, **halves, **given) for name, given in changes.items()}
