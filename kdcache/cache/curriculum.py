@@ -60,7 +60,8 @@ class Curriculum(Config):
     def _known_pacing(self) -> Curriculum:
         if self.pacing not in PACINGS:
             raise ValueError(f"unknown pacing {self.pacing!r}, {did_you_mean(self.pacing, PACINGS)}")
-        unused = sorted({"start", "full_at"} & self.model_fields_set)
+        # Defaults may stand there: a record of a run writes all settings out, and has to be one that can be read.
+        unused = [name for name in ("full_at", "start") if getattr(self, name) != type(self).model_fields[name].default]
         if self.pacing == "sorted" and unused:
             raise ValueError(f"pacing sorted has no {' and no '.join(unused)}; take linear, root or step")
         return self

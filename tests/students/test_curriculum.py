@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,22 @@ def test_the_run_record_says_what_was_trained_on(cache_path, tmp_path):
         "start": 0.2,
         "full_at": 0.5,
     }
+
+
+def test_the_recorded_settings_of_a_run_are_settings_again(cache_path, tmp_path):
+    values = settings(cache_path, tmp_path / "out", max_steps=1, curriculum={"pacing": "sorted"})
+    train(values)
+    recorded = json.loads((tmp_path / "out" / "kdcache_run.json").read_text())["config"]
+    assert build(TrainConfig, recorded) == build(TrainConfig, values)
+
+
+def test_what_the_recipe_says_to_change_can_be_changed():
+    folder = Path(__file__).parents[2] / "pipelines" / "progressive"
+    advice = re.findall(r"--set ([a-z_.]+=[a-z0-9.]+)", (folder / "README.md").read_text())
+    assert len(advice) == 4
+    for assignment in advice:
+        options = {"cache": "c", "output": "o"}
+        load(TrainConfig, file=folder / "progressive.yaml", options=options, assignments=[assignment])
 
 
 @pytest.mark.parametrize(
