@@ -25,8 +25,7 @@ class ForwardKL(TemperedLoss):
 
     ``tail`` says what is done about ids that were not kept (see module ``tails``). ``mode`` says how a temperature
     other than 1 is made (see module ``tempered``): ``full`` compares the whole vocabulary, at temperature 1 too. By
-    default it is ``full`` where the cache has the teacher's hidden states and LM head and no other tail is asked for,
-    else ``decoupled``. With draws the value is an unbiased estimate.
+    default it is ``full`` where the cache has the teacher's hidden states and LM head, else ``decoupled``. With draws the value is an unbiased estimate.
     """
 
     is_divergence = True
@@ -48,14 +47,12 @@ class ForwardKL(TemperedLoss):
             return TAILS[self.tail](view)
         return grid_kl(view, self.temperature) if mode == "grid" else decoupled_kl(view, self.temperature)
 
-    def resolved_mode(self, context: TeacherContext) -> Mode:
-        if self.mode is None and self.tail != "bucket":
-            return self.modes[0]
-        return super().resolved_mode(context)
-
     def refusal(self, context: TeacherContext) -> str | None:
-        if self.resolved_mode(context) == "full" and context.head is not None and self.tail != "bucket":
-            return f"mode full knows the whole tail, so tail {self.tail} would change nothing; leave one of them out"
+        if context.head is not None and self.tail != "bucket":
+            return (
+                f"the cache holds {context.holds}, from which the whole tail is known, so tail {self.tail} makes no "
+                "sense; leave it out, or transcode the cache to top-k targets"
+            )
         if self.resolved_mode(context) == "full":
             return self.refusal_of_mode(context)
         if self.tail != "bucket" and (context.is_drawn or self.temperature != 1.0):

@@ -35,7 +35,8 @@ def decoupled_kl(view: ChunkView, temperature: float) -> Tensor:
     teacher_log_head_C = view.teacher.logprobs_PK.logsumexp(1)
     split_C = kl_terms(teacher_log_head_C, view.student_log_head_C) + tail_term(view)
     teacher_CK = (view.teacher.logprobs_PK / temperature).log_softmax(1)
-    student_CK = (view.student_logits_CK / temperature).log_softmax(1)
+    # A student may rule out all kept ids: the lowest number has a gradient, -inf in a whole row has none.
+    student_CK = (view.student_logits_CK / temperature).clamp(min=torch.finfo(teacher_CK.dtype).min).log_softmax(1)
     return split_C + teacher_log_head_C.exp() * temperature**2 * kl_terms(teacher_CK, student_CK).sum(1)
 
 

@@ -186,20 +186,20 @@ class _Coarsen(torch.autograd.Function):
         peak_C = outside_CV.amax(1)
         probs_CV = torch.softmax(outside_CV if temperature == 1.0 else outside_CV / temperature, 1)
         outside_CV.scatter_(1, ids_CK, head_CK)
-        is_empty_C = peak_C <= lowest
         # The probability of the peak is 1 / sum exp(x - peak): the logsumexp without another pass of exponentials.
         rest_C = peak_C / temperature - probs_CV.amax(1).log()
-        ctx.save_for_backward(probs_CV, is_empty_C, ids_CK, labels_C, weights_U)
+        ctx.save_for_backward(probs_CV, ids_CK, labels_C, weights_U)
         ctx.temperature, ctx.has_pads = temperature, has_pads
-        return head_CK, rest_C.masked_fill(is_empty_C, -torch.inf), gold_C, sum_outside_C
+        return head_CK, rest_C.masked_fill(peak_C <= lowest, -torch.inf), gold_C, sum_outside_C
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, grad_head_CK: Tensor, grad_rest_C: Tensor, grad_gold_C: Tensor, grad_sum_C: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        probs_CV, is_empty_C, ids_CK, labels_C, weights_U = ctx.saved_tensors
-        grad_CV = probs_CV.mul_((grad_rest_C / ctx.temperature).masked_fill(is_empty_C, 0.0)[:, None])
+        probs_CV, ids_CK, labels_C, weights_U = ctx.saved_tensors
+        # In a row with nothing outside the ids all of this is overwritten below.
+        grad_CV = probs_CV.mul_(grad_rest_C[:, None] / ctx.temperature)
         if weights_U is not None:
             grad_CV[:, : len(weights_U)].addr_(grad_sum_C, weights_U)
         if ctx.has_pads:  # an id stands in several places, and only their sum is its gradient

@@ -150,6 +150,17 @@ def test_a_student_that_rules_out_all_kept_ids_has_a_finite_loss_and_gradient(na
     assert torch.isfinite(logits_PV.grad).all()
 
 
+def test_such_a_student_has_a_huge_forward_kl_and_a_finite_gradient():
+    case = make_case(top_k=3, masked=False)
+    logits_PV = dense_logits(case).detach().scatter(1, case.rows.ids_PK, -torch.inf).requires_grad_()
+    for temperature in (1.0, 2.0):
+        loss = ForwardKL(weight=1.0, temperature=temperature)
+        values_P = values_of(loss, logits_PV, case.rows, case.context)
+        assert (values_P > 1e30).all()
+        (gradient_PV,) = torch.autograd.grad(values_P.sum(), logits_PV)
+        assert torch.isfinite(gradient_PV).all()
+
+
 def test_a_tiny_tail_keeps_its_digits_in_float32():
     # 1 - sum of the kept probabilities is 0 or negative in float32 here; the tail must come from its own logits.
     student_PV = torch.tensor([[30.0, 29.0, 0.0, -1.0]])
