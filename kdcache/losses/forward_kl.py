@@ -25,7 +25,8 @@ class ForwardKL(TemperedLoss):
 
     ``tail`` says what is done about ids that were not kept (see module ``tails``). ``mode`` says how a temperature
     other than 1 is made (see module ``tempered``): ``full`` compares the whole vocabulary, at temperature 1 too. By
-    default it is ``full`` where the cache has the teacher's hidden states and LM head, else ``decoupled``. With draws the value is an unbiased estimate.
+    default it is ``full`` where the cache has the teacher's hidden states and LM head, else ``decoupled``. With draws
+    the value is an unbiased estimate.
     """
 
     is_divergence = True

@@ -22,21 +22,18 @@ from kdcache.losses import CrossEntropy, Loss, Objective, Part
 from kdcache.losses.modes import TemperedLoss
 from kdcache.losses.schedules import highest
 from kdcache.models.loading import pick_device
-from kdcache.students import Student, load_student
+from kdcache.students import Student
 from kdcache.students.batches import MicroBatches, training_loader
-from kdcache.students.trainer import Distillation, check_logger
+from kdcache.students.trainer import Distillation
 from kdcache.train.config import TrainConfig
 from kdcache.train.memory import estimate_memory
-from kdcache.train.module import Distiller, fit_terms
+from kdcache.train.module import Distiller
 from kdcache.train.prepare import (
-    check_device,
     micro_batches,
     num_steps,
-    open_training_cache,
+    prepare,
     started_processes,
     trained_lengths,
-    training_objective,
-    warn_of_rereading,
 )
 from kdcache.train.report import TermReport, TrainingReport
 from kdcache.train.sample import SAMPLE_POSITIONS, Batch, Measured, Probe, first_batches, measure
@@ -84,16 +81,8 @@ def plan_training(config: TrainConfig) -> TrainingReport:
     Loads the student and times a few micro-batches. Raises what `train_student` raises before its first step, unless
     it is about the output.
     """
-    check_device(config)
-    check_logger(config.report_to)
-    cache = open_training_cache(config)
-    objective = training_objective(config, cache)
-    student = load_student(config.student, cache.manifest, cache.tokenizer_dir())
-    if config.gradient_checkpointing:
-        student.checkpoint_activations()
-    fit_terms(objective, student, config.seed)
+    cache, student, objective = prepare(config)
     module = Distiller(student, objective).to(pick_device(config.device))
-    warn_of_rereading(config, cache, module.hidden_fields)
     run = _Run(config, cache, student, objective, module, micro_batches(config, cache, num_ranks=started_processes()))
     return _report(run, is_timed=True)
 

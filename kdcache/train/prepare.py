@@ -19,11 +19,31 @@ from kdcache.cache.order import Order, ShuffledOrder
 from kdcache.cache.reader import OPEN_BYTES
 from kdcache.errors import ConfigError
 from kdcache.losses import Objective
+from kdcache.students import Student, load_student
 from kdcache.students.batches import MicroBatches
+from kdcache.students.trainer import check_logger
 from kdcache.teaching import context_of, resolve_selection
 from kdcache.train.config import TrainConfig
+from kdcache.train.module import fit_terms
 
 log = logging.getLogger(__name__)
+
+
+def prepare(config: TrainConfig) -> tuple[Cache, Student, Objective]:
+    """Open the cache, load the student, and make the objective that fits both.
+
+    Raises ``ConfigError``, ``CacheError`` or ``StudentError`` for whatever would stop the run before its first step.
+    """
+    check_device(config)
+    check_logger(config.report_to)
+    cache = open_training_cache(config)
+    objective = training_objective(config, cache)
+    student = load_student(config.student, cache.manifest, cache.tokenizer_dir())
+    if config.gradient_checkpointing:
+        student.checkpoint_activations()
+    fit_terms(objective, student, config.seed)
+    warn_of_rereading(config, cache, objective.needs.teacher_fields)
+    return cache, student, objective
 
 
 def open_training_cache(config: TrainConfig) -> Cache:

@@ -25,7 +25,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from kdcache.cache import Cache
 from kdcache.losses import Objective, TermModule
-from kdcache.students import Student, load_student
+from kdcache.students import Student
 from kdcache.students.batches import MicroBatches, training_loader
 from kdcache.students.run_record import RunRecord, check_output, settings_that_decide
 from kdcache.students.term_file import TERMS_FILE, save_terms
@@ -34,22 +34,18 @@ from kdcache.students.trainer import (
     Distillation,
     DistillationTrainer,
     ProgressBar,
-    check_logger,
     last_checkpoint,
     save_student,
 )
 from kdcache.train.config import TrainConfig
-from kdcache.train.module import Distiller, fit_terms
+from kdcache.train.module import Distiller
 from kdcache.train.plan import report_start
 from kdcache.train.prepare import (
-    check_device,
     check_processes,
     micro_batches,
     num_steps,
-    open_training_cache,
-    training_objective,
+    prepare,
     uses_cpu,
-    warn_of_rereading,
 )
 
 
@@ -83,14 +79,7 @@ def train_student(
     ``StudentError`` at the next logging step.
     """
     check_output(config.output, resume=resume)
-    check_device(config)
-    check_logger(config.report_to)
-    cache = open_training_cache(config)
-    objective = training_objective(config, cache)
-    student = load_student(config.student, cache.manifest, cache.tokenizer_dir())
-    if config.gradient_checkpointing:
-        student.checkpoint_activations()
-    fit_terms(objective, student, config.seed)
+    cache, student, objective = prepare(config)
     trainer, batches = _make_trainer(config, cache, module(student, objective), progress, callbacks)
     record = RunRecord.begin(
         config.output,
@@ -132,7 +121,6 @@ def _make_trainer(
 ) -> tuple[DistillationTrainer, MicroBatches]:
     args = _arguments(config)
     check_processes(args.world_size)
-    warn_of_rereading(config, cache, module.hidden_fields)
     batches = micro_batches(config, cache, args.process_index, args.world_size)
     args.max_steps = num_steps(config, batches)
     args.warmup_steps = math.ceil(config.warmup_ratio * args.max_steps)

@@ -62,7 +62,7 @@ REFUSED = [
     ("hybrid", {"tail": "prior"}, "tail prior needs the exact mass of a tail, and in the cache draws stand for it"),
     ("sampled", {"tail": "renormalise"}, "it holds sampled targets .*; use tail bucket"),
     ("sampled", {"mode": "full"}, "the cache holds sampled targets"),
-    ("hidden", {"tail": "uniform", "mode": "full"}, "the whole tail is known, so tail uniform makes no sense; leave it"),
+    ("hidden", {"tail": "uniform", "mode": "full"}, "the whole tail is known, so tail uniform makes no sense"),
     ("hidden", {"tail": "drop", "temperature": 2}, "the whole tail is known, so tail drop makes no sense"),
     ("hidden", {"tail": "prior"}, "the whole tail is known, so tail prior .* or transcode the cache to top-k targets"),
     # Its rows keep a single id: without the others there would be only that to learn.
