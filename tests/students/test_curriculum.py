@@ -201,7 +201,7 @@ def test_the_progressive_recipe_differs_from_the_plain_one_in_two_settings():
     files = [recipes / "causal_lm" / "train.yaml", recipes / "progressive" / "progressive.yaml"]
     plain, progressive = (load(TrainConfig, file=file, options={"cache": "c", "output": "o"}) for file in files)
     assert progressive.curriculum is not None
-    assert progressive.objective.forward_kl.at(0.0).temperature == 4
+    assert progressive.objective.forward_kl.at(0.0).temperature == 2
     assert progressive.objective.forward_kl.at(1.0) == plain.objective.forward_kl
     objective = progressive.objective.model_copy(update={"forward_kl": plain.objective.forward_kl})
     assert progressive.model_copy(update={"curriculum": None, "objective": objective}) == plain
