@@ -154,7 +154,7 @@ _TERM_COLUMNS = {
     "kept_mass": ("kept mass", ".4f"),
     "selected": ("selected", ".4f"),
     "value": ("value now", ".4f"),
-    "ms_per_1000_positions": ("ms/1000 positions", ".1f"),
+    "ms_per_1000_positions": ("adds ms/1,000 positions", ".1f"),
     "needs": ("needs of the teacher", "s"),
 }
 
