@@ -56,19 +56,24 @@ class ObjectiveConfig(_OneFieldPerPart):
 
     @model_validator(mode="after")
     def _trains_on_something(self) -> ObjectiveConfig:
-        if not any(highest(part.weight) > 0 for part in (self.losses | self.terms).values()):
+        if not any(highest(part.weight) > 0 for part in self.parts.values()):
             raise ValueError(f"at least one of {', '.join(_FIELDS)} needs a weight above 0 at some time")
         return self
 
     @property
+    def parts(self) -> dict[str, Part]:
+        """All that is on, losses first, in the order of the tables."""
+        return {name: part for name, part in self if part is not None}
+
+    @property
     def losses(self) -> dict[str, Loss]:
-        """The losses that are on, in the order of the table."""
-        return {name: getattr(self, name) for name in LOSSES if getattr(self, name) is not None}
+        """The losses that are on."""
+        return {name: part for name, part in self.parts.items() if isinstance(part, Loss)}
 
     @property
     def terms(self) -> dict[str, Term]:
-        """The terms over the inside of both models that are on, in the order of their table."""
-        return {name: getattr(self, name) for name in TERMS if getattr(self, name) is not None}
+        """The terms over the inside of both models that are on."""
+        return {name: part for name, part in self.parts.items() if isinstance(part, Term)}
 
     @property
     def shares(self) -> frozenset[str]:
@@ -86,7 +91,7 @@ class ObjectiveConfig(_OneFieldPerPart):
 
     @property
     def _selective(self) -> dict[str, Any]:
-        return {name: part for name, part in self if part is not None and part.select is not None}
+        return {name: part for name, part in self.parts.items() if part.select is not None}
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class Objective:
         self.chunk_positions = chunk_positions
         self.context = context if context is not None else TeacherContext()
         self.terms = nn.ModuleDict()
-        for name, part in (self.config.losses | self.config.terms).items():
+        for name, part in self.config.parts.items():
             part.check(self.context, name)
             if part.select is not None:
                 part.select.check_resolved()
@@ -154,8 +159,7 @@ class Objective:
         """What changes during the run, at this moment, such as ``forward_kl_weight``."""
         return {
             f"{name}_{setting}": schedule.at(self.progress)
-            for name, part in self.config
-            if part is not None
+            for name, part in self.config.parts.items()
             for setting, schedule in part.schedules.items()
         }
 

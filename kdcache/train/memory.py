@@ -37,7 +37,7 @@ from kdcache.config import Config
 from kdcache.losses import Objective
 from kdcache.losses.chunked import default_chunk_positions
 from kdcache.students.trainer import Distillation
-from kdcache.train.sample import Probe
+from kdcache.train.sample import Probe, mode_of
 
 _PROBE_TOKENS = 128
 
@@ -144,16 +144,13 @@ def estimate_memory(
 @contextlib.contextmanager
 def _own_gradients(module: nn.Module) -> Iterator[None]:
     """Give every trained parameter a gradient to add to, as in a run, and take it away again; dropout is on."""
-    was_training = {part: part.training for part in module.modules()}
     before = [parameter.grad for parameter in module.parameters()]
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    module.train()
     try:
-        yield
+        with mode_of(module, training=True):
+            yield
     finally:
-        for part, training in was_training.items():
-            part.training = training
         for parameter, gradient in zip(module.parameters(), before, strict=True):
             parameter.grad = gradient
 

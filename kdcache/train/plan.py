@@ -103,7 +103,7 @@ def _report(run: _Run, is_timed: bool) -> TrainingReport:
     sample = list(run.read(SAMPLE_POSITIONS))
     measured = measure(run.module, run.objective, sample, run.autocast)
     probe = Probe.of(run.module, run.objective, sample[0], run.autocast)
-    steps, lengths_N = num_steps(config, batches), trained_lengths(config, run.cache)
+    steps, lengths_N = num_steps(config, batches.steps_per_epoch), trained_lengths(config, run.cache)
     positions = int(lengths_N.sum())
     tokens_per_step = round(positions * min(batches.sequences_per_step / batches.num_sequences, 1.0))
     teacher_loss, kept_mass = _statistics(run)
@@ -131,7 +131,7 @@ def _report(run: _Run, is_timed: bool) -> TrainingReport:
         steps=steps,
         epochs=round(steps / batches.steps_per_epoch, 3),
         learning_rate=config.peak_learning_rate,
-        objective={name: part.model_dump() for name, part in config.objective if part is not None},
+        objective={name: part.model_dump() for name, part in config.objective.parts.items()},
         output=config.output,
         vocab_size=run.cache.vocab_size,
         teacher_loss=teacher_loss,
@@ -139,8 +139,7 @@ def _report(run: _Run, is_timed: bool) -> TrainingReport:
         sample=measured.report,
         terms=tuple(
             _term(run, name, part, kept_mass, measured, costs_s.get(name))
-            for name, part in run.objective.config
-            if part is not None
+            for name, part in run.objective.config.parts.items()
         ),
         memory=memory,
         speed=speed,

@@ -129,9 +129,12 @@ def micro_batches(config: TrainConfig, cache: Cache, rank: int = 0, num_ranks: i
     )
 
 
-def num_steps(config: TrainConfig, batches: MicroBatches) -> int:
+def num_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     """Return how many optimiser steps the run has."""
-    return _num_steps(config, batches.steps_per_epoch)
+    if config.max_steps is not None:
+        return config.max_steps
+    epochs = 1.0 if config.epochs is None else config.epochs
+    return math.ceil(epochs * steps_per_epoch)
 
 
 def trained_lengths(config: TrainConfig, cache: Cache) -> NDArray[np.int64]:
@@ -153,14 +156,7 @@ def _order(config: TrainConfig, cache: Cache, sequences_per_step: int) -> Order:
     return PacedOrder(
         config.curriculum,
         config.curriculum.ranking(table, chosen_N, name),
-        num_steps=_num_steps(config, math.ceil(len(chosen_N) / sequences_per_step)),
+        num_steps=num_steps(config, math.ceil(len(chosen_N) / sequences_per_step)),
         sequences_per_step=sequences_per_step,
         name=name,
     )
-
-
-def _num_steps(config: TrainConfig, steps_per_epoch: int) -> int:
-    if config.max_steps is not None:
-        return config.max_steps
-    epochs = 1.0 if config.epochs is None else config.epochs
-    return math.ceil(epochs * steps_per_epoch)

@@ -122,7 +122,7 @@ def _make_trainer(
     args = _arguments(config)
     check_processes(args.world_size)
     batches = micro_batches(config, cache, args.process_index, args.world_size)
-    args.max_steps = num_steps(config, batches)
+    args.max_steps = num_steps(config, batches.steps_per_epoch)
     args.warmup_steps = math.ceil(config.warmup_ratio * args.max_steps)
     trainer = DistillationTrainer(
         module,
@@ -184,7 +184,7 @@ def _finish(config: TrainConfig, trainer: DistillationTrainer, record: RunRecord
     history = trainer.state.log_history
     tokens_per_s = trainer.meter.total_positions / seconds if seconds else 0.0
     last = history[-1] if history else {}
-    losses = {name: last[name] for name in ("loss", *config.objective.losses, *config.objective.terms) if name in last}
+    losses = {name: last[name] for name in ("loss", *config.objective.parts) if name in last}
     steps = trainer.state.global_step
     if record is not None:
         record.finish(steps=steps, losses=losses, history=history, seconds=seconds, tokens_per_s=tokens_per_s)

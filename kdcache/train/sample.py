@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdcache.cache import Cache
 from kdcache.config import Config
@@ -139,7 +139,7 @@ def measure(
 ) -> Measured:
     """Return the sums of student, teacher and every term of the ``objective`` over collated ``batches``."""
     measured = Measured(tail_sums_G=[0.0] * len(objective.context.temperatures))
-    with _evaluating(module):
+    with mode_of(module, training=False):
         for batch in batches:
             with autocast():
                 _add(measured, _student_values(module, objective, batch), batch)
@@ -181,25 +181,25 @@ def _add(measured: Measured, values: Mapping[str, Tensor], batch: Batch) -> None
 
 def _add_selected(measured: Measured, objective: Objective, batch: Batch) -> None:
     rows, valid_P = TeacherRows.from_batch(batch), batch["loss_mask"]
-    for name, part in objective.config:
-        if part is not None and part.select is not None:
-            count = int((part.select.mask(rows) & valid_P.bool()).sum())
+    for name, part in objective.config.parts.items():
+        if part.select is not None:
+            count = int((part.select.mask(rows) & valid_P).sum())
             measured.selected_sums[name] = measured.selected_sums.get(name, 0.0) + count
 
 
 def _add_terms(measured: Measured, module: Distillation, objective: Objective, batch: Batch) -> None:
     """Add what is no loss of a position's logits: terms over other outputs of the student, which the module makes."""
-    names = [name for name, part in objective.config if part is not None and name not in objective.losses]
-    if names:
+    if objective.config.terms:
         sums = module(batch, batch["loss_mask"].sum())[1]
-        for name in names:
+        for name in objective.config.terms:
             measured.term_sums[name] = measured.term_sums.get(name, 0.0) + float(sums[name])
 
 
 @contextlib.contextmanager
-def _evaluating(module: Distillation) -> Iterator[None]:
+def mode_of(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """Switch dropout and its like on or off in ``module``; afterwards every part of it is as it was."""
     was_training = {part: part.training for part in module.modules()}
-    module.eval()
+    module.train(training)
     try:
         yield
     finally:

@@ -77,8 +77,7 @@ def loss_s(
 
 def _variants(objective: Objective) -> dict[str, Objective]:
     """Return the objective under the empty name, and under the name of each of its terms the one without it."""
-    names = [name for name, part in objective.config if part is not None]
-    return {"": objective} | {name: _without(objective, name) for name in names}
+    return {"": objective} | {name: _without(objective, name) for name in objective.config.parts}
 
 
 def _without(objective: Objective, name: str) -> Objective:
