@@ -126,6 +126,8 @@ def test_kept_mass_at_the_temperature_of_each_loss(tmp_path, kinds):
     assert 0 < softened < at_one
     assert mass("top-k", temperature=2)[0] == at_one, "decoupled: the tail is compared at temperature 1"
     assert mass("hidden")[0] == 1.0
+    kept, statistics = mass("hidden", mode="decoupled")
+    assert kept == statistics < 1, "who asks for the kept ids gets no more of the vocabulary than these"
     assert mass("sampled")[0] is None
 
 

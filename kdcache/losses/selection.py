@@ -71,7 +71,8 @@ class Select(Config):
         if not self.is_share:
             return self
         if not len(values_P):
-            raise ConfigError(f"no position counts, so there is no share of them with the highest {self.by}")
+            end = "highest" if self.top is not None else "lowest"
+            raise ConfigError(f"no position counts, so there is no share of them with the {end} {self.by}")
         share = self.top or self.bottom
         assert share is not None
         count = max(round(share * len(values_P)), 1)

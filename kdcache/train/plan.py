@@ -205,7 +205,8 @@ def _kept_mass(part: Part, run: _Run, at_one: float, measured: Measured) -> floa
     context = run.objective.context
     if not isinstance(part, Loss) or isinstance(part, CrossEntropy) or context.is_drawn:
         return None
-    if context.head is not None and _mode(part, run) in ("full", None):
+    # Where there is a head, losses without a mode make the teacher's logits too.
+    if context.head is not None and (not isinstance(part, TemperedLoss) or part.resolved_mode(context) == "full"):
         return 1.0
     temperature = getattr(part, "temperature", 1.0)
     if temperature == 1.0 or _mode(part, run) != "grid":

@@ -230,8 +230,10 @@ def test_a_share_that_is_no_bound_yet_is_refused():
     config = objective_of({"by": "teacher_entropy", "top": 0.25}, None)
     with pytest.raises(ConfigError, match=r"turned into a bound .*kdcache.teaching.resolve_selection"):
         Objective(config)
-    with pytest.raises(ConfigError, match=r"no position counts, .* highest teacher_entropy"):
-        config.resolve({"teacher_entropy": torch.zeros(0)})
+    for share, end in (("top", "highest"), ("bottom", "lowest")):
+        config = objective_of({"by": "teacher_entropy", share: 0.25}, None)
+        with pytest.raises(ConfigError, match=rf"no position counts, .* {end} teacher_entropy"):
+            config.resolve({"teacher_entropy": torch.zeros(0)})
 
 
 # --------------------------------------------------------------------------------------------- caches, mistakes
