@@ -28,7 +28,7 @@ from kdcache.losses.outcomes import IMPOSSIBLE, log_total, outcomes
 from kdcache.losses.view import ChunkView
 
 LEAST_LOG_PROB = -104.0
-"""What the logarithm of a probability of 0 counts as; float32's own exp is 0 below."""
+"""What the logarithm of a probability of 0 counts as; float32's own exp is 0 from there on."""
 
 
 class FDivergence(TemperedLoss):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from kdcache.cache.curriculum import PACINGS
 from kdcache.cli import COMMANDS
 from kdcache.codecs import HIDDEN_CODECS, TOPK_CODECS, TargetsCodec
 from kdcache.corpus.sources import FORMATS
@@ -22,6 +23,7 @@ TABLES = {
     "TERMS": TERMS,
     "SCHEDULES": SCHEDULES,
     "MEASURES": MEASURES,
+    "PACINGS": PACINGS,
     "TOPK_CODECS": TOPK_CODECS,
     "HIDDEN_CODECS": HIDDEN_CODECS,
     "TASKS": TASKS,
