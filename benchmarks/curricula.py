@@ -47,7 +47,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 _PAGE = """# Curricula, temperature schedules and filters
 
-Written by `python -m benchmarks.curricula TRAIN HELD_OUT --work DIR --docs docs`; do not edit it by hand.
+Written by `python -m benchmarks.curricula TRAIN HELD_OUT --work DIR --docs docs` with the settings below; do not edit
+it by hand.
 
 {facts}
 

@@ -78,8 +78,8 @@ class LiveDistiller(Distiller):
 
 _PAGE = """# Students from a cache beside the live teacher
 
-Written by `python -m benchmarks.students TRAIN HELD_OUT --work DIR --docs docs`, where both caches were made by
-`kdcache dump-teacher --preset hidden`; do not edit it by hand.
+Written by `python -m benchmarks.students TRAIN HELD_OUT --work DIR --docs docs` with the settings below, where both
+caches were made by `kdcache dump-teacher --preset hidden`; do not edit it by hand.
 
 {facts}
 
