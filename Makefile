@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
+# Processes that the default tests are shared out to.
+JOBS ?= 2
 
 .PHONY: demo test test-slow lint docs clean
 
@@ -10,7 +12,7 @@ demo: $(READY)  ## dump a real teacher, train a student with and without it, com
 	PYTHON="$(CURDIR)/$(BIN)/python" pipelines/causal_lm/run.sh
 
 test: $(READY)  ## the default tests: quick, no model files, no network
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS)
 
 test-slow: $(READY)  ## the tests that need the real embedded teacher
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
