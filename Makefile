@@ -8,7 +8,7 @@ JOBS ?= 2
 
 .PHONY: demo test test-slow lint docs clean
 
-demo: $(READY)  ## dump a real teacher, train a student with and without it, compare (about ten minutes on 2 cores)
+demo: $(READY)  ## dump a real teacher, train a student with and without it, compare (six to ten minutes on 2 cores)
 	PYTHON="$(CURDIR)/$(BIN)/python" pipelines/causal_lm/run.sh
 
 test: $(READY)  ## the default tests: quick, no model files, no network
