@@ -90,7 +90,8 @@ caches were made by `kdcache dump-teacher --preset hidden`; do not edit it by ha
   from the student with the live teacher, same seed.
 - *bytes/token* of the cache on disk, token ids, scalars and tables included.
 - *tokens/s* of training, one thread each, two students side by side on a shared machine.
-- All rows train on one loss alone, forward KL unless they say otherwise, so that the targets are what differs.
+- All rows train on one loss alone, forward KL unless they say otherwise, so that the targets are what differs. The term
+  on the last states is `hidden_cosine` of weight 1 beside it, through a learned projection.
 """
 
 
