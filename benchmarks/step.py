@@ -113,6 +113,20 @@ def distil(config: ObjectiveConfig) -> Callable[[Setting], Tensor]:
     return loss_of
 
 
+def checkpointed(loss_of: Callable[[Setting], Tensor]) -> Callable[[Setting], Tensor]:
+    """Make the loss without keeping the body's activations, which the backward then computes again."""
+
+    def loss_of_it(setting: Setting) -> Tensor:
+        model = setting.student.model
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            return loss_of(setting)
+        finally:  # it is the forward that looks at the setting
+            model.gradient_checkpointing_disable()
+
+    return loss_of_it
+
+
 def full_logits(setting: Setting) -> Tensor:
     logits: Tensor = setting.student.model(**setting.inputs, use_cache=False).logits
     return logits.float().flatten(0, 1)[setting.batch["rows"]]
@@ -153,13 +167,13 @@ def _objective(**terms: Any) -> ObjectiveConfig:
     return ObjectiveConfig.model_validate(terms)
 
 
+_CE_AND_KD = distil(_objective(forward_kl={"weight": 0.9}, cross_entropy={"weight": 0.1}))
+
 #: Name -> (heading, what makes the loss).
 WAYS: dict[str, tuple[str, Callable[[Setting], Tensor]]] = {
     PLAIN: ("plain cross-entropy (HF)", plain),
-    "kdcache": (
-        "kdcache, CE + KD",
-        distil(_objective(forward_kl={"weight": 0.9}, cross_entropy={"weight": 0.1})),
-    ),
+    "kdcache": ("kdcache, CE + KD", _CE_AND_KD),
+    "kdcache-checkpointing": ("the same with gradient checkpointing", checkpointed(_CE_AND_KD)),
     "kdcache-ce": ("kdcache, CE alone", distil(_objective(cross_entropy={"weight": 1.0}))),
     "kdcache-t2": (
         "kdcache, CE + KD at T = 2",
