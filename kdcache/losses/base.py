@@ -16,7 +16,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from kdcache.errors import ConfigError
@@ -68,9 +67,7 @@ class Loss(Part):
     def selected_values(self, view: ChunkView) -> Tensor:
         """Return the loss of each of the C positions that are selected and 0 at the others, [C], unweighted."""
         values_C = self.values(view)
-        if self.select is None:
-            return values_C
-        return torch.where(self.select.mask(view.teacher), values_C, 0.0)
+        return values_C if self.select is None else self.select.keep(values_C, view.teacher)
 
     def refusal(self, context: TeacherContext) -> str | None:
         """Return why the loss makes no sense with such a cache and what to do instead; None if it does.

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Self
 
+import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
@@ -92,6 +93,10 @@ class Select(Config):
         low = float("-inf") if self.min is None else self.min
         high = float("inf") if self.max is None else self.max
         return (values_P >= low) & (values_P <= high)
+
+    def keep(self, values_P: Tensor, teacher: TeacherRows) -> Tensor:
+        """Return ``values_P`` where the teacher's row is chosen and 0 elsewhere, [P]; raises what `mask` raises."""
+        return torch.where(self.mask(teacher), values_P, 0.0)
 
     def check_resolved(self) -> None:
         """Raise ``ConfigError`` when a share has not been turned into a bound."""

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kdcache.cache import Cache
-from kdcache.cache.filters import select_sequences
 from kdcache.losses import CrossEntropy, Loss, Objective, Part
 from kdcache.losses.modes import TemperedLoss
 from kdcache.losses.schedules import highest
@@ -29,11 +30,11 @@ from kdcache.train.config import TrainConfig
 from kdcache.train.memory import estimate_memory
 from kdcache.train.module import Distiller
 from kdcache.train.prepare import (
+    chosen_sequences,
     micro_batches,
     num_steps,
     prepare,
     started_processes,
-    trained_lengths,
 )
 from kdcache.train.report import TermReport, TrainingReport
 from kdcache.train.sample import SAMPLE_POSITIONS, Batch, Measured, Probe, first_batches, measure
@@ -88,10 +89,9 @@ def plan_training(config: TrainConfig) -> TrainingReport:
 
 
 def report_start(
-    config: TrainConfig, cache: Cache, module: Distillation, objective: Objective, rank: int, num_ranks: int
+    config: TrainConfig, cache: Cache, module: Distillation, objective: Objective, batches: MicroBatches
 ) -> TrainingReport:
-    """Return the report of a run that is about to begin on ``num_ranks`` processes, and leave no trace in it."""
-    batches = micro_batches(config, cache, rank, num_ranks)
+    """Return the report of a run that is about to begin with ``batches``, and leave no trace in it."""
     run = _Run(config, cache, module.student, objective, module, batches)
     devices = [run.device] if run.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -103,10 +103,12 @@ def _report(run: _Run, is_timed: bool) -> TrainingReport:
     sample = list(run.read(SAMPLE_POSITIONS))
     measured = measure(run.module, run.objective, sample, run.autocast)
     probe = Probe.of(run.module, run.objective, sample[0], run.autocast)
-    steps, lengths_N = num_steps(config, batches.steps_per_epoch), trained_lengths(config, run.cache)
+    chosen_N = chosen_sequences(config, run.cache)
+    lengths_N = run.cache.lengths_N if chosen_N is None else run.cache.lengths_N[chosen_N]
+    steps = num_steps(config, batches.steps_per_epoch)
     positions = int(lengths_N.sum())
     tokens_per_step = round(positions * min(batches.sequences_per_step / batches.num_sequences, 1.0))
-    teacher_loss, kept_mass = _statistics(run)
+    teacher_loss, kept_mass = _statistics(run.cache, chosen_N)
     memory = estimate_memory(
         run.module,
         run.objective,
@@ -146,17 +148,14 @@ def _report(run: _Run, is_timed: bool) -> TrainingReport:
     )
 
 
-def _statistics(run: _Run) -> tuple[float, float]:
-    """Return the teacher's loss and the kept mass, means over the positions that count of what is trained on."""
-    if run.config.where is None:
-        sums = run.cache.manifest.statistics
+def _statistics(cache: Cache, chosen_N: NDArray[np.int64] | None) -> tuple[float, float]:
+    """Return the teacher's loss and the kept mass, means over the positions that count of ``chosen_N`` (None: all)."""
+    if chosen_N is None:
+        sums = cache.manifest.statistics
         count = max(sums.num_positions, 1)
         return sums.teacher_loss_sum / count, sums.kept_mass_sum / count
-    table = run.cache.sequence_table()
-    chosen = select_sequences(table, run.config.where)
-    counts, losses, masses = (
-        table[name].to_numpy()[chosen].astype(float) for name in ("num_targets", "teacher_loss", "kept_mass")
-    )
+    table = cache.sequence_table(["num_targets", "teacher_loss", "kept_mass"])
+    counts, losses, masses = (column.to_numpy()[chosen_N].astype(float) for column in table.columns)
     # A sequence without positions that count has no loss.
     total = max(counts.sum(), 1.0)
     return tuple(float((counts * values)[counts > 0].sum() / total) for values in (losses, masses))  # type: ignore[return-value]

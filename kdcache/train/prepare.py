@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import os
@@ -108,9 +107,7 @@ def training_objective(config: TrainConfig, cache: Cache) -> Objective:
 
     Raises ``ConfigError`` when it needs what the cache does not hold.
     """
-    chosen_N = None
-    if config.where is not None and config.objective.shares:
-        chosen_N = select_sequences(cache.sequence_table(), config.where)
+    chosen_N = chosen_sequences(config, cache) if config.objective.shares else None
     return Objective(resolve_selection(config.objective, cache, chosen_N), context=context_of(cache))
 
 
@@ -137,25 +134,23 @@ def num_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     return math.ceil(epochs * steps_per_epoch)
 
 
-def trained_lengths(config: TrainConfig, cache: Cache) -> NDArray[np.int64]:
-    """Return the positions of each sequence that the run trains on, [N]."""
-    if config.where is None:
-        return cache.lengths_N
-    return cache.lengths_N[select_sequences(cache.sequence_table(), config.where)]
+def chosen_sequences(config: TrainConfig, cache: Cache) -> NDArray[np.int64] | None:
+    """Return the sequences that the filter chooses, [N] in ascending order; None where there is none and all count.
+
+    Raises ``ConfigError`` when it chooses nothing.
+    """
+    return None if config.where is None else select_sequences(cache.sequence_table(), config.where)
 
 
 def _order(config: TrainConfig, cache: Cache, sequences_per_step: int) -> Order:
-    shuffled = ShuffledOrder(cache.shard_starts, config.seed, config.shuffle_window, cache.order_key)
-    if config.where is None and config.curriculum is None:
-        return shuffled
-    table = cache.sequence_table()
-    chosen_N = select_sequences(table, config.where)
+    chosen_N = chosen_sequences(config, cache)
     if config.curriculum is None:
-        return dataclasses.replace(shuffled, chosen_N=chosen_N)
+        return ShuffledOrder(cache.shard_starts, config.seed, config.shuffle_window, cache.order_key, chosen_N)
+    chosen_N = np.arange(len(cache)) if chosen_N is None else chosen_N
     name = f"{cache.order_key}/{config.seed}"
     return PacedOrder(
         config.curriculum,
-        config.curriculum.ranking(table, chosen_N, name),
+        config.curriculum.ranking(cache.sequence_table(), chosen_N, name),
         num_steps=num_steps(config, math.ceil(len(chosen_N) / sequences_per_step)),
         sequences_per_step=sequences_per_step,
         name=name,

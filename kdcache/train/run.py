@@ -97,7 +97,7 @@ def train_student(
         return TrainResult(Path(config.output), **record.finished)
     checkpoint = last_checkpoint(config.output) if resume else None
     if progress and checkpoint is None and trainer.is_world_process_zero():
-        _print_report(config, cache, trainer, objective)
+        _print_report(config, cache, trainer.module, objective, batches)
     seconds = _run(trainer, checkpoint)
     save = trainer.args.should_save
     if save:
@@ -106,9 +106,10 @@ def train_student(
     return _finish(config, trainer, record if save else None, seconds)
 
 
-def _print_report(config: TrainConfig, cache: Cache, trainer: DistillationTrainer, objective: Objective) -> None:
-    report = report_start(config, cache, trainer.module, objective, trainer.args.process_index, trainer.args.world_size)
-    for line in report.summary():
+def _print_report(
+    config: TrainConfig, cache: Cache, module: Distillation, objective: Objective, batches: MicroBatches
+) -> None:
+    for line in report_start(config, cache, module, objective, batches).summary():
         tqdm.write(line, file=sys.stderr)
 
 

@@ -160,7 +160,7 @@ def _student_values(module: Distillation, objective: Objective, batch: Batch) ->
 
 
 def _selected(values_P: Tensor, select: Select | None, rows: TeacherRows) -> Tensor:
-    return values_P if select is None else torch.where(select.mask(rows), values_P, 0.0)
+    return values_P if select is None else select.keep(values_P, rows)
 
 
 def _add(measured: Measured, values: Mapping[str, Tensor], batch: Batch) -> None:
