@@ -8,7 +8,6 @@ sequence, never by order, so batch size, shuffling and the number of ranks chang
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import tempfile
 import threading
@@ -23,8 +22,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.cache import layout
+from kdcache.cache.cut import cut_targets, with_top_k
 from kdcache.cache.fields import build_codecs, check_arrays
+from kdcache.cache.filters import select_sequences
 from kdcache.cache.folder import Folder
+from kdcache.cache.lookup import read_plan_table, sequences_with
 from kdcache.cache.shards import ShardArrays, load_shard, load_table, row_spans, take_rows
 from kdcache.cache.tail_prior import read_prior
 from kdcache.errors import CacheError, CorruptCacheError
@@ -55,6 +57,13 @@ class Cache:
 
     def __len__(self) -> int:
         return self.manifest.num_sequences
+
+    def __getitem__(self, index: int) -> SequenceBatch:
+        """Read one sequence by its number, from the end where that is negative, as a batch of one."""
+        # IndexError ends Python's own iteration, which asks for one item after another.
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there is no sequence {index}; {self.folder} has {len(self)} (0 to {len(self) - 1})")
+        return self.read([index % len(self)])
 
     @property
     def vocab_size(self) -> int:
@@ -90,6 +99,27 @@ class Cache:
             table = load_table(self.folder, shard, columns or ())
             tables.append(table.select(columns) if columns else table)
         return pa.concat_tables(tables, promote_options="default")
+
+    def plan_table(self) -> pa.Table:
+        """Return the table of ``plan.parquet``: one row for every piece of a document in a sequence."""
+        return read_plan_table(self.folder, self.manifest)
+
+    def where(self, condition: str) -> NDArray[np.int64]:
+        """Return the sequences of which a filter on the per-sequence table is true, ascending, [N].
+
+        Raises ``ConfigError`` when it is no filter or chooses nothing (see `kdcache.cache.filters`).
+        """
+        return select_sequences(self.sequence_table(), condition)
+
+    def find(self, *, document: str | None = None, sequence: str | None = None) -> NDArray[np.int64]:
+        """Return the sequences that hold a part of the document with this id, or have this sequence id, [N].
+
+        Raises ``CacheError`` when there is none, ``TypeError`` unless exactly one of both is given.
+        """
+        if (document is None) == (sequence is None):
+            raise TypeError("find() takes either document= or sequence=")
+        column, value = ("document_id", document) if document is not None else ("sequence_id", sequence)
+        return sequences_with(self.plan_table(), column, str(value), str(self.folder))
 
     def tokenizer_json(self) -> str:
         """Return the teacher's tokenizer.json, for the ``tokenizers`` library."""
@@ -140,17 +170,25 @@ class Cache:
             raise CacheError(f"{self.folder} holds no LM head; only targets of the kind hidden have one")
         return self._checked_file(record, "the teacher's LM head")
 
-    def read(self, indices: Iterable[int], *, hidden: Iterable[str] = ()) -> SequenceBatch:
+    def read(self, indices: Iterable[int], *, hidden: Iterable[str] = (), top_k: int | None = None) -> SequenceBatch:
         """Read and decode sequences ``indices`` (any order, repeats allowed), with the named hidden-state fields.
 
         Where the last hidden state stands for the distribution (targets of the kind hidden) it always comes along.
+        With ``top_k`` only that many ids of every row are kept and the others' mass goes to the tail, exactly. Raises
+        ``CacheError`` for more ids than are stored, and for targets of which draws are a part. The tail prior of the
+        cache stays that of the stored K; ``kdcache transcode`` makes a cache with that of a smaller one.
         """
         wanted = [int(index) for index in indices]
         names = tuple(hidden)
         for name in names:
             layout.field_of(self.manifest, name)
+        held = self.manifest.targets
+        kept = held if top_k is None else with_top_k(held, top_k, str(self.folder))
         pieces = [self._read_from_shard(shard, local, names) for shard, local in self._by_shard(wanted)]
-        return _concatenate(pieces, wanted)
+        batch = _concatenate(pieces, wanted)
+        if kept != held:
+            batch.targets, _ = cut_targets(batch.targets, held, kept)
+        return batch
 
     def _by_shard(self, indices: list[int]) -> Iterator[tuple[int, list[int]]]:
         """Split ``indices`` into runs that lie in one shard, keeping their order."""
@@ -278,27 +316,3 @@ def _concatenate(pieces: list[SequenceBatch], indices: list[int]) -> SequenceBat
         segment_ids_T=join(segments) if segments else None,
         hidden={name: join([piece.hidden[name] for piece in pieces]) for name in pieces[0].hidden},
     )
-
-
-def describe(cache: Cache) -> dict[str, Any]:
-    """Return the manifest with the derived totals, as plain JSON types."""
-    manifest = cache.manifest
-    sums = manifest.statistics
-    count = max(sums.num_positions, 1)
-    loss = sums.teacher_loss_sum / count
-    return {
-        "path": str(cache.folder),
-        "fingerprint": cache.fingerprint,
-        **json.loads(layout.to_json(manifest)),
-        "totals": {
-            "num_bytes": manifest.num_bytes,
-            "bytes_per_token": manifest.bytes_per_token,
-            "num_targets": sums.num_positions,
-            "teacher_loss": loss,
-            "teacher_perplexity": float(np.exp(loss)),
-            "teacher_entropy": sums.entropy_sum / count,
-            "kept_mass": sums.kept_mass_sum / count,
-            # Draws alone only suggest the teacher's favourite.
-            "teacher_top1_accuracy": sums.top1_correct / count if manifest.top_k else None,
-        },
-    }

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kdcache.cache import Cache, layout, targets_field
@@ -23,7 +22,7 @@ from kdcache.cache.filters import select_sequences
 from kdcache.codecs import hidden_codec, targets_codec
 from kdcache.codecs.hidden import relative_error
 from kdcache.corpus import assign_shards
-from kdcache.errors import ConfigError, CorruptCacheError
+from kdcache.errors import ConfigError
 from kdcache.schema import STATISTICS_COLUMNS, FieldRecord, Manifest, Plan, layer_field
 from kdcache.targets_config import TargetsConfig, layer_number
 from kdcache.transcode.config import TranscodeConfig, wanted_targets
@@ -147,29 +146,14 @@ def _hidden_field(
 
 def _plan_table(cache: Cache, chosen_N: NDArray[np.int64], starts: NDArray[np.int64]) -> pa.Table:
     """Return the table of plan.parquet with the chosen sequences only, numbered anew."""
-    table = _read_plan_table(cache)
+    table = cache.plan_table()
     numbers = np.full(len(cache), -1)
     numbers[chosen_N] = np.arange(len(chosen_N))
     before = np.asarray(table["sequence"])
-    if before.size and not 0 <= before.min() <= before.max() < len(cache):
-        raise CorruptCacheError(f"{cache.folder}/{layout.PLAN_TABLE} names sequences that the cache does not have")
     sequence = numbers[before]
     table = _with_column(table.filter(pa.array(sequence >= 0)), "sequence", sequence[sequence >= 0])
     shard = np.searchsorted(starts, np.asarray(table["sequence"]), side="right") - 1
     return _with_column(table, "shard", shard.astype(np.int32))
-
-
-def _read_plan_table(cache: Cache) -> pa.Table:
-    try:
-        data = cache.folder.read(layout.PLAN_TABLE)
-    except FileNotFoundError:
-        data = b""
-    if layout.sha256(data) != cache.manifest.table_sha256:
-        raise CorruptCacheError(
-            f"{cache.folder}/{layout.PLAN_TABLE} is missing or damaged (its sha256 is not the plan's); the command "
-            "that made the cache writes it again"
-        )
-    return pq.read_table(pa.BufferReader(data))
 
 
 def _sequence_table(table: pa.Table, chosen_N: NDArray[np.int64]) -> pa.Table:

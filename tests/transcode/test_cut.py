@@ -7,9 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from kdcache.cache.cut import cut_targets
 from kdcache.errors import CorruptCacheError
 from kdcache.schema import SequenceBatch, Targets, TargetsRecord
-from kdcache.transcode.cut import TargetsCutter, cut_targets
+from kdcache.transcode.cut import TargetsCutter
 from tests.synthetic import random_targets
 
 V = 60
