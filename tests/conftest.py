@@ -17,6 +17,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+#: The server and the buckets of tests on an object store.
+pytest_plugins = ["tests.object_store"]
+
 settings.register_profile("kdcache", deadline=None, print_blob=True)
 settings.load_profile("kdcache")
 
