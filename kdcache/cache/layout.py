@@ -106,7 +106,12 @@ def write_object(folder: Folder, name: str, data: bytes) -> ObjectRecord:
 
 
 def read_object(folder: Folder, record: ObjectRecord, where: str) -> bytes:
-    """Read an object of the recorded size; raises ``CorruptCacheError`` naming ``where`` and the file."""
+    """Read an object of the recorded size, through the folder's local store where it has one.
+
+    Raises ``CorruptCacheError`` naming ``where`` and the file.
+    """
+    if folder.store is not None:
+        return folder.store.read(folder, record, where)
     size = folder.size(record.path)
     if size is None:
         raise CorruptCacheError(f"{where}: file {record.path} is missing from {folder}")
