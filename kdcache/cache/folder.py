@@ -2,7 +2,8 @@
 
 Objects are written whole and become visible whole: on a local disk through a temporary name, fsync and rename; on an
 object store a single PUT is already atomic. Nothing here lists directories except `names`, which only clean-up and
-error messages use.
+error messages use. Clients of object stores remember listings; here every question is asked anew, because other
+processes write to the same place.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
+from fsspec.callbacks import Callback
 from fsspec.implementations.local import LocalFileSystem
 
 from kdcache.errors import CacheError
+
+if TYPE_CHECKING:
+    from kdcache.cache.local_store import LocalStore
 
 #: Suffix of files that are still being written; never read, removed by the next writer.
 TEMPORARY = ".tmp"
@@ -28,6 +33,8 @@ class Folder:
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
         self.url = os.fspath(url)
+        self.store: LocalStore | None = None
+        """What objects of a remote cache are read through; whoever opens one to read it again and again sets it."""
         try:
             self._fs, root = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
@@ -45,15 +52,21 @@ class Folder:
             data: bytes = self._fs.cat_file(self._path(name))
         return data
 
+    def fetch(self, name: str, target: Path, callback: Callback) -> None:
+        """Copy object ``name`` into the local file ``target`` in one request; raises what the file system raises."""
+        self._fs.get_file(self._path(name), str(target), callback=callback)
+
     def exists(self, name: str) -> bool:
         """Whether object ``name`` is there."""
         with self._reachable():
+            self._forget(name)
             return bool(self._fs.exists(self._path(name)))
 
     def size(self, name: str) -> int | None:
         """Bytes of object ``name``, None when it is missing."""
         try:
             with self._reachable():
+                self._forget(name)
                 return int(self._fs.info(self._path(name))["size"])
         except FileNotFoundError:
             return None
@@ -62,10 +75,13 @@ class Folder:
         """Sorted names (relative to the folder) of what lies directly in ``directory``; empty if there is none."""
         try:
             with self._reachable():
+                self._forget(directory)
                 found = self._fs.ls(self._path(directory), detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(str(path).rstrip("/").removeprefix(self.root).lstrip("/") for path in found)
+        names = (str(path).rstrip("/").removeprefix(self.root).lstrip("/") for path in found)
+        # Some tools mark a directory of a store by an empty object of its name.
+        return sorted(name for name in names if name not in ("", directory))
 
     def write(self, name: str, data: bytes) -> None:
         """Write object ``name`` so that it is seen either whole or not at all, and survives a power cut.
@@ -75,7 +91,8 @@ class Folder:
         local = self.local_path
         try:
             if local is None:
-                self._fs.pipe_file(self._path(name), data)
+                with self._reachable():
+                    self._fs.pipe_file(self._path(name), data)
             else:
                 _write_whole(local / name, data)
         except OSError as error:
@@ -84,9 +101,25 @@ class Folder:
                 "before stays, and the same command goes on from there"
             ) from None
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Write object ``name`` unless there is one; return whether it was written.
+
+        Of several processes that do so at once one succeeds, if the store has conditional writes; where it has none,
+        two may. Raises ``CacheError`` when it cannot be written.
+        """
+        try:
+            self._fs.pipe_file(self._path(name), data, mode="create")
+        except FileExistsError:
+            return False
+        except Exception:  # each client says in its own way that its store knows no conditions
+            if self.exists(name):
+                return False
+            self.write(name, data)
+        return True
+
     def remove(self, name: str) -> None:
         """Remove object ``name`` if it is there."""
-        with contextlib.suppress(FileNotFoundError):
+        with self._reachable(), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(name))
 
     @contextlib.contextmanager
@@ -98,6 +131,9 @@ class Folder:
             raise
         except Exception as error:
             raise CacheError(f"cannot reach {self.url}: {error or type(error).__name__}") from None
+
+    def _forget(self, name: str) -> None:
+        self._fs.invalidate_cache(self._path(name))
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root

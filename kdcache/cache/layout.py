@@ -12,6 +12,7 @@
       sequences/000012-<attempt>.arrow      one row per sequence of the shard
       commits/000012.json                   written last: the shard exists from here on
       manifest.json                         plan + commit records: the cache is complete
+      writer.json                           who writes to it, where that is no local disk; gone in the end
 """
 
 from __future__ import annotations
@@ -165,7 +166,8 @@ def read_commit(folder: Folder, shard: int) -> ShardRecord | None:
 
 def num_commits(folder: Folder, plan: Plan) -> int:
     """Return how many shards of the planned cache have a commit record."""
-    return sum(folder.exists(commit_name(shard)) for shard in range(plan.num_shards))
+    there = set(folder.names(COMMITS))
+    return sum(commit_name(shard) in there for shard in range(plan.num_shards))
 
 
 def read_manifest(folder: Folder) -> tuple[Manifest, str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from kdcache.cache import layout
 from kdcache.cache.folder import TEMPORARY, Folder
+from kdcache.cache.lease import LEASE
 from kdcache.errors import CacheError
 from kdcache.schema import Plan
 
@@ -20,7 +21,7 @@ def refuse_foreign(folder: Folder) -> None:
         raise CacheError(f"output {local} is a file; give a directory")
     if folder.exists(layout.PLAN):
         return
-    ours = {layout.PLAN_TABLE, layout.TOKENIZER, layout.LM_HEAD, LOCK}
+    ours = {layout.PLAN_TABLE, layout.TOKENIZER, layout.LM_HEAD, LOCK, LEASE}
     strange = [name for name in folder.names() if name not in ours and not name.endswith(TEMPORARY)]
     if strange:
         raise CacheError(

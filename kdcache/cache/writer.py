@@ -3,7 +3,7 @@
 A shard is its objects plus a commit record that is written after them. Killing the process at any instant therefore
 loses at most the shards in flight; what lies about without a record is garbage, which the next writer removes. A
 committed shard is never touched again. The lock makes a second process on the same output fail at once; it belongs
-to the operating system, so it vanishes with a killed process.
+to the operating system, so it vanishes with a killed process. On an object store a lease takes its place.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from kdcache.cache import layout
 from kdcache.cache.folder import TEMPORARY, Folder
+from kdcache.cache.lease import WATCH_S, Lease
 from kdcache.cache.outputs import LOCK, check_same_plan, differences_of, refuse_foreign
 from kdcache.cache.shard_data import ShardData, encode_field, statistics_of, with_statistics
 from kdcache.cache.shard_file import pack
@@ -26,20 +28,29 @@ from kdcache.schema import Manifest, ObjectRecord, Plan, ShardRecord
 
 log = logging.getLogger(__name__)
 
+#: Shards that are looked for at once.
+_QUESTIONS = 8
+
 
 class CacheWriter:
-    """The one process that may write to ``folder``; use it as a context manager, it holds the lock."""
+    """The one process that may write to ``folder``; use it as a context manager, it holds the lock or the lease.
 
-    def __init__(self, folder: Folder) -> None:
+    ``watch_s`` is how many seconds a lease is watched that somebody else has left on a folder that is not local.
+    """
+
+    def __init__(self, folder: Folder, *, watch_s: float = WATCH_S) -> None:
         self.folder = folder
         self.plan: Plan | None = None
         self._tail_prior: TailPrior | None = None
         self._lock: FileLock | None = None
+        self._lease = Lease(folder, watch_s=watch_s) if folder.local_path is None else None
 
     def __enter__(self) -> CacheWriter:
         local = self.folder.local_path
+        refuse_foreign(self.folder)  # before the lock: nothing is written into what is not ours
+        if self._lease is not None:
+            self._lease.acquire()
         if local is not None:
-            refuse_foreign(self.folder)  # before the lock: nothing is written into what is not ours
             try:
                 local.mkdir(parents=True, exist_ok=True)
                 self._lock = FileLock(local / LOCK)
@@ -55,6 +66,13 @@ class CacheWriter:
     def __exit__(self, *exception: object) -> None:
         if self._lock is not None:
             self._lock.release()
+        if self._lease is not None:
+            self._lease.release()
+
+    def check_right(self) -> None:
+        """Raise ``CacheError`` when another process has taken over the writing; called before anything is committed."""
+        if self._lease is not None:
+            self._lease.check()
 
     def begin(
         self,
@@ -75,7 +93,7 @@ class CacheWriter:
         if existing is not None and not self._has_commits() and differences_of(existing, plan):
             # A dump that failed before its first shard (NaN, out of memory) must not forbid another attempt. Its plan
             # stands until the new one is written over it: without any, this would look like somebody else's folder.
-            self._remove_garbage(existing, {})
+            self.remove_garbage(existing, {})
             existing = None
         if existing is None:
             self._start(plan, table, beside)
@@ -90,7 +108,7 @@ class CacheWriter:
         missing = [shard for shard in range(existing.num_shards) if shard not in committed]
         if missing:  # a manifest must not outlive its shards: its presence means that the cache is complete
             self.folder.remove(layout.MANIFEST)
-        self._remove_garbage(existing, committed)
+        self.remove_garbage(existing, committed)
         return missing
 
     def _has_commits(self) -> bool:
@@ -124,24 +142,29 @@ class CacheWriter:
 
     def _committed(self) -> dict[int, ShardRecord]:
         assert self.plan is not None
-        records = {}
-        for shard in range(self.plan.num_shards):
-            try:
-                record = layout.read_commit(self.folder, shard)
-            except CorruptCacheError as error:
-                log.warning("%s; shard %d is made again", error, shard)
-                continue
-            if record is None:
-                continue
-            if record.index != shard:
-                log.warning("%s is the record of shard %d; it is made again", layout.commit_name(shard), record.index)
-            elif all(self.folder.size(item.path) == item.num_bytes for item in record.objects.values()):
-                records[shard] = record
-            else:
-                log.warning("files of shard %d are missing or cut short; it is made again", shard)
-        return records
+        # Several at once: of each an object store is asked a handful of questions.
+        with ThreadPoolExecutor(_QUESTIONS) as pool:
+            found = pool.map(self._committed_shard, range(self.plan.num_shards))
+            return {record.index: record for record in found if record is not None}
 
-    def _remove_garbage(self, plan: Plan, committed: Mapping[int, ShardRecord]) -> None:
+    def _committed_shard(self, shard: int) -> ShardRecord | None:
+        try:
+            record = layout.read_commit(self.folder, shard)
+        except CorruptCacheError as error:
+            log.warning("%s; shard %d is made again", error, shard)
+            return None
+        if record is None:
+            return None
+        if record.index != shard:
+            log.warning("%s is the record of shard %d; it is made again", layout.commit_name(shard), record.index)
+            return None
+        if any(self.folder.size(item.path) != item.num_bytes for item in record.objects.values()):
+            log.warning("files of shard %d are missing or cut short; it is made again", shard)
+            return None
+        return record
+
+    def remove_garbage(self, plan: Plan, committed: Mapping[int, ShardRecord]) -> None:
+        """Remove the objects that no record of ``committed`` names, and files that were never finished."""
         kept = {item.path for record in committed.values() for item in record.objects.values()}
         for directory in layout.object_directories(plan):
             for name in self.folder.names(directory):
@@ -178,6 +201,7 @@ class CacheWriter:
             objects=objects,
             statistics=statistics_of(data),
         )
+        self.check_right()
         if self._tail_prior is not None:
             # Before the record: what a shard adds is never missing, and a shard that is made again adds nothing.
             self._tail_prior.add(data.index, data.tail_sum)
@@ -187,6 +211,8 @@ class CacheWriter:
     def finalise(self) -> Manifest:
         """Write the manifest from the plan and the commit records, unless it stands already; refuses holes."""
         manifest = build_manifest(self.folder)
+        self._refuse_lost(manifest)
+        self.check_right()
         standing = _standing_manifest(self.folder)
         # Files beside the shards are recorded once: whatever lies there later must not become the truth.
         beside = {"tokenizer_files": manifest.tokenizer_files, "cache_files": manifest.cache_files}
@@ -194,6 +220,19 @@ class CacheWriter:
             return standing
         self.folder.write(layout.MANIFEST, layout.to_json(manifest))
         return manifest
+
+    def _refuse_lost(self, manifest: Manifest) -> None:
+        """Refuse commit records whose files are gone: of a writer that was taken over while it committed."""
+        if self._lease is None:
+            return
+        there = {name for directory in layout.object_directories(manifest) for name in self.folder.names(directory)}
+        for shard in manifest.shards:
+            lost = sorted({item.path for item in shard.objects.values()} - there)
+            if lost:
+                raise CacheError(
+                    f"{self.folder} cannot be finished: file {lost[0]} of shard {shard.index} is missing; run the "
+                    "command again, which makes that shard again"
+                )
 
 
 def build_manifest(folder: Folder) -> Manifest:
