@@ -22,10 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdcache.cache import Cache, VerifyReport, open_cache, verify
+    from kdcache.cache.arrow import to_arrow, to_arrow_reader
+    from kdcache.cache.hf_dataset import to_hf_dataset
     from kdcache.dump import DumpConfig, dump_teacher, estimate_dump
     from kdcache.errors import KdcacheError
     from kdcache.evaluation import evaluate
-    from kdcache.losses import Objective, ObjectiveConfig
+    from kdcache.losses import Objective, ObjectiveConfig, TeacherRows
+    from kdcache.students import StudentConfig, load_student
+    from kdcache.students.torch_data import to_torch
+    from kdcache.teaching import context_of
     from kdcache.train import TrainConfig, plan_training, train_student
     from kdcache.transcode import TranscodeConfig, transcode_cache
     from kdcache.viewer import peek
@@ -38,15 +43,23 @@ _HOMES = {
     "KdcacheError": "kdcache.errors",
     "Objective": "kdcache.losses",
     "ObjectiveConfig": "kdcache.losses",
+    "StudentConfig": "kdcache.students",
+    "TeacherRows": "kdcache.losses",
     "TrainConfig": "kdcache.train",
     "TranscodeConfig": "kdcache.transcode",
     "VerifyReport": "kdcache.cache",
+    "context_of": "kdcache.teaching",
     "dump_teacher": "kdcache.dump",
     "estimate_dump": "kdcache.dump",
     "evaluate": "kdcache.evaluation",
+    "load_student": "kdcache.students",
     "open_cache": "kdcache.cache",
     "peek": "kdcache.viewer",
     "plan_training": "kdcache.train",
+    "to_arrow": "kdcache.cache.arrow",
+    "to_arrow_reader": "kdcache.cache.arrow",
+    "to_hf_dataset": "kdcache.cache.hf_dataset",
+    "to_torch": "kdcache.students.torch_data",
     "train_student": "kdcache.train",
     "transcode_cache": "kdcache.transcode",
     "verify": "kdcache.cache",
@@ -58,15 +71,23 @@ __all__ = [
     "KdcacheError",
     "Objective",
     "ObjectiveConfig",
+    "StudentConfig",
+    "TeacherRows",
     "TrainConfig",
     "TranscodeConfig",
     "VerifyReport",
+    "context_of",
     "dump_teacher",
     "estimate_dump",
     "evaluate",
+    "load_student",
     "open_cache",
     "peek",
     "plan_training",
+    "to_arrow",
+    "to_arrow_reader",
+    "to_hf_dataset",
+    "to_torch",
     "train_student",
     "transcode_cache",
     "verify",

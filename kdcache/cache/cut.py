@@ -12,6 +12,7 @@ Everything is exact up to how the source rounded its numbers. Both a reader that
 from __future__ import annotations
 
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ def with_top_k(held: TargetsRecord, top_k: int, where: str) -> TargetsRecord:
     targets whose K is part of how they were drawn.
     """
     asked = f"{where}: top_k {top_k!r} was asked for"
-    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
+    if not isinstance(top_k, Integral) or isinstance(top_k, bool) or top_k < 1:
         raise CacheError(f"{asked}; it must be a whole number from 1 to the {held.top_k} ids that the cache keeps")
     if held.kind == "sampled":
         raise CacheError(

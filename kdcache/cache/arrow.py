@@ -1,0 +1,131 @@
+"""A cache as Arrow: one row per sequence, for tools that know tables and nothing of kdcache.
+
+A row is the sequence's row of the per-sequence table and, beside it, everything that `Cache.read` gives, as lists:
+tokens of T, positions of P = T - 1 entries, and where a position has several values (kept ids, states) a list of lists,
+of fixed size where every position has equally many. So one row holds everything about a sequence, and a row's meaning
+does not depend on its neighbours.
+
+Everything streams: `to_arrow_reader` decodes a few thousand positions at a time and `to_arrow` collects what it yields.
+Decoded rows take 8 bytes per kept id where the cache has about 1.3, so this is for looking, filtering and moving a part
+of a cache to other tools, not for training from it: `Cache.batches` and ``to_torch`` read the cache itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from kdcache.cache.reader import Cache
+from kdcache.corpus import assign_shards
+from kdcache.schema import Draws, SequenceBatch
+
+#: Positions that are decoded at once, about.
+BATCH_POSITIONS = 8192
+
+
+def to_arrow(
+    cache: Cache, indices: Iterable[int] | None = None, *, hidden: Iterable[str] = (), top_k: int | None = None
+) -> pa.Table:
+    """Return sequences of a cache (default: all) as a table in memory, one row each; see `to_arrow_reader`."""
+    return to_arrow_reader(cache, indices, hidden=hidden, top_k=top_k).read_all()
+
+
+def to_arrow_reader(
+    cache: Cache,
+    indices: Iterable[int] | None = None,
+    *,
+    hidden: Iterable[str] = (),
+    top_k: int | None = None,
+    batch_positions: int = BATCH_POSITIONS,
+) -> pa.RecordBatchReader:
+    """Return sequences of a cache (default: all) as a stream of record batches, in the order of ``indices``.
+
+    Columns are those of the per-sequence table, then ``tokens`` [T], and per position ``loss_mask``, ``ids`` [K],
+    ``logprobs`` [K], ``log_tail``, ``gold_logprob``, ``entropy``; where the cache has them ``segment_ids`` [T],
+    ``num_kept``, ``log_tails`` [G], ``draw_ids`` and ``draw_counts``; and the ``hidden`` fields [D] under their names.
+    A column of the per-sequence table whose name is one of these gets ``table_`` in front. Batches hold about
+    ``batch_positions`` positions. Raises ``CacheError`` for sequences, fields or a ``top_k`` that the cache does not
+    have.
+    """
+    rows_N = chosen_rows(cache, indices)
+    names = tuple(hidden)
+    table = cache.sequence_table()
+    # What an array looks like is said once, where it is made: the schema is that of a batch.
+    first = _record_batch(cache.read([0], hidden=names, top_k=top_k), table.slice(0, 1))
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        bounds = assign_shards(cache.lengths_N[rows_N], batch_positions)
+        for start, stop in pairwise(bounds.tolist()):
+            piece_N = rows_N[start:stop]
+            batch = cache.read(piece_N.tolist(), hidden=names, top_k=top_k)
+            yield _record_batch(batch, table.take(pa.array(piece_N)))
+
+    return pa.RecordBatchReader.from_batches(first.schema, batches())
+
+
+def chosen_rows(cache: Cache, indices: Iterable[int] | None) -> NDArray[np.int64]:
+    """Return ``indices`` as an array (all sequences for None), [N]; raises ``CacheError`` for one that there is not."""
+    if indices is None:
+        return np.arange(len(cache))
+    rows_N = np.array([int(index) for index in indices], dtype=np.int64)
+    for index in (rows_N.min(), rows_N.max()) if len(rows_N) else ():
+        cache.shard_of(int(index))
+    return rows_N
+
+
+def _record_batch(batch: SequenceBatch, rows: pa.Table) -> pa.RecordBatch:
+    columns = _columns(batch)
+    metadata = rows.combine_chunks().to_batches()[0]
+    named = {_free_name(name, columns): metadata[name] for name in metadata.schema.names}
+    return pa.RecordBatch.from_pydict(named | columns)
+
+
+def _free_name(name: str, taken: Iterable[str]) -> str:
+    while name in taken:
+        name = f"table_{name}"
+    return name
+
+
+def _columns(batch: SequenceBatch) -> dict[str, pa.Array]:
+    """Return what a batch holds as one list per sequence and name."""
+    targets = batch.targets
+    per_token = {"tokens": batch.tokens_T, "segment_ids": batch.segment_ids_T}
+    per_position: dict[str, Any] = {
+        "loss_mask": batch.loss_mask_P,
+        "num_kept": targets.num_kept_P,
+        # Where all is drawn, no ids are kept.
+        "ids": targets.ids_PK.astype(np.int32) if targets.top_k else None,
+        "logprobs": targets.logprobs_PK if targets.top_k else None,
+        "log_tail": targets.log_tail_P,
+        "log_tails": targets.log_tails_PG,
+        "gold_logprob": targets.gold_logprob_P,
+        "entropy": targets.entropy_P,
+        **batch.hidden,
+    }
+    if targets.draws is not None:
+        per_position |= _draws(targets.draws)
+    columns = {name: _lists(values, batch.token_offsets_N1) for name, values in per_token.items() if values is not None}
+    return columns | {
+        name: _lists(values, batch.position_offsets_N1) for name, values in per_position.items() if values is not None
+    }
+
+
+def _draws(draws: Draws) -> dict[str, pa.Array]:
+    """Return the draws of every position, without the places that stand for nothing."""
+    is_drawn_PJ = draws.counts_PJ > 0
+    offsets_P1 = np.concatenate([[0], np.cumsum(is_drawn_PJ.sum(axis=1))])
+    named = {"draw_ids": draws.ids_PJ, "draw_counts": draws.counts_PJ}
+    return {name: _lists(values[is_drawn_PJ].astype(np.int32), offsets_P1) for name, values in named.items()}
+
+
+def _lists(values: NDArray[Any] | pa.Array, offsets: NDArray[np.int64] | Sequence[int]) -> pa.Array:
+    """Return rows of ``values`` as lists that end at ``offsets``; further axes become lists of fixed size."""
+    if isinstance(values, np.ndarray):
+        flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+        values = flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
