@@ -11,8 +11,9 @@ import contextlib
 import math
 import tempfile
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.cache import layout
+from kdcache.cache.ahead import Ahead
+from kdcache.cache.batches import Batches, batches_of
 from kdcache.cache.cut import cut_targets, with_top_k
 from kdcache.cache.fields import build_codecs, check_arrays
 from kdcache.cache.filters import select_sequences
 from kdcache.cache.folder import Folder
+from kdcache.cache.local_store import LocalStore, LocalStoreConfig
 from kdcache.cache.lookup import read_plan_table, sequences_with
+from kdcache.cache.order import NUM_STREAMS
 from kdcache.cache.shards import ShardArrays, load_shard, load_table, row_spans, take_rows
 from kdcache.cache.tail_prior import read_prior
 from kdcache.errors import CacheError, CorruptCacheError
@@ -52,6 +57,9 @@ class Cache:
         self._tables = {field.name: {a.name for a in field.arrays if a.rows == "table"} for field in manifest.fields}
         self._open: OrderedDict[tuple[int, tuple[str, ...]], ShardArrays] = OrderedDict()
         self._lock = threading.Lock()
+        self._ahead = None if folder.store is None else Ahead(folder.store, folder, manifest)
+        if self._ahead is not None:
+            weakref.finalize(self, self._ahead.close)
         counts = [shard.num_sequences for shard in manifest.shards]
         self.shard_starts: NDArray[np.int64] = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
@@ -190,6 +198,44 @@ class Cache:
             batch.targets, _ = cut_targets(batch.targets, held, kept)
         return batch
 
+    def batches(
+        self,
+        batch_sequences: int = 8,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        where: str | None = None,
+        hidden: Sequence[str] = (),
+        top_k: int | None = None,
+        shuffle_window: int = 1,
+        num_streams: int = NUM_STREAMS,
+        rank: int = 0,
+        num_ranks: int = 1,
+        threads: int = 1,
+        ahead: int = 2,
+    ) -> Batches[SequenceBatch]:
+        """Return this rank's decoded batches, an epoch each time they are iterated; ``threads`` read ``ahead``.
+
+        A step of all ranks is ``batch_sequences x num_ranks`` sequences, the same for any split of it. The order is
+        that of training with the same ``seed`` (see `epoch_order` for windows and streams), or, without ``shuffle``,
+        the stored one. ``where`` filters by the per-sequence table; ``hidden`` and ``top_k`` are those of `read`.
+        """
+        return batches_of(
+            self,
+            batch_sequences,
+            shuffle=shuffle,
+            seed=seed,
+            where=where,
+            hidden=hidden,
+            top_k=top_k,
+            shuffle_window=shuffle_window,
+            num_streams=num_streams,
+            rank=rank,
+            num_ranks=num_ranks,
+            threads=threads,
+            ahead=ahead,
+        )
+
     def _by_shard(self, indices: list[int]) -> Iterator[tuple[int, list[int]]]:
         """Split ``indices`` into runs that lie in one shard, keeping their order."""
         run: list[int] = []
@@ -242,8 +288,28 @@ class Cache:
         tables = self._tables[field]
         return {name: values if name in tables else take_rows(values, spans) for name, values in arrays.items()}
 
+    def expect(self, shards: list[int], hidden: tuple[str, ...] = ()) -> None:
+        """Start downloading ``shards`` of a remote cache, in the order of their first use, in place of earlier ones.
+
+        Each is kept in the local store until it is opened. Does nothing for a cache on a local path.
+        """
+        if self._ahead is not None:
+            fields = dict.fromkeys([layout.TARGETS_FIELD, *hidden, *self._last.values()])
+            self._ahead.expect(shards, fields, self.max_open_shards)
+
+    def close(self) -> None:
+        """Stop downloading ahead; reading goes on working."""
+        if self._ahead is not None:
+            self._ahead.close()
+
     def open_shard(self, shard: int, hidden: tuple[str, ...] = ()) -> ShardArrays:
         """Return the arrays of ``shard``, from memory when it was read lately."""
+        arrays = self._open_shard(shard, hidden)
+        if self._ahead is not None:
+            self._ahead.opened(shard)
+        return arrays
+
+    def _open_shard(self, shard: int, hidden: tuple[str, ...]) -> ShardArrays:
         key = (shard, hidden)
         with self._lock:
             if key in self._open:
@@ -280,14 +346,18 @@ class Cache:
         return record
 
 
-def open_cache(path: str, *, max_open_shards: int = 8) -> Cache:
+def open_cache(path: str, *, max_open_shards: int = 8, local_store: LocalStoreConfig | None = None) -> Cache:
     """Open the finished cache at ``path`` (a directory or any fsspec URL).
 
     Raises ``IncompleteCacheError`` when its dump has not finished, ``CorruptCacheError`` when its manifest is damaged
     and ``CacheError`` when there is none. ``max_open_shards`` bounds how many encoded shards stay in memory.
+    Objects of a remote cache are read through ``local_store`` (see `kdcache.cache.local_store`), by default 50 GB in
+    ``$KDCACHE_STORE`` or ``~/.cache/kdcache``.
     """
     folder = Folder(path)
     manifest, fingerprint = layout.read_manifest(folder)
+    if folder.local_path is None:
+        folder.store = LocalStore(local_store or LocalStoreConfig())
     return Cache(folder, manifest, fingerprint, max_open_shards)
 
 

@@ -88,7 +88,8 @@ def command(
     losses = ", ".join(f"{name} {value:.4f}" for name, value in result.losses.items())
     click.echo(
         f"Trained {result.steps:,} steps in {options.human_seconds(result.seconds)} ({result.tokens_per_s:,.0f} "
-        f"tokens/s); last losses: {losses}. The student is in {result.output}."
+        f"tokens/s, {result.data_wait:.1%} of the time waiting for data); last losses: {losses}. The student is in "
+        f"{result.output}."
     )
 
 

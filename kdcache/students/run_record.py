@@ -31,7 +31,7 @@ _FREE = {
     "cache",
     "output",
     "device",
-    "data_workers",
+    "data_threads",
     "logging_steps",
     "save_steps",
     "save_total_limit",
@@ -47,7 +47,7 @@ _FREE = {
 
 _MADE_BY_OTHERS = {"config.json", "model.safetensors", "manifest.json", "plan.json"}
 
-_RESULTS = ("steps", "losses", "seconds", "tokens_per_s")
+_RESULTS = ("steps", "losses", "seconds", "tokens_per_s", "data_wait")
 
 
 def settings_that_decide(config: Mapping[str, Any], sequences_per_step: int, steps: int) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class RunRecord:
         if before is not None:
             _check_same_run(before.get("settings", {}), content["settings"], output)
             if before.get("status") == "finished":
-                return cls(Path(output) / RUN_FILE, before, {name: before[name] for name in _RESULTS})
+                return cls(Path(output) / RUN_FILE, before, {name: before[name] for name in _RESULTS if name in before})
         record = cls(Path(output) / RUN_FILE, content)
         if write:
             record._write()
@@ -167,13 +167,18 @@ def _read_resumed(output: str | Path) -> dict[str, Any] | None:
     return record
 
 
-def _check_same_run(before: Mapping[str, Any], after: Mapping[str, Any], output: str | Path) -> None:
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return what decides a run and differs between two of them, in words, such as ``seed was 0 and is 1``."""
     # A setting of None is one that is not there: a newer version may know more of them.
     before, after = _given(before), _given(after)
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    if not changed:
+    return [f"{name} was {before.get(name)!r} and is {after.get(name)!r}" for name in changed]
+
+
+def _check_same_run(before: Mapping[str, Any], after: Mapping[str, Any], output: str | Path) -> None:
+    lines = changed_settings(before, after)
+    if not lines:
         return
-    lines = [f"{name} was {before.get(name)!r} and is {after.get(name)!r}" for name in changed]
     raise ConfigError(
         f"cannot resume {output} with other settings: {'; '.join(lines)}. Repeat those of the run "
         f"({RUN_FILE} holds them), or begin a new run that starts from this student (student.model: {output})"

@@ -5,8 +5,9 @@ What the stock Trainer would do otherwise, and what is overridden for it:
 - it counts labels to find the loss's denominator, wrongly for some models and not at all for those whose ``forward``
   takes no keyword arguments: here the loss masks of all micro-batches and ranks are summed;
 - distributed data parallelism *averages* gradients over ranks, so the loss is multiplied by their number;
-- its samplers repeat or drop sequences at the end of an epoch, and accelerate re-shards them: here `MicroBatches`
-  already yields this rank's share;
+- its samplers repeat or drop sequences at the end of an epoch, and accelerate re-shards them: here `Batches` already
+  yields this rank's share;
+- it resumes by running through what was used: here the data begin at the sample that follows from the steps done;
 - several visible GPUs without a launcher would mean ``nn.DataParallel``, which splits a batch of flat rows at the wrong
   places: here one process uses one device;
 - checkpoints are those of the *student* alone, plain Hugging Face directories that load without kdcache; of a student
@@ -28,7 +29,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -41,9 +41,9 @@ from transformers import (
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from kdcache.cache.batches import Batches
 from kdcache.errors import ConfigError, StudentError, did_you_mean
 from kdcache.models.loading import first_line, quiet
-from kdcache.students.batches import MicroBatches
 from kdcache.students.load import Student
 from kdcache.students.lora import ADAPTER_DIR, load_adapter, merge_adapter, save_adapter
 from kdcache.students.term_file import load_terms, save_terms
@@ -86,24 +86,26 @@ class DistillationTrainer(Trainer):
         self,
         module: Distillation,
         args: TrainingArguments,
-        loader: DataLoader[Any],
-        batches: MicroBatches,
+        batches: Batches[dict[str, Tensor]],
         **kwargs: Any,
     ) -> None:
         args._n_gpu = min(args.n_gpu, 1)
-        super().__init__(model=module, args=args, train_dataset=loader.dataset, **kwargs)
+        args.ignore_data_skip = True  # the batches begin where they should
+        super().__init__(model=module, args=args, **kwargs)
         self.model_accepts_loss_kwargs = True
         self.student = module.student
-        self._loader = loader
-        self.meter = _Meter()
+        self._batches = batches
+        self.meter = _Meter(batches)
         self.remove_callback(PrinterCallback)
         self.module = module
         self.add_callback(_Flow(module, batches))
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        return self._loader
+    def get_train_dataloader(self) -> Any:
+        return self._batches
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        if not batch_samples:
+            return None  # of a resumed epoch, in which the Trainer asks as often as in a whole one
         count = torch.stack([batch["loss_mask"].sum() for batch in batch_samples]).sum().to(device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
@@ -128,6 +130,11 @@ class DistillationTrainer(Trainer):
                 "begin a new run in another directory with a lower learning_rate, longer warm-up or smaller "
                 "max_grad_norm"
             )
+
+    @property
+    def data_wait_s(self) -> float:
+        """Seconds that this process has waited for data."""
+        return self._batches.wait_s
 
     # ----------------------------------------------------------------------------------------------- checkpoints
 
@@ -206,8 +213,9 @@ def _readable(path: Path) -> bool:
 class _Meter:
     """Sums of each loss term and of positions since it was last read; ``total_positions`` since it was made."""
 
-    def __init__(self) -> None:
+    def __init__(self, batches: Batches[dict[str, Tensor]]) -> None:
         self.total_positions = 0
+        self._batches = batches
         self._reset()
 
     def _reset(self) -> None:
@@ -215,6 +223,7 @@ class _Meter:
         self._num_valid = 0
         self._num_positions = 0
         self._since_s = time.perf_counter()
+        self._waited_s = self._batches.wait_s
 
     def add(self, sums: Mapping[str, Tensor], num_valid: int, num_positions: int) -> None:
         """Add a micro-batch; sums stay on the device, so nothing waits for it."""
@@ -224,36 +233,44 @@ class _Meter:
         self._num_positions += num_positions
 
     def read(self, accelerator: Any) -> dict[str, float]:
-        """Return each term's mean per valid position and the speed in tokens per second, and start anew."""
+        """Return each term's mean per valid position, tokens per second and waiting for data, and start anew.
+
+        ``data_wait`` is this process's share of the time, 0 to 1.
+        """
         names = list(self._sums)
         counts = [self._num_valid, self._num_positions]
         local = torch.tensor([*(self._sums[name].item() for name in names), *counts], dtype=torch.float64)
         total = accelerator.reduce(local.to(accelerator.device)) if accelerator.num_processes > 1 else local
         *sums, num_valid, num_positions = total.tolist()
         self.total_positions += int(num_positions)
-        speed = num_positions / max(time.perf_counter() - self._since_s, 1e-9)
+        seconds = max(time.perf_counter() - self._since_s, 1e-9)
+        wait = (self._batches.wait_s - self._waited_s) / seconds
         self._reset()
         means = {name: value / max(num_valid, 1) for name, value in zip(names, sums, strict=True)}
-        return {**means, "tokens_per_s": round(speed, 1)}
+        return {**means, "tokens_per_s": round(num_positions / seconds, 1), "data_wait": round(wait, 5)}
 
 
 class _Flow(TrainerCallback):
-    """Say which epoch begins to the micro-batches, how far the run is to the module; log the last step.
+    """Say where to go on to the batches, how far the run is to the module; log the last step.
 
     All from the number of steps done, so that a resumed run is told what an uninterrupted one was.
     """
 
-    def __init__(self, module: Distillation, batches: MicroBatches) -> None:
+    def __init__(self, module: Distillation, batches: Batches[dict[str, Tensor]]) -> None:
         self._module = module
         self._batches = batches
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._batches.epoch = state.global_step // self._batches.steps_per_epoch
+        dealt = self._batches.micro_batches
+        epoch, step = divmod(state.global_step, dealt.steps_per_epoch)
+        self._batches.load_state_dict({"epoch": epoch, "next_sample": step * dealt.sequences_per_step})
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._module.set_progress(state.global_step / max(state.max_steps - 1, 1))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The Trainer counts the steps of a resumed epoch from its beginning.
+        state.epoch = state.global_step / self._batches.micro_batches.steps_per_epoch
         if state.global_step >= state.max_steps:
             control.should_log = True
 
@@ -274,9 +291,11 @@ class ProgressBar(TrainerCallback):
         self._bar.update(state.global_step - self._bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        hidden = ("epoch", "learning_rate", "grad_norm", "step", "tokens_per_s")
-        shown = {name: f"{value:.4g}" for name, value in (logs or {}).items() if name not in hidden}
-        self._bar.set_postfix(shown | {"tokens/s": f"{(logs or {}).get('tokens_per_s', 0):,.0f}"})
+        logs = logs or {}
+        hidden = ("epoch", "learning_rate", "grad_norm", "step", "tokens_per_s", "data_wait")
+        shown = {name: f"{value:.4g}" for name, value in logs.items() if name not in hidden}
+        flow = {"tokens/s": f"{logs.get('tokens_per_s', 0):,.0f}", "data wait": f"{logs.get('data_wait', 0):.1%}"}
+        self._bar.set_postfix(shown | flow)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.close()

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from kdcache.cache.curriculum import Curriculum
+from kdcache.cache.order import NUM_STREAMS
 from kdcache.config import Config
 from kdcache.losses import ObjectiveConfig
 from kdcache.students import StudentConfig
@@ -17,8 +18,9 @@ class TrainConfig(Config):
 
     ``batch_sequences`` is per device and micro-batch; a step trains on ``batch_sequences x gradient_accumulation x
     number of processes`` sequences. ``epochs`` (default 1) and ``max_steps`` exclude each other. ``learning_rate``
-    defaults to 1e-3 for a fresh student and 3e-4 for a pretrained one. ``shuffle_window`` is how many shards are mixed
-    with each other: more is better mixed and takes more memory.
+    defaults to 1e-3 for a fresh student and 3e-4 for a pretrained one. The order of an epoch takes from ``num_streams``
+    places of the cache in turn, each of which shuffles ``shuffle_window`` shards: more is better mixed and takes more
+    memory. Where the number of processes divides ``num_streams``, each reads its own share of the shards only.
     """
 
     cache: str
@@ -41,7 +43,8 @@ class TrainConfig(Config):
     gradient_checkpointing: bool = False
     """Keep only the layers' inputs for the backward and compute the rest again: less memory, about a third slower."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    shuffle_window: int = Field(default=4, ge=1)
+    shuffle_window: int = Field(default=1, ge=1)
+    num_streams: int = Field(default=NUM_STREAMS, ge=1)
     where: str | None = None
     """Train only on sequences of which this filter on the per-sequence table is true, such as ``teacher_loss < 5``."""
     curriculum: Curriculum | None = None
@@ -50,7 +53,8 @@ class TrainConfig(Config):
     logging_steps: int = Field(default=10, ge=1)
     save_steps: int = Field(default=500, ge=1)
     save_total_limit: int = Field(default=2, ge=1)
-    data_workers: int = Field(default=0, ge=0)
+    data_threads: int = Field(default=1, ge=0)
+    """Threads that read and decode ahead of training; 0 reads when a batch is needed."""
     report_to: str = "none"
     """A logger that the Trainer knows, such as ``tensorboard`` or ``wandb``."""
 

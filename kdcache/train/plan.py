@@ -19,12 +19,13 @@ import torch
 from numpy.typing import NDArray
 
 from kdcache.cache import Cache
+from kdcache.cache.batches import MicroBatches
 from kdcache.losses import CrossEntropy, Loss, Objective, Part
 from kdcache.losses.modes import TemperedLoss
 from kdcache.losses.schedules import highest
 from kdcache.models.loading import pick_device
 from kdcache.students import Student
-from kdcache.students.batches import MicroBatches, training_loader
+from kdcache.students.batches import to_tensors
 from kdcache.students.trainer import Distillation
 from kdcache.train.config import TrainConfig
 from kdcache.train.memory import estimate_memory
@@ -72,8 +73,9 @@ class _Run:
         """Yield the first batches of the training order, on the device."""
         size = _BATCH_POSITIONS.get(self.device.type, _BATCH_POSITIONS_ELSEWHERE)
         chosen = first_batches(self.cache, self.batches, num_positions=num_positions, batch_positions=size)
-        for batch in training_loader(self.cache, chosen, self.student.pad_id, hidden=self.module.hidden_fields):
-            yield {name: tensor.to(self.device) for name, tensor in batch.items()}
+        for indices in chosen:
+            read = self.cache.read(indices, hidden=self.module.hidden_fields)
+            yield {name: tensor.to(self.device) for name, tensor in to_tensors(read, self.student.pad_id).items()}
 
 
 def plan_training(config: TrainConfig) -> TrainingReport:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdcache.cache import Cache, open_cache
+from kdcache.cache.batches import MicroBatches
 from kdcache.cache.curriculum import PacedOrder
 from kdcache.cache.filters import select_sequences
 from kdcache.cache.order import Order, ShuffledOrder
@@ -19,7 +20,6 @@ from kdcache.cache.reader import OPEN_BYTES
 from kdcache.errors import ConfigError
 from kdcache.losses import Objective
 from kdcache.students import Student, load_student
-from kdcache.students.batches import MicroBatches
 from kdcache.students.trainer import check_logger
 from kdcache.teaching import context_of, resolve_selection
 from kdcache.train.config import TrainConfig
@@ -47,27 +47,39 @@ def prepare(config: TrainConfig) -> tuple[Cache, Student, Objective]:
 
 def open_training_cache(config: TrainConfig) -> Cache:
     """Open the cache with room for the shards that a step may reach into."""
-    # A step may reach from one shuffle window into the next.
-    cache = open_cache(config.cache, max_open_shards=2 * config.shuffle_window)
+    # A stream may reach from one shuffle window into the next.
+    cache = open_cache(config.cache, max_open_shards=2 * _shards_in_use(config))
     if config.curriculum is not None:
         cache.max_open_shards = max(cache.manifest.num_shards, 1)
     return cache
 
 
+def _shards_in_use(config: TrainConfig) -> int:
+    """Return how many shards this process reads from at a time, if there are so many."""
+    own_streams = config.num_streams // math.gcd(config.num_streams, started_processes())
+    return own_streams * config.shuffle_window
+
+
 def warn_of_rereading(config: TrainConfig, cache: Cache, hidden: Iterable[str]) -> None:
-    """Warn when a curriculum cannot have all shards open; ``hidden`` are the hidden-state fields that are read too."""
-    if config.curriculum is None:
+    """Warn when the shards in use cannot all be open; ``hidden`` are the hidden-state fields that are read too."""
+    num_shards = cache.manifest.num_shards
+    in_use = num_shards if config.curriculum is not None else min(_shards_in_use(config), num_shards)
+    num_bytes = cache.encoded_bytes(hidden) * in_use / max(num_shards, 1)
+    if num_bytes <= OPEN_BYTES:
         return
-    num_bytes = cache.encoded_bytes(hidden)
-    if num_bytes > OPEN_BYTES:
-        log.warning(
-            "a curriculum reaches all over the cache, whose %d shards take %.1f GB in memory, and at most %.1f GB stay "
-            "there: batches will read shards again and again. Train without one, or on a smaller cache (kdcache "
-            "transcode: fewer ids, a smaller codec, --where)",
-            cache.manifest.num_shards,
-            num_bytes / 1e9,
-            OPEN_BYTES / 1e9,
-        )
+    if config.curriculum is not None:
+        cause, advice = "a curriculum reaches all over the cache, whose", "Train without one"
+    else:
+        cause, advice = "the order of training mixes", "Lower num_streams or shuffle_window"
+    log.warning(
+        "%s %d shards take %.1f GB in memory, and at most %.1f GB stay there: batches will read shards again and "
+        "again. %s, or train on a smaller cache (kdcache transcode: fewer ids, a smaller codec, --where)",
+        cause,
+        in_use,
+        num_bytes / 1e9,
+        OPEN_BYTES / 1e9,
+        advice,
+    )
 
 
 def check_device(config: TrainConfig) -> None:
@@ -145,7 +157,9 @@ def chosen_sequences(config: TrainConfig, cache: Cache) -> NDArray[np.int64] | N
 def _order(config: TrainConfig, cache: Cache, sequences_per_step: int) -> Order:
     chosen_N = chosen_sequences(config, cache)
     if config.curriculum is None:
-        return ShuffledOrder(cache.shard_starts, config.seed, config.shuffle_window, cache.order_key, chosen_N)
+        return ShuffledOrder(
+            cache.shard_starts, config.seed, config.shuffle_window, cache.order_key, chosen_N, config.num_streams
+        )
     chosen_N = np.arange(len(cache)) if chosen_N is None else chosen_N
     name = f"{cache.order_key}/{config.seed}"
     return PacedOrder(

@@ -184,7 +184,7 @@ def _about_memory(memory: MemoryReport) -> Iterator[str]:
     else:
         advice = (
             "use a smaller batch_sequences with more gradient_accumulation (the same steps), gradient_checkpointing, "
-            "or a smaller shuffle_window"
+            "or a smaller num_streams or shuffle_window"
         )
     yield (
         f"the run will need about {memory.total_bytes / _GIB:.2f} GiB of memory ({memory.device}), and "

@@ -24,9 +24,10 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
 from kdcache.cache import Cache
+from kdcache.cache.batches import MicroBatches
 from kdcache.losses import Objective, TermModule
 from kdcache.students import Student
-from kdcache.students.batches import MicroBatches, training_loader
+from kdcache.students.batches import training_batches
 from kdcache.students.run_record import RunRecord, check_output, settings_that_decide
 from kdcache.students.term_file import TERMS_FILE, save_terms
 from kdcache.students.trainer import (
@@ -51,13 +52,17 @@ from kdcache.train.prepare import (
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run can say: ``losses`` are means per position over the last logging window, in nats."""
+    """What a finished run can say: ``losses`` are means per position over the last logging window, in nats.
+
+    ``data_wait`` is the share of the time, 0 to 1, that the process waited for data.
+    """
 
     output: Path
     steps: int
     losses: dict[str, float]
     seconds: float
     tokens_per_s: float
+    data_wait: float = 0.0
 
 
 def train_student(
@@ -128,8 +133,9 @@ def _make_trainer(
     trainer = DistillationTrainer(
         module,
         args,
-        training_loader(cache, batches, module.student.pad_id, config.data_workers, hidden=module.hidden_fields),
-        batches,
+        training_batches(
+            cache, batches, module.student.pad_id, hidden=module.hidden_fields, threads=config.data_threads
+        ),
         callbacks=[*callbacks, *([ProgressBar()] if progress else [])],
     )
     return trainer, batches
@@ -184,9 +190,11 @@ def _run(trainer: DistillationTrainer, checkpoint: Path | None) -> float:
 def _finish(config: TrainConfig, trainer: DistillationTrainer, record: RunRecord | None, seconds: float) -> TrainResult:
     history = trainer.state.log_history
     tokens_per_s = trainer.meter.total_positions / seconds if seconds else 0.0
+    data_wait = trainer.data_wait_s / seconds if seconds else 0.0
     last = history[-1] if history else {}
     losses = {name: last[name] for name in ("loss", *config.objective.parts) if name in last}
     steps = trainer.state.global_step
     if record is not None:
-        record.finish(steps=steps, losses=losses, history=history, seconds=seconds, tokens_per_s=tokens_per_s)
-    return TrainResult(Path(config.output), steps, losses, seconds, tokens_per_s)
+        results = {"steps": steps, "losses": losses, "seconds": seconds, "tokens_per_s": tokens_per_s}
+        record.finish(**results, data_wait=data_wait, history=history)
+    return TrainResult(Path(config.output), steps, losses, seconds, tokens_per_s, data_wait)

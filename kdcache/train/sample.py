@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.cache import Cache
+from kdcache.cache.batches import MicroBatches
 from kdcache.config import Config
 from kdcache.losses import LayerStates, Objective, Select, TeacherRows, score_positions
-from kdcache.students.batches import MicroBatches
 from kdcache.students.trainer import Distillation
 
 #: Positions of the sample, at least (fewer where the cache has fewer).
@@ -113,14 +113,14 @@ class Probe:
 def first_batches(cache: Cache, batches: MicroBatches, *, num_positions: int, batch_positions: int) -> list[list[int]]:
     """Return the first sequences of the training order as lists of sequence numbers.
 
-    Together they have ``num_positions`` positions or a few more; a list has at most ``batches.batch_size`` sequences
-    and ``batch_positions`` positions, but one sequence at least.
+    Together they have ``num_positions`` positions or a few more; a list has at most as many sequences as a
+    micro-batch and ``batch_positions`` positions, but one sequence at least.
     """
     found: list[list[int]] = []
     total, inside = 0, 0
     for index in (index for micro_batch in batches for index in micro_batch):
         length = int(cache.lengths_N[index])
-        if not found or len(found[-1]) == batches.batch_size or inside + length > batch_positions:
+        if not found or len(found[-1]) == batches.batch_sequences or inside + length > batch_positions:
             found.append([])
             inside = 0
         found[-1].append(index)
