@@ -99,7 +99,7 @@ def test_training_from_the_cache_is_training_with_the_teacher(tmp_path, teacher,
 
 
 def steps_of(cache, epoch, size):
-    order = epoch_order(cache.shard_starts, 0, epoch, 4, cache.order_key)
+    order = epoch_order(cache.shard_starts, 0, epoch, key=cache.order_key)
     return np.array_split(order, range(size, len(order), size))
 
 

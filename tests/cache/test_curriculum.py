@@ -218,10 +218,10 @@ def test_settings_that_make_no_sense(settings, message):
 
 def test_chosen_sequences_come_in_the_order_that_they_have_among_all():
     starts = np.array([0, 10, 20, 40])
-    everything = ShuffledOrder(starts, 3, 2, "x")
-    chosen = ShuffledOrder(starts, 3, 2, "x", np.array([3, 7, 15, 30, 39]))
+    everything = ShuffledOrder(starts, 3, 2, "x", num_streams=1)
+    chosen = ShuffledOrder(starts, 3, 2, "x", np.array([3, 7, 15, 30, 39]), num_streams=1)
     for epoch in range(3):
-        np.testing.assert_array_equal(everything.epoch(epoch), epoch_order(starts, 3, epoch, 2, "x"))
+        np.testing.assert_array_equal(everything.epoch(epoch), epoch_order(starts, 3, epoch, 2, "x", num_streams=1))
         expected = [n for n in everything.epoch(epoch) if n in (3, 7, 15, 30, 39)]
         assert chosen.epoch(epoch).tolist() == expected
     assert (everything.num_sequences, chosen.num_sequences) == (40, 5)

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from kdcache.cache.batches import MicroBatches
 from kdcache.cache.curriculum import Curriculum, PacedOrder
 from kdcache.cache.order import ShuffledOrder
-from kdcache.students.batches import MicroBatches
 
 
 def fake_cache(num_sequences):
@@ -49,11 +49,11 @@ def dealt_to(rank, cache, order, batch, accumulation, num_ranks, epoch):
     batches = MicroBatches(
         cache, order, batch_sequences=batch, accumulation=accumulation, rank=rank, num_ranks=num_ranks
     )
-    batches.epoch = epoch
-    mine = list(batches)
-    assert len(mine) == len(batches) == batches.steps_per_epoch * accumulation
-    assert max(map(len, mine)) <= batch
-    return [mine[i : i + accumulation] for i in range(0, len(mine), accumulation)]
+    mine = list(batches.steps(epoch))
+    assert len(mine) * accumulation == len(batches) == batches.steps_per_epoch * accumulation
+    assert all(len(micro_batches) == accumulation for micro_batches in mine)
+    assert max(len(micro_batch) for step in mine for micro_batch in step) <= batch
+    return mine
 
 
 @pytest.mark.parametrize("num_sequences", [1, 7, 8, 9, 24, 101])

@@ -164,19 +164,29 @@ def test_mistakes_are_found_before_anything_is_written(cache_path, tmp_path, cha
 
 
 def test_a_curriculum_keeps_all_shards_open_and_warns_when_they_are_too_many(cache_path, monkeypatch, caplog):
-    plain = config_of(cache_path, shuffle_window=1)
+    plain = config_of(cache_path, shuffle_window=1, num_streams=1)
     assert prepare.open_training_cache(plain).max_open_shards == 2
-    config = config_of(cache_path, shuffle_window=1, curriculum={})
+    config = config_of(cache_path, shuffle_window=1, num_streams=1, curriculum={})
     assert prepare.open_training_cache(config).max_open_shards == 3
     assert not caplog.records
     cache = open_cache(str(cache_path))
     prepare.warn_of_rereading(config, cache, ())
     monkeypatch.setattr(prepare, "OPEN_BYTES", 1000)
-    prepare.warn_of_rereading(plain, cache, ())
-    assert not caplog.records
     prepare.warn_of_rereading(config, cache, ())
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "batches will read shards again and again" in caplog.text
+    assert "a curriculum reaches all over the cache" in caplog.text
+    assert "batches will read shards again and again. Train without one" in caplog.text
+
+
+def test_a_window_that_cannot_stay_open_is_warned_of(cache_path, monkeypatch, caplog):
+    cache = open_cache(str(cache_path))
+    num_bytes = cache.encoded_bytes()
+    monkeypatch.setattr(prepare, "OPEN_BYTES", num_bytes // 2)
+    prepare.warn_of_rereading(config_of(cache_path, num_streams=1), cache, ())
+    assert not caplog.records
+    prepare.warn_of_rereading(config_of(cache_path, num_streams=2), cache, ())
+    assert "the order of training mixes 2 shards" in caplog.text
+    assert "Lower num_streams or shuffle_window" in caplog.text
 
 
 def test_options_of_the_command(run, cache_path, tmp_path):  # noqa: F811
