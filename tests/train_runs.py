@@ -164,7 +164,8 @@ def _main(runs_file: str, recorded_file: str) -> None:
     runs, not_multiplied = json.loads(Path(runs_file).read_text())
     for name, values in runs.items():
         recorder = Recorder(trained_only=True)
-        train(values, callbacks=[recorder], module=NotMultiplied if name in not_multiplied else Distiller)
+        module = NotMultiplied if name in not_multiplied else Distiller
+        train(values, callbacks=[recorder], module=module, resume=True)  # of what another world began, if anything
         recorded[name] = {"gradients": recorder.gradients, "weights": recorder.weights}
     if torch.distributed.get_rank() == 0:
         torch.save(recorded, recorded_file)

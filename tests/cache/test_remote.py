@@ -74,7 +74,7 @@ def test_only_a_shard_that_is_asked_for_is_fetched(url, monkeypatch):
     SOURCE.write(url)
     cache = open_cache(url)
     fetched = []
-    real = cache.folder.read
-    monkeypatch.setattr(cache.folder, "read", lambda name: fetched.append(name) or real(name))
+    real = cache.folder.fetch
+    monkeypatch.setattr(cache.folder, "fetch", lambda name, *rest: fetched.append(name) or real(name, *rest))
     cache.read([0, 1])
     assert [name.split("-")[0] for name in fetched] == ["shards/000000"]
