@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +27,11 @@ def kdcache(*arguments: str) -> str:
 
 
 def test_every_recipe_is_tested() -> None:
-    assert {path.parent.name for path in (ROOT / "pipelines").glob("*/run.sh")} == {"causal_lm", "progressive"}
+    assert {path.parent.name for path in (ROOT / "pipelines").glob("*/run.sh")} == {
+        "bare_loop",
+        "causal_lm",
+        "progressive",
+    }
 
 
 def run_recipe(name: str, output: Path) -> None:
@@ -109,3 +114,12 @@ def test_progressive_recipe_goes_on_from_the_same_cache(recipe: Path) -> None:
         )
     )
     assert evaluation["students"][0]["loss"] < 10.5
+
+
+def test_bare_loop_recipe_ends_with_the_trainers_student(recipe: Path) -> None:
+    run_recipe("bare_loop", recipe)
+    bare, trainer = (load_file(recipe / f"student-{name}" / "model.safetensors") for name in ("bare", "trainer"))
+    assert set(bare) == set(trainer)
+    for name, expected in trainer.items():
+        assert (bare[name] - expected).norm() <= 1e-5 * expected.norm(), name
+    assert "student-bare" in (recipe / "bare_loop.md").read_text()
