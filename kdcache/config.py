@@ -82,9 +82,16 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             nested: Any = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"the value of --set {assignment} is not valid YAML: {_yaml_problem(error)}") from None
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        tree = merge(tree, nested)
+        tree = merge(tree, nest(key, nested))
+    return tree
+
+
+def nest(key: str, value: Any) -> dict[str, Any]:
+    """Return ``{"a": {"b": value}}`` for the dotted key ``a.b``."""
+    nested = value
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    tree: dict[str, Any] = nested
     return tree
 
 

@@ -196,7 +196,7 @@ def _student_row(
         tally,
         kl=tally.mean("kl"),
         agreement=tally.mean("agreement") if _knows_favourite(cache) else None,
-        num_bytes=_weight_bytes(name),
+        num_bytes=weight_bytes(name),
         tokens_per_s=num_tokens / max(seconds, 1e-9),
         warnings=_warnings(name, cache),
     )
@@ -235,8 +235,8 @@ def _knows_favourite(cache: Cache) -> bool:
     return cache.manifest.top_k > 0
 
 
-def _weight_bytes(name: str) -> int | None:
-    """Bytes of the weight files of a local model; unknown for one from the hub."""
+def weight_bytes(name: str) -> int | None:
+    """Return the bytes of the weight files of a local model; None for one from the hub."""
     path = Path(name)
     if not path.exists():
         return None

@@ -22,6 +22,7 @@ COMMANDS = {
     "dump-teacher": ("kdcache.cli.dump_teacher", "Run a teacher over a corpus and write what it knows to a cache."),
     "transcode": ("kdcache.cli.transcode", "Make another cache from a finished one, without the teacher."),
     "train-student": ("kdcache.cli.train_student", "Train a student from a cache, without the teacher."),
+    "sweep": ("kdcache.cli.sweep", "Train many students from one cache, and compare them."),
     "evaluate": ("kdcache.cli.evaluate", "Compare students with the teacher on a held-out cache."),
     "inspect": ("kdcache.cli.inspect", "Show what a cache holds: teacher, corpus, fields, sizes, statistics."),
     "verify": ("kdcache.cli.verify", "Check every byte of a cache, its content, or run the teacher again."),

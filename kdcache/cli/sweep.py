@@ -1,0 +1,85 @@
+"""``kdcache sweep``."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from kdcache.cli import options
+
+if TYPE_CHECKING:
+    from kdcache.sweep import SweepPlan, SweepResult
+
+_EPILOG = """\b
+The file:
+  output: runs                       # a directory per student, sweep.json, table.md, quality.png
+  held_out: held-out-cache           # judges the students
+  jobs: 2                            # students side by side
+  base: {cache: cache, student: {size: tiny}, epochs: 2}         # or base_file: train.yaml
+  grid: {objective.forward_kl.temperature: [1, 2], student.size: [nano, tiny]}
+  runs: [{name: ce, set: {objective.cross_entropy.weight: 1}}]
+  seeds: [0, 1]
+
+\b
+Grid and runs change base as --set of train-student changes --config.
+"""
+
+
+@click.command("sweep", context_settings=options.CONTEXT, epilog=_EPILOG)
+@click.argument("file", metavar="FILE", type=click.Path(dir_okay=False))
+@click.option("--jobs", type=click.IntRange(min=1), help="Students side by side, instead of the file's.")
+@click.option("--dry-run", is_flag=True, help="Check everything and list the students; train nothing.")
+@options.json_option
+@options.quiet_option
+def command(file: str, jobs: int | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    """Train many students from one cache, several at a time, and compare them in one table and one plot.
+
+    Everything in FILE is checked before the first student trains. The same command goes on after an interruption:
+    finished students are kept, the others continue from their last checkpoints. Exits with 1 if a student failed.
+    """
+    from kdcache.sweep import plan_sweep, read_sweep, sweep
+
+    config = read_sweep(file)
+    if jobs is not None:
+        config = config.model_copy(update={"jobs": jobs})
+    if dry_run:
+        plan = plan_sweep(config)
+        if as_json:
+            options.echo_json(plan.to_dict())
+        else:
+            _echo_plan(plan)
+        return
+    result = sweep(config, progress=not quiet)
+    if as_json:
+        options.echo_json(result.to_dict())
+    else:
+        click.echo(result.table())
+        click.echo(f"\nThe students are in {config.output}.{_about_plot(result)}")
+    if result.failures:
+        sys.exit(1)
+
+
+def _about_plot(result: SweepResult) -> str:
+    if result.plot is not None:
+        return f" The plot is {result.plot}."
+    # The table alone remains, of which nothing may be known either.
+    return "" if all(row.quality is None for row in result.rows) else " For a plot: pip install 'kdcache[report]'."
+
+
+def _echo_plan(plan: SweepPlan) -> None:
+    """Print the students of a sweep with what is special about each, and the sums."""
+    for run in plan.runs:
+        changes = ", ".join(f"{key}={value}" for key, value in run.variation.changes.items())
+        objective = " + ".join(f"{_weight(part.weight)} {name}" for name, part in run.objective.parts.items())
+        click.echo(f"{run.name} ({run.state})")
+        click.echo(f"  {changes or 'as base'}; objective {objective}")
+        click.echo(f"  {run.num_parameters:,} parameters, {run.steps:,} steps, {run.num_positions:,} positions")
+    steps, positions = (sum(getattr(run, name) for run in plan.runs) for name in ("steps", "num_positions"))
+    judge = "no held-out cache" if plan.held_out is None else f"judged on {plan.held_out[0]}"
+    click.echo(f"\n{len(plan.runs)} students, {steps:,} steps, {positions:,} positions; {judge}. Nothing was trained.")
+
+
+def _weight(weight: object) -> str:
+    return f"{weight:g}" if isinstance(weight, int | float) else "scheduled"

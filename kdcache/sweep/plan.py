@@ -1,0 +1,194 @@
+"""Everything that can go wrong with a sweep, found before its first student trains.
+
+Every cache is opened, every distinct student is loaded once (and thrown away: it says how large it is), every
+objective is made for its cache and its student, and what lies in the output already is compared with what the file
+says. A sweep of a night should not end with a misspelt key in its last variation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdcache.cache import Cache, open_cache
+from kdcache.errors import ConfigError, KdcacheError
+from kdcache.losses import ObjectiveConfig
+from kdcache.students import Student, load_student
+from kdcache.students.run_record import changed_settings, check_output, read_run, settings_that_decide
+from kdcache.students.trainer import check_logger
+from kdcache.sweep.config import SweepConfig
+from kdcache.sweep.variations import Variation, expand
+from kdcache.train.module import fit_terms
+from kdcache.train.prepare import check_device, micro_batches, num_steps, open_training_cache, training_objective
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A student that a sweep will train: ``state`` is what lies there, ``new``, ``begun`` or ``finished``.
+
+    ``num_positions`` are those of all its steps together, about: steps times the mean of a step.
+    """
+
+    variation: Variation
+    num_parameters: int
+    steps: int
+    num_positions: int
+    state: str
+
+    @property
+    def name(self) -> str:
+        """The name of the run, and of its directory."""
+        return self.variation.name
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """The objective that it trains on."""
+        return self.variation.config.objective
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON types."""
+        variation = self.variation
+        return {
+            "name": self.name,
+            "variation": variation.group,
+            "seed": variation.seed,
+            "settings": variation.changes,
+            "objective": {name: part.model_dump() for name, part in self.objective.parts.items()},
+            "output": variation.config.output,
+            "num_parameters": self.num_parameters,
+            "steps": self.steps,
+            "num_positions": self.num_positions,
+            "state": self.state,
+        }
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """The checked students of a sweep; ``held_out`` is the path and the fingerprint of the cache that judges them."""
+
+    config: SweepConfig
+    runs: tuple[PlannedRun, ...]
+    held_out: tuple[str, str] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON types."""
+        data = {
+            "output": self.config.output,
+            "held_out": self.config.held_out,
+            "num_runs": len(self.runs),
+            "steps": sum(run.steps for run in self.runs),
+            "num_positions": sum(run.num_positions for run in self.runs),
+            "runs": [run.to_dict() for run in self.runs],
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(data, default=str))
+        return plain
+
+
+def plan_sweep(config: SweepConfig) -> SweepPlan:
+    """Check a whole sweep and return its students; nothing is written and nothing trained.
+
+    Raises what training the first wrong one would raise, with its name in front: ``ConfigError``, ``CacheError`` or
+    ``StudentError``; also ``ConfigError`` when a run in the output was made with other settings.
+    """
+    variations = expand(config)
+    for variation in variations:
+        with _named(variation):
+            check_device(variation.config)
+            check_logger(variation.config.report_to)
+    caches = {key: open_training_cache(group[0].config) for key, group in _by(variations, _cache_key)}
+    held_out = None if config.held_out is None else open_cache(config.held_out)
+    runs: dict[str, PlannedRun] = {}
+    for (key, *_), group in _by(variations, _student_key):
+        runs |= _check_students(group, caches[key], held_out)
+    where = None if held_out is None else (str(config.held_out), held_out.fingerprint)
+    return SweepPlan(config, tuple(runs[variation.name] for variation in variations), where)
+
+
+class _named:
+    """Put the name of a variation in front of the message of whatever is wrong with it."""
+
+    def __init__(self, variation: Variation) -> None:
+        self._name = variation.name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, KdcacheError):
+            raise type(error)(f"variation {self._name}: {error}") from None
+
+
+def _by(variations: Sequence[Variation], key_of: Any) -> Iterator[tuple[Any, list[Variation]]]:
+    groups: dict[Any, list[Variation]] = {}
+    for variation in variations:
+        groups.setdefault(key_of(variation), []).append(variation)
+    return iter(groups.items())
+
+
+def _cache_key(variation: Variation) -> str:
+    return variation.config.cache
+
+
+def _student_key(variation: Variation) -> tuple[str, str]:
+    """Return what decides whether two variations start from the same student, up to the seed of its weights."""
+    return variation.config.cache, variation.config.student.model_copy(update={"seed": 0}).model_dump_json()
+
+
+def _check_students(group: Sequence[Variation], cache: Cache, held_out: Cache | None) -> dict[str, PlannedRun]:
+    """Check variations that start from the same student on the same cache."""
+    with _named(group[0]):
+        _check_held_out(cache, held_out)
+        student = load_student(group[0].config.student, cache.manifest, cache.tokenizer_dir())
+    planned = {}
+    for variation in group:
+        with _named(variation):
+            planned[variation.name] = _check(variation, cache, student)
+    return planned
+
+
+def _check_held_out(cache: Cache, held_out: Cache | None) -> None:
+    if held_out is not None and held_out.manifest.tokenizer.sha256 != cache.manifest.tokenizer.sha256:
+        raise ConfigError(
+            "the held-out cache was made with another tokenizer than the cache that is trained on, so it cannot judge "
+            "such a student; dump one of held-out texts with the same teacher"
+        )
+
+
+def _check(variation: Variation, cache: Cache, student: Student) -> PlannedRun:
+    config = variation.config
+    objective = training_objective(config, cache)
+    if config.gradient_checkpointing:
+        student.checkpoint_activations()
+    fit_terms(objective, student, config.seed)
+    batches = micro_batches(config, cache)
+    steps = num_steps(config, batches.steps_per_epoch)
+    settings = settings_that_decide(config.model_dump(mode="json"), batches.sequences_per_step, steps)
+    per_step = cache.manifest.num_positions / len(cache) * min(batches.sequences_per_step, batches.num_sequences)
+    return PlannedRun(
+        variation,
+        student.num_parameters,
+        steps,
+        round(steps * per_step),
+        _state(config.output, {**settings, "cache_fingerprint": cache.fingerprint}),
+    )
+
+
+def _state(output: str, settings: dict[str, Any]) -> str:
+    """Return what lies in the directory of a run; raises ``ConfigError`` if it is anything but this very run."""
+    check_output(output, resume=True)
+    before = read_run(output)
+    if before is None:
+        if any(Path(output).glob("checkpoint-*")):
+            raise ConfigError(f"{output} holds checkpoints without a record of their run; move it away")
+        return "new"
+    state = "finished" if before.get("status") == "finished" else "begun"
+    changed = changed_settings(before.get("settings", {}), json.loads(json.dumps(settings)))
+    if changed:
+        raise ConfigError(
+            f"{output} holds a run that was {state} with other settings: {'; '.join(changed)}. Give the variation "
+            "another name or the sweep another output, or remove that directory"
+        )
+    return state

@@ -1,0 +1,45 @@
+"""One picture of a sweep: quality against what it costs, in parameters, bytes and seconds of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kdcache.sweep.table import Row
+
+_PANELS = {"num_parameters": "parameters", "num_bytes": "bytes of weights", "seconds": "seconds of training"}
+#: With more students than this names would cover the points; the table has them.
+_MOST_NAMES = 16
+
+
+def write_plot(path: Path, rows: Sequence[Row], quality: str) -> bool:
+    """Draw the finished variations into ``path``; ``quality`` names the vertical axis.
+
+    Returns False, having done nothing, where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    finished = [row for row in rows if row.quality is not None]
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, len(_PANELS), sharey=True), _PANELS.items(), strict=True):
+        _draw(axes, key, finished)
+        axes.set_xlabel(title)
+    figure.axes[0].set_ylabel(f"{quality} (nats per position)")
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _draw(axes: Any, key: str, rows: Sequence[Row]) -> None:
+    for row in rows:
+        cost, quality = row.costs[key], row.quality
+        if cost is None or quality is None:
+            continue
+        axes.errorbar(cost.mean, quality.mean, yerr=quality.half_width, fmt="o", capsize=3)
+        if len(rows) <= _MOST_NAMES:
+            axes.annotate(row.name, (cost.mean, quality.mean), (4, 4), textcoords="offset points", fontsize=7)
+    if any(row.costs[key] is not None for row in rows):
+        axes.set_xscale("log")
+    axes.grid(alpha=0.3)

@@ -1,0 +1,85 @@
+"""What is known of a student of a sweep when it is done, kept beside it so that it is trained and judged once."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from kdcache.config import Config
+from kdcache.students.run_record import finite
+
+RESULT_FILE = "sweep_result.json"
+
+
+class HeldOut(Config):
+    """The numbers of a student on a held-out cache (see ``kdcache.evaluation``), and the teacher's loss there.
+
+    Losses and KL in nats per position; None where a number is unknown or not finite.
+    """
+
+    fingerprint: str
+    loss: float | None
+    kl: float | None
+    agreement: float | None
+    ece: float | None
+    teacher_loss: float | None
+    warnings: tuple[str, ...] = ()
+
+
+class StudentResult(Config):
+    """A finished student. ``losses`` are means per position over the last logging window of its training, in nats.
+
+    ``seconds`` are those of training; of a run that was interrupted, those of its last part, scaled to all steps.
+    ``num_bytes`` are those of the weight files.
+    """
+
+    name: str
+    steps: int
+    losses: dict[str, float | None]
+    seconds: float
+    tokens_per_s: float
+    num_parameters: int
+    num_bytes: int | None
+    held_out: HeldOut | None = None
+
+
+class Failure(Config):
+    """A student that could not be finished, and why; ``traceback`` only where that is a defect."""
+
+    name: str
+    error: str
+    traceback: str | None = None
+    kind: Literal["refused", "died", "defect"] = "refused"
+
+
+Outcome = StudentResult | Failure
+
+
+def write_result(output: str | Path, result: StudentResult) -> None:
+    """Write the result of a student beside it, all or nothing."""
+    write_json(Path(output) / RESULT_FILE, result.model_dump())
+
+
+def read_result(output: str | Path) -> StudentResult | None:
+    """Return the result that lies in the directory of a student, None if there is none that can be read."""
+    try:
+        return StudentResult.model_validate_json((Path(output) / RESULT_FILE).read_text())
+    except (OSError, ValidationError):
+        return None
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write ``data`` as JSON, all or nothing; numbers that are not finite become null."""
+    write_text(path, json.dumps(finite(data), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,179 @@
+"""One row per variation: what varied, what it cost, how good its students are.
+
+Over several seeds a number is a mean with the half width of its 95 % interval (Student's t): with three seeds two
+students may differ a good deal by chance, and a table of bare means hides that.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import yaml
+
+from kdcache.students.table import render_table
+from kdcache.sweep.plan import SweepPlan
+from kdcache.sweep.results import Failure, Outcome, StudentResult
+from kdcache.sweep.variations import Variation, flatten
+
+#: 97.5 % quantiles of Student's t distribution for 1, 2, ... degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+_NORMAL = 1.96
+
+#: Column -> (heading, number format): what a student costs, and how good it is on the held-out cache.
+_COSTS = {
+    "num_parameters": ("parameters", ",.0f"),
+    "num_bytes": ("bytes", ",.0f"),
+    "seconds": ("seconds", ",.1f"),
+    "tokens_per_s": ("tokens/s", ",.0f"),
+}
+_QUALITIES = {
+    "loss": ("held-out loss", ".4f"),
+    "kl": ("KL", ".4f"),
+    "agreement": ("agreement", ".4f"),
+    "ece": ("ECE", ".4f"),
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean, and the half width of its 95 % interval where there are several values that differ."""
+
+    mean: float
+    half_width: float | None = None
+
+    def __format__(self, form: str) -> str:
+        width = "" if self.half_width is None else f" ± {self.half_width:{form}}"
+        return f"{self.mean:{form}}{width}"
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return the mean of ``values`` with the half width of its 95 % interval (Student's t)."""
+    mean = statistics.mean(values)
+    if len(set(values)) < 2:
+        return Estimate(mean)
+    return Estimate(mean, _t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)))
+
+
+def _t(freedom: int) -> float:
+    # Beyond the table the expansion around the normal distribution is good to three digits.
+    return _T[freedom - 1] if freedom <= len(_T) else _NORMAL + 2.37 / freedom + 2.82 / freedom**2
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variation: the settings that vary, and means over its finished students.
+
+    ``costs`` and ``held_out`` by the names of `StudentResult` and `HeldOut`, ``losses`` those of training.
+    """
+
+    name: str
+    settings: dict[str, str | None]
+    num_finished: int
+    num_students: int
+    costs: dict[str, Estimate | None]
+    held_out: dict[str, Estimate | None]
+    losses: dict[str, Estimate | None]
+
+    @property
+    def quality(self) -> Estimate | None:
+        """The held-out loss, or without a held-out cache the loss of training."""
+        return self.held_out["loss"] if any(self.held_out.values()) else self.losses.get("loss")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON types."""
+        return asdict(self)
+
+
+def make_rows(plan: SweepPlan, outcomes: Mapping[str, Outcome]) -> list[Row]:
+    """Return one row per variation that is known, best first; those without a finished student come last."""
+    groups: dict[str, list[Variation]] = {}
+    for run in plan.runs:
+        groups.setdefault(run.variation.group, []).append(run.variation)
+    settings = _varying(groups)
+    rows = [_row(name, settings[name], group, outcomes) for name, group in groups.items()]
+    return sorted(rows, key=lambda row: math.inf if row.quality is None else row.quality.mean)
+
+
+def _row(
+    name: str, settings: dict[str, str | None], group: Sequence[Variation], outcomes: Mapping[str, Outcome]
+) -> Row:
+    found = [outcomes.get(variation.name) for variation in group]
+    finished = [outcome for outcome in found if isinstance(outcome, StudentResult)]
+    terms = dict.fromkeys(name for result in finished for name in result.losses)
+    costs = {key: _over([getattr(result, key) for result in finished]) for key in _COSTS}
+    return Row(
+        name,
+        settings,
+        len(finished),
+        len(group),
+        # Of two times the interval would say how busy the machine was.
+        {key: value and Estimate(value.mean) for key, value in costs.items()},
+        {key: _over([getattr(result.held_out, key, None) for result in finished]) for key in _QUALITIES},
+        {term: _over([result.losses.get(term) for result in finished]) for term in terms},
+    )
+
+
+def _over(values: Sequence[float | None]) -> Estimate | None:
+    known = [value for value in values if value is not None]
+    # A student whose loss is not finite makes the mean of its variation unknown, not better.
+    return estimate(known) if known and len(known) == len(values) else None
+
+
+def _varying(groups: Mapping[str, Sequence[Variation]]) -> dict[str, dict[str, str | None]]:
+    """Return for every variation, as text, the settings in which variations differ."""
+    configs = {name: flatten(group[0].config.model_dump(mode="json")) for name, group in groups.items()}
+    keys = dict.fromkeys(key for group in groups.values() for key in group[0].changes)
+    shown = {name: {key: _text(flat.get(key)) for key in keys} for name, flat in configs.items()}
+    differ = [key for key in keys if len({values[key] for values in shown.values()}) > 1]
+    return {name: {key: values[key] for key in differ} for name, values in shown.items()}
+
+
+def _text(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=10_000)
+    return text.removesuffix("...\n").strip()
+
+
+def render(plan: SweepPlan, rows: Sequence[Row], outcomes: Mapping[str, Outcome], *, markdown: bool = False) -> str:
+    """Return the table of a sweep, and below it what its reader must know."""
+    columns = {"name": ("student", "s"), **{key: (key.removeprefix("objective."), "s") for key in rows[0].settings}}
+    if any(row.num_students > 1 for row in rows):
+        columns["seeds"] = ("seeds", "s")
+    columns |= _COSTS | {f"held-out {key}": column for key, column in _QUALITIES.items()}
+    columns |= {f"training {term}": (f"training {term}", ".4f") for row in rows for term in row.losses}
+    table = render_table(columns, [SimpleNamespace(**_cells(row, columns)) for row in rows], markdown=markdown)
+    notes = [f"- {note}" if markdown else note for note in _notes(plan, outcomes)]
+    return "\n".join([table, *([""] if markdown else []), *notes])
+
+
+def _cells(row: Row, columns: Mapping[str, Any]) -> dict[str, Any]:
+    cells: dict[str, Any] = {"name": row.name, "seeds": f"{row.num_finished}/{row.num_students}", **row.settings}
+    cells |= row.costs | {f"held-out {key}": value for key, value in row.held_out.items()}
+    cells |= {f"training {term}": value for term, value in row.losses.items()}
+    return {key: cells.get(key) for key in columns}
+
+
+def _notes(plan: SweepPlan, outcomes: Mapping[str, Outcome]) -> list[str]:
+    results = [outcome for outcome in outcomes.values() if isinstance(outcome, StudentResult)]
+    judged = [result.held_out for result in results if result.held_out is not None]
+    notes = []
+    if plan.held_out is None:
+        notes.append(
+            "no held_out cache was given: the losses are those of training, which say nothing of other texts and are "
+            "not comparable between objectives"
+        )
+    elif judged and judged[0].teacher_loss is not None:
+        notes.append(f"held-out loss of the teacher: {judged[0].teacher_loss:.4f}")
+    if any(run.variation.seed is not None for run in plan.runs):
+        notes.append("several seeds: mean ± half width of its 95 % interval (Student's t)")
+    notes += [f"warning: {warning}" for result in judged for warning in result.warnings]
+    notes += [
+        f"failed: {outcome.name}: {outcome.error}" for outcome in outcomes.values() if isinstance(outcome, Failure)
+    ]
+    return notes

@@ -1,0 +1,155 @@
+"""The child's side of a sweep: a process that trains and judges one student after another until it is told to end.
+
+One process for many students, because importing torch and transformers takes seconds. An interrupt is left to the
+parent, which ends its children. When the parent dies without a word, they die too: otherwise two sweeps would write to
+one directory after the next start.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from kdcache.errors import KdcacheError
+from kdcache.evaluation import Evaluation, evaluate, weight_bytes
+from kdcache.students.run_record import read_run
+from kdcache.sweep.results import Failure, HeldOut, Outcome, StudentResult, read_result, write_result
+from kdcache.train import Distiller, TrainConfig, TrainResult, train_student
+
+#: Least time between two messages about how far a student is.
+_TELL_EVERY_S = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """A student to train and to judge on the cache ``held_out`` (its path and fingerprint), if there is one.
+
+    ``make_module``, which must be picklable, returns what joins student and objective, where that is not the usual;
+    it is called in the process that trains.
+    """
+
+    name: str
+    config: TrainConfig
+    held_out: tuple[str, str] | None = None
+    make_module: Callable[[], Any] | None = None
+
+
+class StepTeller(TrainerCallback):
+    """Call ``tell`` with the number of steps done, at most twice a second; ``first`` is where this run began."""
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self._tell = tell
+        self._told_s = 0.0
+        self.first = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.first = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now_s = time.monotonic()
+        if now_s - self._told_s >= _TELL_EVERY_S:
+            self._told_s = now_s
+            self._tell(state.global_step)
+
+
+def serve(connection: Connection, num_threads: int) -> None:
+    """Receive jobs, and of each send the number of steps done and at last the outcome; None and SIGTERM end it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # in good order, so that no semaphore is left behind
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    torch.set_num_threads(num_threads)
+    while (job := connection.recv()) is not None:
+        connection.send(_outcome(job, connection.send))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _outcome(job: Job, tell: Callable[[int], None]) -> Outcome:
+    try:
+        return train_and_judge(job, tell)
+    except (KdcacheError, OSError) as error:
+        return Failure(name=job.name, error=str(error))
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".strip()
+        return Failure(name=job.name, error=text, traceback=traceback.format_exc(), kind="defect")
+
+
+def train_and_judge(job: Job, tell: Callable[[int], None] = lambda steps: None) -> StudentResult:
+    """Train (or finish, or find) the student of a job and judge it; ``tell`` is called with the steps done so far."""
+    known = finished_result(job)
+    if known is not None:
+        return known
+    config, steps = job.config, StepTeller(tell)
+    module = Distiller if job.make_module is None else job.make_module()
+    trained = train_student(config, resume=True, progress=False, callbacks=[steps], module=module)
+    judged = None
+    if job.held_out is not None:
+        judged = evaluate(job.held_out[0], [config.output], device=config.device, progress=False)
+    record = read_run(config.output)
+    assert record is not None
+    result = StudentResult(
+        name=job.name,
+        **_training(trained, steps.first),
+        num_parameters=record["student"]["num_parameters"],
+        num_bytes=weight_bytes(config.output),
+        held_out=None if judged is None else _held_out(judged),
+    )
+    write_result(config.output, result)
+    return result
+
+
+def finished_result(job: Job) -> StudentResult | None:
+    """Return the result of a student that was trained and judged by this held-out cache before, None otherwise."""
+    result = read_result(job.config.output)
+    if result is None:
+        return None
+    fingerprint = None if result.held_out is None else result.held_out.fingerprint
+    wanted = fingerprint if job.held_out is None else job.held_out[1]
+    return result if fingerprint == wanted else None
+
+
+def _training(trained: TrainResult, first_step: int) -> dict[str, Any]:
+    done_here = trained.steps - first_step
+    scale = trained.steps / done_here if done_here > 0 else 1.0
+    return {
+        "steps": trained.steps,
+        "losses": {name: _finite(value) for name, value in trained.losses.items()},
+        "seconds": trained.seconds * scale,
+        "tokens_per_s": trained.tokens_per_s,
+    }
+
+
+def _held_out(evaluation: Evaluation) -> HeldOut:
+    student, teacher = evaluation.students[0], evaluation.teacher
+    return HeldOut(
+        fingerprint=evaluation.fingerprint,
+        loss=_finite(student.loss),
+        kl=_finite(student.kl),
+        agreement=_finite(student.agreement),
+        ece=_finite(student.ece),
+        teacher_loss=_finite(teacher.loss),
+        warnings=student.warnings,
+    )
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
