@@ -11,6 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import gc
 import json
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,12 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Store what a test reads from remote caches neither among the user's files nor where other tests find it."""
+    monkeypatch.setenv("KDCACHE_STORE", str(tmp_path_factory.getbasetemp() / "stores" / uuid.uuid4().hex))
 
 
 @pytest.fixture(scope="session", autouse=True)

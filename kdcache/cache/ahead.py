@@ -10,7 +10,6 @@ how large a store has to be for that.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -176,16 +175,12 @@ def required_bytes(
     fields: Iterable[str],
     *,
     shards_at_a_time: int,
-    num_ranks: int = 1,
     num_processes: int = 1,
 ) -> int:
     """Return how many bytes a local store needs for every shard to be downloaded once an epoch.
 
-    An epoch is in ``shards_at_a_time`` shards at any time (streams x shuffle window), of which each of the
-    ``num_ranks`` processes that share the samples of a step reads its part; ``num_processes`` use the store, and each
-    has `THREADS` shards coming in besides. No cache needs room for more than all of its shards.
+    Each of the ``num_processes`` that use the store reads from ``shards_at_a_time`` shards (its streams x shuffle
+    window) while `THREADS` more come in. No cache needs room for more than all of its shards.
     """
-    # Rank r reads the samples g = r (mod R) and stream s holds those g = s (mod S).
-    mine = math.ceil(shards_at_a_time / math.gcd(shards_at_a_time, num_ranks))
-    num_shards = min(num_processes * (mine + THREADS), manifest.num_shards)
+    num_shards = min(num_processes * (shards_at_a_time + THREADS), manifest.num_shards)
     return num_shards * largest_shard_bytes(manifest, fields)

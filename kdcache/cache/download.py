@@ -17,12 +17,10 @@ from typing import Any
 
 from fsspec.callbacks import Callback
 
-from kdcache.cache.folder import Folder
+from kdcache.cache.folder import PAUSES_S, Folder
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.schema import ObjectRecord
 
-#: Seconds before the second and the third attempt.
-PAUSES_S = (0.5, 2.0)
 #: What another attempt cannot help: the local disk is full, or its quota is used up.
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 

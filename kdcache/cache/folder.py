@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 #: Suffix of files that are still being written; never read, removed by the next writer.
 TEMPORARY = ".tmp"
+#: Seconds before the second and the third attempt to get something from a remote store.
+PAUSES_S = (0.5, 2.0)
+#: Answers that another attempt does not change.
+_FINAL = (FileNotFoundError, NotADirectoryError, PermissionError)
 
 
 class Folder:
@@ -36,7 +41,7 @@ class Folder:
         self.store: LocalStore | None = None
         """What objects of a remote cache are read through; whoever opens one to read it again and again sets it."""
         try:
-            self._fs, root = fsspec.core.url_to_fs(self.url)
+            self._fs, root = fsspec.core.url_to_fs(self.url, **_client_options(self.url))
         except (ImportError, ValueError) as error:
             raise CacheError(f"cannot open {self.url}: {error}") from None
         self.root = str(root).rstrip("/")
@@ -47,10 +52,22 @@ class Folder:
         return Path(self.root) if isinstance(self._fs, LocalFileSystem) else None
 
     def read(self, name: str) -> bytes:
-        """Return the bytes of object ``name``; raises ``FileNotFoundError``."""
-        with self._reachable():
-            data: bytes = self._fs.cat_file(self._path(name))
-        return data
+        """Return the bytes of object ``name``; raises ``FileNotFoundError``.
+
+        What a remote store fails to give is asked for again, twice; raises ``CacheError`` when that does not help.
+        """
+        for pause_s in (*PAUSES_S, None):
+            try:
+                return bytes(self._fs.cat_file(self._path(name)))
+            except _FINAL:
+                raise
+            except Exception as error:
+                if self.local_path is not None:
+                    raise
+                if pause_s is None:
+                    raise CacheError(f"cannot reach {self.url}: {error or type(error).__name__}") from None
+                time.sleep(pause_s)
+        raise AssertionError("unreachable")
 
     def fetch(self, name: str, target: Path, callback: Callback) -> None:
         """Copy object ``name`` into the local file ``target`` in one request; raises what the file system raises."""
@@ -140,6 +157,16 @@ class Folder:
 
     def __str__(self) -> str:
         return self.url
+
+
+def _client_options(url: str) -> dict[str, Any]:
+    """Return options for the client of a store, where its own defaults do not fit."""
+    if not url.startswith(("http://", "https://")):
+        return {}
+    import aiohttp
+
+    # By default a download has to end within five minutes, however large; here only a silence may not be long.
+    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=60)}}
 
 
 def _write_whole(target: Path, data: bytes) -> None:

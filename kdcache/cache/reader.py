@@ -294,8 +294,11 @@ class Cache:
         Each is kept in the local store until it is opened. Does nothing for a cache on a local path.
         """
         if self._ahead is not None:
-            fields = dict.fromkeys([layout.TARGETS_FIELD, *hidden, *self._last.values()])
-            self._ahead.expect(shards, fields, self.max_open_shards)
+            self._ahead.expect(shards, self.fields_read(hidden), self.max_open_shards)
+
+    def fields_read(self, hidden: Iterable[str] = ()) -> list[str]:
+        """Return the fields of which a read with the ``hidden`` ones takes objects."""
+        return list(dict.fromkeys([layout.TARGETS_FIELD, *hidden, *self._last.values()]))
 
     def close(self) -> None:
         """Stop downloading ahead; reading goes on working."""
@@ -334,8 +337,7 @@ class Cache:
         manifest = self.manifest
         counts = {name: sum(getattr(shard, f"num_{name}") for shard in manifest.shards) for name in _COUNTED}
         counts |= {"sequences": manifest.num_sequences, "table": manifest.num_shards}
-        names = dict.fromkeys([layout.TARGETS_FIELD, *hidden, *self._last.values()])
-        arrays = [array for name in names for array in layout.field_of(manifest, name).arrays]
+        arrays = [array for name in self.fields_read(hidden) for array in layout.field_of(manifest, name).arrays]
         return sum(counts[a.rows] * math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in arrays)
 
     def metadata(self, index: int) -> dict[str, Any]:

@@ -45,6 +45,8 @@ Whoever gives any weight of the objective gives them all; the default is 0.9 for
 @click.option("--learning-rate", type=float, help="Peak.  [default: 1e-3 for a fresh student, else 3e-4]")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Arithmetic of the student.  [default: fp32]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[default: auto]")
+@click.option("--local-store", metavar="DIR", help="For a remote cache: where to keep shards on this machine.")
+@click.option("--local-store-bytes", metavar="SIZE", help="How much to keep there, such as 20GB.  [default: 50GB]")
 @click.option("--seed", type=int, help="Order of the data and dropout.  [default: 0]")
 @options.config_options
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --output.")
@@ -93,6 +95,10 @@ def command(
     )
 
 
+#: Beginnings of options that give settings of another name.
+_NESTED = ("student", "curriculum", "local_store")
+
+
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that the options give; those that exclude a given one are None, over whatever a file says."""
     settings = options.nest(
@@ -101,8 +107,10 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
             "student.config_file": given["student_config"],
             "student.size": given["student_size"],
             "curriculum.by": given["curriculum"],
+            "local_store.directory": given["local_store"],
+            "local_store.max_bytes": given["local_store_bytes"],
             # The other options are called like the settings that they give.
-            **{name: value for name, value in given.items() if not name.startswith(("student", "curriculum"))},
+            **{name: value for name, value in given.items() if not name.startswith(_NESTED)},
         }
     )
     if "student" in settings:

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from kdcache.cache.curriculum import Curriculum
+from kdcache.cache.local_store import LocalStoreConfig
 from kdcache.cache.order import NUM_STREAMS
 from kdcache.config import Config
 from kdcache.losses import ObjectiveConfig
@@ -26,6 +27,8 @@ class TrainConfig(Config):
     cache: str
     student: StudentConfig
     output: str
+    local_store: LocalStoreConfig = LocalStoreConfig()
+    """What is kept on this machine of a remote cache."""
     objective: ObjectiveConfig = ObjectiveConfig()
     epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_steps: int | None = Field(default=None, ge=1)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdcache.cache import Cache, open_cache
+from kdcache.cache.ahead import largest_shard_bytes, required_bytes
 from kdcache.cache.batches import MicroBatches
 from kdcache.cache.curriculum import PacedOrder
 from kdcache.cache.filters import select_sequences
@@ -37,6 +38,7 @@ def prepare(config: TrainConfig) -> tuple[Cache, Student, Objective]:
     check_logger(config.report_to)
     cache = open_training_cache(config)
     objective = training_objective(config, cache)
+    check_local_store(config, cache, objective.needs.teacher_fields)
     student = load_student(config.student, cache.manifest, cache.tokenizer_dir())
     if config.gradient_checkpointing:
         student.checkpoint_activations()
@@ -48,7 +50,8 @@ def prepare(config: TrainConfig) -> tuple[Cache, Student, Objective]:
 def open_training_cache(config: TrainConfig) -> Cache:
     """Open the cache with room for the shards that a step may reach into."""
     # A stream may reach from one shuffle window into the next.
-    cache = open_cache(config.cache, max_open_shards=2 * _shards_in_use(config))
+    local_store = config.local_store.model_copy(update={"num_processes": _processes_of_store(config)})
+    cache = open_cache(config.cache, max_open_shards=2 * _shards_in_use(config), local_store=local_store)
     if config.curriculum is not None:
         cache.max_open_shards = max(cache.manifest.num_shards, 1)
     return cache
@@ -58,6 +61,32 @@ def _shards_in_use(config: TrainConfig) -> int:
     """Return how many shards this process reads from at a time, if there are so many."""
     own_streams = config.num_streams // math.gcd(config.num_streams, started_processes())
     return own_streams * config.shuffle_window
+
+
+def _processes_of_store(config: TrainConfig) -> int:
+    """Return how many processes of this machine read through the local store, as far as this run knows."""
+    return config.local_store.num_processes * int(os.environ.get("LOCAL_WORLD_SIZE", started_processes()))
+
+
+def check_local_store(config: TrainConfig, cache: Cache, hidden: Iterable[str]) -> None:
+    """Raise ``ConfigError`` when the store of a remote cache is so small that shards would be downloaded repeatedly.
+
+    ``hidden`` are the hidden-state fields that are read too.
+    """
+    if cache.folder.store is None:
+        return
+    num_shards = cache.manifest.num_shards if config.curriculum is not None else _shards_in_use(config)
+    num_processes = _processes_of_store(config)
+    fields = cache.fields_read(hidden)
+    needed = required_bytes(cache.manifest, fields, shards_at_a_time=num_shards, num_processes=num_processes)
+    if needed > config.local_store.max_bytes:
+        raise ConfigError(
+            f"local_store.max_bytes is {config.local_store.max_bytes:,} and this run needs {needed:,}: a process reads "
+            f"from {num_shards} shards at a time (num_streams x shuffle_window; a curriculum from all), the number of "
+            f"processes is {num_processes}, and the largest shard has "
+            f"{largest_shard_bytes(cache.manifest, fields):,} bytes; raise local_store.max_bytes "
+            "(--local-store-bytes), or lower num_streams or shuffle_window"
+        )
 
 
 def warn_of_rereading(config: TrainConfig, cache: Cache, hidden: Iterable[str]) -> None:
