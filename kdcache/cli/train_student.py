@@ -24,6 +24,7 @@ Examples:
   kdcache train-student --config train.yaml --where "teacher_loss < 5 and num_positions >= 32"
   kdcache train-student --config train.yaml --curriculum teacher_loss --set curriculum.pacing=linear
   torchrun --nproc-per-node 2 -m kdcache train-student --config train.yaml              (two GPUs, or on a CPU)
+  accelerate launch --multi_gpu --num_processes 2 -m kdcache train-student --config train.yaml
 
 \b
 Whoever gives any weight of the objective gives them all; the default is 0.9 forward_kl + 0.1 cross_entropy.
@@ -68,7 +69,7 @@ def command(
     Hugging Face model with its tokenizer: AutoModelForCausalLM.from_pretrained(RUN) needs no kdcache.
     """
     from kdcache.config import load
-    from kdcache.train import TrainConfig, plan_training, train_student
+    from kdcache.train import TrainConfig, leave_processes, plan_training, train_student
 
     config = load(TrainConfig, file=config_file, assignments=assignments, options=_settings(given))
     is_first = int(os.environ.get("RANK", "0")) == 0  # of several processes the first one speaks for all
@@ -82,6 +83,7 @@ def command(
             _echo_report(report)
         return
     result = train_student(config, resume=resume, progress=not quiet)
+    leave_processes()
     if not is_first:
         return
     if as_json:

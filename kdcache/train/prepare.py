@@ -143,6 +143,15 @@ def check_processes(num_ranks: int) -> None:
         )
 
 
+def leave_processes() -> None:
+    """Part from the other processes of a run, when this one has nothing more to do with them.
+
+    One that exits without it may be killed by its communication threads, after all its work is done.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def training_objective(config: TrainConfig, cache: Cache) -> Objective:
     """Return the objective of the run, its shares of positions turned into bounds on the texts that are trained on.
 
