@@ -101,6 +101,17 @@ def test_a_stream_holds_a_few_positions_at_a_time(written) -> None:
     assert pa.Table.from_batches(batches).equals(kdcache.to_arrow(cache).combine_chunks())
 
 
+def test_a_stream_reads_no_further_than_it_was_asked(written, monkeypatch) -> None:
+    cache = kdcache.open_cache(str(written("temperatures")))
+    asked: list[int] = []
+    read = cache.read
+    monkeypatch.setattr(cache, "read", lambda indices, **more: (asked.extend(indices), read(indices, **more))[1])
+    reader = kdcache.to_arrow_reader(cache, batch_positions=10)
+    assert asked == [0]  # for the schema
+    num_rows = reader.read_next_batch().num_rows
+    assert asked[1:] == list(range(num_rows))
+
+
 def test_mistakes_are_told_at_once(sound, copy) -> None:
     cache = kdcache.open_cache(str(sound))
     with pytest.raises(CacheError, match="there is no sequence 13"):

@@ -1,0 +1,46 @@
+"""The page about reading: its code runs, from top to bottom, on a cache; its tables and names are those of the code."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import kdcache
+from kdcache.cache.order import NUM_STREAMS
+from tests.cache.conftest import KINDS, SOURCE
+from tests.docs.pages import DOCS, blocks, sections
+
+PAGE = (DOCS / "reading.md").read_text()
+
+
+def test_code_of_the_page_runs(dumped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("cache").symlink_to(dumped)
+    assert dumped.name == "cache"
+    names = {"__name__": __name__}
+    for number, code in enumerate(blocks(PAGE, "python")):
+        exec(compile(code, f"docs/reading.md, block {number}", "exec"), names)
+    assert [item.suffix for item in Path("arrow").iterdir()] == [".arrow"]
+
+
+def test_defaults_that_the_prose_says() -> None:
+    defaults = {name: item.default for name, item in inspect.signature(kdcache.Cache.batches).parameters.items()}
+    assert f"`num_streams` (default {NUM_STREAMS})" in PAGE
+    assert defaults["num_streams"] == NUM_STREAMS
+    assert f"`shuffle_window` shards (default {defaults['shuffle_window']})" in PAGE
+    assert f"`threads={defaults['threads']}, ahead={defaults['ahead']}`" in PAGE
+
+
+def test_columns_of_the_table_are_those_that_there_are(tmp_path: Path) -> None:
+    found: set[str] = set()
+    for number, source in enumerate([SOURCE, *KINDS.values()]):
+        source.write(tmp_path / str(number))
+        cache = kdcache.open_cache(str(tmp_path / str(number)))
+        columns = kdcache.to_arrow(cache, [0], hidden=cache.manifest.hidden_layers).column_names
+        found |= set(columns) - set(cache.sequence_table().column_names)
+    listed = sections(PAGE)["Tables"]
+    said = {name for line in listed.splitlines() if line.startswith("| `") for name in re.findall(r"`([^`]+)`", line)}
+    assert {"hidden-<n>" if name.startswith("hidden-") else name for name in found} == said
