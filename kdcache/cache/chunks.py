@@ -105,7 +105,7 @@ def encode_chunks(data: NDArray[Any], layout: ChunkLayout) -> Iterator[bytes]:
         yield frame + google_crc32c.value(frame).to_bytes(SEAL_BYTES, "little")
 
 
-def decode_chunks(chunks: Sequence[NDArray[np.uint8]], layout: ChunkLayout) -> NDArray[Any]:
+def decode_chunks(chunks: Sequence[NDArray[np.uint8]], layout: ChunkLayout, *, check_crc: bool = True) -> NDArray[Any]:
     """Return the array whose chunks these are: in Fortran order if they are transposed, else in C order.
 
     ``sizes_of`` must have been compared with ``layout`` for every chunk. Raises ``ValueError`` naming the chunk whose
@@ -119,7 +119,7 @@ def decode_chunks(chunks: Sequence[NDArray[np.uint8]], layout: ChunkLayout) -> N
         place = result[number * layout.rows : (number + 1) * layout.rows]
         target = place.T if layout.transposed else place
         is_direct = len(place) == layout.rows and target.flags.c_contiguous
-        _open_chunk(data, target if is_direct else chunk, number)
+        _open_chunk(data, target if is_direct else chunk, number, check_crc)
         if not is_direct:
             place[...] = rows_first[: len(place)]
     return result
@@ -140,10 +140,10 @@ def _scratch(layout: ChunkLayout) -> tuple[NDArray[Any], NDArray[Any]]:
     return chunk, chunk
 
 
-def _open_chunk(data: NDArray[np.uint8], target: NDArray[Any], number: int) -> None:
+def _open_chunk(data: NDArray[np.uint8], target: NDArray[Any], number: int, check_crc: bool) -> None:
     frame, seal = data[:-SEAL_BYTES], data[-SEAL_BYTES:]
     # google_crc32c takes any buffer that cannot be resized, as an array is, but declares bytes.
-    if google_crc32c.value(cast(bytes, frame)) != int.from_bytes(seal.tobytes(), "little"):
+    if check_crc and google_crc32c.value(cast(bytes, frame)) != int.from_bytes(seal.tobytes(), "little"):
         raise ValueError(f"chunk {number} is damaged, its crc32c is not the stored one")
     try:
         numcodecs.blosc.decompress(frame, target)

@@ -7,14 +7,11 @@ sequence, never by order, so batch size, shuffling and the number of ranks chang
 
 from __future__ import annotations
 
-import contextlib
 import math
 import tempfile
-import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +23,19 @@ from kdcache.cache import layout
 from kdcache.cache.ahead import Ahead
 from kdcache.cache.batches import Batches, batches_of
 from kdcache.cache.cut import cut_targets, with_top_k
+from kdcache.cache.decoder import BatchDecoder
 from kdcache.cache.fields import build_codecs, check_arrays
 from kdcache.cache.filters import select_sequences
 from kdcache.cache.folder import Folder
+from kdcache.cache.gather import Piece, join
 from kdcache.cache.local_store import LocalStore, LocalStoreConfig
 from kdcache.cache.lookup import read_plan_table, sequences_with
+from kdcache.cache.open_shards import OpenShards
 from kdcache.cache.order import NUM_STREAMS
-from kdcache.cache.shards import ShardArrays, load_shard, load_table, row_spans, take_rows
+from kdcache.cache.shards import ShardArrays, load_shard, load_table
 from kdcache.cache.tail_prior import read_prior
 from kdcache.errors import CacheError, CorruptCacheError
-from kdcache.schema import Manifest, ObjectRecord, SequenceBatch, Targets
+from kdcache.schema import Manifest, ObjectRecord, SequenceBatch
 
 #: Encoded shards that stay in memory take at most this much together (but one always stays).
 OPEN_BYTES = 2 << 30
@@ -46,17 +46,26 @@ _COUNTED = ("positions", "tokens", "entries", "draws")
 class Cache:
     """A finished cache, open for reading. Make one with `open_cache`."""
 
-    def __init__(self, folder: Folder, manifest: Manifest, fingerprint: str, max_open_shards: int = 8) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        manifest: Manifest,
+        fingerprint: str,
+        max_open_shards: int = 8,
+        *,
+        check_crc: bool = True,
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.fingerprint = fingerprint
         self.max_open_shards = max_open_shards
-        self._codec, self._hidden_codecs = build_codecs(folder, manifest)
-        check_arrays(folder, manifest, self._codec, self._hidden_codecs)
+        codec, hidden_codecs = build_codecs(folder, manifest)
+        check_arrays(folder, manifest, codec, hidden_codecs)
+        self._decoder = BatchDecoder(folder, manifest, codec, hidden_codecs)
+        # Without a reference to this object: what is open goes away with it, at once.
+        load = partial(_load, folder, manifest, self._decoder, check_crc)
+        self._shards = OpenShards(load, max_open_shards, OPEN_BYTES)
         self._last = {"last": manifest.states_field} if manifest.targets.kind == "hidden" else {}
-        self._tables = {field.name: {a.name for a in field.arrays if a.rows == "table"} for field in manifest.fields}
-        self._open: OrderedDict[tuple[int, tuple[str, ...]], ShardArrays] = OrderedDict()
-        self._lock = threading.Lock()
         self._ahead = None if folder.store is None else Ahead(folder.store, folder, manifest)
         if self._ahead is not None:
             weakref.finalize(self, self._ahead.close)
@@ -192,8 +201,11 @@ class Cache:
             layout.field_of(self.manifest, name)
         held = self.manifest.targets
         kept = held if top_k is None else with_top_k(held, top_k, str(self.folder))
-        pieces = [self._read_from_shard(shard, local, names) for shard, local in self._by_shard(wanted)]
-        batch = _concatenate(pieces, wanted)
+        if not wanted:
+            raise CacheError("no sequences were asked for")
+        layers = {name: name for name in names} | self._last
+        batch = join([self._decoder.decode(pieces, layers) for pieces in self._groups(wanted, names)])
+        batch.indices = wanted
         if kept != held:
             batch.targets, _ = cut_targets(batch.targets, held, kept)
         return batch
@@ -236,57 +248,31 @@ class Cache:
             ahead=ahead,
         )
 
-    def _by_shard(self, indices: list[int]) -> Iterator[tuple[int, list[int]]]:
-        """Split ``indices`` into runs that lie in one shard, keeping their order."""
-        run: list[int] = []
-        current = -1
-        for index in indices:
-            shard = self.shard_of(index)
-            if shard != current and run:
-                yield current, run
-                run = []
-            current = shard
-            run.append(index - int(self.shard_starts[shard]))
-        if run:
-            yield current, run
+    def _runs(self, indices: list[int]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Split ``indices`` into runs that lie in one shard, keeping their order: the shard, and numbers within it."""
+        for index in (min(indices), max(indices)):
+            self.shard_of(index)  # refuses one that is not there
+        wanted_N = np.array(indices, dtype=np.int64)
+        shards_N = np.searchsorted(self.shard_starts, wanted_N, side="right") - 1
+        breaks = np.flatnonzero(np.diff(shards_N)) + 1
+        local_N = wanted_N - self.shard_starts[shards_N]
+        yield from zip(shards_N[[0, *breaks]].tolist(), np.split(local_N, breaks), strict=True)
 
-    def _read_from_shard(self, shard: int, local: list[int], hidden: tuple[str, ...]) -> SequenceBatch:
-        arrays = self.open_shard(shard, tuple(dict.fromkeys([*hidden, *self._last.values()])))
-        tokens, token_offsets = row_spans(arrays.token_offsets_N1, local)
-        positions, position_offsets = row_spans(arrays.position_offsets_N1, local)
-        target_arrays = arrays.fields[layout.TARGETS_FIELD]
-        layers = {name: name for name in hidden} | self._last
-        with self._naming(shard, layout.TARGETS_FIELD):
-            targets = self._codec.decode(self._rows(layout.TARGETS_FIELD, target_arrays, positions))
-        decoded = {}
-        for field in set(layers.values()):
-            with self._naming(shard, field):
-                decoded[field] = self._hidden_codecs[field].decode(self._rows(field, arrays.fields[field], positions))
-        segments = target_arrays.get("segment_ids")
-        return SequenceBatch(
-            indices=local,
-            tokens_T=take_rows(target_arrays["tokens"], tokens).astype(np.uint32),
-            token_offsets_N1=token_offsets,
-            position_offsets_N1=position_offsets,
-            loss_mask_P=take_rows(target_arrays["loss_mask"], positions),
-            targets=targets,
-            segment_ids_T=None if segments is None else take_rows(segments, tokens),
-            hidden={name: decoded[field] for name, field in layers.items()},
-        )
-
-    @contextlib.contextmanager
-    def _naming(self, shard: int, field: str) -> Iterator[None]:
-        """Name the place in errors of codecs, which know of no files."""
-        try:
-            yield
-        except CorruptCacheError as error:
-            path = self.manifest.shards[shard].objects[field].path
-            raise CorruptCacheError(f"{self.folder}, shard {shard}, field {field}, file {path}: {error}") from None
-
-    def _rows(self, field: str, arrays: dict[str, NDArray[Any]], spans: list[slice]) -> dict[str, NDArray[Any]]:
-        """Return the arrays of a field with only the rows in ``spans``, and every table whole."""
-        tables = self._tables[field]
-        return {name: values if name in tables else take_rows(values, spans) for name, values in arrays.items()}
+    def _groups(self, indices: list[int], hidden: tuple[str, ...]) -> Iterator[list[Piece]]:
+        """Open the shards of ``indices``, no more at once than may be open."""
+        mean_bytes = self.encoded_bytes(hidden) // max(self.manifest.num_shards, 1)
+        most = max(1, min(self.max_open_shards, OPEN_BYTES // max(mean_bytes, 1)))
+        fields = tuple(self.fields_read(hidden)[1:])
+        group: dict[int, ShardArrays] = {}
+        pieces: list[Piece] = []
+        for shard, local in self._runs(indices):
+            if shard not in group and len(group) == most:
+                yield pieces
+                group, pieces = {}, []
+            if shard not in group:
+                group[shard] = self.open_shard(shard, fields)
+            pieces.append(Piece(shard, group[shard], local))
+        yield pieces
 
     def expect(self, shards: list[int], hidden: tuple[str, ...] = ()) -> None:
         """Start downloading ``shards`` of a remote cache, in the order of their first use, in place of earlier ones.
@@ -307,30 +293,14 @@ class Cache:
 
     def open_shard(self, shard: int, hidden: tuple[str, ...] = ()) -> ShardArrays:
         """Return the arrays of ``shard``, from memory when it was read lately."""
-        arrays = self._open_shard(shard, hidden)
+        arrays = self._shards.get(shard, hidden)
         if self._ahead is not None:
             self._ahead.opened(shard)
         return arrays
 
-    def _open_shard(self, shard: int, hidden: tuple[str, ...]) -> ShardArrays:
-        key = (shard, hidden)
-        with self._lock:
-            if key in self._open:
-                self._open.move_to_end(key)
-                return self._open[key]
-        record = self.manifest.shards[shard]
-        arrays = load_shard(self.folder, self.manifest, record, (layout.TARGETS_FIELD, *hidden))
-        with self._naming(shard, layout.TARGETS_FIELD):
-            arrays.fields[layout.TARGETS_FIELD] = self._codec.open(arrays.fields[layout.TARGETS_FIELD])
-        with self._lock:
-            self._open[key] = arrays
-            while len(self._open) > self.max_open_shards or (len(self._open) > 1 and self.open_bytes() > OPEN_BYTES):
-                self._open.popitem(last=False)
-        return arrays
-
     def open_bytes(self) -> int:
         """Return the bytes of the encoded shards that are in memory."""
-        return sum(array.nbytes for s in self._open.values() for field in s.fields.values() for array in field.values())
+        return self._shards.num_bytes()
 
     def encoded_bytes(self, hidden: Iterable[str] = ()) -> int:
         """Return about how many bytes all shards take in memory, encoded, when read with the ``hidden`` fields."""
@@ -348,43 +318,26 @@ class Cache:
         return record
 
 
-def open_cache(path: str, *, max_open_shards: int = 8, local_store: LocalStoreConfig | None = None) -> Cache:
+def open_cache(
+    path: str, *, max_open_shards: int = 8, local_store: LocalStoreConfig | None = None, check_crc: bool = True
+) -> Cache:
     """Open the finished cache at ``path`` (a directory or any fsspec URL).
 
     Raises ``IncompleteCacheError`` when its dump has not finished, ``CorruptCacheError`` when its manifest is damaged
     and ``CacheError`` when there is none. ``max_open_shards`` bounds how many encoded shards stay in memory.
     Objects of a remote cache are read through ``local_store`` (see `kdcache.cache.local_store`), by default 50 GB in
-    ``$KDCACHE_STORE`` or ``~/.cache/kdcache``.
+    ``$KDCACHE_STORE`` or ``~/.cache/kdcache``. ``check_crc=False`` saves the checksum of every chunk, a few percent of
+    the time, and with it nearly all chance to notice damage.
     """
     folder = Folder(path)
     manifest, fingerprint = layout.read_manifest(folder)
     if folder.local_path is None:
         folder.store = LocalStore(local_store or LocalStoreConfig())
-    return Cache(folder, manifest, fingerprint, max_open_shards)
+    return Cache(folder, manifest, fingerprint, max_open_shards, check_crc=check_crc)
 
 
-def _concatenate(pieces: list[SequenceBatch], indices: list[int]) -> SequenceBatch:
-    if not pieces:
-        raise CacheError("no sequences were asked for")
-    if len(pieces) == 1:
-        pieces[0].indices = indices
-        return pieces[0]
-
-    def join(values: list[NDArray[Any]]) -> NDArray[Any]:
-        return np.concatenate(values)
-
-    def join_offsets(values: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-        lengths = np.concatenate([np.diff(offsets) for offsets in values])
-        return np.concatenate([[0], np.cumsum(lengths)])
-
-    segments = [piece.segment_ids_T for piece in pieces if piece.segment_ids_T is not None]
-    return SequenceBatch(
-        indices=indices,
-        tokens_T=join([piece.tokens_T for piece in pieces]),
-        token_offsets_N1=join_offsets([piece.token_offsets_N1 for piece in pieces]),
-        position_offsets_N1=join_offsets([piece.position_offsets_N1 for piece in pieces]),
-        loss_mask_P=join([piece.loss_mask_P for piece in pieces]),
-        targets=Targets.concatenate([piece.targets for piece in pieces]),
-        segment_ids_T=join(segments) if segments else None,
-        hidden={name: join([piece.hidden[name] for piece in pieces]) for name in pieces[0].hidden},
-    )
+def _load(
+    folder: Folder, manifest: Manifest, decoder: BatchDecoder, check_crc: bool, shard: int, hidden: tuple[str, ...]
+) -> ShardArrays:
+    names = (layout.TARGETS_FIELD, *hidden)
+    return decoder.open(shard, load_shard(folder, manifest, manifest.shards[shard], names, check_crc))

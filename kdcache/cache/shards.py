@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,30 @@ from kdcache.schema import FieldRecord, Manifest, ShardRecord
 
 @dataclass
 class ShardArrays:
-    """The arrays of a shard, unpacked but still encoded, by field and array name."""
+    """The arrays of a shard, unpacked but still encoded, by field and array name.
+
+    ``tables`` are the tables of ids that were opened for reading rows of several shards together.
+    """
 
     fields: dict[str, dict[str, NDArray[Any]]]
     token_offsets_N1: NDArray[np.int64]
     position_offsets_N1: NDArray[np.int64]
+    tables: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for arrays in (*self.fields.values(), self.tables) for array in arrays.values())
+
+
+@contextlib.contextmanager
+def naming(folder: Folder, manifest: Manifest, shard: int, name: str) -> Iterator[None]:
+    """Name the place, field ``name`` of a shard, in errors of codecs, which know of no files."""
+    try:
+        yield
+    except CorruptCacheError as error:
+        path = manifest.shards[shard].objects[name].path
+        raise CorruptCacheError(f"{folder}, shard {shard}, field {name}, file {path}: {error}") from None
 
 
 def load_table(folder: Folder, shard: ShardRecord, columns: Iterable[str] = ()) -> pa.Table:
@@ -38,9 +58,11 @@ def load_table(folder: Folder, shard: ShardRecord, columns: Iterable[str] = ()) 
     return table
 
 
-def load_shard(folder: Folder, manifest: Manifest, shard: ShardRecord, fields: Iterable[str]) -> ShardArrays:
+def load_shard(
+    folder: Folder, manifest: Manifest, shard: ShardRecord, fields: Iterable[str], check_crc: bool = True
+) -> ShardArrays:
     """Read and unpack the named fields of a shard; raises ``CorruptCacheError`` naming file, shard and field."""
-    loaded = {name: _load_field(folder, layout.field_of(manifest, name), shard) for name in fields}
+    loaded = {name: _load_field(folder, layout.field_of(manifest, name), shard, check_crc) for name in fields}
     targets = loaded[layout.TARGETS_FIELD]
     token_offsets, position_offsets = (
         np.concatenate([[0], np.cumsum(targets[name], dtype=np.int64)]) for name in ("num_tokens", "num_positions")
@@ -54,7 +76,7 @@ def load_shard(folder: Folder, manifest: Manifest, shard: ShardRecord, fields: I
     return ShardArrays(loaded, token_offsets, position_offsets)
 
 
-def _load_field(folder: Folder, record: FieldRecord, shard: ShardRecord) -> dict[str, NDArray[Any]]:
+def _load_field(folder: Folder, record: FieldRecord, shard: ShardRecord, check_crc: bool) -> dict[str, NDArray[Any]]:
     item = shard.objects[record.name]
     where = f"{folder}, shard {shard.index}, field {record.name}"
     data = layout.read_object(folder, item, where)
@@ -67,24 +89,5 @@ def _load_field(folder: Folder, record: FieldRecord, shard: ShardRecord) -> dict
         "table": None,
     }
     expected = {array.path: (array, rows[array.rows]) for array in record.arrays}
-    unpacked = unpack(data, expected, f"{where}, file {item.path}")
+    unpacked = unpack(data, expected, f"{where}, file {item.path}", check_crc=check_crc)
     return {array.name: unpacked[array.path] for array in record.arrays}
-
-
-def row_spans(offsets_N1: NDArray[np.int64], chosen: list[int]) -> tuple[list[slice], NDArray[np.int64]]:
-    """Return the rows of the ``chosen`` sequences, neighbours in one slice, and the offsets of each among them."""
-    starts, stops = offsets_N1[chosen], offsets_N1[[n + 1 for n in chosen]]
-    breaks = np.flatnonzero(stops[:-1] != starts[1:]) + 1
-    firsts, lasts = starts[[0, *breaks]].tolist(), stops[[*(breaks - 1), -1]].tolist()
-    spans = [slice(first, last) for first, last in zip(firsts, lasts, strict=True)]
-    return spans, np.concatenate([[0], np.cumsum(stops - starts)])
-
-
-def take_rows(values: NDArray[Any], spans: list[slice]) -> NDArray[Any]:
-    """Return the rows in ``spans``, one after another; a view where that is one span."""
-    if len(spans) == 1:  # a view
-        return values[spans[0]]
-    if values.ndim == 2 and not values.flags.c_contiguous:
-        # Columns are contiguous, and stay so: the codecs decode column by column.
-        return np.concatenate([values.T[:, span] for span in spans], axis=1).T
-    return np.concatenate([values[span] for span in spans])

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.codecs.ragged import expand, flatten
-from kdcache.codecs.ranks import id_dtype, ids_of_ranks, rank_ids, sorted_steps, undo_sorted_steps
+from kdcache.codecs.ranks import OpenTables, id_dtype, rank_ids, sorted_steps, undo_sorted_steps
 from kdcache.schema import ArrayRecord, Draws
 
 
@@ -71,4 +71,7 @@ def decode_draws(arrays: Mapping[str, NDArray[Any]]) -> Draws:
     same_JP = np.zeros(counts_JP.shape, dtype=bool)
     same_JP[1:] = counts_JP[1:] == counts_JP[:-1]
     ranks_JP = undo_sorted_steps(arrays["draw_ranks"].T, same_JP)
-    return Draws(ids_of_ranks(ranks_JP, arrays["draw_table"], "draw_table").T, counts_JP.T)
+    tables = OpenTables.of(arrays["draw_table"], ranks_JP.shape[1])
+    ids_JP = np.empty(ranks_JP.shape, dtype=tables.dtype)
+    tables.write_ids(ranks_JP, 0, ids_JP, "draw_table")
+    return Draws(ids_JP.T, counts_JP.T)

@@ -9,6 +9,8 @@ Differences are taken modulo the dtype's range, here and in `sorted_steps`: unsi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,11 +44,49 @@ def rank_ids(ids: NDArray[Any], vocab_size: int) -> tuple[NDArray[Any], NDArray[
 
 def ids_of_ranks(ranks: NDArray[Any], table: NDArray[Any], name: str) -> NDArray[Any]:
     """Return the ids of ``ranks``; raises ``CorruptCacheError`` for a rank outside the table called ``name``."""
+    return _look_up(ranks, open_table(table), name)
+
+
+def open_table(table: NDArray[Any]) -> NDArray[Any]:
+    """Return the id of every rank, from the table as it is stored."""
+    return np.cumsum(table, dtype=table.dtype)
+
+
+@dataclass(frozen=True)
+class OpenTables:
+    """What `open_table` returned, for rows of one or several shards.
+
+    Rows ``starts_S1[n]`` to ``starts_S1[n + 1]`` have their ranks from ``tables[n]``.
+    """
+
+    tables: Sequence[NDArray[Any]]
+    starts_S1: Sequence[int]
+
+    @classmethod
+    def of(cls, table: NDArray[Any] | OpenTables, num_rows: int) -> OpenTables:
+        """Return tables of ``num_rows`` rows: these, or the stored one of a single shard, opened."""
+        return table if isinstance(table, OpenTables) else cls([open_table(table)], [0, num_rows])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What ids are stored as."""
+        return self.tables[0].dtype
+
+    def write_ids(self, ranks_KB: NDArray[Any], first_row: int, out_KB: NDArray[Any], name: str) -> None:
+        """Write the ids of the rows from ``first_row`` on to ``out_KB``; raises as `ids_of_ranks` does."""
+        last_row = first_row + ranks_KB.shape[1]
+        for table, start, stop in zip(self.tables, self.starts_S1[:-1], self.starts_S1[1:], strict=True):
+            rows = slice(max(start - first_row, 0), max(min(stop, last_row) - first_row, 0))
+            if rows.start < rows.stop:
+                out_KB[:, rows] = _look_up(ranks_KB[:, rows], table, name)
+
+
+def _look_up(ranks: NDArray[Any], ids: NDArray[Any], name: str) -> NDArray[Any]:
     if not ranks.size:
-        return ranks.astype(table.dtype)
-    if int(ranks.max()) >= len(table):
-        raise CorruptCacheError(f"a rank is {int(ranks.max())}, but {name} has {len(table)} entries")
-    return np.take(np.cumsum(table, dtype=table.dtype), ranks)
+        return ranks.astype(ids.dtype)
+    if int(ranks.max()) >= len(ids):
+        raise CorruptCacheError(f"a rank is {int(ranks.max())}, but {name} has {len(ids)} entries")
+    return np.take(ids, ranks)
 
 
 def sorted_steps(ranks: NDArray[Any], same: NDArray[np.bool_]) -> NDArray[Any]:

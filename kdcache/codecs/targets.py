@@ -32,6 +32,8 @@ class TargetsCodec:
         self._head_arrays = head.arrays(record.top_k, vocab_size) if record.top_k else ()
         self._ragged = [a.name for a in self._head_arrays if record.is_ragged and a.rows == "positions"]
         self._scalars = ("log_tail", "gold_logprob", "entropy") if record.top_k else ("gold_logprob", "entropy")
+        self.id_tables = (*(head.id_tables if record.top_k else ()), *(("draw_table",) if record.num_draws else ()))
+        """Tables that `decode` also takes as `OpenTables`."""
 
     def arrays(self) -> tuple[ArrayRecord, ...]:
         """Describe the arrays that `encode` returns."""
@@ -83,7 +85,10 @@ class TargetsCodec:
         return open_draws(opened, most) if self.record.num_draws else opened
 
     def decode(self, arrays: Arrays) -> Targets:
-        """Decode rows of what `open` returned: any slice of the per-position arrays, with the whole of every table."""
+        """Decode rows of what `open` returned: any slice of the per-position arrays, with the whole of every table.
+
+        Rows of several shards together need `OpenTables` in place of the tables in ``id_tables``, and no others.
+        """
         num_positions = len(arrays["entropy"])
         log_tail_P = arrays["log_tail"].astype(np.float32) if self.record.top_k else np.zeros(num_positions, np.float32)
         num_kept_P = arrays["num_kept"] if self.record.is_ragged else None

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from kdcache.codecs.floats import BF16, FP16, FP32, FloatFormat
-from kdcache.codecs.ranks import id_dtype, ids_of_ranks, rank_ids, sorted_steps, undo_sorted_steps
+from kdcache.codecs.ranks import OpenTables, id_dtype, rank_ids, sorted_steps, undo_sorted_steps
 from kdcache.config import Config
 from kdcache.schema import ArrayRecord
 
@@ -38,7 +38,7 @@ Kept = NDArray[np.bool_] | None
 #: exp(-2048) is 0 in float32, so nothing below it can matter; keeps grid arithmetic in range where a logit is -inf.
 _FLOOR = -2048.0
 #: Rows that are decoded at once: large enough that numpy's calls cost nothing, small enough for the processor's cache.
-_BLOCK = 4096
+_BLOCK = 8192
 
 
 class TopKCodec(Config):
@@ -46,6 +46,8 @@ class TopKCodec(Config):
 
     name: str
     scalar_dtype: Literal["float16", "float32"] = "float16"
+    id_tables: ClassVar[tuple[str, ...]] = ()
+    """Tables that `decode` also takes as `OpenTables`, which is how rows of several shards are decoded at once."""
 
     @property
     def kl_bound(self) -> float:
@@ -97,6 +99,7 @@ class CompactCodec(TopKCodec):
 
     name: Literal["compact"] = "compact"
     grid: int = Field(default=16, ge=1, le=64)
+    id_tables: ClassVar[tuple[str, ...]] = ("id_table",)
 
     @property
     def kl_bound(self) -> float:
@@ -126,8 +129,9 @@ class CompactCodec(TopKCodec):
     def decode(
         self, arrays: Arrays, log_tail_P: NDArray[np.float32], kept_PK: Kept = None
     ) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        gaps_KP, steps_KP, table = arrays["topk_gaps"].T, arrays["topk_ranks"].T, arrays["id_table"]
-        ids_KP = np.empty(steps_KP.shape, dtype=table.dtype)
+        gaps_KP, steps_KP = arrays["topk_gaps"].T, arrays["topk_ranks"].T
+        tables = OpenTables.of(arrays["id_table"], steps_KP.shape[1])
+        ids_KP = np.empty(steps_KP.shape, dtype=tables.dtype)
         head_KP = np.empty(steps_KP.shape, dtype=np.float32)
         for block in _blocks(gaps_KP.shape[1]):
             kept_KP = None if kept_PK is None else kept_PK.T[:, block]
@@ -137,7 +141,7 @@ class CompactCodec(TopKCodec):
             ranks_KB = undo_sorted_steps(steps_KP[:, block], _ties(gaps_KB.T).T)
             if kept_KP is not None:  # the steps of padding are zeros that mean nothing
                 ranks_KB = np.where(kept_KP, ranks_KB, ranks_KB[:1])
-            ids_KP[:, block] = ids_of_ranks(ranks_KB, table, "id_table")
+            tables.write_ids(ranks_KB, block.start, ids_KP[:, block], "id_table")
         return ids_KP.T, head_KP.T
 
     def arrays(self, top_k: int, vocab_size: int) -> tuple[ArrayRecord, ...]:
