@@ -15,6 +15,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -27,10 +28,11 @@ def object_store_server() -> Iterator[str]:
 
 
 @pytest.fixture
-def object_store(object_store_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def object_store(object_store_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """Make a bucket and return its URL; this process and its children reach it without further settings."""
     import s3fs
 
+    monkeypatch.setenv("KDCACHE_STORE", str(tmp_path / "local-store"))
     for name, value in environment(object_store_server).items():
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
@@ -59,8 +61,9 @@ def running_server() -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **silent) as process:
+    with subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         try:
             address = f"http://127.0.0.1:{port}"
             _wait_for(address, process)

@@ -1,0 +1,94 @@
+"""A dump straight to an object store: killed, finished by the same command, verified, and trained from."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from kdcache.cache import Folder, open_cache, verify
+from kdcache.cache.lease import LEASE
+from kdcache.config import build
+from kdcache.dump import DumpConfig, dump_teacher
+from kdcache.errors import CacheError, IncompleteCacheError
+from kdcache.train import TrainConfig, train_student
+from kdcache.transcode import TranscodeConfig, transcode_cache
+from tests.cache.test_writer import content_of
+from tests.train_runs import settings
+
+#: ``kdcache dump-teacher``, killed where it is about to commit its third shard.
+KILLED = """
+import os, signal, sys
+from kdcache.cache import Folder
+from kdcache.cli import main
+
+write = Folder.write
+
+def write_or_die(folder, name, data):
+    if name == "commits/000002.json":
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(folder, name, data)
+
+Folder.write = write_or_die
+sys.argv = ["kdcache", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.fixture
+def config(teacher_dir, corpus_file, object_store):
+    """The settings of the fixture ``dumped``, to another place."""
+    return {
+        "output": f"{object_store}/dumps/one",
+        "teacher": {"model": str(teacher_dir), "device": "cpu"},
+        "corpus": {"paths": [str(corpus_file)]},
+        "sequences": {"max_length": 16},
+        "targets": {"top_k": 6, "codec": "exact"},
+        "hidden_states": {"layers": ["last", 1], "codec": "exact"},
+        "shard_positions": 60,
+        "batch_tokens": 64,
+    }
+
+
+def test_killed_and_finished(config, dumped, tmp_path):
+    url = config["output"]
+    (tmp_path / "dump.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-c", KILLED, "dump-teacher", "--config", str(tmp_path / "dump.yaml"), "--quiet"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == -9, result.stderr
+    with pytest.raises(IncompleteCacheError, match="unfinished: 2 of "):
+        open_cache(url)
+    assert Folder(url).exists(LEASE)
+    before = {name: Folder(url).read(name) for name in Folder(url).names("commits")}
+
+    made = dump_teacher(build(DumpConfig, config), progress=False)
+    assert made.num_shards_written == made.manifest.num_shards - 2
+    assert content_of(url) == content_of(dumped)
+    assert {name: Folder(url).read(name) for name in before} == before
+    assert verify(url, deep=True).problems == []
+    assert not Folder(url).exists(LEASE)
+    named = {record.path for shard in made.manifest.shards for record in shard.objects.values()}
+    there = {
+        name
+        for part in ("shards", "sequences", "fields/hidden-1", "fields/hidden-2")
+        for name in Folder(url).names(part)
+    }
+    assert there == named  # nothing is left of the attempt that was killed
+
+    again = dump_teacher(build(DumpConfig, config), progress=False)
+    assert (again.num_shards_written, again.manifest) == (0, made.manifest)
+    with pytest.raises(CacheError, match=r"holds another cache: .*top_k is 6 there and 5 here"):
+        dump_teacher(build(DumpConfig, config | {"targets": {"top_k": 5, "codec": "exact"}}), progress=False)
+
+    losses = [_train(cache, tmp_path / name) for name, cache in (("remote", url), ("local", dumped))]
+    assert losses[0] == losses[1]
+
+    smaller = f"{url}-small"
+    transcode_cache(build(TranscodeConfig, {"source": url, "output": smaller, "targets": {"top_k": 3}}), progress=False)
+    assert open_cache(smaller).manifest.top_k == 3
+
+
+def _train(cache, output) -> dict[str, float]:
+    return train_student(build(TrainConfig, settings(cache, output, max_steps=2)), progress=False).losses
