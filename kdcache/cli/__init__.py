@@ -26,6 +26,8 @@ COMMANDS = {
     "evaluate": ("kdcache.cli.evaluate", "Compare students with the teacher on a held-out cache."),
     "inspect": ("kdcache.cli.inspect", "Show what a cache holds: teacher, corpus, fields, sizes, statistics."),
     "verify": ("kdcache.cli.verify", "Check every byte of a cache, its content, or run the teacher again."),
+    "push": ("kdcache.cli.push", "Copy a cache, or a part of it, to an object store."),
+    "pull": ("kdcache.cli.pull", "Copy a cache, or a part of it, from an object store."),
     "peek": ("kdcache.cli.peek", "Show a text of a cache with the teacher's choices at some positions."),
 }
 
