@@ -52,12 +52,14 @@ def cut_targets(targets: Targets, held: TargetsRecord, wanted: TargetsRecord) ->
     """Cut targets of ``held`` to those of ``wanted``; return also which of the source's ids that drops, [P, K]."""
     num_P = _num_kept(targets, held, wanted)
     columns_K = np.arange(targets.top_k)
-    dropped_PK = (columns_K >= num_P[:, None]) & ~np.isneginf(targets.logprobs_PK)
+    # Columns are contiguous, as decoded ones are.
+    dropped_PK = ((columns_K[:, None] >= num_P) & ~np.isneginf(targets.logprobs_PK.T)).T
     changes: dict[str, Any] = {}
     if wanted.temperatures:
         changes["log_tails_PG"] = _log_tails(targets, dropped_PK, held, wanted)
     if dropped_PK.any():
-        log_dropped_P = _log_sum_exp(targets.logprobs_PK, dropped_PK)
+        first = int(num_P.min())  # no row drops an id before it
+        log_dropped_P = _log_sum_exp(targets.logprobs_PK[:, first:], dropped_PK[:, first:])
         changes["log_tail_P"] = np.logaddexp(targets.log_tail_P, log_dropped_P).astype(np.float32)
     ids_PK, logprobs_PK = targets.ids_PK[:, : wanted.top_k], targets.logprobs_PK[:, : wanted.top_k]
     if wanted.is_ragged:
@@ -76,11 +78,11 @@ def _num_kept(targets: Targets, held: TargetsRecord, wanted: TargetsRecord) -> N
     """
     held_P = np.full(targets.num_positions, targets.top_k) if targets.num_kept_P is None else targets.num_kept_P
     num_P = np.minimum(held_P.astype(np.int64), wanted.top_k)
-    probs_PK = np.exp(targets.logprobs_PK)
     if wanted.min_prob > held.min_prob:
-        num_P = np.minimum(num_P, (probs_PK >= wanted.min_prob).sum(axis=1))
+        num_P = np.minimum(num_P, (np.exp(targets.logprobs_PK) >= wanted.min_prob).sum(axis=1))
     if wanted.min_mass < held.min_mass:
-        num_P = np.minimum(num_P, (np.cumsum(probs_PK, axis=1) < wanted.min_mass).sum(axis=1) + 1)
+        mass_PK = np.cumsum(np.exp(targets.logprobs_PK), axis=1)
+        num_P = np.minimum(num_P, (mass_PK < wanted.min_mass).sum(axis=1) + 1)
     return num_P if wanted.kind == "sampled" else np.maximum(num_P, 1)
 
 
@@ -103,9 +105,9 @@ def _log_tails(
 
 def _log_sum_exp(values_PK: NDArray[Any], where_PK: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Return the logarithm of the sum of the exponentials of some values of each row, -inf where there are none."""
-    chosen_PK = np.where(where_PK, values_PK, -np.inf).astype(np.float64)
-    top_P = chosen_PK.max(axis=1, initial=-np.inf)
+    chosen_KP = np.where(where_PK.T, values_PK.T, -np.inf).astype(np.float64)
+    top_P = chosen_KP.max(axis=0, initial=-np.inf)
     shift_P = np.where(np.isneginf(top_P), 0, top_P)
     with np.errstate(divide="ignore"):
-        total_P: NDArray[np.float64] = np.log(np.exp(chosen_PK - shift_P[:, None]).sum(axis=1)) + shift_P
+        total_P: NDArray[np.float64] = np.log(np.exp(chosen_KP - shift_P).sum(axis=0)) + shift_P
     return total_P
