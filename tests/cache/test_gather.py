@@ -1,0 +1,125 @@
+"""Sequences of several shards, read together, are to the bit what they are when each is read alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdcache.cache import open_cache
+from kdcache.cache.shard_file import pack
+from kdcache.codecs import TargetsCodec
+from kdcache.errors import CorruptCacheError
+from kdcache.schema import Draws
+from tests.cache.conftest import KINDS, RECORDS
+from tests.cache.test_stranger import change_manifest, set_at
+from tests.contracts.matching import check_draws
+from tests.synthetic import SyntheticCache
+
+CODECS = ("compact", "fp16", "bf16", "exact")
+HIDDEN_CODECS = ("int8", "fp16", "bf16", "exact")
+#: Neighbours, one of each shard (of 4, 4, 4 and 1), there and back, the same twice in a row and apart.
+READS = ([0, 1, 2], [0, 4, 8, 12], [12, 3, 9, 4, 8, 0], [5, 5, 11, 5], range(13), range(12, -1, -1), [3, 4, 7, 8])
+
+
+def check_same(batch, alone):
+    """Each sequence of ``batch`` is what it is ``alone``."""
+    for n, one in enumerate(alone):
+        rows = slice(*batch.position_offsets_N1[n : n + 2])
+        tokens = slice(*batch.token_offsets_N1[n : n + 2])
+        np.testing.assert_array_equal(batch.tokens_T[tokens], one.tokens_T)
+        np.testing.assert_array_equal(batch.loss_mask_P[rows], one.loss_mask_P)
+        if one.segment_ids_T is not None:
+            np.testing.assert_array_equal(batch.segment_ids_T[tokens], one.segment_ids_T)
+        for name, expected in vars(one.targets).items():
+            found = getattr(batch.targets, name)
+            assert (found is None) is (expected is None), name
+            if isinstance(expected, Draws):
+                check_draws(Draws(found.ids_PJ[rows], found.counts_PJ[rows]), expected)
+            elif expected is not None:
+                assert found.dtype == expected.dtype
+                np.testing.assert_array_equal(found[rows], expected, err_msg=name)
+        assert set(batch.hidden) == set(one.hidden)
+        for name, states in one.hidden.items():
+            assert batch.hidden[name].dtype == states.dtype
+            np.testing.assert_array_equal(batch.hidden[name][rows], states, err_msg=name)
+    assert batch.position_offsets_N1[-1] == len(batch.loss_mask_P) == batch.targets.num_positions
+
+
+def check_reads(path, reads, hidden=(), **settings):
+    cache = open_cache(str(path), **settings)
+    alone = [cache.read([index], hidden=hidden) for index in range(13)]
+    for indices in reads:
+        batch = cache.read(indices, hidden=hidden)
+        assert batch.indices == list(indices)
+        check_same(batch, [alone[index] for index in indices])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_and_codec(tmp_path, kind, codec):
+    SyntheticCache(record=RECORDS[kind], codec=codec, packed=True).write(tmp_path)
+    check_reads(tmp_path, READS)
+
+
+@pytest.mark.parametrize("hidden_codec", HIDDEN_CODECS)
+def test_every_codec_of_hidden_states(tmp_path, hidden_codec):
+    SyntheticCache(codec="compact", hidden=("hidden-1", "hidden-2"), hidden_codec=hidden_codec).write(tmp_path)
+    check_reads(tmp_path, READS, ("hidden-2", "hidden-1"))
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=30), st.integers(1, 4))
+def test_any_read_with_few_open_shards(written, indices, max_open_shards):
+    check_reads(written("hybrid"), [indices], max_open_shards=max_open_shards)
+
+
+def test_what_is_read_can_be_changed_without_changing_the_next_read(written):
+    cache = open_cache(str(written("all of top-k")))
+    first = cache.read([0, 5, 9])
+    expected = first.targets.logprobs_PK.copy()
+    first.targets.logprobs_PK[:] = 0
+    first.targets.log_tail_P[:] = 0
+    first.tokens_T[:] = 0
+    again = cache.read([0, 5, 9])
+    np.testing.assert_array_equal(again.targets.logprobs_PK, expected)
+    assert again.tokens_T.any()
+
+
+def test_shards_whose_rows_have_different_numbers_of_draws(written):
+    cache = open_cache(str(written("sampled")))
+    widths = {cache.read([index]).targets.draws.ids_PJ.shape[1] for index in (0, 4, 8, 12)}
+    assert len(widths) > 1
+    batch = cache.read([12, 0, 4, 8])
+    assert batch.targets.draws.ids_PJ.shape[1] == max(widths)
+
+
+@pytest.mark.parametrize(("kind", "table"), [("min_prob", "id_table"), ("sampled", "draw_table")])
+def test_damage_names_its_shard_among_several(tmp_path, kind, table):
+    SyntheticCache(record=RECORDS[kind], codec="compact").write(tmp_path)
+    cut_table(tmp_path, 2, table)
+    cache = open_cache(str(tmp_path))
+    with pytest.raises(CorruptCacheError, match=rf"shard 2, field targets, file \S+: a rank is \d+, but {table} has 1"):
+        cache.read([0, 4, 9, 12])
+    check_same(cache.read([0, 4]), [cache.read([0]), cache.read([4])])
+
+
+def cut_table(path, shard, name):
+    """Rewrite a shard with only the first entry of a table."""
+    manifest = open_cache(str(path)).manifest
+    record = manifest.shards[shard].objects["targets"]
+    group = zarr.open_group(zarr.storage.ZipStore(path / record.path, mode="r"), mode="r")
+    arrays = {array.path: np.array(group[array.path][:]) for array in manifest.field("targets").arrays}
+    data = pack({key: values[:1] if key == f"table/{name}" else values for key, values in arrays.items()})
+    (path / record.path).write_bytes(data)
+    change_manifest(path, set_at("shards", shard, "objects", "targets", "num_bytes", len(data)))
+
+
+@pytest.mark.parametrize("kind", ["tail prior", "min_prob", "hybrid"])
+def test_all_shards_are_decoded_by_one_call(written, kind, monkeypatch):
+    calls: list[int] = []
+    real = TargetsCodec.decode
+    monkeypatch.setattr(TargetsCodec, "decode", lambda codec, arrays: calls.append(1) or real(codec, arrays))
+    open_cache(str(written(kind))).read([12, 0, 4, 8])
+    assert len(calls) == 1
