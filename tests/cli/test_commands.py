@@ -13,8 +13,10 @@ commands = pytest.mark.parametrize("command", COMMANDS)
 
 
 def test_the_table_of_commands():
-    names = ["estimate", "dump-teacher", "transcode", "train-student", "evaluate", "inspect", "verify", "peek"]
-    assert list(COMMANDS) == names
+    assert list(COMMANDS) == [
+        *("estimate", "dump-teacher", "transcode", "train-student", "sweep", "evaluate"),
+        *("inspect", "verify", "push", "pull", "peek"),
+    ]
 
 
 @commands
