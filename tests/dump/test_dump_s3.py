@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 
 from kdcache.cache import Folder, open_cache, verify
 from kdcache.cache.lease import LEASE
+from kdcache.cache.transfer import transfer
 from kdcache.config import build
 from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.errors import CacheError, IncompleteCacheError
@@ -84,6 +86,11 @@ def test_killed_and_finished(config, dumped, tmp_path):
 
     losses = [_train(cache, tmp_path / name) for name, cache in (("remote", url), ("local", dumped))]
     assert losses[0] == losses[1]
+
+    part = str(tmp_path / "part")
+    transfer(url, part, shards=[0, 2], fields=["targets"], progress=False)
+    assert verify(part, deep=True).problems == []
+    assert np.isfinite(_train(part, tmp_path / "of the part")["loss"])
 
     smaller = f"{url}-small"
     transcode_cache(build(TranscodeConfig, {"source": url, "output": smaller, "targets": {"top_k": 3}}), progress=False)
