@@ -33,7 +33,7 @@ from typing import IO, Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
-from kdcache.cache.download import download
+from kdcache.cache.download import download, file_sha256
 from kdcache.cache.folder import Folder
 from kdcache.config import Config
 from kdcache.errors import CacheError
@@ -144,6 +144,19 @@ class LocalStore:
                     self._fill(partial, folder, record, where, cancelled)
                 else:
                     fcntl.flock(partial, fcntl.LOCK_SH)  # returns when the other download ends, however it does
+
+    def drop_damaged(self, record: ObjectRecord) -> bool:
+        """Remove an object of the store if its content has changed since it was downloaded; return whether it had."""
+        path = self._path(record)
+        try:
+            if file_sha256(path) == record.sha256:
+                return False
+        except FileNotFoundError:
+            return False
+        log.warning("%s has changed since it was downloaded, and is downloaded again", path)
+        with self._locked():
+            path.unlink(missing_ok=True)
+        return True
 
     def _held(self, record: ObjectRecord) -> IO[bytes] | None:
         """Return an object that is in the store, locked and marked as used."""

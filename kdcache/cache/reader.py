@@ -32,7 +32,7 @@ from kdcache.cache.local_store import LocalStore, LocalStoreConfig
 from kdcache.cache.lookup import read_plan_table, sequences_with
 from kdcache.cache.open_shards import OpenShards
 from kdcache.cache.order import NUM_STREAMS
-from kdcache.cache.shards import ShardArrays, load_shard, load_table
+from kdcache.cache.shards import ShardArrays, load_shard, load_table, load_tables
 from kdcache.cache.tail_prior import read_prior
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.schema import Manifest, ObjectRecord, SequenceBatch
@@ -111,11 +111,7 @@ class Cache:
 
     def sequence_table(self, columns: list[str] | None = None) -> pa.Table:
         """Return the per-sequence table of the whole cache: ids, documents, lengths, teacher loss, metadata."""
-        tables = []
-        for shard in self.manifest.shards:
-            table = load_table(self.folder, shard, columns or ())
-            tables.append(table.select(columns) if columns else table)
-        return pa.concat_tables(tables, promote_options="default")
+        return load_tables(self.folder, self.manifest.shards, columns)
 
     def plan_table(self) -> pa.Table:
         """Return the table of ``plan.parquet``: one row for every piece of a document in a sequence."""
@@ -265,7 +261,9 @@ class Cache:
         fields = tuple(self.fields_read(hidden)[1:])
         group: dict[int, ShardArrays] = {}
         pieces: list[Piece] = []
-        for shard, local in self._runs(indices):
+        runs = list(self._runs(indices))
+        self._shards.keep((shard for shard, _ in runs), fields)
+        for shard, local in runs:
             if shard not in group and len(group) == most:
                 yield pieces
                 group, pieces = {}, []

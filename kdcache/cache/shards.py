@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +17,12 @@ from kdcache.cache import layout
 from kdcache.cache.folder import Folder
 from kdcache.cache.shard_file import unpack
 from kdcache.errors import CorruptCacheError
-from kdcache.schema import FieldRecord, Manifest, ShardRecord
+from kdcache.schema import FieldRecord, Manifest, ObjectRecord, ShardRecord
+
+T = TypeVar("T")
+
+#: Per-sequence tables that are downloaded at the same time.
+TABLES_AT_ONCE = 8
 
 
 @dataclass
@@ -50,12 +57,22 @@ def load_table(folder: Folder, shard: ShardRecord, columns: Iterable[str] = ()) 
     """Read the per-sequence table of a shard, which must have ``columns``; raises ``CorruptCacheError``."""
     record = shard.objects[layout.SEQUENCES_FIELD]
     where = f"{folder}, shard {shard.index}, field {layout.SEQUENCES_FIELD}"
-    table = layout.table_from_ipc(layout.read_object(folder, record, where), f"{where}, file {record.path}")
+    table = _parsed(folder, record, where, partial(layout.table_from_ipc, where=f"{where}, file {record.path}"))
     missing = [name for name in columns if name not in table.column_names]
     if missing or table.num_rows != shard.num_sequences:
         found = f"no column {missing[0]!r}" if missing else f"{table.num_rows} rows for {shard.num_sequences} sequences"
         raise CorruptCacheError(f"{where}, file {record.path}: the per-sequence table has {found}")
     return table
+
+
+def load_tables(folder: Folder, shards: Iterable[ShardRecord], columns: list[str] | None) -> pa.Table:
+    """Read the per-sequence tables of several shards, one under another; raises ``CorruptCacheError``."""
+    # Small objects of a remote cache take their time one by one.
+    with ThreadPoolExecutor(1 if folder.store is None else TABLES_AT_ONCE) as pool:
+        tables = list(pool.map(lambda shard: load_table(folder, shard, columns or ()), shards))
+    return pa.concat_tables(
+        [table.select(columns) if columns else table for table in tables], promote_options="default"
+    )
 
 
 def load_shard(
@@ -79,7 +96,6 @@ def load_shard(
 def _load_field(folder: Folder, record: FieldRecord, shard: ShardRecord, check_crc: bool) -> dict[str, NDArray[Any]]:
     item = shard.objects[record.name]
     where = f"{folder}, shard {shard.index}, field {record.name}"
-    data = layout.read_object(folder, item, where)
     rows = {
         "positions": shard.num_positions,
         "tokens": shard.num_tokens,
@@ -89,5 +105,16 @@ def _load_field(folder: Folder, record: FieldRecord, shard: ShardRecord, check_c
         "table": None,
     }
     expected = {array.path: (array, rows[array.rows]) for array in record.arrays}
-    unpacked = unpack(data, expected, f"{where}, file {item.path}", check_crc=check_crc)
+    parse = partial(unpack, expected=expected, where=f"{where}, file {item.path}", check_crc=check_crc)
+    unpacked = _parsed(folder, item, where, parse)
     return {array.name: unpacked[array.path] for array in record.arrays}
+
+
+def _parsed(folder: Folder, record: ObjectRecord, where: str, parse: Callable[[bytes], T]) -> T:
+    """Return what ``parse`` makes of an object; a copy on this machine that has gone bad is downloaded again."""
+    try:
+        return parse(layout.read_object(folder, record, where))
+    except CorruptCacheError:
+        if folder.store is None or not folder.store.drop_damaged(record):
+            raise
+    return parse(layout.read_object(folder, record, where))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import signal
@@ -11,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kdcache.cache import download, layout, open_cache
@@ -45,7 +47,9 @@ def store_config(tmp_path, **settings):
 
 
 def stored(tmp_path):
-    return {path.name: path.stat().st_size for path in (tmp_path / "store" / "objects").glob("*/*")}
+    with open(tmp_path / "store" / "lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # nothing moves while this looks
+        return {path.name: path.stat().st_size for path in (tmp_path / "store" / "objects").glob("*/*")}
 
 
 def partial(tmp_path):
@@ -157,6 +161,28 @@ def test_a_stored_object_of_another_size_is_fetched_again(server, tmp_path):
     for path in (tmp_path / "store" / "objects").glob("*/*"):
         path.write_bytes(path.read_bytes()[:-1])
     assert open_cache(server.url, local_store=store_config(tmp_path)).read([0]).indices == [0]
+
+
+def test_a_stored_object_that_has_gone_bad_is_fetched_again(server, tmp_path, caplog):
+    config = store_config(tmp_path)
+    cache = open_cache(server.url, local_store=config)
+    whole = cache.read([0]), cache.sequence_table()
+    for path in (tmp_path / "store" / "objects").glob("*/*"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    again = open_cache(server.url, local_store=config)
+    np.testing.assert_array_equal(again.read([0]).targets.logprobs_PK, whole[0].targets.logprobs_PK)
+    assert any("is downloaded again" in record.getMessage() for record in caplog.records)
+
+
+def test_tables_are_downloaded_at_the_same_time(server, tmp_path):
+    server.bytes_per_s = 50_000
+    cache = open_cache(server.url, local_store=store_config(tmp_path))
+    server.most_at_once = 0
+    assert cache.sequence_table()["sequence"].to_pylist() == list(range(10))
+    assert server.most_at_once > 2
+    assert set(server.requests_of("sequences/").values()) == {1}
 
 
 def test_what_was_used_longest_ago_goes(server, tmp_path):
@@ -313,8 +339,8 @@ def test_threads_end_with_the_cache(server, tmp_path, how):
     def downloading():
         return [t for t in threading.enumerate() if t.name == "kdcache-download" and t not in others]
 
-    server.bytes_per_s = 5_000
     cache = open_cache(server.url, local_store=store_config(tmp_path))
+    server.bytes_per_s = 2_000
     cache.expect(list(range(10)), ())
     assert downloading()
     if how == "closed":
@@ -324,6 +350,7 @@ def test_threads_end_with_the_cache(server, tmp_path, how):
         gc.collect()
     wait_until(lambda: not downloading())
     assert partial(tmp_path) == []
+    assert stored(tmp_path) == {}, "a download under way ends without its object"
 
 
 def test_required_bytes(many):

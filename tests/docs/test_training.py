@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from kdcache.cache.ahead import THREADS
 from kdcache.cache.curriculum import PACINGS, Curriculum
+from kdcache.cache.local_store import LocalStoreConfig
 from kdcache.config import build
 from kdcache.students import StudentConfig
 from kdcache.students.config import LoraConfig
@@ -19,7 +22,11 @@ PAGE = (DOCS / "training.md").read_text()
 SECTIONS = sections(PAGE)
 BASE: dict[str, Any] = {"cache": "cache", "output": "run", "student": {"size": "nano"}}
 # Defaults that depend on others are told in words.
-IN_WORDS = {"objective": "0.9 forward KL + 0.1 cross-entropy", "learning_rate": "1e-3 for a fresh student, else 3e-4"}
+IN_WORDS = {
+    "local_store": "50 GB in `~/.cache/kdcache`",
+    "objective": "0.9 forward KL + 0.1 cross-entropy",
+    "learning_rate": "1e-3 for a fresh student, else 3e-4",
+}
 
 
 def said_default(name: str, default: Any) -> str:
@@ -42,6 +49,17 @@ def test_settings_of_a_curriculum_are_those_of_the_code() -> None:
     fields, pacings = list(Curriculum.model_fields), list(PACINGS)
     assert list(listed) == fields + pacings
     assert [listed[name][0] for name in fields] == [str(value) for _, value in Curriculum()]
+
+
+def test_settings_of_the_local_store_are_those_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = {name: said for name, (said, _) in rows(SECTIONS["A cache that is elsewhere"]).items()}
+    assert list(listed) == [f"local_store.{name}" for name in LocalStoreConfig.model_fields]
+    stated = {"max_bytes": listed["local_store.max_bytes"], "num_processes": listed["local_store.num_processes"]}
+    assert build(LocalStoreConfig, stated) == LocalStoreConfig()
+    monkeypatch.delenv("KDCACHE_STORE")
+    assert listed["local_store.directory"] == "`$KDCACHE_STORE`, else `~/.cache/kdcache`"
+    assert LocalStoreConfig().path == Path("~/.cache/kdcache").expanduser()
+    assert f"num_streams x shuffle_window + {THREADS}" in SECTIONS["A cache that is elsewhere"]
 
 
 @pytest.mark.parametrize("example", blocks(PAGE, "yaml"))
