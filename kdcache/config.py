@@ -133,6 +133,8 @@ def _fields_at(model: type[BaseModel], location: Iterable[Any]) -> list[str]:
     """Names of the settings that exist at ``location`` of ``model`` (empty where that is no nested model)."""
     current: Any = model
     for part in location:
+        if isinstance(part, int):  # the place in a list of what `current` already is
+            continue
         annotation = current.model_fields[part].annotation if part in getattr(current, "model_fields", {}) else None
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]

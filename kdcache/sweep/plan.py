@@ -22,7 +22,14 @@ from kdcache.students.trainer import check_logger
 from kdcache.sweep.config import SweepConfig
 from kdcache.sweep.variations import Variation, expand
 from kdcache.train.module import fit_terms
-from kdcache.train.prepare import check_device, micro_batches, num_steps, open_training_cache, training_objective
+from kdcache.train.prepare import (
+    check_device,
+    check_local_store,
+    micro_batches,
+    num_steps,
+    open_training_cache,
+    training_objective,
+)
 
 
 @dataclass(frozen=True)
@@ -163,6 +170,7 @@ def _check(variation: Variation, cache: Cache, student: Student) -> PlannedRun:
     if config.gradient_checkpointing:
         student.checkpoint_activations()
     fit_terms(objective, student, config.seed)
+    check_local_store(config, cache, objective.needs.teacher_fields)
     batches = micro_batches(config, cache)
     steps = num_steps(config, batches.steps_per_epoch)
     settings = settings_that_decide(config.model_dump(mode="json"), batches.sequences_per_step, steps)

@@ -71,7 +71,7 @@ def _shown(value: Any, number: int) -> str:
     if isinstance(value, Mapping | list):
         return str(number)
     text = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-") or str(number)
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).rstrip("-") or str(number)
 
 
 def _tree(settings: Mapping[str, Any]) -> dict[str, Any]:
