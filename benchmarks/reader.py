@@ -1,35 +1,45 @@
-"""How fast is a cache read and decoded to final log-probabilities, in order and shuffled?
+"""How fast is a cache read and decoded to final log-probabilities, in order and shuffled, and beside other readers?
 
-In every round the same sequences are read, in turns, by (1) ``Cache.read`` in order, (2) in the order of a training
-epoch, (3) as raw arrays without decoding, and (4) from a plain ``numpy`` memory map of the same codes: what a disk
-and the copying cost when nothing is compressed, hashed or decoded. The cache is written for the purpose: realistic
-sizes, synthetic contents.
+In every round every way (`benchmarks.reader_ways`) reads the same sequences, in turns, so that ratios hold even where
+the machine is not quiet. The cache is written for the purpose: realistic sizes, synthetic contents. With ``--memory``
+the peak memory of reading a small cache and one of twenty times its size is measured as well.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from benchmarks import report
+from benchmarks.reader_ways import ways_of
 from benchmarks.synthetic import write_cache
-from kdcache.cache import Cache, epoch_order, open_cache
+from kdcache.cache import open_cache
+
+REFERENCE = "read and decode, in the order of an epoch"
+MOSAIC = "MosaicML Streaming of the codes"
+#: The large cache of ``--memory`` by the small one.
+FACTOR = 20
 
 
 def main() -> None:
     parser = report.arguments(__doc__.splitlines()[0])
-    parser.add_argument("--positions", type=int, default=400_000)
+    parser.add_argument("--positions", type=int, default=524_288)
     parser.add_argument("--length", type=int, default=1024, help="positions per sequence")
     parser.add_argument("--top-k", type=int, default=64)
     parser.add_argument("--vocab-size", type=int, default=49_152)
     parser.add_argument("--codec", default="compact")
-    parser.add_argument("--shard-positions", type=int, default=65_536)
+    parser.add_argument("--shard-positions", type=int, default=32_768)
     parser.add_argument("--batch-sequences", type=int, default=8)
+    parser.add_argument("--zarr-sequences", type=int, default=16, help="sequences that zarr-python reads per round")
+    parser.add_argument("--mosaic", metavar="PYTHON", help="interpreter of an environment with mosaicml-streaming")
+    parser.add_argument("--memory", action="store_true", help="measure the peak memory too")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -38,74 +48,92 @@ def main() -> None:
 
 
 def run(options, directory: Path) -> None:
-    path = write_cache(
-        directory / "cache",
-        num_positions=options.positions,
+    path = write(options, directory / "cache", options.positions, options.shard_positions)
+    ways = ways_of(path, directory, options.batch_sequences, options.zarr_sequences)
+    seconds: dict[str, list[float]] = {way.name: [] for way in ways}
+    for turn in range(options.rounds + 1):
+        for way in ways:
+            began = time.perf_counter()
+            way.read()
+            if turn:
+                seconds[way.name].append((time.perf_counter() - began) / way.num_positions)
+    rows = [row(way.name, seconds[way.name], way.num_bytes / way.num_positions, seconds) for way in ways]
+    mosaic, why_not = read_with_mosaic(options, directory)
+    if mosaic is not None:
+        each = [s / mosaic["num_positions"] for s in mosaic["seconds"]]
+        name = f"{MOSAIC} ({mosaic['version']})"
+        rows.append(row(name, each, mosaic["num_bytes"] / mosaic["num_positions"], seconds))
+    manifest = open_cache(str(path)).manifest
+    title = f"reader: {manifest.num_positions:,} positions x {options.rounds} rounds, K = {options.top_k}"
+    title += f", V = {options.vocab_size:,}, {options.codec}, {manifest.bytes_per_token:.1f} bytes/token"
+    title += f", {manifest.num_shards} shards, sequences of {options.length}, micro-batches of "
+    title += f"{options.batch_sequences}, one torch thread"
+    memory = peaks(options, directory) if options.memory else None
+    result = {
+        "options": vars(options),
+        "bytes_per_token": manifest.bytes_per_token,
+        "not_measured": {MOSAIC: why_not} if why_not else {},
+        "memory": memory,
+    }
+    report.show(title, rows, result, options.json)
+    if why_not:
+        print(f"{MOSAIC}: not measured, {why_not}")
+    if memory:
+        print(memory["text"])
+
+
+def write(options, path: Path, num_positions: int, shard_positions: int) -> Path:
+    return write_cache(
+        path,
+        num_positions=num_positions,
         length=options.length,
         top_k=options.top_k,
         vocab_size=options.vocab_size,
         codec=options.codec,
-        shard_positions=options.shard_positions,
+        shard_positions=shard_positions,
     )
-    bytes_per_token = open_cache(str(path)).manifest.bytes_per_token
-    num_positions = open_cache(str(path)).manifest.num_positions
-    codes = np.memmap(directory / "codes", np.uint8, "w+", shape=(num_positions, 3 * options.top_k))
-    codes[:] = np.random.default_rng(0).integers(0, 255, codes.shape, dtype=np.uint8)
-    batch = options.batch_sequences
 
-    def chunks(order) -> list[list[int]]:
-        return [order[n : n + batch].tolist() for n in range(0, len(order), batch)]
 
-    def in_order() -> None:
-        cache = open_cache(str(path))
-        for indices in chunks(np.arange(len(cache))):
-            cache.read(indices)
-
-    def shuffled() -> None:
-        cache = open_cache(str(path))
-        for indices in chunks(shuffle(cache)):
-            cache.read(indices)
-
-    def raw() -> None:
-        cache = open_cache(str(path))
-        for shard in range(cache.manifest.num_shards):
-            cache.open_shard(shard)
-
-    def memory_map() -> None:
-        cache = open_cache(str(path))
-        for index in shuffle(cache):
-            np.array(codes[index * options.length : (index + 1) * options.length])
-
-    steps = {
-        "read and decode, in order": in_order,
-        "read and decode, shuffled": shuffled,
-        "unpack shards, no decoding": raw,
-        "memory map of raw codes, shuffled": memory_map,
+def row(name: str, per_position_s: list[float], num_bytes: float, seconds: dict[str, list[float]]) -> dict:
+    """Return a row of the table; ratios are taken within a round."""
+    ratios = [reference / own for reference, own in zip(seconds[REFERENCE], per_position_s, strict=True)]
+    return {
+        "way": name,
+        "tokens/s": 1 / statistics.median(per_position_s),
+        "of an epoch's order": statistics.median(ratios),
+        "bytes per token": num_bytes or "as above",
     }
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(options.rounds + 1):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            if turn:
-                times[name].append(time.perf_counter() - began)
-    reference = times["read and decode, in order"]
-    rows = [
-        {
-            "step": name,
-            "tokens/s": num_positions / statistics.median(seconds),
-            "of in order": statistics.median(r / s for r, s in zip(reference, seconds, strict=True)),
-        }
-        for name, seconds in times.items()
-    ]
-    title = f"reader: {num_positions:,} positions x {options.rounds} rounds, K = {options.top_k}"
-    title += f", V = {options.vocab_size:,}"
-    title += f", {options.codec}, {bytes_per_token:.1f} bytes/token, sequences of {options.length}, one torch thread"
-    report.show(title, rows, {"options": vars(options), "bytes_per_token": bytes_per_token}, options.json)
 
 
-def shuffle(cache: Cache) -> np.ndarray:
-    return epoch_order(cache.shard_starts, seed=0, epoch=0, key=cache.order_key)
+def read_with_mosaic(options, directory: Path) -> tuple[dict | None, str]:
+    """Return what MosaicML Streaming took, or None and why that is not known."""
+    if not options.mosaic:
+        return None, "its pins do not go with those of kdcache: give --mosaic the Python of an environment that has it"
+    script = Path(__file__).with_name("reader_mosaic.py")
+    files = [str(directory / name) for name in ("codes.npy", "offsets.npy", "mosaic")]
+    numbers = [str(options.rounds), str(options.batch_sequences)]
+    done = subprocess.run([options.mosaic, str(script), *files, *numbers], capture_output=True, text=True)
+    if done.returncode:
+        return None, f"{options.mosaic} failed: {done.stderr.strip().splitlines()[-1:]}"
+    return json.loads(done.stdout.strip().splitlines()[-1]), ""
+
+
+def peaks(options, directory: Path) -> dict:
+    """Measure the peak memory of reading a small cache and a large one, whose shards have the same size."""
+    per_shard = max(options.length, options.shard_positions // 8)
+    small = max(16 * per_shard, options.positions // 4)
+    measured = {}
+    for factor in (1, FACTOR):
+        path = write(options, directory / f"memory-{factor}", factor * small, per_shard)
+        command = [sys.executable, "-m", "benchmarks.reader_memory", str(path), str(options.batch_sequences)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        measured[factor] = int(done.stdout)
+    text = f"peak memory of reading {small:,} positions: {measured[1] / 1e6:.0f} MB; {FACTOR} times as many: "
+    return {
+        "num_positions": small,
+        "peak_bytes": measured,
+        "text": text + f"{measured[FACTOR] / 1e6:.0f} MB",
+    }
 
 
 if __name__ == "__main__":

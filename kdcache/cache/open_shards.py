@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 
 from kdcache.cache.shards import ShardArrays
@@ -21,7 +21,7 @@ class OpenShards:
 
     def __init__(self, load: Callable[[int, tuple[str, ...]], ShardArrays], max_shards: int, max_bytes: int) -> None:
         self._load = load
-        self._max_shards = max_shards
+        self.max_shards = max_shards
         self._max_bytes = max_bytes
         self._shards: OrderedDict[Key, Future[ShardArrays]] = OrderedDict()
         self._lock = threading.Lock()
@@ -38,6 +38,17 @@ class OpenShards:
         if is_mine:
             self._fill(key, future)
         return future.result()
+
+    def keep(self, shards: Iterable[int], fields: tuple[str, ...]) -> None:
+        """Count those of ``shards`` that are in memory as just used.
+
+        Said before a batch is read, or a new shard would displace one that the same batch needs a moment later, which
+        would then be opened again and displace the next.
+        """
+        with self._lock:
+            for shard in shards:
+                if (shard, fields) in self._shards:
+                    self._shards.move_to_end((shard, fields))
 
     def num_bytes(self) -> int:
         """Return the bytes of all shards that are in memory."""
@@ -59,7 +70,7 @@ class OpenShards:
     def _make_room(self, newest: Key) -> None:
         """Forget what was used longest ago, except shards that are being opened: others may be waiting for them."""
         for key in list(self._shards):
-            if len(self._shards) <= self._max_shards and self._num_bytes() <= self._max_bytes:
+            if len(self._shards) <= self.max_shards and self._num_bytes() <= self._max_bytes:
                 return
             if key != newest and self._shards[key].done():
                 del self._shards[key]

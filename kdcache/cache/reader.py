@@ -58,7 +58,6 @@ class Cache:
         self.folder = folder
         self.manifest = manifest
         self.fingerprint = fingerprint
-        self.max_open_shards = max_open_shards
         codec, hidden_codecs = build_codecs(folder, manifest)
         check_arrays(folder, manifest, codec, hidden_codecs)
         self._decoder = BatchDecoder(folder, manifest, codec, hidden_codecs)
@@ -81,6 +80,15 @@ class Cache:
         if not -len(self) <= index < len(self):
             raise IndexError(f"there is no sequence {index}; {self.folder} has {len(self)} (0 to {len(self) - 1})")
         return self.read([index % len(self)])
+
+    @property
+    def max_open_shards(self) -> int:
+        """Most encoded shards that stay in memory; may be changed at any time."""
+        return self._shards.max_shards
+
+    @max_open_shards.setter
+    def max_open_shards(self, number: int) -> None:
+        self._shards.max_shards = number
 
     @property
     def vocab_size(self) -> int:

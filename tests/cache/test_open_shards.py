@@ -14,6 +14,7 @@ from kdcache.cache.shards import ShardArrays
 from kdcache.errors import CorruptCacheError
 from tests.cache.conftest import SOURCE
 from tests.cache.test_reader import check_batch
+from tests.synthetic import SyntheticCache
 
 
 def shard_of(num_bytes: int) -> ShardArrays:
@@ -131,3 +132,30 @@ def test_damage_is_found_with_checksums_and_by_chance_without(copy):
     with pytest.raises(CorruptCacheError, match=r"shard 0, field hidden-1, .*chunk 0 is damaged, its crc32c"):
         cache.read([0], hidden=["hidden-1"])
     assert "hidden-1" in open_cache(str(copy), check_crc=False).read([0], hidden=["hidden-1"]).hidden
+
+
+def test_an_epoch_opens_every_shard_once_with_as_many_open_as_there_are_streams(tmp_path, monkeypatch):
+    # 8 streams of 2 shards each, and room for 8 shards: a new one must displace the one that is finished.
+    SyntheticCache(64).write(tmp_path)
+    reads: list[str] = []
+    cache = open_cache(str(tmp_path), max_open_shards=8)
+    assert cache.manifest.num_shards == 16
+    len(cache.lengths_N)
+    real = cache.folder.read
+    monkeypatch.setattr(cache.folder, "read", lambda name: reads.append(name) or real(name))
+    for epoch in range(2):
+        batches = cache.batches(8, threads=1)
+        batches.set_epoch(epoch)
+        assert sum(len(batch) for batch in batches) == 64
+    objects = {shard.objects["targets"].path for shard in cache.manifest.shards}
+    assert set(reads) == objects
+    assert len(reads) <= 2 * len(objects)
+
+
+def test_the_number_of_open_shards_can_be_changed(sound):
+    cache = open_cache(str(sound), max_open_shards=1)
+    cache.read(range(13))
+    few = cache.open_bytes()
+    cache.max_open_shards = 3
+    cache.read(range(13))
+    assert cache.open_bytes() > 2 * few
