@@ -10,23 +10,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import multiprocessing
 import statistics
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks import report
 from kdcache.cache import open_cache
 from kdcache.config import build, merge
 from kdcache.evaluation import evaluate
-from kdcache.train import Distiller, TrainConfig, train_student
+from kdcache.sweep.pool import run_jobs
+from kdcache.sweep.results import Failure, Outcome, StudentResult
+from kdcache.sweep.table import estimate
+from kdcache.sweep.worker import Job
+from kdcache.train import TrainConfig
 
 Results = dict[tuple[str, int], dict[str, float]]
 
@@ -59,33 +57,33 @@ def arguments(description: str, variants: list[str]) -> argparse.ArgumentParser:
 
 
 def run(options: Any, variants: dict[str, Variant]) -> Results:
-    """Train and judge every variant with every seed."""
-    runs = [(name, seed) for seed in options.seeds for name in variants]
-    # Processes, because each student is too small to keep two cores busy.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-        return dict(zip(runs, pool.map(partial(_one, options, variants), runs), strict=True))
+    """Train and judge every variant with every seed; what is there already is kept."""
+    held_out = (str(options.held_out), open_cache(options.held_out).fingerprint)
+    jobs = {
+        (name, seed): _job(options, name, variants[name], seed, held_out) for seed in options.seeds for name in variants
+    }
+    # One thread each, because a student is too small to keep two cores busy.
+    outcomes = run_jobs(list(jobs.values()), num_threads=1, gpus=[None] * options.jobs, on_outcome=_tell)
+    return {run: _numbers(outcomes[job.name]) for run, job in jobs.items()}
 
 
-def _one(options: Any, variants: dict[str, Variant], run: tuple[str, int]) -> dict[str, float]:
-    """Train and judge one student."""
-    torch.set_num_threads(1)
-    name, seed = run
-    variant = variants[name]
+def _job(options: Any, name: str, variant: Variant, seed: int, held_out: tuple[str, str]) -> Job:
     output = _students(options) / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-    judged_file = output / "judged.json"
-    if judged_file.exists():
-        found: dict[str, float] = json.loads(judged_file.read_text())
-        return found
     settings = merge(_shared_settings(options, variant.cache, output, seed), variant.settings)
-    module = Distiller if variant.make_module is None else variant.make_module()
-    result = train_student(build(TrainConfig, settings), resume=True, progress=False, module=module)
-    judged = evaluate(options.held_out, [str(output)], device="cpu", progress=False).students[0]
-    print(f"{name}, seed {seed}: loss {judged.loss:.4f}, KL {judged.kl:.4f}", flush=True)
-    found = {"loss": judged.loss, "kl": judged.kl, "ece": judged.ece, "agreement": judged.agreement}
-    found |= {"tokens_per_s": result.tokens_per_s, "steps": result.steps}
-    judged_file.write_text(json.dumps(found))
-    return found
+    return Job(f"{name}, seed {seed}", build(TrainConfig, settings), held_out, variant.make_module)
+
+
+def _tell(outcome: Outcome) -> None:
+    if isinstance(outcome, Failure):
+        raise SystemExit(f"{outcome.name}: {outcome.traceback or outcome.error}")
+    assert outcome.held_out is not None
+    print(f"{outcome.name}: loss {outcome.held_out.loss:.4f}, KL {outcome.held_out.kl:.4f}", flush=True)
+
+
+def _numbers(outcome: Outcome) -> dict[str, float]:
+    assert isinstance(outcome, StudentResult)
+    judged = outcome.held_out.model_dump(include={"loss", "kl", "ece", "agreement"})
+    return judged | {"tokens_per_s": outcome.tokens_per_s, "steps": outcome.steps}
 
 
 def _shared_settings(options: Any, cache: str, output: Path, seed: int) -> dict[str, Any]:
@@ -116,12 +114,8 @@ def scores(options: Any, results: Results, name: str, reference: str, *, called:
 
 
 def interval(values: list[float]) -> str:
-    """Return mean and half width of the 95% interval of Student's t distribution."""
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return f"{mean:.4f}"
-    t = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776}.get(len(values) - 1, 2.6)
-    return f"{mean:.4f} ± {t * statistics.stdev(values) / math.sqrt(len(values)):.4f}"
+    """Return the mean and, of several values, the half width of the 95% interval of Student's t distribution."""
+    return f"{estimate(values):.4f}"
 
 
 def finish(options: Any, rows: list[dict[str, Any]], results: Results, page: str, name: str) -> None:

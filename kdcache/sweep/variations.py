@@ -106,6 +106,8 @@ def _variation(
         )
     if seed is not None:
         settings = merge(settings, _seed_settings(flatten(changes), seed, where))
+    # Students side by side share the local store of a remote cache.
+    settings = merge({"local_store": {"num_processes": config.jobs or 1}}, settings)
     built = build(TrainConfig, {**settings, "output": f"{config.output.rstrip('/')}/{name}"}, source=where)
     return Variation(name, group, seed, flatten(changes), built)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import yaml
@@ -40,7 +41,7 @@ def test_dry_run_lists_the_students_and_trains_nothing(run, file, tmp_path):
     assert plan["num_positions"] == sum(item["num_positions"] for item in plan["runs"]) > 0
 
 
-def test_a_sweep_and_its_repetition(run, file, tmp_path):
+def test_a_sweep_and_its_repetition(run, file, tmp_path, monkeypatch):
     outcome = run("sweep", file, "--jobs", 1)
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith("student")
@@ -54,23 +55,11 @@ def test_a_sweep_and_its_repetition(run, file, tmp_path):
     losses = [row["held_out"]["loss"]["mean"] for row in result["rows"]]
     assert losses == sorted(losses)
     assert result == json.loads((tmp_path / "runs" / "sweep.json").read_text())
-
-
-def test_without_matplotlib_the_way_to_a_plot_is_said(run, file, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    outcome = run("sweep", file, "--quiet")
-    assert outcome.code == 0, outcome.err
-    assert "pip install 'kdcache[report]'" in outcome.out
-    assert outcome.err == ""
-
-
-def test_a_failed_student_makes_the_command_fail(run, file):
-    change(file, grid={"learning_rate": [1e30]}, base={**yaml.safe_load(file.read_text())["base"], "max_steps": 4})
-    change(file, base={**yaml.safe_load(file.read_text())["base"], "max_grad_norm": 0, "logging_steps": 1})
-    outcome = run("sweep", file, "--quiet")
-    assert outcome.code == 1
-    assert "failed: learning_rate=1e+30: the run has diverged" in outcome.out
-    assert "Traceback" not in outcome.err
+    # Without matplotlib the table is there all the same.
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    quiet = run("sweep", file, "--quiet")
+    assert (quiet.code, quiet.err) == (0, "")
+    assert "pip install 'kdcache[report]'" in quiet.out
 
 
 def test_mistakes(run, file, tmp_path):
