@@ -48,6 +48,10 @@ def options_of(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> lis
             f"{fixture('hidden_cache')} {fixture('hidden_cache')} --work {tmp_path / 'work'} --student-size nano "
             f"--seeds 0 --jobs 1 --docs {tmp_path}"
         ),
+        "sweep": lambda: (
+            f"--teacher {fixture('teacher_dir')} --documents 2 --max-length 32 --student-size nano --students 2 "
+            f"--jobs 1 --docs {tmp_path}"
+        ),
         "step": lambda: (
             f"--sizes tiny --ways plain kdcache online --rounds 1 --sequences 2 --length 16 --vocab-size 290 --top-k 4 "
             f"--teacher {fixture('teacher_dir')} --docs {tmp_path}"
