@@ -14,7 +14,6 @@ from kdcache.cache.shards import ShardArrays
 from kdcache.errors import CorruptCacheError
 from tests.cache.conftest import SOURCE
 from tests.cache.test_reader import check_batch
-from tests.synthetic import SyntheticCache
 
 
 def shard_of(num_bytes: int) -> ShardArrays:
@@ -134,22 +133,15 @@ def test_damage_is_found_with_checksums_and_by_chance_without(copy):
     assert "hidden-1" in open_cache(str(copy), check_crc=False).read([0], hidden=["hidden-1"]).hidden
 
 
-def test_an_epoch_opens_every_shard_once_with_as_many_open_as_there_are_streams(tmp_path, monkeypatch):
-    # 8 streams of 2 shards each, and room for 8 shards: a new one must displace the one that is finished.
-    SyntheticCache(64).write(tmp_path)
+def test_a_new_shard_displaces_one_that_the_batch_does_not_need(written, monkeypatch):
     reads: list[str] = []
-    cache = open_cache(str(tmp_path), max_open_shards=8)
-    assert cache.manifest.num_shards == 16
-    len(cache.lengths_N)
+    cache = open_cache(str(written("tail prior")), max_open_shards=3)
     real = cache.folder.read
     monkeypatch.setattr(cache.folder, "read", lambda name: reads.append(name) or real(name))
-    for epoch in range(2):
-        batches = cache.batches(8, threads=1)
-        batches.set_epoch(epoch)
-        assert sum(len(batch) for batch in batches) == 64
-    objects = {shard.objects["targets"].path for shard in cache.manifest.shards}
-    assert set(reads) == objects
-    assert len(reads) <= 2 * len(objects)
+    cache.read([0, 4, 8])
+    assert len(reads) == 3
+    cache.read([12, 0, 4])  # shard 0 was used longest ago, but is needed again
+    assert len(reads) == 4
 
 
 def test_the_number_of_open_shards_can_be_changed(sound):

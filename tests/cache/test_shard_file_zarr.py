@@ -121,3 +121,12 @@ def test_other_chunk_keys_are_refused_even_beside_the_usual_ones(encoding, separ
     )
     with pytest.raises(CorruptCacheError, match="here, array positions/a has the chunk key encoding"):
         unpack(data, expect({"positions/a": values}), "here")
+
+
+def test_without_checking_crc32c_the_arrays_are_the_same():
+    arrays = {f"positions/{dtype}{len(shape)}": values_of(shape, dtype) for dtype in DTYPES for shape in SHAPES[-4:]}
+    data = pack(arrays)
+    checked, unchecked = (unpack(data, expect(arrays), "here", check_crc=check) for check in (True, False))
+    for name, values in arrays.items():
+        np.testing.assert_array_equal(checked[name], values)
+        np.testing.assert_array_equal(unchecked[name], values)
