@@ -53,11 +53,11 @@ def test_settings_of_a_curriculum_are_those_of_the_code() -> None:
 
 def test_settings_of_the_local_store_are_those_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = {name: said for name, (said, _) in rows(SECTIONS["A cache that is elsewhere"]).items()}
-    assert list(listed) == [f"local_store.{name}" for name in LocalStoreConfig.model_fields]
-    stated = {"max_bytes": listed["local_store.max_bytes"], "num_processes": listed["local_store.num_processes"]}
+    assert list(listed) == list(LocalStoreConfig.model_fields)
+    stated = {"max_bytes": listed["max_bytes"], "num_processes": listed["num_processes"]}
     assert build(LocalStoreConfig, stated) == LocalStoreConfig()
     monkeypatch.delenv("KDCACHE_STORE")
-    assert listed["local_store.directory"] == "`$KDCACHE_STORE`, else `~/.cache/kdcache`"
+    assert listed["directory"] == "`$KDCACHE_STORE`, else `~/.cache/kdcache`"
     assert LocalStoreConfig().path == Path("~/.cache/kdcache").expanduser()
     assert f"num_streams x shuffle_window + {THREADS}" in SECTIONS["A cache that is elsewhere"]
 
