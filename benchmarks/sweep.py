@@ -16,23 +16,53 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from benchmarks import report
-from benchmarks.students import live_module
 from benchmarks.teacher import gguf_path, write_corpus
 from kdcache.cache import Cache, open_cache
 from kdcache.config import build
 from kdcache.dump import DumpConfig, dump_teacher
+from kdcache.losses import TeacherRows
 from kdcache.students import StudentConfig, load_student
 from kdcache.students.batches import to_tensors
 from kdcache.sweep import SweepConfig, plan_sweep, sweep
 from kdcache.sweep.pool import run_jobs
 from kdcache.sweep.results import Failure
 from kdcache.sweep.worker import Job
-from kdcache.train import TrainConfig
+from kdcache.teachers import TeacherConfig, load_teacher
+from kdcache.train import Distiller, TrainConfig
 from kdcache.train.prepare import micro_batches
 
 Seconds = dict[str, float]
+
+
+class LiveDistiller(Distiller):
+    """Distillation on the whole distribution of a teacher that runs in every step, as it is usually written."""
+
+    def __init__(self, student: Any, objective: Any, teacher: Any) -> None:
+        super().__init__(student, objective)
+        self._teacher = (teacher,)  # in a tuple, so that it is no part of what is trained
+
+    def forward(self, batch: Any, num_valid: Any) -> Any:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        rows = TeacherRows.from_batch(batch)
+        with torch.no_grad():
+            teacher_BLV = self._teacher[0].model(**inputs, use_cache=False).logits[..., : self.student.vocab_size]
+            probs_PV = teacher_BLV.flatten(0, 1)[batch["rows"]].float().softmax(-1)
+        student_BLV = self.student.model(**inputs, use_cache=False).logits[..., : self.student.vocab_size]
+        logprobs_PV = student_BLV.flatten(0, 1)[batch["rows"]].float().log_softmax(-1)
+        kl_P = functional.kl_div(logprobs_PV, probs_PV, reduction="none").sum(-1)
+        ce_P = -logprobs_PV.gather(1, rows.labels_P[:, None])[:, 0]
+        loss = ((0.9 * kl_P + 0.1 * ce_P) * rows.loss_mask_P).sum() / num_valid
+        return loss, {}, int(rows.loss_mask_P.sum())
+
+
+def live_module(cache: str, teacher: str) -> Any:
+    manifest = open_cache(cache).manifest
+    config = TeacherConfig(model=teacher, dtype=manifest.teacher.dtype, device="cpu")
+    return functools.partial(LiveDistiller, teacher=load_teacher(config, manifest.tokenizer.vocab_size))
+
 
 _PAGE = (Path(__file__).parent / "costs.md.template").read_text()
 
@@ -40,7 +70,7 @@ _PAGE = (Path(__file__).parent / "costs.md.template").read_text()
 def main() -> None:
     parser = report.arguments(__doc__.splitlines()[0])
     parser.add_argument("--teacher", default=gguf_path(), help="hub id, directory or GGUF file")
-    parser.add_argument("--documents", type=int, default=120, help="documents of the corpus that are used")
+    parser.add_argument("--documents", type=int, default=40, help="documents of the corpus that are used")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--student-size", default="tiny")
     parser.add_argument("--students", type=int, default=8)
