@@ -32,6 +32,7 @@ _FREE = {
     "output",
     "device",
     "data_threads",
+    "local_store",
     "logging_steps",
     "save_steps",
     "save_total_limit",

@@ -48,7 +48,7 @@ def test_a_sweep_and_its_repetition(run, file, tmp_path, monkeypatch):
     assert "held-out loss of the teacher" in outcome.out
     assert f"The plot is {tmp_path / 'runs' / 'quality.png'}" in outcome.out
     assert "2/2 temperature=" in outcome.err
-    again = run("sweep", file, "--json")
+    again = run("sweep", file, "--json", "--jobs", 2)
     assert "2 of 2 students are finished already" in again.err
     result = json.loads(again.out)
     assert {student["status"] for student in result["students"]} == {"finished"}
