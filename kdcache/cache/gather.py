@@ -80,6 +80,15 @@ class RowSpans:
         return result
 
 
+def runs_of(indices: Sequence[int], shard_starts: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
+    """Split ``indices`` into runs that lie in one shard, keeping their order: the shard, and numbers within it."""
+    wanted_N = np.array(indices, dtype=np.int64)
+    shards_N = np.searchsorted(shard_starts, wanted_N, side="right") - 1
+    breaks = np.flatnonzero(np.diff(shards_N)) + 1
+    local_N = wanted_N - shard_starts[shards_N]
+    return list(zip(shards_N[[0, *breaks]].tolist(), np.split(local_N, breaks), strict=True))
+
+
 def join(batches: list[SequenceBatch]) -> SequenceBatch:
     """Return the sequences of all ``batches``, one after another."""
     if len(batches) == 1:

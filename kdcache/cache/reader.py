@@ -27,7 +27,7 @@ from kdcache.cache.decoder import BatchDecoder
 from kdcache.cache.fields import build_codecs, check_arrays
 from kdcache.cache.filters import select_sequences
 from kdcache.cache.folder import Folder
-from kdcache.cache.gather import Piece, join
+from kdcache.cache.gather import Piece, join, runs_of
 from kdcache.cache.local_store import LocalStore, LocalStoreConfig
 from kdcache.cache.lookup import read_plan_table, sequences_with
 from kdcache.cache.open_shards import OpenShards
@@ -252,16 +252,6 @@ class Cache:
             ahead=ahead,
         )
 
-    def _runs(self, indices: list[int]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """Split ``indices`` into runs that lie in one shard, keeping their order: the shard, and numbers within it."""
-        for index in (min(indices), max(indices)):
-            self.shard_of(index)  # refuses one that is not there
-        wanted_N = np.array(indices, dtype=np.int64)
-        shards_N = np.searchsorted(self.shard_starts, wanted_N, side="right") - 1
-        breaks = np.flatnonzero(np.diff(shards_N)) + 1
-        local_N = wanted_N - self.shard_starts[shards_N]
-        yield from zip(shards_N[[0, *breaks]].tolist(), np.split(local_N, breaks), strict=True)
-
     def _groups(self, indices: list[int], hidden: tuple[str, ...]) -> Iterator[list[Piece]]:
         """Open the shards of ``indices``, no more at once than may be open."""
         mean_bytes = self.encoded_bytes(hidden) // max(self.manifest.num_shards, 1)
@@ -269,7 +259,9 @@ class Cache:
         fields = tuple(self.fields_read(hidden)[1:])
         group: dict[int, ShardArrays] = {}
         pieces: list[Piece] = []
-        runs = list(self._runs(indices))
+        for index in (min(indices), max(indices)):
+            self.shard_of(index)  # refuses one that is not there
+        runs = runs_of(indices, self.shard_starts)
         self._shards.keep((shard for shard, _ in runs), fields)
         for shard, local in runs:
             if shard not in group and len(group) == most:
