@@ -24,7 +24,15 @@ TOKENIZER = bpe_tokenizer()
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 LAUNCHERS = {
-    "accelerate": [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
+    "accelerate": [
+        str(BIN / "accelerate"),
+        "launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ],
     "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"],
 }
 

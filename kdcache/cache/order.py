@@ -1,8 +1,8 @@
 """The order of training, as a pure function of (key, seed, epoch): nothing to save, nothing to drift.
 
-Shards are permuted, cut into windows of a few shards, and sequences are shuffled inside each window. The list that this
-gives is cut into *canonical streams* of equal length, and an epoch takes one sequence from each in turn: sample g of the
-epoch is number ``g // num_streams`` of stream ``g % num_streams``. So
+Shards are permuted, cut into windows of a few shards, and sequences are shuffled inside each window. The list that
+this gives is cut into *canonical streams* of equal length, and an epoch takes one sequence from each in turn: sample g
+of the epoch is number ``g // num_streams`` of stream ``g % num_streams``. So
 
 - every batch mixes as many places of the cache as there are streams, while a reader keeps only
   ``num_streams x window_shards`` shards in memory;

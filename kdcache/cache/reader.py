@@ -1,8 +1,7 @@
 """Reading a cache: any sequences, in any order, decoded on demand.
 
-A shard is read whole (one object, one request), its arrays are unpacked and kept *encoded*, and only the rows that a
-batch asks for are decoded: memory is bounded by a few encoded shards, about 100 bytes per position. Lookup is by
-sequence, never by order, so batch size, shuffling and the number of ranks change nothing.
+A shard is read whole (one request), its arrays are unpacked and kept *encoded*, and only the rows that a batch asks
+for are decoded: memory is bounded by a few encoded shards. Lookup is by sequence, so no order changes anything.
 """
 
 from __future__ import annotations

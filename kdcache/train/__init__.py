@@ -7,4 +7,12 @@ from kdcache.train.prepare import leave_processes
 from kdcache.train.report import TrainingReport
 from kdcache.train.run import TrainResult, train_student
 
-__all__ = ["Distiller", "TrainConfig", "TrainResult", "TrainingReport", "leave_processes", "plan_training", "train_student"]
+__all__ = [
+    "Distiller",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingReport",
+    "leave_processes",
+    "plan_training",
+    "train_student",
+]

@@ -46,6 +46,11 @@ def test_golden_cache_decodes_as_it_did(path) -> None:
     with np.load(path / "decoded.npz") as expected:
         assert set(found) == set(expected.files)
         for name in expected.files:
+            if name == "draws_ids_PJ":
+                # Where an id was drawn no times, it stands for nothing.
+                was_drawn = expected["draws_counts_PJ"] > 0
+                np.testing.assert_array_equal(found[name][was_drawn], expected[name][was_drawn], err_msg=name)
+                continue
             if expected[name].dtype.kind == "f":
                 # Another numpy may round exp and log differently by a unit.
                 np.testing.assert_allclose(found[name], expected[name], rtol=2e-6, atol=2e-6, err_msg=name)
