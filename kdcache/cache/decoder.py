@@ -50,6 +50,10 @@ class BatchDecoder:
             targets = self._targets.open(arrays.fields[layout.TARGETS_FIELD])
         arrays.fields[layout.TARGETS_FIELD] = targets
         arrays.tables = {name: open_table(targets[name]) for name in self._targets.id_tables}
+        # A batch may hold views of them: who changed it would change what everybody reads from then on.
+        for named in (*arrays.fields.values(), arrays.tables):
+            for array in named.values():
+                array.flags.writeable = False
         return arrays
 
     def decode(self, pieces: Sequence[Piece], layers: dict[str, str]) -> SequenceBatch:
@@ -67,7 +71,8 @@ class BatchDecoder:
             tokens_T=tokens.gather([arrays["tokens"] for arrays in beside]).astype(np.uint32),
             token_offsets_N1=tokens.offsets_N1,
             position_offsets_N1=positions.offsets_N1,
-            loss_mask_P=positions.gather([arrays["loss_mask"] for arrays in beside]),
+            # A copy, since positions that shall not count are what a loop of one's own changes most often.
+            loss_mask_P=positions.gather([arrays["loss_mask"] for arrays in beside]).astype(np.uint8),
             targets=self._decode_targets(pieces, positions),
             segment_ids_T=(
                 tokens.gather([arrays["segment_ids"] for arrays in beside]) if "segment_ids" in beside[0] else None

@@ -75,16 +75,27 @@ def test_any_read_with_few_open_shards(written, indices, max_open_shards):
     check_reads(written("hybrid"), [indices], max_open_shards=max_open_shards)
 
 
-def test_what_is_read_can_be_changed_without_changing_the_next_read(written):
-    cache = open_cache(str(written("all of top-k")))
-    first = cache.read([0, 5, 9])
-    expected = first.targets.logprobs_PK.copy()
-    first.targets.logprobs_PK[:] = 0
-    first.targets.log_tail_P[:] = 0
-    first.tokens_T[:] = 0
-    again = cache.read([0, 5, 9])
-    np.testing.assert_array_equal(again.targets.logprobs_PK, expected)
-    assert again.tokens_T.any()
+def arrays_of(batch):
+    targets = {name: value for name, value in vars(batch.targets).items() if isinstance(value, np.ndarray)}
+    named = {name: value for name, value in vars(batch).items() if isinstance(value, np.ndarray)}
+    return {**named, **targets, **batch.hidden}
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("indices", [[0, 5, 9], [5], [5, 6]])  # rows of one span are not gathered
+def test_who_changes_what_was_read_does_not_change_the_next_read(tmp_path, codec, indices):
+    SyntheticCache(codec=codec, hidden=("hidden-1",), hidden_codec="exact", packed=True).write(tmp_path)
+    cache = open_cache(str(tmp_path))
+    first = cache.read(indices, hidden=["hidden-1"])
+    expected = {name: values.copy() for name, values in arrays_of(first).items()}
+    assert first.tokens_T.flags.writeable
+    assert first.loss_mask_P.flags.writeable
+    for values in arrays_of(first).values():
+        if values.flags.writeable:
+            values[:] = 0
+    again = arrays_of(cache.read(indices, hidden=["hidden-1"]))
+    for name, values in expected.items():
+        np.testing.assert_array_equal(again[name], values, err_msg=name)
 
 
 def test_shards_whose_rows_have_different_numbers_of_draws(written):
