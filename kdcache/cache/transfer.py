@@ -10,7 +10,6 @@ Files move whole, several at once, and only so many that they fit into `IN_FLIGH
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import threading
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kdcache.cache import layout
+from kdcache.cache.download import file_sha256
 from kdcache.cache.folder import Folder
 from kdcache.cache.outputs import refuse_foreign
 from kdcache.cache.part import Contents, Item, contents_of
@@ -179,7 +179,7 @@ class _Mover:
             return False
         local = self.target.local_path
         if local is not None:
-            return _sha256_of_file(local / record.path) == record.sha256
+            return file_sha256(local / record.path) == record.sha256
         if item.is_unique and not check:
             return True
         with self._memory.hold(record.num_bytes):
@@ -265,16 +265,11 @@ def _plan_of(target: Folder) -> Plan | None:
 
 
 def _refuse_same_place(source: Folder, target: Folder) -> None:
-    if (source.local_path is None) is not (target.local_path is None):
+    if source.store_kind != target.store_kind:  # a bucket of one store may be called as one of another
         return
     roots = [Path(os.path.realpath(p.root)) if p.local_path is not None else Path(p.root) for p in (source, target)]
     if roots[0] == roots[1] or roots[0] in roots[1].parents or roots[1] in roots[0].parents:
         raise CacheError(f"{target} is the source, lies inside it or holds it; choose a place beside {source}")
-
-
-def _sha256_of_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _bytes_of(items: Sequence[Item]) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +16,11 @@ from kdcache.tasks.causal_lm import collate
 
 
 def training_batches(
-    cache: Cache, micro_batches: MicroBatches, pad_id: int, *, hidden: Sequence[str] = (), threads: int = 1
+    cache: Cache, micro_batches: MicroBatches, pad_id: int, **reading: Any
 ) -> Batches[dict[str, Tensor]]:
-    """Return collated micro-batches as CPU tensors, read ahead; ``hidden`` names further fields that they hold."""
+    """Return collated micro-batches as CPU tensors, read ahead; ``reading`` are the settings of `Batches`."""
     make = partial(to_tensors, pad_id=pad_id, pin=torch.cuda.is_available())
-    return Batches(cache, micro_batches, make=make, hidden=hidden, threads=threads)
+    return Batches(cache, micro_batches, make=make, **reading)
 
 
 def to_tensors(batch: SequenceBatch, pad_id: int, *, pin: bool = False) -> dict[str, Tensor]:

@@ -10,17 +10,15 @@ state would skip batches. They are therefore refused.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from kdcache.cache import Cache
 from kdcache.cache.batches import Batches
 from kdcache.errors import ConfigError
-from kdcache.students.batches import to_tensors
+from kdcache.students.batches import training_batches
 
 
 class TorchBatches(IterableDataset[dict[str, Tensor]]):
@@ -76,5 +74,5 @@ def to_torch(
     and ``num_workers=0``; with workers its iteration raises ``ConfigError``.
     """
     dealt = cache.batches(batch_sequences, **order).micro_batches
-    make = partial(to_tensors, pad_id=pad_id, pin=torch.cuda.is_available())
-    return TorchBatches(Batches(cache, dealt, make=make, hidden=hidden, top_k=top_k, threads=threads, ahead=ahead))
+    batches = training_batches(cache, dealt, pad_id, hidden=hidden, top_k=top_k, threads=threads, ahead=ahead)
+    return TorchBatches(batches)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,18 +115,13 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
     return SweepPlan(config, tuple(runs[variation.name] for variation in variations), where)
 
 
-class _named:
+@contextmanager
+def _named(variation: Variation) -> Iterator[None]:
     """Put the name of a variation in front of the message of whatever is wrong with it."""
-
-    def __init__(self, variation: Variation) -> None:
-        self._name = variation.name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, KdcacheError):
-            raise type(error)(f"variation {self._name}: {error}") from None
+    try:
+        yield
+    except KdcacheError as error:
+        raise type(error)(f"variation {variation.name}: {error}") from None
 
 
 def _by(variations: Sequence[Variation], key_of: Any) -> Iterator[tuple[Any, list[Variation]]]:

@@ -33,7 +33,6 @@ class Worker:
         self._setup = (num_threads, gpu)
         self.job: Job | None = None
         self.connection, theirs = context.Pipe()
-        # Not a daemon: those may not have processes of their own, which readers of data may want.
         self.process = context.Process(target=serve, args=(theirs, num_threads))
         with _inherited(gpu):
             self.process.start()

@@ -8,7 +8,6 @@ one directory after the next start.
 from __future__ import annotations
 
 import logging
-import math
 import multiprocessing
 import os
 import signal
@@ -26,7 +25,7 @@ from transformers import TrainerCallback
 
 from kdcache.errors import KdcacheError
 from kdcache.evaluation import Evaluation, evaluate, weight_bytes
-from kdcache.students.run_record import read_run
+from kdcache.students.run_record import finite, read_run
 from kdcache.sweep.results import Failure, HeldOut, Outcome, StudentResult, read_result, write_result
 from kdcache.train import Distiller, TrainConfig, TrainResult, train_student
 
@@ -132,7 +131,7 @@ def _training(trained: TrainResult, first_step: int) -> dict[str, Any]:
     scale = trained.steps / done_here if done_here > 0 else 1.0
     return {
         "steps": trained.steps,
-        "losses": {name: _finite(value) for name, value in trained.losses.items()},
+        "losses": finite(trained.losses),
         "seconds": trained.seconds * scale,
         "tokens_per_s": trained.tokens_per_s,
     }
@@ -142,14 +141,10 @@ def _held_out(evaluation: Evaluation) -> HeldOut:
     student, teacher = evaluation.students[0], evaluation.teacher
     return HeldOut(
         fingerprint=evaluation.fingerprint,
-        loss=_finite(student.loss),
-        kl=_finite(student.kl),
-        agreement=_finite(student.agreement),
-        ece=_finite(student.ece),
-        teacher_loss=_finite(teacher.loss),
+        loss=finite(student.loss),
+        kl=finite(student.kl),
+        agreement=finite(student.agreement),
+        ece=finite(student.ece),
+        teacher_loss=finite(teacher.loss),
         warnings=student.warnings,
     )
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
