@@ -14,9 +14,10 @@ partial file: whoever wants the same object waits for it, and a partial file tha
 killed process. Before a download starts its full size is reserved by that file's name, so the bound holds at every
 moment. What was used least recently goes first (its modification time is the time of its last use).
 
-Only objects of shards go through the store, since only their hashes are recorded; caches on a local path never do. When
-other processes hold so much that an object cannot get in, it is read without being stored: slow, but nobody waits for
-anybody. Not for a directory on a network file system whose flock is not that of all its clients.
+What the manifest records with a hash goes through the store: objects of shards, the tokenizer, an LM head. Caches on a
+local path never do. When other processes hold so much that an object cannot get in, it is read without being stored:
+slow, but nobody waits for anybody. Not for a directory on a network file system whose flock is not that of all its
+clients.
 """
 
 from __future__ import annotations
