@@ -57,15 +57,21 @@ def run(*words):
     return json.loads(done.stdout)
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, cache):
+    output = tmp_path_factory.mktemp("alone") / "run"
+    return output, run(sys.executable, "-m", "kdcache", *command(cache, output, 4))
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_do_the_work_of_one(tmp_path, cache, launcher):
+def test_two_processes_do_the_work_of_one(tmp_path, cache, alone, launcher):
     script = ["-m", "tests.test_processes", str(tmp_path / "opened")]
-    one = run(sys.executable, *script, *command(cache, tmp_path / "one", 4))
+    output, one = alone
     two = run(*LAUNCHERS[launcher], *script, *command(cache, tmp_path / "two", 2))
     assert one["steps"] == two["steps"] == 12
     for name, value in one["losses"].items():
         assert two["losses"][name] == pytest.approx(value, rel=1e-4)
-    weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two")]
+    weights = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (output, tmp_path / "two")]
     assert relative_difference(*weights) <= 1e-4
 
     opened = [json.loads((tmp_path / f"opened-{rank}-of-2").read_text()) for rank in range(2)]

@@ -56,7 +56,9 @@ def options_of(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> lis
             f"--sizes tiny --ways plain kdcache online --rounds 1 --sequences 2 --length 16 --vocab-size 290 --top-k 4 "
             f"--teacher {fixture('teacher_dir')} --docs {tmp_path}"
         ),
-        "reader": lambda: "--positions 600 --length 50 --vocab-size 500 --rounds 1 --shard-positions 200 --top-k 4",
+        "reader": lambda: (
+            "--positions 600 --length 50 --vocab-size 500 --rounds 1 --shard-positions 200 --top-k 4 --memory"
+        ),
     }
     return options[name]().split()
 
