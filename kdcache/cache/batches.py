@@ -111,7 +111,8 @@ class Batches(Generic[T]):
     """Decoded micro-batches of one rank, epoch after epoch, read ahead by threads; make one with `Cache.batches`.
 
     Iterating gives the batches of one epoch; the next time those of the next epoch. ``make`` turns what was read into
-    what is given out, in the thread that reads; ``threads=0`` reads when asked. ``state_dict()`` is taken over by
+    what is given out, in the thread that reads; ``threads=0`` reads when asked. At least as many batches are read
+    ``ahead`` as there are ``threads``, or some would have nothing to do. ``state_dict()`` is taken over by
     ``load_state_dict()`` of any other object over the same texts, whatever its ranks and batch sizes. With several
     micro-batches in a step it names the first step that has not been given out completely.
     """
@@ -135,7 +136,7 @@ class Batches(Generic[T]):
         self._hidden = tuple(hidden)
         self._top_k = top_k
         self._threads = threads
-        self._ahead = ahead
+        self._ahead = max(ahead, threads)
         self._epoch = 0
         self._next_sample = 0
         self._start = 0

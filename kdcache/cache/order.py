@@ -24,6 +24,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.errors import ConfigError
+
 #: Canonical streams of an epoch, if nobody says otherwise: so many ranks read disjoint shards.
 NUM_STREAMS = 8
 
@@ -41,7 +43,10 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class ShuffledOrder:
-    """Every sequence once an epoch, shuffled within windows of shards; see `epoch_order` for the fields."""
+    """Every sequence once an epoch, shuffled within windows of shards; see `epoch_order` for the fields.
+
+    Raises ``ConfigError`` for no streams, and for windows of no shards.
+    """
 
     shard_starts: NDArray[np.int64]
     seed: int
@@ -49,6 +54,11 @@ class ShuffledOrder:
     key: str
     chosen_N: NDArray[np.int64] | None = None
     num_streams: int = NUM_STREAMS
+
+    def __post_init__(self) -> None:
+        for name, value in (("shuffle_window", self.window_shards), ("num_streams", self.num_streams)):
+            if value < 1:
+                raise ConfigError(f"{name} is {value}, expected at least 1")
 
     @property
     def num_sequences(self) -> int:

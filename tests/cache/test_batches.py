@@ -147,6 +147,10 @@ def test_bad_splits_are_refused():
         batches_of(Sizes([4]), batch=0)
     with pytest.raises(ConfigError, match=r"there is no rank 2 among 2 \(0 to 1\)"):
         batches_of(Sizes([4]), batch=1, rank=2, num_ranks=2)
+    with pytest.raises(ConfigError, match="num_streams is -1, expected at least 1"):
+        batches_of(Sizes([4]), batch=1, num_streams=-1)
+    with pytest.raises(ConfigError, match="shuffle_window is 0, expected at least 1"):
+        batches_of(Sizes([4]), batch=1, window=0)
 
 
 def test_the_reader_is_told_of_this_ranks_shards_in_the_order_of_their_use():
@@ -213,6 +217,12 @@ def test_waiting_is_counted():
     loader = batches_of(Sizes([8]), batch=4, threads=1, make=lambda read: time.sleep(0.02) or read)
     list(loader)
     assert loader.wait_s > 0.015
+
+
+def test_every_thread_has_a_batch_to_read():
+    all_at_once = threading.Barrier(4)
+    loader = batches_of(Sizes([8]), batch=2, threads=4, make=lambda read: all_at_once.wait(10))
+    assert sorted(loader) == [0, 1, 2, 3]
 
 
 def test_batches_of_a_cache(sound):
