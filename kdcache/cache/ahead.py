@@ -177,10 +177,11 @@ def required_bytes(
     shards_at_a_time: int,
     num_processes: int = 1,
 ) -> int:
-    """Return how many bytes a local store needs for every shard to be downloaded once an epoch.
+    """Return how many bytes a local store needs for every shard to be downloaded once while it is in use.
 
     Each of the ``num_processes`` that use the store reads from ``shards_at_a_time`` shards (its streams x shuffle
-    window) while `THREADS` more come in. No cache needs room for more than all of its shards.
+    window) while `THREADS` more come in. No cache needs room for more than all of its shards. One on the border of two
+    streams is in use twice an epoch, and unless all fit it may be downloaded twice.
     """
     num_shards = min(num_processes * (shards_at_a_time + THREADS), manifest.num_shards)
     return num_shards * largest_shard_bytes(manifest, fields)
