@@ -19,6 +19,7 @@ from kdcache.errors import CacheError, ConfigError, IncompleteCacheError, Studen
 from kdcache.students.run_record import RunRecord
 from kdcache.students.sizes import SIZES, llama_config
 from kdcache.train import TrainConfig, plan_training
+from kdcache.train.prepare import num_steps
 from tests.tiny import bpe_tokenizer, llama, make_cache, random_sequences
 from tests.train_runs import Recorder, live_loss, relative_difference, settings, train
 
@@ -450,3 +451,9 @@ def test_a_logger_that_cannot_be_used(tmp_path, caches, monkeypatch, name, error
     with pytest.raises(ConfigError, match=words):
         plan_training(build(TrainConfig, values))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1.1, 11), (0.3, 3), (1.01, 11), (2, 20), (1e-9, 1)])
+def test_steps_of_a_part_of_an_epoch(epochs, steps):
+    values = {"cache": "cache", "output": "out", "student": {"size": "nano"}, "epochs": epochs}
+    assert num_steps(build(TrainConfig, values), 10) == steps

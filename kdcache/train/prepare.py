@@ -181,7 +181,8 @@ def num_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     if config.max_steps is not None:
         return config.max_steps
     epochs = 1.0 if config.epochs is None else config.epochs
-    return math.ceil(epochs * steps_per_epoch)
+    # Rounded first: 1.1 x 10 is 11 steps, not 12.
+    return max(math.ceil(round(epochs * steps_per_epoch, 6)), 1)
 
 
 def chosen_sequences(config: TrainConfig, cache: Cache) -> NDArray[np.int64] | None:
