@@ -453,7 +453,7 @@ def test_a_logger_that_cannot_be_used(tmp_path, caches, monkeypatch, name, error
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("epochs", "steps"), [(1.1, 11), (0.3, 3), (1.01, 11), (2, 20), (1e-9, 1)])
+@pytest.mark.parametrize(("epochs", "steps"), [(1.1, 110), (0.55, 55), (0.551, 56), (2, 200), (1e-9, 1)])
 def test_steps_of_a_part_of_an_epoch(epochs, steps):
     values = {"cache": "cache", "output": "out", "student": {"size": "nano"}, "epochs": epochs}
-    assert num_steps(build(TrainConfig, values), 10) == steps
+    assert num_steps(build(TrainConfig, values), 100) == steps

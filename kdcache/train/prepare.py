@@ -181,7 +181,7 @@ def num_steps(config: TrainConfig, steps_per_epoch: int) -> int:
     if config.max_steps is not None:
         return config.max_steps
     epochs = 1.0 if config.epochs is None else config.epochs
-    # Rounded first: 1.1 x 10 is 11 steps, not 12.
+    # Rounded first: 1.1 x 100 is 110 steps, not 111.
     return max(math.ceil(round(epochs * steps_per_epoch, 6)), 1)
 
 
