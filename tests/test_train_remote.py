@@ -10,6 +10,7 @@ from kdcache.cache import open_cache
 from kdcache.cache.ahead import required_bytes
 from kdcache.config import build
 from kdcache.errors import ConfigError
+from kdcache.students.run_record import settings_that_decide
 from kdcache.train import TrainConfig, train_student
 from tests.cache.http_store import serving
 from tests.train_runs import settings
@@ -64,3 +65,13 @@ def test_a_local_cache_needs_no_store(dumped, tmp_path):
     store = {"directory": str(tmp_path / "store"), "max_bytes": 1}
     train_student(config(dumped, tmp_path / "run", local_store=store, max_steps=1), progress=False)
     assert not (tmp_path / "store").exists()
+
+
+def test_a_run_goes_on_with_another_store_and_another_number_of_threads(dumped, tmp_path):
+    first = {"local_store": {"directory": str(tmp_path / "a")}, "data_threads": 0}
+    second = {"local_store": {"directory": str(tmp_path / "b"), "max_bytes": 10**9}, "data_threads": 2}
+    decided = [
+        settings_that_decide(config(dumped, tmp_path / "run", **changes).model_dump(mode="json"), 2, 3)
+        for changes in (first, second)
+    ]
+    assert decided[0] == decided[1]
