@@ -111,6 +111,6 @@ def _given_up(error: Exception, folder: Folder, record: ObjectRecord, where: str
             "there, and the command that made the cache or kdcache push writes it again"
         )
     return CacheError(
-        f"{where}: cannot download {url} in {tries} attempts: {error or type(error).__name__}; when the server is back "
-        "the same command goes on"
+        f"{where}: cannot download {url} in {tries} attempts: {str(error) or type(error).__name__}; when the server is "
+        "back the same command goes on"
     )

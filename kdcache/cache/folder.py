@@ -51,6 +51,11 @@ class Folder:
         """The folder on this machine's disk, None when it is elsewhere."""
         return Path(self.root) if isinstance(self._fs, LocalFileSystem) else None
 
+    @property
+    def store_kind(self) -> type:
+        """What tells the kinds of places apart, in each of which a root means something else."""
+        return type(self._fs)
+
     def read(self, name: str) -> bytes:
         """Return the bytes of object ``name``; raises ``FileNotFoundError``.
 
@@ -65,7 +70,7 @@ class Folder:
                 if self.local_path is not None:
                     raise
                 if pause_s is None:
-                    raise CacheError(f"cannot reach {self.url}: {error or type(error).__name__}") from None
+                    raise CacheError(f"cannot reach {self.url}: {str(error) or type(error).__name__}") from None
                 time.sleep(pause_s)
         raise AssertionError("unreachable")
 
@@ -109,7 +114,7 @@ class Folder:
         try:
             if local is None:
                 with self._reachable():
-                    self._fs.pipe_file(self._path(name), data)
+                    self._put(name, data)
             else:
                 _write_whole(local / name, data)
         except OSError as error:
@@ -134,6 +139,12 @@ class Folder:
             self.write(name, data)
         return True
 
+    def _put(self, name: str, data: bytes) -> None:
+        try:
+            self._fs.pipe_file(self._path(name), data)
+        except NotImplementedError:
+            raise CacheError(f"cannot write to {self.url}: places of this kind can only be read") from None
+
     def remove(self, name: str) -> None:
         """Remove object ``name`` if it is there."""
         with self._reachable(), contextlib.suppress(FileNotFoundError):
@@ -147,7 +158,7 @@ class Folder:
         except (OSError, CacheError):
             raise
         except Exception as error:
-            raise CacheError(f"cannot reach {self.url}: {error or type(error).__name__}") from None
+            raise CacheError(f"cannot reach {self.url}: {str(error) or type(error).__name__}") from None
 
     def _forget(self, name: str) -> None:
         self._fs.invalidate_cache(self._path(name))

@@ -28,6 +28,8 @@ from kdcache.schema import Manifest, ObjectRecord, Plan, ShardRecord
 
 #: Per-sequence tables that are read at once.
 _TABLES = 8
+#: More than any cache has.
+_MOST_SHARDS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def parse_shards(text: str) -> list[int]:
         first, dash, last = piece.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
             raise CacheError(f"shards {text!r}: {piece.strip()!r} is neither a number nor a range such as 0-3")
+        if int(last or first) >= _MOST_SHARDS:  # before a slip of the finger fills the memory
+            raise CacheError(f"shards {text!r}: no cache has a shard {last or first}")
         numbers.update(range(int(first), int(last if dash else first) + 1))
     return sorted(numbers)
 

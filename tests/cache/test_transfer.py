@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
+import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from kdcache.cache import Folder, layout, open_cache, transfer, verify
 from kdcache.cache.part import parse_shards
@@ -177,6 +180,30 @@ def test_other_caches_are_refused(sound, tmp_path, object_store):
             move(sound, inside)
 
 
+def test_the_same_path_in_another_kind_of_store_is_another_place(sound, monkeypatch):
+    class OtherStore(MemoryFileSystem):
+        protocol = "otherstore"
+        store: ClassVar[dict] = {}
+        pseudo_dirs: ClassVar[list] = [""]
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(path.removeprefix("otherstore://"))
+
+    fsspec.register_implementation("otherstore", OtherStore, clobber=True)
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+    move(sound, "memory://bucket/x")
+    move("memory://bucket/x", "otherstore://bucket/x")
+    assert OtherStore.store.keys() >= {"/bucket/x/manifest.json"}
+    with pytest.raises(CacheError, match="is the source"):
+        move("memory://bucket/x", "memory://bucket/x/y")
+
+
+def test_a_place_that_can_only_be_read_is_called_so(object_store_server):
+    with pytest.raises(CacheError, match=r"cannot write to http://.*/x: places of this kind can only be read"):
+        Folder(f"{object_store_server}/bucket/x").write("plan.json", b"{}")
+
+
 def test_some_fields(sound, object_store):
     url = f"{object_store}/x"
     result = move(sound, url, fields=["hidden-2"])
@@ -246,6 +273,8 @@ def test_numbers_of_shards():
     for text in ("", "a", "3-1", "1-", "-1", "1,,2", "1-2-3"):
         with pytest.raises(CacheError, match="neither a number nor a range"):
             parse_shards(text)
+    with pytest.raises(CacheError, match="no cache has a shard 99999999999"):
+        parse_shards("0-99999999999")
 
 
 def test_memory_is_bounded(sound, object_store, tmp_path, monkeypatch):
