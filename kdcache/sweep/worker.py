@@ -121,9 +121,10 @@ def finished_result(job: Job) -> StudentResult | None:
     result = read_result(job.config.output)
     if result is None:
         return None
-    fingerprint = None if result.held_out is None else result.held_out.fingerprint
-    wanted = fingerprint if job.held_out is None else job.held_out[1]
-    return result if fingerprint == wanted else None
+    if job.held_out is None:
+        # Judged for an earlier file: held-out losses of some and training losses of others would be ranked together.
+        return result.model_copy(update={"held_out": None})
+    return result if result.held_out is not None and result.held_out.fingerprint == job.held_out[1] else None
 
 
 def _training(trained: TrainResult, first_step: int) -> dict[str, Any]:

@@ -129,6 +129,19 @@ def test_without_a_held_out_cache_the_table_says_so(make):
     assert "± " not in result.table()
 
 
+def test_without_the_held_out_cache_of_before_only_training_losses_are_ranked(swept, tmp_path):
+    config, _ = swept
+    copy = config.model_copy(
+        update={"output": str(tmp_path / "runs"), "seeds": (0,), "held_out": None, "runs": config.runs[::2]}
+    )
+    shutil.copytree(config.output, copy.output)
+    result = sweep(copy, progress=False)
+    assert result.failures == []
+    for row in result.rows:
+        assert row.quality == row.losses["loss"]
+    assert "held-out loss" not in result.table()
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
