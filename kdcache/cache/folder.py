@@ -114,7 +114,7 @@ class Folder:
         try:
             if local is None:
                 with self._reachable():
-                    self._put(name, data)
+                    self._fs.pipe_file(self._path(name), data)
             else:
                 _write_whole(local / name, data)
         except OSError as error:
@@ -138,12 +138,6 @@ class Folder:
                 return False
             self.write(name, data)
         return True
-
-    def _put(self, name: str, data: bytes) -> None:
-        try:
-            self._fs.pipe_file(self._path(name), data)
-        except NotImplementedError:
-            raise CacheError(f"cannot write to {self.url}: places of this kind can only be read") from None
 
     def remove(self, name: str) -> None:
         """Remove object ``name`` if it is there."""
