@@ -61,6 +61,13 @@ class SweepConfig(Config):
     held_out: str | None = None
     jobs: int | None = Field(default=None, ge=1)
 
+    @field_validator("output")
+    @classmethod
+    def _is_a_directory_here(cls, output: str) -> str:
+        if not output.strip() or "://" in output:
+            raise ValueError(f"give a directory on this machine for the students; found {output!r}")
+        return output
+
     @field_validator("grid", mode="before")
     @classmethod
     def _lists_of_values(cls, grid: Any) -> Any:

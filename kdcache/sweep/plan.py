@@ -102,6 +102,7 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
     ``StudentError``; also ``ConfigError`` when a run in the output was made with other settings.
     """
     variations = expand(config)
+    _check_output(Path(config.output))
     for variation in variations:
         with _named(variation):
             check_device(variation.config)
@@ -113,6 +114,14 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
         runs |= _check_students(group, caches[key], held_out)
     where = None if held_out is None else (str(config.held_out), held_out.fingerprint)
     return SweepPlan(config, tuple(runs[variation.name] for variation in variations), where)
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output {output} is a file; give a directory for the students")
+    found = [name for name in ("manifest.json", "plan.json", "config.json") if (output / name).exists()]
+    if found:
+        raise ConfigError(f"output {output} holds a cache or a model (found {found[0]}); choose another directory")
 
 
 @contextmanager

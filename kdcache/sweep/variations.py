@@ -8,12 +8,18 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from kdcache.config import build, merge, nest
 from kdcache.errors import ConfigError
 from kdcache.sweep.config import SweepConfig
 from kdcache.train import TrainConfig
+
+#: Longest name of a student: a directory's name has 255 bytes on most file systems.
+MAX_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -49,9 +55,10 @@ def _groups(config: SweepConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name and the nested changes of every variation."""
     if config.grid:
         labels = _labels(list(config.grid))
-        for choice in itertools.product(*(enumerate(values) for values in config.grid.values())):
+        shown = (list(zip(_texts(values), values, strict=True)) for values in config.grid.values())
+        for choice in itertools.product(*shown):
             chosen = dict(zip(config.grid, choice, strict=True))
-            name = ",".join(f"{labels[key]}={_shown(value, number)}" for key, (number, value) in chosen.items())
+            name = ",".join(f"{labels[key]}={text}" for key, (text, _) in chosen.items())
             yield name, _tree({key: value for key, (_, value) in chosen.items()})
     for run in config.runs:
         yield run.name, _tree(run.set)
@@ -64,6 +71,15 @@ def _labels(keys: Sequence[str]) -> dict[str, str]:
     ends = {key: [".".join(key.split(".")[start:]) for start in range(key.count("."), -1, -1)] for key in keys}
     count = Counter(end for own in ends.values() for end in own)
     return {key: next((end for end in own if count[end] == 1), key) for key, own in ends.items()}
+
+
+def _texts(values: Sequence[Any]) -> list[str]:
+    """Return the values of a key as parts of names; different values that look the same there get their numbers."""
+    texts = [_shown(value, number) for number, value in enumerate(values)]
+    alike: dict[str, set[str]] = {}
+    for text, value in zip(texts, values, strict=True):
+        alike.setdefault(text.casefold(), set()).add(repr(value))
+    return [f"{text}-{n}" if len(alike[text.casefold()]) > 1 else text for n, text in enumerate(texts)]
 
 
 def _shown(value: Any, number: int) -> str:
@@ -107,8 +123,9 @@ def _variation(
     if seed is not None:
         settings = merge(settings, _seed_settings(flatten(changes), seed, where))
     # Students side by side share the local store of a remote cache.
-    settings = merge({"local_store": {"num_processes": config.jobs or 1}}, settings)
-    built = build(TrainConfig, {**settings, "output": f"{config.output.rstrip('/')}/{name}"}, source=where)
+    num_processes = config.jobs or max(torch.cuda.device_count(), 1)
+    settings = merge({"local_store": {"num_processes": num_processes}}, settings)
+    built = build(TrainConfig, {**settings, "output": str(Path(config.output, name))}, source=where)
     return Variation(name, group, seed, flatten(changes), built)
 
 
@@ -121,6 +138,12 @@ def _seed_settings(changes: Mapping[str, Any], seed: int, where: str) -> dict[st
 
 
 def _check_names(variations: Sequence[Variation]) -> None:
+    longest = max((variation.name for variation in variations), key=len)
+    if len(longest) > MAX_NAME:
+        raise ConfigError(
+            f"the name {longest[:60]}... has {len(longest)} characters, and a directory's at most {MAX_NAME}: list "
+            "this variation under runs, with a name"
+        )
     # Without regard to case, because some file systems have none.
     count = Counter(variation.name.casefold() for variation in variations)
     twice = [variation.name for variation in variations if count[variation.name.casefold()] > 1]

@@ -172,6 +172,14 @@ def test_a_directory_that_is_no_run_is_refused(make):
         sweep(config, progress=False)
 
 
+def test_an_output_that_is_something_else_is_refused(make, dumped, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file; give a directory for the students"):
+        plan_sweep(make(output=str(tmp_path / "file")))
+    with pytest.raises(ConfigError, match=r"holds a cache or a model \(found manifest.json\)"):
+        plan_sweep(make(output=str(dumped)))
+
+
 def test_a_killed_process_is_named_and_the_others_go_on(make, tmp_path):
     """A student of which each step takes long is killed in the middle; its place is taken by the next."""
     config = make(runs=[{"name": "long", "set": {"max_steps": 100_000}}, {"name": "short"}], base={"save_steps": 5})

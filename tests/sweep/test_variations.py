@@ -80,6 +80,14 @@ def test_names_of_values_that_are_no_words():
     ]
 
 
+def test_different_values_that_look_alike_in_a_name_get_their_numbers():
+    assert names(grid={"where": ["teacher_loss < 5", "teacher_loss > 5", None]}) == [
+        "where=teacher_loss-5-0",
+        "where=teacher_loss-5-1",
+        "where=null",
+    ]
+
+
 def test_keys_with_one_ending_are_told_apart():
     weights = {"objective.forward_kl.weight": [1], "objective.cross_entropy.weight": [0.5]}
     assert names(grid=weights) == ["forward_kl.weight=1,cross_entropy.weight=0.5"]
@@ -114,6 +122,9 @@ def test_base_from_a_file(tmp_path):
         ({"seeds": [1], "grid": {"seed": [1, 2]}}, "sets seed, and seeds sets it for every variation"),
         ({"seeds": [-1]}, "variation base: 'student.seed'"),
         ({"jobs": 0}, "jobs"),
+        ({"output": ""}, "give a directory on this machine"),
+        ({"output": "s3://bucket/runs"}, "give a directory on this machine"),
+        ({"grid": {"where": [" and ".join(["teacher_loss < 5"] * 20)]}}, "a directory's at most 200"),
         ({"base_file": "train.yaml"}, "and not both"),
         ({"base": None}, "give base"),
     ],
