@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache.filters import select_sequences
 from kdcache.cache.order import Order, SequentialOrder, ShuffledOrder
 from kdcache.errors import ConfigError
 from kdcache.schema import SequenceBatch
@@ -207,7 +206,7 @@ def batches_of(
     **reading: Any,
 ) -> Batches[SequenceBatch]:
     """Return the batches of `Cache.batches`; ``reading`` are the settings of `Batches`."""
-    chosen_N = None if where is None else select_sequences(cache.sequence_table(), where)
+    chosen_N = None if where is None else cache.where(where)
     order: Order
     if shuffle:
         order = ShuffledOrder(cache.shard_starts, seed, shuffle_window, cache.order_key, chosen_N, num_streams)

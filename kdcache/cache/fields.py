@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+
 from kdcache.cache import layout
 from kdcache.cache.folder import Folder
 from kdcache.codecs import HiddenCodec, TargetsCodec, hidden_codec, id_dtype, targets_codec
 from kdcache.errors import CacheError, ConfigError, CorruptCacheError
 from kdcache.schema import ArrayRecord, FieldRecord, Manifest
+
+#: Kinds of rows that shards count.
+_COUNTED = ("positions", "tokens", "entries", "draws")
 
 
 def token_arrays(vocab_size: int, packed: bool) -> tuple[ArrayRecord, ...]:
@@ -61,3 +68,13 @@ def check_arrays(
 def _width(manifest: Manifest, name: str) -> int:
     """Return the width of a field of hidden states."""
     return next((array.shape[0] for array in manifest.field(name).arrays if array.shape), 0)
+
+
+def encoded_bytes(manifest: Manifest) -> dict[str, int]:
+    """Return about how many bytes every field takes in memory, encoded, over all shards."""
+    counts = {name: sum(getattr(shard, f"num_{name}") for shard in manifest.shards) for name in _COUNTED}
+    counts |= {"sequences": manifest.num_sequences, "table": manifest.num_shards}
+    return {
+        field.name: sum(counts[a.rows] * math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in field.arrays)
+        for field in manifest.fields
+    }

@@ -24,7 +24,7 @@ from kdcache.cache.lookup import read_plan_table
 from kdcache.cache.shards import load_table
 from kdcache.cache.tail_prior import pack_prior, read_prior
 from kdcache.errors import CacheError, CorruptCacheError, did_you_mean
-from kdcache.schema import Manifest, ObjectRecord, Plan, ShardRecord
+from kdcache.schema import Manifest, ObjectRecord, ShardRecord
 
 #: Per-sequence tables that are read at once.
 _TABLES = 8
@@ -59,11 +59,6 @@ class Contents:
     def fingerprint(self) -> str:
         """SHA-256 of the manifest."""
         return layout.sha256(self.manifest_data)
-
-    @property
-    def plan(self) -> Plan:
-        """The plan, which the manifest repeats."""
-        return Plan(**self.manifest.model_dump(include=set(Plan.model_fields)))
 
 
 def contents_of(source: Folder, fields: Sequence[str] | None = None, shards: Sequence[int] | None = None) -> Contents:

@@ -6,7 +6,6 @@ for are decoded: memory is bounded by a few encoded shards. Lookup is by sequenc
 
 from __future__ import annotations
 
-import math
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ from kdcache.cache.ahead import Ahead
 from kdcache.cache.batches import Batches, batches_of
 from kdcache.cache.cut import cut_targets, with_top_k
 from kdcache.cache.decoder import BatchDecoder
-from kdcache.cache.fields import build_codecs, check_arrays
+from kdcache.cache.fields import build_codecs, check_arrays, encoded_bytes
 from kdcache.cache.filters import select_sequences
 from kdcache.cache.folder import Folder
 from kdcache.cache.gather import Piece, join, runs_of
@@ -38,8 +37,6 @@ from kdcache.schema import Manifest, ObjectRecord, SequenceBatch
 
 #: Encoded shards that stay in memory take at most this much together (but one always stays).
 OPEN_BYTES = 2 << 30
-#: Kinds of rows that shards count.
-_COUNTED = ("positions", "tokens", "entries", "draws")
 
 
 class Cache:
@@ -67,6 +64,7 @@ class Cache:
         self._ahead = None if folder.store is None else Ahead(folder.store, folder, manifest)
         if self._ahead is not None:
             weakref.finalize(self, self._ahead.close)
+        self._field_bytes = encoded_bytes(manifest)  # once: every read asks, and shards may be many
         counts = [shard.num_sequences for shard in manifest.shards]
         self.shard_starts: NDArray[np.int64] = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
@@ -301,11 +299,7 @@ class Cache:
 
     def encoded_bytes(self, hidden: Iterable[str] = ()) -> int:
         """Return about how many bytes all shards take in memory, encoded, when read with the ``hidden`` fields."""
-        manifest = self.manifest
-        counts = {name: sum(getattr(shard, f"num_{name}") for shard in manifest.shards) for name in _COUNTED}
-        counts |= {"sequences": manifest.num_sequences, "table": manifest.num_shards}
-        arrays = [array for name in self.fields_read(hidden) for array in layout.field_of(manifest, name).arrays]
-        return sum(counts[a.rows] * math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in arrays)
+        return sum(self._field_bytes[layout.field_of(self.manifest, name).name] for name in self.fields_read(hidden))
 
     def metadata(self, index: int) -> dict[str, Any]:
         """Return the row of the per-sequence table of sequence ``index``."""

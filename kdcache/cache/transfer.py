@@ -109,7 +109,7 @@ def _move(contents: Contents, mover: _Mover, writer: CacheWriter, check: bool) -
     missing = mover.missing(contents, check)
     if missing:  # a manifest must not outlive its shards
         target.remove(layout.MANIFEST)
-    mover.write_records({layout.PLAN: layout.to_json(contents.plan)})
+    mover.write_records({layout.PLAN: layout.to_json(contents.manifest.plan)})
     writer.remove_garbage(contents.manifest, {shard.index: shard for shard in contents.manifest.shards})
     mover.move(missing)
     if check:
@@ -251,7 +251,7 @@ def _refuse_another(target: Folder, contents: Contents) -> None:
     if standing == contents.fingerprint:
         return
     there = f"the cache with the fingerprint {standing[:16]}" if standing else "the beginning of another cache"
-    if standing or _plan_of(target) != contents.plan:
+    if standing or _plan_of(target) != contents.manifest.plan:
         raise CacheError(
             f"{target} holds {there}, and what is to go there has {contents.fingerprint[:16]}; choose another place"
         )

@@ -21,7 +21,7 @@ from kdcache.cache.shards import load_table
 from kdcache.cache.tail_prior import read_prior
 from kdcache.config import Config
 from kdcache.errors import CacheError, CorruptCacheError, KdcacheError
-from kdcache.schema import Manifest, ObjectRecord, Plan, SequenceBatch, ShardRecord, Targets, token_hash
+from kdcache.schema import Manifest, ObjectRecord, SequenceBatch, ShardRecord, Targets, token_hash
 
 Progress = Callable[[int, int], None]
 
@@ -91,7 +91,7 @@ def verify(path: str, *, deep: bool = False, progress: Progress | None = None) -
 def _check_records(folder: Folder, manifest: Manifest) -> Iterator[str]:
     """Compare the manifest with the plan and the commit records, of which it must be the exact sum."""
     yield from _check_record(folder, layout.MANIFEST, manifest)
-    yield from _check_record(folder, layout.PLAN, Plan(**manifest.model_dump(include=set(Plan.model_fields))))
+    yield from _check_record(folder, layout.PLAN, manifest.plan)
     for shard in manifest.shards:
         yield from _check_record(folder, layout.commit_name(shard.index), shard)
 

@@ -237,6 +237,11 @@ class Manifest(Plan):
     """What exists once for the whole cache: the teacher's LM head, the tail prior."""
 
     @property
+    def plan(self) -> Plan:
+        """The plan, which the manifest repeats."""
+        return Plan(**self.model_dump(include=set(Plan.model_fields)))
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all shards."""
         return sum(shard.num_bytes for shard in self.shards)

@@ -15,7 +15,6 @@ from kdcache.cache import Cache, open_cache
 from kdcache.cache.ahead import largest_shard_bytes, required_bytes
 from kdcache.cache.batches import MicroBatches
 from kdcache.cache.curriculum import PacedOrder
-from kdcache.cache.filters import select_sequences
 from kdcache.cache.order import Order, ShuffledOrder
 from kdcache.cache.reader import OPEN_BYTES
 from kdcache.errors import ConfigError
@@ -190,7 +189,7 @@ def chosen_sequences(config: TrainConfig, cache: Cache) -> NDArray[np.int64] | N
 
     Raises ``ConfigError`` when it chooses nothing.
     """
-    return None if config.where is None else select_sequences(cache.sequence_table(), config.where)
+    return None if config.where is None else cache.where(config.where)
 
 
 def _order(config: TrainConfig, cache: Cache, sequences_per_step: int) -> Order:
