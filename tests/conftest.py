@@ -14,6 +14,7 @@ import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -90,15 +91,10 @@ def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def dumped(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, corpus_file: Path) -> Path:
-    """A cache that `dump_teacher` made of both: several shards, exact values, two layers of hidden states."""
-    from kdcache.config import build
-    from kdcache.dump import DumpConfig, dump_teacher
-
-    path = tmp_path_factory.mktemp("dumped") / "cache"
-    settings = {
-        "output": str(path),
+def dump_settings(output: str | Path, teacher_dir: Path, corpus_file: Path) -> dict[str, Any]:
+    """The settings of the fixture ``dumped``, for a cache in ``output``."""
+    return {
+        "output": str(output),
         "teacher": {"model": str(teacher_dir), "device": "cpu"},
         "corpus": {"paths": [str(corpus_file)]},
         "sequences": {"max_length": 16},
@@ -107,5 +103,14 @@ def dumped(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, corpus_f
         "shard_positions": 60,
         "batch_tokens": 64,
     }
-    dump_teacher(build(DumpConfig, settings), progress=False)
+
+
+@pytest.fixture(scope="session")
+def dumped(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, corpus_file: Path) -> Path:
+    """A cache that `dump_teacher` made of both: several shards, exact values, two layers of hidden states."""
+    from kdcache.config import build
+    from kdcache.dump import DumpConfig, dump_teacher
+
+    path = tmp_path_factory.mktemp("dumped") / "cache"
+    dump_teacher(build(DumpConfig, dump_settings(path, teacher_dir, corpus_file)), progress=False)
     return path

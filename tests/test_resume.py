@@ -51,14 +51,6 @@ def cache(tmp_path_factory):
     return make_cache(folder, llama(len(TOKENIZER), seed=5), TOKENIZER, sequences, top_k=8, num_shards=5)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, cache):
     output = tmp_path_factory.mktemp("whole") / "run"

@@ -44,14 +44,6 @@ def caches(tmp_path_factory, teacher, sequences):
     return {k: make_cache(folder / str(k), teacher, TOKENIZER, sequences, top_k=k) for k in (8, VOCAB_SIZE)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # ----------------------------------------------------------------------- the cache replaces the teacher
 
 

@@ -18,6 +18,7 @@ from kdcache.errors import CacheError, IncompleteCacheError
 from kdcache.train import TrainConfig, train_student
 from kdcache.transcode import TranscodeConfig, transcode_cache
 from tests.cache.test_writer import content_of
+from tests.conftest import dump_settings
 from tests.train_runs import settings
 
 #: ``kdcache dump-teacher``, killed where it is about to commit its third shard.
@@ -42,16 +43,7 @@ main()
 @pytest.fixture
 def config(teacher_dir, corpus_file, object_store):
     """The settings of the fixture ``dumped``, to another place."""
-    return {
-        "output": f"{object_store}/dumps/one",
-        "teacher": {"model": str(teacher_dir), "device": "cpu"},
-        "corpus": {"paths": [str(corpus_file)]},
-        "sequences": {"max_length": 16},
-        "targets": {"top_k": 6, "codec": "exact"},
-        "hidden_states": {"layers": ["last", 1], "codec": "exact"},
-        "shard_positions": 60,
-        "batch_tokens": 64,
-    }
+    return dump_settings(f"{object_store}/dumps/one", teacher_dir, corpus_file)
 
 
 def test_killed_and_finished(config, dumped, tmp_path):
