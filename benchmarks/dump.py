@@ -26,7 +26,7 @@ from kdcache.dump.batches import batches_by_length
 from kdcache.dump.plan import make_plan
 from kdcache.models.loading import load_tokenizer
 from kdcache.models.tokenizer import TextEncoder, tokenizer_files, tokenizer_record
-from kdcache.tasks import causal_lm
+from kdcache.tasks import task_of
 from kdcache.teachers import TeacherConfig, load_teacher
 from kdcache.teachers.keep import TargetKeeper
 
@@ -149,7 +149,7 @@ def run(options, directory: Path) -> None:
 
 
 def model_inputs(batch, device) -> dict[str, torch.Tensor]:
-    padded = causal_lm.pad_batch([s.tokens_T for s in batch], pad_id=0)
+    padded = task_of("causal-lm").pad_batch(batch, pad_id=0)
     return {name: torch.from_numpy(padded[name]).to(device) for name in ("input_ids", "attention_mask")}
 
 

@@ -30,7 +30,7 @@ from benchmarks import report
 from benchmarks.synthetic import make_targets
 from benchmarks.teacher import gguf_path
 from kdcache.losses import Objective, ObjectiveConfig, TeacherRows
-from kdcache.models.lm_head import split_model
+from kdcache.models.bodies import split_for
 from kdcache.students.load import Student
 from kdcache.teachers import TeacherConfig, load_teacher
 
@@ -325,10 +325,9 @@ def make_setting(options: Any, size: str, ways: list[str]) -> Setting:
         **(TINY if size == "tiny" else SIZES[size]),
     )
     model = AutoModelForCausalLM.from_config(config).to(device).train()
-    split = split_model(model)
-    assert split is not None
-    body, head = split
-    student = Student(model, None, body, options.vocab_size, head)
+    parts = split_for("tokens", model, None)
+    assert parts is not None
+    student = Student(model, None, parts, options.vocab_size)
     batch, rows = make_batch(options)
     setting = Setting(
         student,

@@ -51,7 +51,7 @@ def write_cache(
         corpus=corpus_record(num_sequences),
         targets=record,
         sequences={"max_length": length},
-        fields=(targets_field(coder, packed=False),),
+        fields=(targets_field(coder, coder.vocab_size),),
         num_sequences=num_sequences,
         num_positions=num_sequences * length,
         num_tokens=num_sequences * (length + 1),

@@ -15,7 +15,8 @@ from kdcache.codecs.hidden import relative_errors
 from kdcache.errors import CacheError, ConfigError, TeacherError
 from kdcache.models.lm_head import same_head
 from kdcache.progress import bar
-from kdcache.schema import Sequence, SequenceBatch, Targets
+from kdcache.schema import OUTPUTS_FIELD, Targets
+from kdcache.tasks import task_of
 from kdcache.teachers import TeacherConfig, TeacherOutput, keep_top_k, load_teacher
 from kdcache.teachers.huggingface import hidden_to_numpy
 from kdcache.teaching import head_of
@@ -30,6 +31,8 @@ _GOLD_SLACK = {"float32": 0.01, "bfloat16": 0.1, "float16": 0.02, "float64": 0.0
 _STATES_SLACK = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.01, "float64": 1e-3}
 #: Mean KL (nats) allowed where targets were made from stored hidden states: four times what int8 costs SmolLM2.
 _STATES_KL = 2e-3
+#: Relative error of raw outputs that their codec may cost.
+_OUTPUTS_ERROR = {"bf16": 0.004, "fp16": 0.001, "int8": 0.02}
 #: Standard errors by which the mean surprise of draws may miss its expectation.
 _DRAWS_ERRORS = 6
 #: Positions whose logits are looked at at once for their draws.
@@ -46,8 +49,8 @@ class TeacherCheck:
     mean_kl: float | None
     """Mean KL over kept ids and tail, teacher run now || cache, in nats; None where no ids are kept."""
     allowed_kl: float
-    mean_gold_difference: float
-    """Mean absolute difference of the gold token's log-probability."""
+    mean_gold_difference: float | None
+    """Mean absolute difference of the gold token's log-probability; None where there are none."""
     allowed_gold_difference: float
     top1_agreement: float | None
     """Share of positions with the same most probable token; None where the cache holds draws alone."""
@@ -59,16 +62,20 @@ class TeacherCheck:
     draws_excess: float | None = None
     """Of draws: their mean surprise under the teacher run now less its expectation, in nats; 0 on average."""
     allowed_draws_excess: float | None = None
+    outputs_error: float | None = None
+    """Of raw outputs: root mean square of |stored - now| / |now|."""
+    allowed_outputs_error: float | None = None
 
     @property
     def ok(self) -> bool:
         """Whether the cache is this teacher's."""
         same_targets = (self.mean_kl or 0.0) <= self.allowed_kl
-        same_gold = self.mean_gold_difference <= self.allowed_gold_difference
+        same_gold = (self.mean_gold_difference or 0.0) <= self.allowed_gold_difference
+        same_outputs = self.outputs_error is None or self.outputs_error <= (self.allowed_outputs_error or 0.0)
         same_states = self.states_error is None or self.states_error <= (self.allowed_states_error or 0.0)
         same_draws = self.draws_excess is None or abs(self.draws_excess) <= (self.allowed_draws_excess or 0.0)
         same_teacher = self.same_weights and self.same_head is not False
-        return same_teacher and same_targets and same_gold and same_states and same_draws
+        return same_teacher and same_targets and same_gold and same_states and same_draws and same_outputs
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -90,16 +97,22 @@ def verify_against_teacher(
     if num_sequences < 1:
         raise CacheError(f"at least one sequence has to be checked, found {num_sequences}")
     try:
-        runner = load_teacher(config, cache.vocab_size)
+        runner = load_teacher(config, cache.vocab_size, task_of(cache.manifest.task), cache.manifest.outputs)
     except TeacherError as error:
         raise TeacherError(f"{error}; say where the teacher lies with --teacher") from None
     chosen = np.unique(np.linspace(0, len(cache) - 1, num_sequences).astype(int)).tolist()
     layer = record.num_layers if cache.manifest.targets.kind == "hidden" else None
-    divergences, gold, agree, states, surprises = [], [], [], [], []
+    divergences, gold, agree, states, surprises, outputs = [], [], [], [], [], []
+    raw = (OUTPUTS_FIELD,) if cache.manifest.outputs is not None else ()
     with bar(len(chosen), "teacher", "seq", enabled=progress) as meter:
         for index in chosen:
-            stored = cache.read([index])
-            output = runner.run([_sequence(stored)], [] if layer is None else [layer])
+            stored = cache.read([index], hidden=raw)
+            output = runner.run(stored.sequences(), [] if layer is None else [layer])
+            if output.outputs_PC is not None:
+                outputs.append(relative_errors(stored.hidden[OUTPUTS_FIELD], hidden_to_numpy(output.outputs_PC)))
+            meter.update()
+            if cache.manifest.targets.kind == "outputs":
+                continue
             again = keep_top_k(output.logits, output.labels_P, max(cache.manifest.top_k, 1))
             if cache.manifest.top_k:
                 divergences.append(bucket_kl(again, stored.targets))
@@ -109,19 +122,21 @@ def verify_against_teacher(
             if stored.targets.draws is not None:
                 surprises.append(_surprises(output, stored.targets))
             gold.append(np.abs(again.gold_logprob_P - stored.targets.gold_logprob_P))
-            meter.update()
+    known = [values[~np.isnan(values)] for values in gold]
     return TeacherCheck(
         num_sequences=len(chosen),
-        num_positions=sum(map(len, gold)),
+        num_positions=int((cache.lengths_N[chosen]).sum()),
         same_weights=runner.record.weights_sha256 == record.weights_sha256,
         mean_kl=_mean(divergences),
         allowed_kl=_allowed_kl(cache),
-        mean_gold_difference=float(np.concatenate(gold).mean()),
+        mean_gold_difference=_mean(known) if any(map(len, known)) else None,
         allowed_gold_difference=_GOLD_SLACK[record.dtype],
         top1_agreement=_mean(agree),
         states_error=float(np.sqrt((np.concatenate(states) ** 2).mean())) if states else None,
         allowed_states_error=_allowed_states_error(cache) if states else None,
         same_head=same_head(head_of(cache), runner.head) if states else None,
+        outputs_error=float(np.sqrt((np.concatenate(outputs) ** 2).mean())) if outputs else None,
+        allowed_outputs_error=_allowed_outputs_error(cache) if outputs else None,
         **_draws_excess(surprises, _DTYPE_SLACK[record.dtype]),
     )
 
@@ -149,6 +164,11 @@ def _allowed_kl(cache: Cache) -> float:
 def _allowed_states_error(cache: Cache) -> float:
     pilot = cache.manifest.field(cache.manifest.states_field).relative_error or 0.0
     return 2 * pilot + _STATES_SLACK[cache.manifest.teacher.dtype]
+
+
+def _allowed_outputs_error(cache: Cache) -> float:
+    codec = str(cache.manifest.field(OUTPUTS_FIELD).codec.get("name"))
+    return _OUTPUTS_ERROR.get(codec, 0.0) + _STATES_SLACK[cache.manifest.teacher.dtype]
 
 
 def _surprises(output: TeacherOutput, targets: Targets) -> NDArray[np.float64]:
@@ -181,10 +201,6 @@ def _draws_excess(surprises: list[NDArray[np.float64]], slack: float) -> dict[st
     excess_P, variance_P = np.concatenate(surprises, axis=1)
     error = float(np.sqrt(variance_P.sum())) / len(excess_P)
     return {"draws_excess": float(excess_P.mean()), "allowed_draws_excess": _DRAWS_ERRORS * error + slack}
-
-
-def _sequence(batch: SequenceBatch) -> Sequence:
-    return Sequence(batch.indices[0], batch.tokens_T, batch.loss_mask_P, batch.segment_ids_T)
 
 
 def bucket_kl(first: Targets, second: Targets) -> NDArray[np.float64]:

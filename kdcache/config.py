@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticCustomError
 
 from kdcache.errors import ConfigError, did_you_mean
 
@@ -24,6 +25,9 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=Config)
+
+#: Marks problems that `build_nested` has explained already.
+_NESTED = "nested_settings"
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -104,6 +108,20 @@ def build(model: type[C], data: Mapping[str, Any], *, source: str = "configurati
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
 
 
+def build_nested(model: type[C], data: Any, path: str) -> C:
+    """Validate ``data`` as ``model`` inside another model's validator, for a field whose model depends on others.
+
+    ``path`` is where it stands. Problems come out of the outer `build` as if the field were of that model.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError("expected a mapping of settings")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(model, problem, path) for problem in error.errors()]
+        raise PydanticCustomError(_NESTED, "{problems}", {"problems": "; ".join(lines)}) from None
+
+
 def load(
     model: type[C],
     *,
@@ -118,9 +136,11 @@ def load(
     return build(model, data, source=str(file) if file else "settings")
 
 
-def _explain(model: type[BaseModel], problem: Mapping[str, Any]) -> str:
+def _explain(model: type[BaseModel], problem: Mapping[str, Any], inside: str = "") -> str:
     location = problem["loc"]
-    path = ".".join(str(part) for part in location)
+    path = ".".join(str(part) for part in (*([inside] if inside else []), *location))
+    if problem["type"] == _NESTED:
+        return str(problem["msg"])
     if problem["type"] == "extra_forbidden":
         return f"unknown setting {path!r}, {did_you_mean(str(location[-1]), _fields_at(model, location[:-1]))}"
     if problem["type"] == "missing":

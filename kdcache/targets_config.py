@@ -41,10 +41,12 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "sampled": {"top_k": 0, "num_draws": 50},
     "hybrid": {"top_k": 4, "num_draws": 16},
     "hidden": {"top_k": 1},
+    "outputs": {"top_k": 0},
 }
 #: Memory of a dump grows with it; long before, kept ids or hidden states say more for their bytes.
 _MOST_DRAWS = 4096
 _CAN_DRAW = ("sampled", "hybrid")
+_KEEP_NO_IDS = ("sampled", "outputs")
 
 
 class TargetsConfig(TargetsRecord):
@@ -94,7 +96,7 @@ class TargetsConfig(TargetsRecord):
     def _contradictions(self) -> Iterator[tuple[bool, str]]:
         draws = self.kind in _CAN_DRAW
         yield (
-            (self.top_k > 0) is (self.kind == "sampled"),
+            (self.top_k > 0) is (self.kind in _KEEP_NO_IDS),
             (
                 "keep no ids, leave top_k out (the kind hybrid keeps some)"
                 if self.top_k
@@ -123,6 +125,17 @@ def layer_number(layer: str | int, num_layers: int) -> int:
     except ValueError:
         raise ConfigError(f"hidden states are chosen by layer number or 'last', found {text!r}") from None
     return number + num_layers + 1 if number < 0 else number
+
+
+class OutputsConfig(Config):
+    """How the teacher's raw outputs are stored, for tasks that have some: exactly, unless a codec is chosen."""
+
+    codec: dict[str, Any] = Field(default={"name": "exact"}, validate_default=True)
+
+    @field_validator("codec", mode="before")
+    @classmethod
+    def _known_codec(cls, value: Any) -> Any:
+        return _codec_settings(value, HIDDEN_CODECS, "exact")
 
 
 class HiddenStatesConfig(Config):

@@ -15,6 +15,7 @@ from kdcache.losses import ObjectiveConfig, TeacherContext, TeacherRows
 from kdcache.losses.selection import MEASURES
 from kdcache.models.lm_head import LMHead, head_from_bytes
 from kdcache.students.batches import to_tensors
+from kdcache.tasks import task_of
 
 #: Shares of positions are measured on about so many at most: the share that a bound selects is then right to 0.001.
 SAMPLE_POSITIONS = 200_000
@@ -30,7 +31,7 @@ def head_of(cache: Cache) -> LMHead:
     except CorruptCacheError as error:
         raise CorruptCacheError(f"{cache.folder}: {error}") from None
     states = next(a for a in cache.manifest.field(cache.manifest.states_field).arrays if a.name == "states")
-    expected = (cache.vocab_size, *states.shape)
+    expected = (cache.num_ids, *states.shape)
     if head.weight_VD.shape != expected:
         found = " x ".join(map(str, head.weight_VD.shape))
         raise CorruptCacheError(
@@ -46,7 +47,7 @@ def context_of(cache: Cache) -> TeacherContext:
     prior_V = cache.tail_prior_V
     return TeacherContext(
         kind=targets.kind,
-        vocab_size=cache.vocab_size,
+        vocab_size=None if targets.kind == "outputs" else cache.num_ids,  # numbers have no ids
         is_ragged=targets.is_ragged,
         temperatures=targets.temperatures,
         prior_V=None if prior_V is None else torch.from_numpy(prior_V),
@@ -54,6 +55,7 @@ def context_of(cache: Cache) -> TeacherContext:
         num_layers=cache.manifest.teacher.num_layers,
         layer_widths=cache.manifest.layer_widths,
         num_kept=targets.top_k,
+        outputs=cache.manifest.outputs,
     )
 
 
@@ -94,4 +96,4 @@ def _rows_of(cache: Cache, sequences: NDArray[np.int64]) -> Iterator[TeacherRows
     num_reads = math.ceil(int(cache.lengths_N[sequences].sum()) / _READ_POSITIONS)
     for piece in np.array_split(sequences, max(num_reads, 1)):
         if len(piece):
-            yield TeacherRows.from_batch(to_tensors(cache.read(piece), pad_id=0))
+            yield TeacherRows.from_batch(to_tensors(cache.read(piece), 0, task_of(cache.manifest.task)))

@@ -114,3 +114,18 @@ def dumped(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, corpus_f
     path = tmp_path_factory.mktemp("dumped") / "cache"
     dump_teacher(build(DumpConfig, dump_settings(path, teacher_dir, corpus_file)), progress=False)
     return path
+
+
+@pytest.fixture(scope="session")
+def task_caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An exact cache of every task but causal-lm, by the task's name; models and corpus lie beside it."""
+    from kdcache.dump import dump_teacher
+    from tests.task_models import TINY_TASKS
+    from tests.test_tasks import dump_config
+
+    found = {}
+    for task, tiny in TINY_TASKS.items():
+        path = tmp_path_factory.mktemp(f"task-{task}")
+        dump_teacher(dump_config(task, tiny.write(path), path / "cache"), progress=False)
+        found[task] = path / "cache"
+    return found

@@ -10,6 +10,7 @@ import pyarrow as pa
 from safetensors.numpy import save
 
 from kdcache.cache import CacheWriter, Folder, ShardData, targets_field
+from kdcache.cache.fields import SEGMENT_IDS
 from kdcache.cache.layout import sha256, table_to_parquet
 from kdcache.cache.tail_prior import TailSum
 from kdcache.codecs import hidden_codec, targets_codec
@@ -24,7 +25,7 @@ from kdcache.schema import (
     TokenizerRecord,
     token_hash,
 )
-from kdcache.tasks import causal_lm
+from tests import causal as causal_lm
 
 WIDTH = 6
 
@@ -142,7 +143,7 @@ class SyntheticCache:
         codec = targets_codec(self.codec, self.record, self.vocab_size)
         states = hidden_codec(self.hidden_codec)
         return (
-            targets_field(codec, self.packed),
+            targets_field(codec, codec.vocab_size, (SEGMENT_IDS,) if self.packed else ()),
             *(
                 FieldRecord(name=name, codec=states.model_dump(), arrays=states.arrays(WIDTH))
                 for name in self.hidden_names

@@ -129,7 +129,7 @@ def test_json_is_valid_and_names_every_preset(found):
 
 @pytest.mark.parametrize("packing", ["none", "window"])
 def test_a_teacher_whose_head_cannot_be_split(settings, found, packing, monkeypatch):
-    monkeypatch.setattr("kdcache.teachers.huggingface.split_model", lambda model: None)
+    monkeypatch.setattr("kdcache.models.bodies.split_model", lambda model: None)
     sequences = {"max_length": 16, "packing": packing}
     result = estimate(build(DumpConfig, {**settings, "sequences": sequences}), progress=False)
     reasons = {item.name: item.unavailable for item in result.presets}

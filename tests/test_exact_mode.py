@@ -112,7 +112,7 @@ def test_every_family_whose_head_can_be_split(tmp_path, corpus_file, family):
 
 
 def test_a_teacher_without_a_head_of_its_own_is_refused(tmp_path, teacher_dir, corpus_file, monkeypatch):
-    monkeypatch.setattr("kdcache.teachers.huggingface.split_model", lambda model: None)
+    monkeypatch.setattr("kdcache.models.bodies.split_model", lambda model: None)
     with pytest.raises(TeacherError, match="cannot be rebuilt from it; use --targets top-k"):
         dump(tmp_path, teacher_dir, corpus_file, "float32", "exact")
     assert not (tmp_path / "cache" / "plan.json").exists()

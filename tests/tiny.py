@@ -16,7 +16,7 @@ from kdcache.cache import CacheWriter, Folder, ShardData, targets_field
 from kdcache.codecs import targets_codec
 from kdcache.models.tokenizer import tokenizer_record
 from kdcache.schema import CorpusRecord, Plan, Targets, TargetsRecord, TeacherRecord
-from kdcache.tasks.causal_lm import pad_batch
+from tests.causal import pad_batch
 
 SENTENCES = [
     "the cat sat on the mat and looked at the dog",
@@ -133,7 +133,7 @@ def make_cache(
         ),
         targets=targets,
         sequences={"max_length": max_length, "packing": "none"},
-        fields=(targets_field(coder, packed=False),),
+        fields=(targets_field(coder, coder.vocab_size),),
         num_sequences=len(sequences),
         num_positions=int(lengths.sum()),
         num_tokens=int((lengths + 1).sum()),

@@ -1,9 +1,9 @@
 """A cache as Arrow: one row per sequence, for tools that know tables and nothing of kdcache.
 
 A row is the sequence's row of the per-sequence table and, beside it, everything that `Cache.read` gives, as lists:
-tokens of T, positions of P = T - 1 entries, and where a position has several values (kept ids, states) a list of lists,
-of fixed size where every position has equally many. So one row holds everything about a sequence, and a row's meaning
-does not depend on its neighbours.
+tokens of T entries, positions of P (what a position is, the task says), and where a position has several values (kept
+ids, states, a teacher's raw outputs) a list of lists, of fixed size where every position has equally many. So one row
+holds everything about a sequence, and a row's meaning does not depend on its neighbours.
 
 Everything streams: `to_arrow_reader` decodes a few thousand positions at a time and `to_arrow` collects what it yields.
 Decoded rows take 8 bytes per kept id where the cache has about 1.3, so this is for looking, filtering and moving a part
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from kdcache.cache.reader import Cache
 from kdcache.corpus import assign_shards
-from kdcache.schema import Draws, SequenceBatch
+from kdcache.schema import OUTPUTS_FIELD, Draws, SequenceBatch
 
 #: Positions that are decoded at once, about.
 BATCH_POSITIONS = 8192
@@ -46,14 +46,19 @@ def to_arrow_reader(
     """Return sequences of a cache (default: all) as a stream of record batches, in the order of ``indices``.
 
     Columns are those of the per-sequence table, then ``tokens`` [T], and per position ``loss_mask``, ``ids`` [K],
-    ``logprobs`` [K], ``log_tail``, ``gold_logprob``, ``entropy``; where the cache has them ``segment_ids`` [T],
-    ``num_kept``, ``log_tails`` [G], ``draw_ids`` and ``draw_counts``; and the ``hidden`` fields [D] under their names.
+    ``logprobs`` [K], ``log_tail``, ``gold_logprob`` (NaN: no label), ``entropy``; where the cache has them
+    ``segment_ids`` [T], ``labels`` (int64, `NO_LABEL` for none, or float32, NaN for none), ``places``, ``num_kept``,
+    ``log_tails`` [G], ``draw_ids`` and ``draw_counts``; and the ``hidden`` fields [D] under their names. Where the
+    teacher gives no distribution, ``outputs`` [C] takes the place of all that is about one, asked for or not.
+
     A column of the per-sequence table whose name is one of these gets ``table_`` in front. Batches hold about
     ``batch_positions`` positions. Raises ``CacheError`` for sequences, fields or a ``top_k`` that the cache does not
     have.
     """
     rows_N = chosen_rows(cache, indices)
-    names = tuple(hidden)
+    # Without its outputs a table of such a cache would say nothing of the teacher.
+    own = (OUTPUTS_FIELD,) if cache.manifest.targets.kind == "outputs" else ()
+    names = tuple(dict.fromkeys((*hidden, *own)))
     table = cache.sequence_table()
     # What an array looks like is said once, where it is made: the schema is that of a batch.
     first = _record_batch(cache.read([0], hidden=names, top_k=top_k), table.slice(0, 1))
@@ -97,16 +102,21 @@ def _columns(batch: SequenceBatch) -> dict[str, pa.Array]:
     per_token = {"tokens": batch.tokens_T, "segment_ids": batch.segment_ids_T}
     per_position: dict[str, Any] = {
         "loss_mask": batch.loss_mask_P,
+        "labels": batch.labels_P,
+        "places": batch.places_P,
         "num_kept": targets.num_kept_P,
         # Where all is drawn, no ids are kept.
         "ids": targets.ids_PK.astype(np.int32) if targets.top_k else None,
         "logprobs": targets.logprobs_PK if targets.top_k else None,
-        "log_tail": targets.log_tail_P,
         "log_tails": targets.log_tails_PG,
-        "gold_logprob": targets.gold_logprob_P,
-        "entropy": targets.entropy_P,
         **batch.hidden,
     }
+    if targets.top_k or targets.draws is not None:
+        per_position |= {
+            "log_tail": targets.log_tail_P,
+            "gold_logprob": targets.gold_logprob_P,
+            "entropy": targets.entropy_P,
+        }
     if targets.draws is not None:
         per_position |= _draws(targets.draws)
     columns = {name: _lists(values, batch.token_offsets_N1) for name, values in per_token.items() if values is not None}

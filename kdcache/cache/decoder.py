@@ -25,7 +25,7 @@ from kdcache.schema import Manifest, SequenceBatch, Targets
 #: Rows of arrays that have one row per position as soon as their shard is open.
 _PER_POSITION = ("positions", "entries", "draws")
 #: Arrays of the targets' field that its codec does not read.
-_NO_TARGETS = ("loss_mask",)
+_NO_TARGETS = ("loss_mask", "labels", "places")
 
 
 class BatchDecoder:
@@ -77,11 +77,15 @@ class BatchDecoder:
             segment_ids_T=(
                 tokens.gather([arrays["segment_ids"] for arrays in beside]) if "segment_ids" in beside[0] else None
             ),
+            labels_P=_labels(positions, beside),
+            places_P=positions.gather([a["places"] for a in beside]) if "places" in beside[0] else None,
             hidden={name: states[field] for name, field in layers.items()},
         )
 
     def _decode_targets(self, pieces: Sequence[Piece], positions: RowSpans) -> Targets:
         field = layout.TARGETS_FIELD
+        if self._manifest.targets.kind == "outputs":
+            return Targets.nothing(int(positions.offsets_N1[-1]))
         if set(self._tables[field]) <= set(self._targets.id_tables):
             try:
                 return self._targets.decode(self._together(field, pieces, positions))
@@ -112,3 +116,11 @@ class BatchDecoder:
         rows = {name: positions.gather([arrays[name]]) for name in self._per_position[field]}
         with naming(self._folder, self._manifest, piece.shard, field):
             return codec.decode({**rows, **{name: arrays[name] for name in self._tables[field]}})
+
+
+def _labels(positions: RowSpans, beside: Sequence[dict[str, NDArray[Any]]]) -> NDArray[Any] | None:
+    """Return the stored labels of all rows: whole numbers as int64, others as float32."""
+    if "labels" not in beside[0]:
+        return None
+    labels_P = positions.gather([arrays["labels"] for arrays in beside])
+    return labels_P.astype(np.int64 if labels_P.dtype.kind == "i" else np.float32)

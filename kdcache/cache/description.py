@@ -16,7 +16,9 @@ def describe(cache: Cache) -> dict[str, Any]:
     manifest = cache.manifest
     sums = manifest.statistics
     count = max(sums.num_positions, 1)
-    loss = sums.teacher_loss_sum / count
+    num_labelled = sums.num_positions - sums.num_unlabelled
+    loss = sums.teacher_loss_sum / num_labelled if num_labelled else None
+    has_distribution = manifest.targets.kind != "outputs"
     return {
         "path": str(cache.folder),
         "fingerprint": cache.fingerprint,
@@ -25,11 +27,12 @@ def describe(cache: Cache) -> dict[str, Any]:
             "num_bytes": manifest.num_bytes,
             "bytes_per_token": manifest.bytes_per_token,
             "num_targets": sums.num_positions,
+            "num_labelled": num_labelled,
             "teacher_loss": loss,
-            "teacher_perplexity": float(np.exp(loss)),
-            "teacher_entropy": sums.entropy_sum / count,
-            "kept_mass": sums.kept_mass_sum / count,
+            "teacher_perplexity": None if loss is None else float(np.exp(loss)),
+            "teacher_entropy": sums.entropy_sum / count if has_distribution else None,
+            "kept_mass": sums.kept_mass_sum / count if has_distribution else None,
             # Draws alone only suggest the teacher's favourite.
-            "teacher_top1_accuracy": sums.top1_correct / count if manifest.top_k else None,
+            "teacher_top1_accuracy": sums.top1_correct / num_labelled if manifest.top_k and num_labelled else None,
         },
     }

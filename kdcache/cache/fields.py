@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -10,14 +11,21 @@ from kdcache.cache import layout
 from kdcache.cache.folder import Folder
 from kdcache.codecs import HiddenCodec, TargetsCodec, hidden_codec, id_dtype, targets_codec
 from kdcache.errors import CacheError, ConfigError, CorruptCacheError
-from kdcache.schema import ArrayRecord, FieldRecord, Manifest
+from kdcache.schema import ArrayRecord, FieldRecord, Manifest, Plan
 
 #: Kinds of rows that shards count.
 _COUNTED = ("positions", "tokens", "entries", "draws")
 
+#: Arrays that stand beside the targets where a task needs them: what a `Sequence` may have, as it is stored.
+SEGMENT_IDS = ArrayRecord(name="segment_ids", dtype="uint16", rows="tokens")
+PLACES = ArrayRecord(name="places", dtype="uint32", rows="positions")
+WHOLE_LABELS = ArrayRecord(name="labels", dtype="int32", rows="positions")
+NUMBER_LABELS = ArrayRecord(name="labels", dtype="float32", rows="positions")
+_OPTIONAL = (SEGMENT_IDS, PLACES, WHOLE_LABELS, NUMBER_LABELS)
 
-def token_arrays(vocab_size: int, packed: bool) -> tuple[ArrayRecord, ...]:
-    """Describe the arrays that stand beside the targets in every shard."""
+
+def token_arrays(vocab_size: int, optional: Iterable[ArrayRecord] = ()) -> tuple[ArrayRecord, ...]:
+    """Describe the arrays that stand beside the targets in every shard; ``vocab_size`` is that of the tokens."""
     dtype = id_dtype(vocab_size)
     records = [
         ArrayRecord(name="tokens", dtype=dtype, rows="tokens"),
@@ -25,14 +33,20 @@ def token_arrays(vocab_size: int, packed: bool) -> tuple[ArrayRecord, ...]:
         ArrayRecord(name="num_tokens", dtype="uint32", rows="sequences"),
         ArrayRecord(name="num_positions", dtype="uint32", rows="sequences"),
     ]
-    if packed:
-        records.append(ArrayRecord(name="segment_ids", dtype="uint16", rows="tokens"))
-    return tuple(records)
+    return (*records, *optional)
 
 
-def targets_field(codec: TargetsCodec, packed: bool) -> FieldRecord:
-    """Describe the field that every cache has: tokens, masks, and what ``codec`` stores of the teacher."""
-    arrays = (*token_arrays(codec.vocab_size, packed), *codec.arrays())
+def optional_arrays(plan: Plan) -> tuple[ArrayRecord, ...]:
+    """Return those of the optional arrays that the field ``targets`` of ``plan`` has."""
+    return tuple(array for array in plan.field(layout.TARGETS_FIELD).arrays if array in _OPTIONAL)
+
+
+def targets_field(codec: TargetsCodec, vocab_size: int, optional: Iterable[ArrayRecord] = ()) -> FieldRecord:
+    """Describe the field that every cache has: tokens, masks, and what ``codec`` stores of the teacher.
+
+    ``vocab_size`` is that of the tokens, ``optional`` what the task stores of its sequences besides.
+    """
+    arrays = (*token_arrays(vocab_size, optional), *codec.arrays())
     return FieldRecord(name=layout.TARGETS_FIELD, codec=codec.head.model_dump(), arrays=arrays)
 
 
@@ -40,8 +54,8 @@ def build_codecs(folder: Folder, manifest: Manifest) -> tuple[TargetsCodec, dict
     """Return the codecs of the targets and of each hidden-state field; raises ``CacheError`` for unknown ones."""
     try:
         codec = manifest.field(layout.TARGETS_FIELD).codec
-        return targets_codec(codec, manifest.targets, manifest.tokenizer.vocab_size), {
-            name: hidden_codec(manifest.field(name).codec) for name in manifest.hidden_layers
+        return targets_codec(codec, manifest.targets, manifest.num_ids), {
+            name: hidden_codec(manifest.field(name).codec) for name in manifest.vector_fields
         }
     except ConfigError as error:
         raise CacheError(
@@ -53,7 +67,8 @@ def check_arrays(
     folder: Folder, manifest: Manifest, codec: TargetsCodec, hidden_codecs: dict[str, HiddenCodec]
 ) -> None:
     """Refuse a manifest (it may come from a stranger) whose fields lack an array that reading them needs."""
-    needed = {layout.TARGETS_FIELD: targets_field(codec, manifest.is_packed).arrays}
+    vocab_size = manifest.tokenizer.vocab_size
+    needed = {layout.TARGETS_FIELD: targets_field(codec, vocab_size, optional_arrays(manifest)).arrays}
     needed |= {name: hidden_codec.arrays(_width(manifest, name)) for name, hidden_codec in hidden_codecs.items()}
     for name, arrays in needed.items():
         found = {array.name: array for array in manifest.field(name).arrays}

@@ -97,7 +97,10 @@ def join(batches: list[SequenceBatch]) -> SequenceBatch:
     def join_offsets(values: list[NDArray[np.int64]]) -> NDArray[np.int64]:
         return np.concatenate([[0], np.cumsum(np.concatenate([np.diff(offsets_N1) for offsets_N1 in values]))])
 
-    segments = [batch.segment_ids_T for batch in batches if batch.segment_ids_T is not None]
+    def join_optional(name: str) -> NDArray[Any] | None:
+        values = [getattr(batch, name) for batch in batches]
+        return None if values[0] is None else np.concatenate(values)
+
     return SequenceBatch(
         indices=[index for batch in batches for index in batch.indices],
         tokens_T=np.concatenate([batch.tokens_T for batch in batches]),
@@ -105,6 +108,8 @@ def join(batches: list[SequenceBatch]) -> SequenceBatch:
         position_offsets_N1=join_offsets([batch.position_offsets_N1 for batch in batches]),
         loss_mask_P=np.concatenate([batch.loss_mask_P for batch in batches]),
         targets=Targets.concatenate([batch.targets for batch in batches]),
-        segment_ids_T=np.concatenate(segments) if segments else None,
+        segment_ids_T=join_optional("segment_ids_T"),
+        labels_P=join_optional("labels_P"),
+        places_P=join_optional("places_P"),
         hidden={name: np.concatenate([batch.hidden[name] for batch in batches]) for name in batches[0].hidden},
     )

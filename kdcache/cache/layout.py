@@ -30,7 +30,16 @@ from pydantic import ValidationError
 from kdcache.cache.folder import Folder
 from kdcache.config import Config
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
-from kdcache.schema import FORMAT_VERSION, FieldRecord, Manifest, ObjectRecord, Plan, ShardRecord, TargetsRecord
+from kdcache.schema import (
+    FORMAT_VERSION,
+    OUTPUTS_FIELD,
+    FieldRecord,
+    Manifest,
+    ObjectRecord,
+    Plan,
+    ShardRecord,
+    TargetsRecord,
+)
 
 MANIFEST, PLAN, PLAN_TABLE = "manifest.json", "plan.json", "plan.parquet"
 LM_HEAD, TAIL_PRIOR = "lm_head.safetensors", "tail_prior.zarr.zip"
@@ -203,8 +212,8 @@ def _check_consistent(manifest: Manifest, folder: Folder) -> None:
         total = sum(getattr(shard, name) for shard in manifest.shards)
         if total != getattr(manifest, name):
             raise CorruptCacheError(f"{where}: shards hold {total} {name}, the plan says {getattr(manifest, name)}")
-    targets, vocab_size = manifest.targets, manifest.tokenizer.vocab_size
-    _check_targets(targets, vocab_size, where)
+    targets, num_ids = manifest.targets, manifest.num_ids
+    _check_targets(targets, num_ids, where)
     if not isinstance(manifest.sequences.get("max_length"), int):
         raise CorruptCacheError(f"{where}: sequences.max_length is not a number")
     fields = {SEQUENCES_FIELD, *(field.name for field in manifest.fields)}
@@ -212,9 +221,11 @@ def _check_consistent(manifest: Manifest, folder: Folder) -> None:
         raise CorruptCacheError(f"{where}: there is no field {TARGETS_FIELD!r}, which every cache has")
     if targets.kind == "hidden" and manifest.states_field not in fields:
         raise CorruptCacheError(f"{where}: targets of the kind hidden need the field {manifest.states_field}")
+    if (targets.kind == "outputs" or manifest.outputs is not None) and OUTPUTS_FIELD not in fields:
+        raise CorruptCacheError(f"{where}: there are no raw outputs, the field {OUTPUTS_FIELD}, which its task needs")
     for shard in manifest.shards:
         # What arrays without a row per position may make a reader allocate.
-        limits = [shard.num_positions * most for most in (targets.top_k, min(targets.num_draws, vocab_size))]
+        limits = [shard.num_positions * most for most in (targets.top_k, min(targets.num_draws, num_ids))]
         if not (0 <= shard.num_entries <= limits[0] and 0 <= shard.num_draws <= limits[1]):
             raise CorruptCacheError(
                 f"{where}: shard {shard.index} has {shard.num_entries} entries and {shard.num_draws} draws, more than "
@@ -231,14 +242,14 @@ def _check_consistent(manifest: Manifest, folder: Folder) -> None:
         raise CorruptCacheError(f"{where}: there is no record of {missing[0]}, which its targets need")
 
 
-def _check_targets(targets: TargetsRecord, vocab_size: int, where: str) -> None:
+def _check_targets(targets: TargetsRecord, num_ids: int, where: str) -> None:
     """Refuse targets that contradict themselves: what losses may do with rows follows from their kind."""
     for name, kinds in (("top_k", ("top-k", "hybrid", "hidden")), ("num_draws", ("sampled", "hybrid"))):
         found = getattr(targets, name)
         if (found > 0) is not (targets.kind in kinds):
             raise CorruptCacheError(f"{where}: targets of the kind {targets.kind} cannot have a {name} of {found}")
-    if targets.top_k > vocab_size:
-        raise CorruptCacheError(f"{where}: targets.top_k is {targets.top_k}, but there are {vocab_size} ids")
+    if targets.top_k > num_ids:
+        raise CorruptCacheError(f"{where}: targets.top_k is {targets.top_k}, but there are {num_ids} ids")
     if len(set(targets.temperatures)) < len(targets.temperatures) or not all(
         0 < temperature < math.inf and temperature != 1 for temperature in targets.temperatures
     ):

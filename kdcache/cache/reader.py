@@ -92,10 +92,21 @@ class Cache:
         """True vocabulary size of the teacher's tokenizer."""
         return self.manifest.tokenizer.vocab_size
 
+    @property
+    def num_ids(self) -> int:
+        """Number of ids that the targets range over: tokens, or classes."""
+        return self.manifest.num_ids
+
     @cached_property
     def lengths_N(self) -> NDArray[np.int64]:
         """Positions of every sequence, [N]."""
         return np.asarray(self.sequence_table(columns=["num_positions"])["num_positions"]).astype(np.int64)
+
+    @cached_property
+    def sizes_N(self) -> NDArray[np.int64]:
+        """Tokens of every sequence that a model reads, about, [N]: what a batch of it costs."""
+        num_tokens = np.asarray(self.sequence_table(columns=["num_tokens"])["num_tokens"]).astype(np.int64)
+        return np.maximum(num_tokens - 1, 1)
 
     @cached_property
     def order_key(self) -> str:

@@ -21,7 +21,7 @@ from kdcache.cache.shards import load_table
 from kdcache.cache.tail_prior import read_prior
 from kdcache.config import Config
 from kdcache.errors import CacheError, CorruptCacheError, KdcacheError
-from kdcache.schema import Manifest, ObjectRecord, SequenceBatch, ShardRecord, Targets, token_hash
+from kdcache.schema import NO_LABEL, Manifest, ObjectRecord, SequenceBatch, ShardRecord, Targets, token_hash
 
 Progress = Callable[[int, int], None]
 
@@ -173,9 +173,12 @@ def _content_problems(cache: Cache, shard: ShardRecord) -> Iterator[str]:
     lengths = np.asarray(table["num_positions"])
     step = max(1, int(_deep_positions(cache) // max(float(lengths.mean()), 1.0))) if len(lengths) else 1
     for first in range(begin, end, step):
-        batch = cache.read(range(first, min(first + step, end)), hidden=cache.manifest.hidden_layers)
+        batch = cache.read(range(first, min(first + step, end)), hidden=cache.manifest.vector_fields)
         yield from _token_problems(cache, batch, table.slice(first - begin, step))
-        yield from _target_problems(batch.targets, cache.vocab_size, cache.manifest.targets.num_draws)
+        yield from _input_problems(batch)
+        if cache.manifest.targets.kind != "outputs":
+            yield from _target_problems(batch.targets, cache.num_ids, cache.manifest.targets.num_draws)
+            yield from _gold_problems(batch, cache.num_ids)
         for name, states in batch.hidden.items():
             if not np.isfinite(states).all():
                 yield f"field {name} holds values that are not finite"
@@ -183,7 +186,7 @@ def _content_problems(cache: Cache, shard: ShardRecord) -> Iterator[str]:
 
 def _deep_positions(cache: Cache) -> int:
     """Return how many positions are decoded at once, with the hidden states of all layers as float32."""
-    fields = [cache.manifest.field(name) for name in cache.manifest.hidden_layers]
+    fields = [cache.manifest.field(name) for name in cache.manifest.vector_fields]
     width = sum(math.prod(array.shape) for record in fields for array in record.arrays if array.name == "states")
     return min(_DEEP_POSITIONS, _DEEP_STATES // max(width, 1))
 
@@ -220,10 +223,30 @@ def _target_problems(targets: Targets, vocab_size: int, num_draws: int) -> Itera
     if not (np.abs(mass - 1) < 1e-3).all():
         yield f"kept mass and tail add up to {mass[np.argmax(np.abs(mass - 1))]:.6f} in a row, not to 1"
     yield from _draw_problems(targets, num_draws)
-    if not (np.isfinite(targets.gold_logprob_P) & (targets.gold_logprob_P < 1e-3)).all():
-        yield "gold_logprob holds values that are not log-probabilities"
     if not (np.isfinite(targets.entropy_P) & (targets.entropy_P > -1e-3)).all():
         yield "entropy holds values below 0 or not finite"
+
+
+def _gold_problems(batch: SequenceBatch, num_ids: int) -> Iterator[str]:
+    """Check the teacher's log-probabilities of the corpus's own answers, and what is stored of these."""
+    gold_P, labels_P = batch.targets.gold_logprob_P, batch.labels_P
+    is_known_P = np.ones(len(gold_P), bool)
+    if labels_P is not None and labels_P.dtype.kind == "i":
+        is_known_P = labels_P != NO_LABEL
+        if ((labels_P < 0) & is_known_P).any() or int(labels_P.max(initial=0)) >= num_ids:
+            yield f"a label is none of the {num_ids} ids that the targets are about"
+    good_P = np.where(is_known_P, np.isfinite(gold_P) & (gold_P < 1e-3), np.isnan(gold_P))
+    if not good_P.all():
+        yield "gold_logprob holds values that are not log-probabilities"
+
+
+def _input_problems(batch: SequenceBatch) -> Iterator[str]:
+    """Check the places of rows that belong to some tokens of their sequence only."""
+    if batch.places_P is None:
+        return
+    num_tokens_N, num_rows_N = np.diff(batch.token_offsets_N1), np.diff(batch.position_offsets_N1)
+    if (batch.places_P >= np.repeat(num_tokens_N, num_rows_N)).any():
+        yield "places holds a place outside its sequence"
 
 
 def _draw_problems(targets: Targets, num_draws: int) -> Iterator[str]:

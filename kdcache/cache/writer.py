@@ -188,7 +188,7 @@ class CacheWriter:
             objects[item.name] = layout.write_object(self.folder, name, pack(arrays))
         name = layout.object_name(layout.SEQUENCES_FIELD, data.index, attempt)
         objects[layout.SEQUENCES_FIELD] = layout.write_object(
-            self.folder, name, layout.table_to_ipc(with_statistics(data))
+            self.folder, name, layout.table_to_ipc(with_statistics(data, self.plan.targets.kind != "outputs"))
         )
         record = ShardRecord(
             index=data.index,

@@ -19,6 +19,7 @@ from kdcache.errors import KdcacheError, did_you_mean
 #: Every command: its module and its one-line help, kept here so that listing them imports nothing.
 COMMANDS = {
     "estimate": ("kdcache.cli.estimate", "Show what every way of dumping would cost and keep, on a pilot."),
+    "write-targets": ("kdcache.cli.write_targets", "Let an encoder-decoder write the targets of a corpus to dump."),
     "dump-teacher": ("kdcache.cli.dump_teacher", "Run a teacher over a corpus and write what it knows to a cache."),
     "transcode": ("kdcache.cli.transcode", "Make another cache from a finished one, without the teacher."),
     "train-student": ("kdcache.cli.train_student", "Train a student from a cache, without the teacher."),

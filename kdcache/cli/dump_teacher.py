@@ -17,13 +17,14 @@ Examples:
   kdcache dump-teacher --teacher HuggingFaceTB/SmolLM2-135M --corpus texts/ --output cache --dry-run
   kdcache dump-teacher --teacher ./teacher.gguf --corpus 'data/*.jsonl' --text-field body --output cache
   kdcache dump-teacher --config dump.yaml --set targets.codec.grid=32
+  kdcache dump-teacher --task sequence-classification --teacher CLASSIFIER --corpus reviews.jsonl --output cache
 
 A dump that was interrupted goes on where it stopped when the same command runs again.
 """
 
 
 @click.command("dump-teacher", context_settings=options.CONTEXT, epilog=_EPILOG)
-@click.option("--teacher", metavar="ID_OR_PATH", help="Hub id, local directory or .gguf file of a causal LM.")
+@click.option("--teacher", metavar="ID_OR_PATH", help="Hub id, local directory or .gguf file.")
 @click.option(
     "--corpus",
     multiple=True,
@@ -31,7 +32,12 @@ A dump that was interrupted goes on where it stopped when the same command runs 
     help="A .txt, .jsonl or .parquet file, a directory, a glob, or hf:NAME[:CONFIG][@SPLIT]. Repeatable.",
 )
 @click.option("--output", metavar="CACHE", help="Directory of the cache.")
-@click.option("--task", type=click.Choice(list(TASKS)), help="What a position is.  [default: causal-lm]")
+@click.option(
+    "--task",
+    type=click.Choice(list(TASKS)),
+    help="What a row is: " + "; ".join(f"{name}: {task.summary}" for name, task in TASKS.items()) + ".  "
+    "[default: causal-lm]",
+)
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="Settings that go well together (kdcache estimate).")
 @click.option(
     "--targets",
@@ -48,9 +54,24 @@ A dump that was interrupted goes on where it stopped when the same command runs 
 @click.option("--codec", type=click.Choice(list(TOPK_CODECS)), help="How kept values are stored.  [default: compact]")
 @click.option("--hidden-states", metavar="LAYERS", help="Also store these hidden states, such as last,12.")
 @click.option("--hidden-codec", type=click.Choice(list(HIDDEN_CODECS)), help="How they are stored.  [default: bf16]")
-@click.option("--max-length", type=int, help="Positions per sequence; longer documents are split.  [default: 512]")
+@click.option(
+    "--outputs-codec",
+    type=click.Choice(list(HIDDEN_CODECS)),
+    help="How embeddings, scores and logits of classes are stored.  [default: exact]",
+)
+@click.option(
+    "--max-length",
+    type=int,
+    help="Tokens that a model is fed at once; longer texts are split or cut.  [default: 512 or the task's]",
+)
 @click.option("--pack", is_flag=True, help="Fill windows of --max-length with several documents, kept apart.")
 @click.option("--text-field", help="Field or column that holds the text.  [default: text]")
+@click.option(
+    "--column",
+    multiple=True,
+    metavar="ROLE=NAME",
+    help="Column for what a task reads besides the text, such as label=sentiment. Repeatable.",
+)
 @click.option(
     "--split-text",
     type=click.Choice(["file", "paragraph", "line"]),
@@ -79,7 +100,11 @@ def command(
     from kdcache.config import load, merge
     from kdcache.dump import DumpConfig, dump_teacher, estimate_dump
 
-    own = {"hidden_states.layers": given["hidden_states"], "output": given["output"]}
+    own = {
+        "hidden_states.layers": given["hidden_states"],
+        "outputs.codec": given["outputs_codec"],
+        "output": given["output"],
+    }
     nested = options.nest({**settings.of_sources(given), **settings.of_targets(given), **own})
     if given["preset"] is not None:
         nested = merge(dict(PRESETS[given["preset"]].settings), nested)
@@ -111,17 +136,21 @@ def command(
     if result.num_positions_written == 0:
         click.echo(f"{result.output} is complete already; nothing was written.")
         return
+    rows, row = ("positions", "token") if TASKS[manifest.task].gives == "tokens" else ("rows", "row")
     click.echo(
-        f"Wrote {result.num_positions_written:,} positions in {result.num_shards_written} shards to {result.output}: "
-        f"{options.human_bytes(manifest.num_bytes)}, {manifest.bytes_per_token:.1f} bytes/token, "
-        f"{result.num_positions_written / max(result.teacher_s, 1e-9):,.0f} tokens/s."
+        f"Wrote {result.num_positions_written:,} {rows} in {result.num_shards_written} shards to {result.output}: "
+        f"{options.human_bytes(manifest.num_bytes)}, {manifest.bytes_per_token:.1f} bytes/{row}, "
+        f"{result.num_positions_written / max(result.teacher_s, 1e-9):,.0f} {row}s/s."
     )
     corpus = manifest.corpus
+    short = "had a single token" if manifest.task == "causal-lm" else "were too short"
     if corpus.num_empty or corpus.num_too_short:
         click.echo(
-            f"Of {corpus.num_documents:,} documents {corpus.num_empty:,} were empty and {corpus.num_too_short:,} had a "
-            "single token; they predict nothing and were left out."
+            f"Of {corpus.num_documents:,} documents {corpus.num_empty:,} were empty and {corpus.num_too_short:,} "
+            f"{short}; they predict nothing and were left out."
         )
+    if corpus.num_truncated:
+        click.echo(f"{corpus.num_truncated:,} documents were cut to fit --max-length.")
 
 
 def _echo_estimate(estimate: Any) -> None:
@@ -136,8 +165,8 @@ def _echo_estimate(estimate: Any) -> None:
             ("shards", f"{estimate.num_shards:,} ({estimate.num_shards_committed:,} written already)"),
             ("bytes/token", f"{estimate.bytes_per_token:.1f} (pilot)"),
             ("size", options.human_bytes(estimate.total_bytes)),
-            ("kept mass", f"{estimate.kept_mass:.3f} (pilot)"),
-            ("teacher loss", f"{estimate.teacher_loss:.3f} nats (pilot)"),
+            *options.known_row("kept mass", estimate.kept_mass, ".3f", " (pilot)"),
+            *options.known_row("teacher loss", estimate.teacher_loss, ".3f", " nats (pilot)"),
             ("speed", f"{estimate.tokens_per_s:,.0f} tokens/s (pilot)"),
             ("time", options.human_seconds(estimate.eta_s)),
         ]

@@ -30,6 +30,7 @@ _SHARED = (
     "max_length",
     "pack",
     "text_field",
+    "column",
     "split_text",
     "limit_documents",
     "batch_tokens",

@@ -20,6 +20,10 @@ Examples:
 @click.option("--student", "students", multiple=True, metavar="RUN", help="A student: directory or hub id. Repeatable.")
 @click.option("--batch-tokens", default=8192, show_default=True, help="Tokens per forward pass, padding included.")
 @click.option("--limit-sequences", type=int, help="Use only that many sequences, spread over the cache.")
+@click.option("--qrels", metavar="FILE", help="Relevant documents of queries, for search by embeddings: BEIR or TREC.")
+@click.option("--id-column", metavar="NAME", help="Column with the ids of --qrels.  [default: document_id]")
+@click.option("--generate", type=int, metavar="N", help="Let students of seq2seq-lm write N texts; chrF and ROUGE-L.")
+@click.option("--beams", default=1, show_default=True, help="Beams of --generate; 1 is greedy.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps.")
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True, help="Of the students."
@@ -32,6 +36,10 @@ def command(
     students: tuple[str, ...],
     batch_tokens: int,
     limit_sequences: int | None,
+    qrels: str | None,
+    id_column: str | None,
+    generate: int | None,
+    beams: int,
     device: str,
     dtype: Literal["float32", "bfloat16"],
     markdown: bool,
@@ -42,6 +50,12 @@ def command(
 
     Loss and perplexity on the corpus, KL from the teacher, how often both favour the same token (agreement), accuracy,
     expected calibration error (ECE), size and speed. The teacher's row comes from the cache alone.
+
+    Of embeddings: the rank correlation of the cosines of pairs with their labels, the mean cosine to the teacher, and
+    with --qrels nDCG@10, recall@10 and @100 and MRR@10 of searching all documents of the cache for its queries.
+
+    With --generate, students of task seq2seq-lm write texts for inputs spread over the cache, which chrF and ROUGE-L (0
+    to 100) compare with the corpus's own targets.
     """
     from kdcache.evaluation import evaluate
 
@@ -52,6 +66,10 @@ def command(
         device=device,
         dtype=dtype,
         limit_sequences=limit_sequences,
+        qrels=qrels,
+        id_column=id_column,
+        generate=generate,
+        beams=beams,
         progress=not quiet,
     )
     if as_json:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from kdcache.cli import options
-from kdcache.schema import TargetsRecord
+from kdcache.schema import Manifest, OutputsRecord, TargetsRecord
 
 
 @click.command("inspect", context_settings=options.CONTEXT)
@@ -26,7 +26,7 @@ def command(cache: str, as_json: bool) -> None:
         options.echo_json(description)
         return
     manifest, totals = opened.manifest, description["totals"]
-    teacher, corpus = manifest.teacher, manifest.corpus
+    teacher, corpus, unit = manifest.teacher, manifest.corpus, _unit(manifest.task)
     rows: list[tuple[str, Any]] = [
         ("cache", f"{cache} (format {manifest.format_version}, {manifest.task})"),
         ("fingerprint", opened.fingerprint),
@@ -37,28 +37,21 @@ def command(cache: str, as_json: bool) -> None:
         ),
         ("weights", f"sha256 {teacher.weights_sha256[:16]}..."),
         ("tokenizer", f"{opened.vocab_size:,} ids, sha256 {manifest.tokenizer.sha256[:16]}..."),
-        (
-            "corpus",
-            f"{', '.join(corpus.sources)}: {corpus.num_documents:,} documents "
-            f"({corpus.num_empty:,} empty, {corpus.num_too_short:,} of one token), "
-            f"licence {corpus.licence or 'not given'}",
-        ),
+        ("corpus", f"{', '.join(corpus.sources)}: {_documents(manifest)}, licence {corpus.licence or 'not given'}"),
         ("sequences", f"{manifest.num_sequences:,} ({_settings(manifest.sequences)})"),
         ("targets", _targets(manifest.targets)),
-        ("positions", f"{manifest.num_positions:,} ({totals['num_targets']:,} count in the loss)"),
+        *([] if manifest.outputs is None else [("outputs", _outputs(manifest.outputs))]),
+        ("positions", f"{manifest.num_positions:,} ({_counted(manifest, totals)})"),
         ("size", f"{options.human_bytes(totals['num_bytes'])} in {manifest.num_shards} shards"),
-        ("bytes/token", f"{totals['bytes_per_token']:.2f}"),
+        (f"bytes/{unit}", f"{totals['bytes_per_token']:.2f}"),
     ]
     for item in manifest.fields:
         size = sum(shard.objects[item.name].num_bytes for shard in manifest.shards) / max(manifest.num_positions, 1)
         error = "" if item.relative_error is None else f", relative error {item.relative_error:.1e}"
-        rows.append((f"  {item.name}", f"{size:.2f} bytes/token ({_settings(item.codec)}{error})"))
+        rows.append((f"  {item.name}", f"{size:.2f} bytes/{unit} ({_settings(item.codec)}{error})"))
     rows += [(f"  {item.path}", f"{options.human_bytes(item.num_bytes)}, once") for item in manifest.cache_files]
     rows += [
-        ("teacher loss", f"{totals['teacher_loss']:.4f} nats (perplexity {totals['teacher_perplexity']:.2f})"),
-        ("top-1 accuracy", _known(totals["teacher_top1_accuracy"])),
-        ("entropy", f"{totals['teacher_entropy']:.4f} nats"),
-        ("kept mass", f"{totals['kept_mass']:.4f}"),
+        *_statistics(manifest, totals),
         ("created", _created(manifest.provenance)),
     ]
     rows += [("transcoded", text) for text in _transcoded(manifest.provenance)]
@@ -67,8 +60,64 @@ def command(cache: str, as_json: bool) -> None:
     options.echo_rows(rows)
 
 
+def _unit(task: str) -> str:
+    """Return what a position is to people: a token, or a row where teachers answer whole texts."""
+    from kdcache.tasks import TASKS
+
+    # A cache of a task that this version does not know can be inspected too.
+    return "token" if task in TASKS and TASKS[task].gives == "tokens" else "row"
+
+
+def _documents(manifest: Manifest) -> str:
+    """Say how many documents there were, which of them are in no sequence, and which are there in part."""
+    from kdcache.tasks.causal_lm import CausalLM
+
+    corpus = manifest.corpus
+    if manifest.task == CausalLM.name:
+        left = f"{corpus.num_empty:,} empty, {corpus.num_too_short:,} of one token"
+    else:
+        left = f"{corpus.num_empty:,} empty, {corpus.num_too_short:,} too short, {corpus.num_truncated:,} cut to fit"
+    return f"{corpus.num_documents:,} documents ({left})"
+
+
+def _counted(manifest: Manifest, totals: dict[str, Any]) -> str:
+    num_unlabelled = totals["num_targets"] - totals["num_labelled"]
+    # Where the teacher gives no distribution, it has no loss that labels would serve, and they are not counted.
+    is_known = manifest.targets.kind != "outputs" and num_unlabelled
+    return f"{totals['num_targets']:,} count in the loss" + (
+        f", {num_unlabelled:,} without a label" if is_known else ""
+    )
+
+
+def _statistics(manifest: Manifest, totals: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return what is known of the teacher's distributions; nothing where it gives none."""
+    if manifest.targets.kind == "outputs":
+        return []
+    loss = totals["teacher_loss"]
+    perplexity = "" if loss is None else f" nats (perplexity {totals['teacher_perplexity']:.2f})"
+    return [
+        *options.known_row("teacher loss", loss, ".4f", perplexity),
+        *([] if loss is None else [("top-1 accuracy", _known(totals["teacher_top1_accuracy"]))]),
+        ("entropy", f"{totals['teacher_entropy']:.4f} nats"),
+        ("kept mass", f"{totals['kept_mass']:.4f}"),
+    ]
+
+
+def _outputs(record: OutputsRecord) -> str:
+    """Say what the raw outputs at a row are."""
+    parts = [f"{record.width} at every row"]
+    if record.labels:
+        shown = ", ".join(record.labels[:8]) + (", ..." if len(record.labels) > 8 else "")
+        parts.append(f"logits of {shown}")
+    if record.pooling is not None:
+        parts.append(f"{record.pooling} pooling, {'normalised' if record.normalised else 'not normalised'}")
+    return "; ".join(parts)
+
+
 def _targets(record: TargetsRecord) -> str:
     """Say what is kept at every position."""
+    if record.kind == "outputs":
+        return "outputs: numbers, no distribution"
     parts = [f"{record.kind}: " + (f"top {record.top_k}" if record.top_k else "no ids exactly")]
     parts += [f"with p >= {record.min_prob:g}"] if record.min_prob else []
     parts += [f"of mass {record.min_mass:g}"] if record.min_mass < 1 else []

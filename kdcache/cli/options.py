@@ -77,6 +77,11 @@ def echo_rows(rows: list[tuple[str, Any]]) -> None:
         click.echo(f"{name.ljust(width)}  {value}")
 
 
+def known_row(name: str, value: float | None, form: str, unit: str = "") -> list[tuple[str, str]]:
+    """Return a line for `echo_rows` with a number in a format; none where it is not known."""
+    return [] if value is None else [(name, f"{value:{form}}{unit}")]
+
+
 def human_bytes(count: float) -> str:
     """Return a count of bytes for people: ``12.3 MB`` (powers of 1,000)."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

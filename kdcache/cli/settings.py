@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import click
 
 #: Where the teacher and the texts come from, and how they are cut and run.
 SOURCES = {
@@ -36,7 +38,20 @@ TARGETS = {
 def of_sources(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of teacher and texts by their dotted names."""
     packing = "window" if given["pack"] else None
-    return {"sequences.packing": packing, **{setting: given[option] for setting, option in SOURCES.items()}}
+    named = {setting: given[option] for setting, option in SOURCES.items()}
+    return {"sequences.packing": packing, **of_columns(given["column"]), **named}
+
+
+def of_columns(columns: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of columns, given as ``ROLE=NAME``, by their dotted names."""
+    return {f"corpus.columns.{role}": name for role, name in map(_column, columns)}
+
+
+def _column(text: str) -> tuple[str, str]:
+    role, equals, name = text.partition("=")
+    if not equals or not role or not name:
+        raise click.BadParameter(f"expected ROLE=NAME, such as label=sentiment, found {text!r}", param_hint="--column")
+    return role, name
 
 
 def of_targets(given: Mapping[str, Any]) -> dict[str, Any]:

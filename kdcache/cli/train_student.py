@@ -14,6 +14,7 @@ from kdcache.cli import options
 if TYPE_CHECKING:
     from kdcache.train.memory import MemoryReport
     from kdcache.train.report import TermReport, TrainingReport
+    from kdcache.train.sample import SampleReport
 
 _EPILOG = """\b
 Examples:
@@ -138,12 +139,9 @@ def _echo_report(report: TrainingReport) -> None:
             ("texts", f"{report.num_sequences:,} sequences, {report.num_positions:,} positions"),
             ("a step", f"{report.sequences_per_step:,} sequences, about {report.tokens_per_step:,} positions"),
             ("steps", f"{report.steps:,} ({report.steps_per_epoch:,} an epoch, {report.epochs:g} epochs)"),
-            ("teacher loss", f"{report.teacher_loss:.4f}, kept mass {report.kept_mass:.4f} at temperature 1"),
-            (
-                "on a sample",
-                f"student {sample.student_loss:.4f} before the first step, teacher {sample.teacher_loss:.4f} "
-                f"({sample.num_positions:,} positions)",
-            ),
+            *options.known_row("teacher loss", report.teacher_loss, ".4f"),
+            *options.known_row("kept mass", report.kept_mass, ".4f", " at temperature 1"),
+            *_sample_row(sample),
             ("memory", f"about {options.human_bytes(memory.total_bytes)}{of} ({memory.device})"),
             ("of which", _parts(memory)),
             ("speed", f"about {speed.tokens_per_s:,.0f} tokens/s; the loss takes {speed.loss_share:.0%} of the time"),
@@ -154,6 +152,13 @@ def _echo_report(report: TrainingReport) -> None:
     click.echo("\n" + render_table(_TERM_COLUMNS, [_TermRow(term) for term in report.terms]))
     for warning in report.warnings:
         click.echo(f"\nwarning: {warning}")
+
+
+def _sample_row(sample: SampleReport) -> list[tuple[str, str]]:
+    if sample.student_loss is None or sample.teacher_loss is None:
+        return []
+    losses = f"student {sample.student_loss:.4f} before the first step, teacher {sample.teacher_loss:.4f}"
+    return [("on a sample", f"{losses} ({sample.num_positions:,} positions)")]
 
 
 _TERM_COLUMNS = {

@@ -107,10 +107,15 @@ def _echo(report: Any, check: Any) -> None:
         parts.append("ANOTHER LM HEAD than the teacher's")
     if check.mean_kl is not None:
         parts.append(f"mean KL to the cache {check.mean_kl:.2e} nats (allowed {check.allowed_kl:.0e})")
-    parts.append(
-        f"gold log-probability off by {check.mean_gold_difference:.2e} on average (allowed "
-        f"{check.allowed_gold_difference:.0e})"
-    )
+    if check.mean_gold_difference is not None:
+        parts.append(
+            f"gold log-probability off by {check.mean_gold_difference:.2e} on average (allowed "
+            f"{check.allowed_gold_difference:.0e})"
+        )
+    if check.outputs_error is not None:
+        parts.append(
+            f"raw outputs off by {check.outputs_error:.2e} of their size (allowed {check.allowed_outputs_error:.0e})"
+        )
     if check.top1_agreement is not None:
         parts.append(f"top-1 agreement {check.top1_agreement:.4f}")
     where = f"{check.num_sequences} sequences ({check.num_positions:,} positions)"

@@ -31,7 +31,11 @@ class TargetsCodec:
         self.vocab_size = vocab_size
         self._head_arrays = head.arrays(record.top_k, vocab_size) if record.top_k else ()
         self._ragged = [a.name for a in self._head_arrays if record.is_ragged and a.rows == "positions"]
-        self._scalars = ("log_tail", "gold_logprob", "entropy") if record.top_k else ("gold_logprob", "entropy")
+        self._scalars: tuple[str, ...] = (
+            ("log_tail", "gold_logprob", "entropy") if record.top_k else ("gold_logprob", "entropy")
+        )
+        if record.kind == "outputs":
+            self._scalars = ()  # there is no distribution that they could be of
         self.id_tables = (*(head.id_tables if record.top_k else ()), *(("draw_table",) if record.num_draws else ()))
         """Tables that `decode` also takes as `OpenTables`."""
 

@@ -1,13 +1,15 @@
 """The corpus: documents in, token sequences out (never torch or transformers)."""
 
-from kdcache.corpus.documents import Corpus, CorpusConfig, load_corpus
+from kdcache.corpus.documents import TEXT, Corpus, CorpusConfig, Role, load_corpus
 from kdcache.corpus.layout import assign_shards
 from kdcache.corpus.sequences import Encoder, SequenceConfig, SequencePlan, plan_sequences
 
 __all__ = [
+    "TEXT",
     "Corpus",
     "CorpusConfig",
     "Encoder",
+    "Role",
     "SequenceConfig",
     "SequencePlan",
     "assign_shards",

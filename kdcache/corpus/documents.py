@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +25,7 @@ from kdcache.config import Config
 from kdcache.corpus.readers import Reader, no_columns
 from kdcache.corpus.sources import find_sources
 from kdcache.corpus.text_files import Split
-from kdcache.errors import CorpusError
+from kdcache.errors import CorpusError, did_you_mean
 from kdcache.schema import Document
 
 log = logging.getLogger(__name__)
@@ -34,12 +35,25 @@ _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 4 << 20
 
 
+@dataclass(frozen=True)
+class Role:
+    """What a task reads of a row: a column is called like its role unless the configuration names another."""
+
+    name: str
+    is_required: bool = True
+
+
+TEXT = Role("text")
+
+
 class CorpusConfig(Config):
     """Which documents to read: ``paths`` are files, directories, patterns or ``hf:NAME[:CONFIG][@SPLIT]``."""
 
     paths: tuple[str, ...] = Field(min_length=1)
     text_field: str = "text"
     """Column of a table that holds the text."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Names of the columns that a task reads besides, or instead, by what they are to it: ``{label: sentiment}``."""
     split_text: Split = "file"
     """What one document of a .txt file is; paragraphs are separated by blank lines."""
     limit_documents: int | None = Field(default=None, ge=1)
@@ -52,15 +66,23 @@ class CorpusConfig(Config):
 
 
 class Corpus:
-    """Documents in order, with random access; made by `load_corpus`."""
+    """Documents in order, with random access; made by `load_corpus`.
 
-    def __init__(self, config: CorpusConfig, readers: Sequence[tuple[str, Reader]]) -> None:
+    ``more`` are the columns besides the text that the sequences are made of, by their role; they are no metadata.
+    """
+
+    def __init__(
+        self, config: CorpusConfig, readers: Sequence[tuple[str, Reader]], more: Mapping[str, str] | None = None
+    ) -> None:
         self.config = config
+        self.more = dict(more or {})
         self._ids = [source_id for source_id, _ in readers]
         self._readers = [reader for _, reader in readers]
         offsets = np.cumsum([0, *(reader.num_rows for reader in self._readers)])
         self._offsets = np.minimum(offsets, config.limit_documents or offsets[-1])
-        self._schema = _union([(reader.name, reader.metadata_schema) for reader in self._readers])
+        every = _union([(reader.name, reader.metadata_schema) for reader in self._readers])
+        self._more_schema = pa.schema([field for field in every if field.name in self.more.values()])
+        self._schema = pa.schema([field for field in every if field.name not in self.more.values()])
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -76,9 +98,10 @@ class Corpus:
     def fingerprint(self) -> str:
         """SHA-256 (hex) over id and text of every document, in order; reads the whole corpus once."""
         digest = hashlib.sha256()
-        for start, texts in self.iter_texts(_BATCH_DOCUMENTS):
-            for document_id, text in zip(self.document_ids(range(start, start + len(texts))), texts, strict=True):
-                for data in (document_id.encode(), text.encode()):
+        for start, rows in self.iter_rows(_BATCH_DOCUMENTS):
+            for document_id, (text, more) in zip(self.document_ids(range(start, start + len(rows))), rows, strict=True):
+                beside = [json.dumps(more, sort_keys=True, default=str).encode()] if more else []
+                for data in (document_id.encode(), text.encode(), *beside):
                     # Each length goes first, or moving a character from the text to the id would not be seen.
                     digest.update(len(data).to_bytes(8, "little") + data)
         return digest.hexdigest()
@@ -116,6 +139,19 @@ class Corpus:
         if batch:
             yield start, batch
 
+    def iter_rows(self, num_documents: int) -> Iterator[tuple[int, list[tuple[str, dict[str, Any]]]]]:
+        """Yield the index of the first document of each batch and, for all of its documents, text and ``more`` by role.
+
+        Batches are those of `iter_texts`. A role whose column a file does not have, or has null, is None.
+        """
+        for start, texts in self.iter_texts(num_documents):
+            if not self.more:
+                yield start, [(text, {}) for text in texts]
+                continue
+            table = self._columns(range(start, start + len(texts)), self._more_schema).to_pylist()
+            named = [{role: row.get(name) for role, name in self.more.items()} for row in table]
+            yield start, list(zip(texts, named, strict=True))
+
     def texts(self, start: int, stop: int) -> list[str]:
         """Return the texts of documents ``start`` to ``stop``."""
         return [text for texts in self._pieces(start, stop) for text in texts]
@@ -144,13 +180,16 @@ class Corpus:
 
     def metadata_table(self, indices: Sequence[int] | NDArray[np.int64]) -> pa.Table:
         """Return one row of `metadata_columns` for each document in ``indices`` (any order, repeats allowed)."""
-        if not self._schema.names:
+        return self._columns(indices, self._schema)
+
+    def _columns(self, indices: Sequence[int] | NDArray[np.int64], schema: pa.Schema) -> pa.Table:
+        if not schema.names:
             return no_columns(len(indices))
         documents, inverse = np.unique(np.asarray(indices, np.int64), return_inverse=True)
         if not len(documents):
-            return self._schema.empty_table()
+            return schema.empty_table()
         parts = [
-            _conform(self._readers[reader].metadata(rows.tolist()), len(rows), self._schema)
+            _conform(self._readers[reader].metadata(rows.tolist()), len(rows), schema)
             for reader, rows in self._locate(documents)
         ]
         return pa.concat_tables(parts).take(pa.array(inverse.reshape(-1)))
@@ -168,8 +207,8 @@ class Corpus:
         return [Document(*fields) for fields in zip(ids, texts, rows, strict=True)]
 
 
-def load_corpus(config: CorpusConfig) -> Corpus:
-    """Find and open all sources of a corpus.
+def load_corpus(config: CorpusConfig, roles: Sequence[Role] = (TEXT,)) -> Corpus:
+    """Find and open all sources of a corpus; ``roles`` are what a task reads of every row, the main text first.
 
     Raises ``CorpusError`` if one is missing, unsupported, broken or without the text field, or if there is no
     document at all. Sources after the first ``limit_documents`` documents are not opened. Rows whose text is null or
@@ -177,19 +216,52 @@ def load_corpus(config: CorpusConfig) -> Corpus:
     """
     readers: list[tuple[str, Reader]] = []
     num_documents = 0
+    text_field, more = _named(config, roles)
     for source in find_sources(config.paths):
-        reader = source.open(config.text_field, config.split_text)
+        reader = source.open(text_field, config.split_text)
+        _check_columns(reader, text_field, {role.name: more[role.name] for role in roles[1:] if role.is_required})
         readers.append((source.id, reader))
         num_documents += reader.num_rows
         if config.limit_documents is not None and num_documents >= config.limit_documents:
             break
     if num_documents == 0:
         raise CorpusError(f"the corpus has no documents: {', '.join(config.paths)} hold no rows")
-    _warn_of_missing_texts(config, [reader for _, reader in readers])
-    return Corpus(config, readers)
+    _warn_of_missing_texts(config, text_field, [reader for _, reader in readers])
+    held = {name for _, reader in readers for name in reader.metadata_schema.names}
+    for role, name in more.items():
+        if role in config.columns and name not in held:
+            raise CorpusError(_no_column(", ".join(config.paths), role, name, [text_field, *sorted(held)]))
+    return Corpus(config, readers, {role: name for role, name in more.items() if name in held})
 
 
-def _warn_of_missing_texts(config: CorpusConfig, readers: Sequence[Reader]) -> None:
+def _named(config: CorpusConfig, roles: Sequence[Role]) -> tuple[str, dict[str, str]]:
+    """Return the column of the main text, and those of the other roles by role."""
+    strange = sorted(set(config.columns) - {role.name for role in roles})
+    if strange:
+        known = [role.name for role in roles]
+        raise CorpusError(f"the task reads no {strange[0]!r}, {did_you_mean(strange[0], known)}")
+    text, *more = roles
+    # The option of its own for the text is older than the other columns, and shorter to write.
+    is_named = "text_field" in config.model_fields_set or text.name == TEXT.name
+    text_field = config.columns.get(text.name) or (config.text_field if is_named else text.name)
+    return text_field, {role.name: config.columns.get(role.name, role.name) for role in more}
+
+
+def _check_columns(reader: Reader, text_field: str, required: Mapping[str, str]) -> None:
+    names = reader.metadata_schema.names
+    for role, name in required.items():
+        if reader.num_rows and name not in names:
+            raise CorpusError(_no_column(reader.name, role, name, [text_field, *names]))
+
+
+def _no_column(where: str, role: str, name: str, columns: Sequence[str]) -> str:
+    return (
+        f"{where} has no column {name!r} for the {role} that the task reads; its columns are {', '.join(columns)}; "
+        f"choose with --column {role}=NAME"
+    )
+
+
+def _warn_of_missing_texts(config: CorpusConfig, text_field: str, readers: Sequence[Reader]) -> None:
     left = config.limit_documents or sum(reader.num_rows for reader in readers)
     num_missing, first = 0, ""
     for reader in readers:
@@ -201,7 +273,7 @@ def _warn_of_missing_texts(config: CorpusConfig, readers: Sequence[Reader]) -> N
         log.warning(
             "%d documents have no %r (null or missing) and are counted as empty; the first is in %s",
             num_missing,
-            config.text_field,
+            text_field,
             first,
         )
 

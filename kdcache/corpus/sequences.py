@@ -65,6 +65,29 @@ class Encoder(Protocol):
         """Return the token ids of every text, with the tokenizer's own special tokens."""
         ...
 
+    @property
+    def num_ids(self) -> int:
+        """Number of token ids, the true size of the vocabulary."""
+        ...
+
+    @property
+    def mask_id(self) -> int | None:
+        """Token that stands for a hidden one, or None."""
+        ...
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that stand for no text: those that begin, end, separate, pad, hide, or are unknown."""
+        ...
+
+    def encode_plain(self, texts: list[str]) -> list[list[int]]:
+        """Return the token ids of every text, without special tokens."""
+        ...
+
+    def around(self, num_parts: int) -> list[list[int]]:
+        """Return the special tokens before, between and after 1 or 2 texts that are fed together."""
+        ...
+
 
 class SequencePlan:
     """All sequences of a corpus, by number; made by `plan_sequences`.
@@ -88,6 +111,7 @@ class SequencePlan:
         self.num_documents = len(corpus)
         self.num_empty = num_empty
         self.num_too_short = len(corpus) - num_empty - len(document_D)
+        self.num_truncated = 0  # long documents become several sequences
         self._corpus, self._layout, self._tokens, self._document_D = corpus, layout, tokens, document_D
         self._prefix = np.array([] if bos_id is None else [bos_id], np.uint32)
 
@@ -95,6 +119,11 @@ class SequencePlan:
     def num_sequences(self) -> int:
         """Number of sequences, N."""
         return len(self.lengths_N)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self.lengths_N.max()) + 1
 
     @property
     def num_positions(self) -> int:
@@ -163,10 +192,7 @@ class SequencePlan:
             "num_positions": self.lengths_N[rows].astype(np.int32),
             "token_hash": pa.array([token_hash(self._tokens_of(index)) for index in sequence.tolist()], pa.string()),
         }
-        metadata = self._corpus.metadata_table(self._document_D[first_N])
-        for name in metadata.column_names:
-            columns[_free_name(name, columns)] = metadata[name]
-        return pa.table(columns)
+        return with_metadata(columns, self._corpus.metadata_table(self._document_D[first_N]))
 
     def _sequence_ids(
         self, sequence: NDArray[np.int64], document_ids: list[str], offset: NDArray[np.int64]
@@ -232,6 +258,14 @@ def _encode(texts: list[str], encoder: Encoder, config: SequenceConfig) -> list[
         return documents
     eos = np.uint32(encoder.eos_id)
     return [np.append(ids, eos) if len(ids) and ids[-1] != eos else ids for ids in documents]
+
+
+def with_metadata(columns: dict[str, Any], metadata: pa.Table) -> pa.Table:
+    """Return ``columns`` as a table with those of ``metadata`` after them; a name that is taken gets ``corpus_``."""
+    columns = dict(columns)
+    for name in metadata.column_names:
+        columns[_free_name(name, columns)] = metadata[name]
+    return pa.table(columns)
 
 
 def _free_name(name: str, taken: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kdcache.cache.tail_prior import TailSum
 from kdcache.codecs import HiddenCodec
 from kdcache.errors import TeacherError
-from kdcache.schema import Draws, Sequence, Targets, TargetsRecord, TeacherRecord, layer_field
+from kdcache.schema import OUTPUTS_FIELD, Draws, Sequence, Targets, TargetsRecord, TeacherRecord, layer_field
 from kdcache.teachers import TeacherOutput
 from kdcache.teachers.draws import draw_uniforms
 from kdcache.teachers.huggingface import hidden_to_numpy
@@ -57,18 +57,18 @@ class BatchRunner:
     """Runs batches through the teacher and keeps their targets; halves a batch that does not fit in memory."""
 
     def __init__(
-        self, teacher: Teacher, record: TargetsRecord, layers: SequenceOf[int], hidden_codec: HiddenCodec
+        self, teacher: Teacher, record: TargetsRecord, layers: SequenceOf[int], codecs: Mapping[str, HiddenCodec]
     ) -> None:
         self.teacher = teacher
         self.record = record
         self._keep = TargetKeeper(record)
         self.layers = list(layers)
-        self.hidden_codec = hidden_codec
+        self._codecs = codecs
         self._fits: float = float("inf")
 
     def run(self, sequences: list[Sequence], emit: Callable[[list[Sequence], Targets, dict[str, Any]], None]) -> None:
         """Run ``sequences`` in as few passes as fit, handing each pass's result to ``emit``."""
-        padded = len(sequences) * max(s.num_positions for s in sequences)
+        padded = len(sequences) * max(s.num_fed for s in sequences)
         if len(sequences) > 1 and padded > self._fits:
             self._run_halves(sequences, emit)
             return
@@ -83,7 +83,7 @@ class BatchRunner:
             return
         if len(sequences) == 1:
             raise TeacherError(
-                f"one sequence of {sequences[0].num_positions} positions does not fit in the memory of the teacher's "
+                f"one sequence of {sequences[0].num_fed} positions does not fit in the memory of the teacher's "
                 "device; use a smaller --max-length, another --dtype or a larger device"
             )
         # Remembered, so that later batches are halved before they fail and not after.
@@ -101,12 +101,18 @@ class BatchRunner:
     def _forward(self, sequences: list[Sequence]) -> tuple[Targets, dict[str, NDArray[Any]]]:
         output = self.teacher.run(sequences, self.layers)
         try:
-            targets = self._keep(output.logits, output.labels_P, self._uniforms(sequences))
+            targets = self._targets(output, sequences)
         except NonFiniteLogitsError as error:
             raise TeacherError(f"{error}{_place(sequences, error.row)}") from None
-        names = {n: layer_field(n) for n in self.layers}
-        hidden = {name: self._states(name, output.hidden[n], sequences) for n, name in names.items()}
-        return targets, hidden
+        vectors = {layer_field(n): output.hidden[n] for n in self.layers}
+        if OUTPUTS_FIELD in self._codecs and output.outputs_PC is not None:
+            vectors[OUTPUTS_FIELD] = output.outputs_PC
+        return targets, {name: self._states(name, states, sequences) for name, states in vectors.items()}
+
+    def _targets(self, output: TeacherOutput, sequences: list[Sequence]) -> Targets:
+        if self.record.kind == "outputs":
+            return Targets.nothing(len(output.labels_P))
+        return self._keep(output.logits, output.labels_P, self._uniforms(sequences))
 
     def take_tail_sum(self) -> TailSum | None:
         """Return what all rows since the last call add to the tail prior; None where the targets have none."""
@@ -125,7 +131,7 @@ class BatchRunner:
         if bad.any():
             place = _place(sequences, int(np.argmax(bad)))
             raise TeacherError(f"the teacher's {name} is NaN or infinite at {bad.sum()} positions of a batch{place}")
-        return self.hidden_codec.stage(states_PD)
+        return self._codecs[name].stage(states_PD)
 
 
 def _place(sequences: list[Sequence], row: int) -> str:
@@ -173,6 +179,8 @@ def _empty_targets(num_positions: int, record: TargetsRecord) -> Targets:
     def zeros(*shape: int, dtype: type = np.float32) -> NDArray[Any]:
         return np.zeros((num_positions, *shape), dtype=dtype)
 
+    if record.kind == "outputs":
+        return Targets.nothing(num_positions)
     top_k, num_draws = record.top_k, record.num_draws
     return Targets(
         ids_PK=zeros(top_k, dtype=np.int32),

@@ -38,8 +38,10 @@ class DumpEstimate:
     total_bytes: int
     tokens_per_s: float
     eta_s: float
-    kept_mass: float
-    teacher_loss: float
+    kept_mass: float | None
+    """None where the teacher gives no distribution."""
+    teacher_loss: float | None
+    """None also where the corpus has no answers of its own."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -63,6 +65,8 @@ def estimate_dump(config: DumpConfig, *, progress: bool = True) -> DumpEstimate:
     elapsed = time.perf_counter() - began
     count = rows.targets.num_positions
     num_bytes = _encoded_bytes(rows, picked, plan)
+    has_distribution = plan.targets.kind != "outputs"
+    has_labels = has_distribution and not np.isnan(rows.targets.gold_logprob_P).all()
     left = plan.num_positions * (1 - committed / max(plan.num_shards, 1))
     return DumpEstimate(
         output=config.output,
@@ -77,14 +81,14 @@ def estimate_dump(config: DumpConfig, *, progress: bool = True) -> DumpEstimate:
         total_bytes=int(plan.num_positions * num_bytes / count),
         tokens_per_s=count / elapsed,
         eta_s=left * elapsed / count,
-        kept_mass=float(-np.expm1(rows.targets.log_tail_P).mean()),
-        teacher_loss=float(-rows.targets.gold_logprob_P.mean()),
+        kept_mass=float(-np.expm1(rows.targets.log_tail_P).mean()) if has_distribution else None,
+        teacher_loss=float(-np.nanmean(rows.targets.gold_logprob_P)) if has_labels else None,
     )
 
 
 def _encoded_bytes(rows: ShardRows, picked: list[Any], plan: Plan) -> int:
     vocab_size = plan.tokenizer.vocab_size
-    encoded = targets_codec(plan.field("targets").codec, plan.targets, vocab_size).encode(rows.targets)
+    encoded = targets_codec(plan.field("targets").codec, plan.targets, plan.num_ids).encode(rows.targets)
     tokens = np.concatenate([s.tokens_T for s in picked])
     size = len(pack({**encoded, "tokens": tokens.astype(id_dtype(vocab_size))}))
     return size + sum(

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache import Folder, layout
+from kdcache.cache.fields import SEGMENT_IDS
 from kdcache.cache.outputs import refuse_foreign
 from kdcache.codecs import hidden_codec
-from kdcache.corpus import Corpus, SequencePlan, load_corpus, plan_sequences
+from kdcache.corpus import Corpus, load_corpus
 from kdcache.dump.batches import BatchRunner, Teacher
 from kdcache.dump.config import DumpConfig
 from kdcache.dump.pilot import layer_pilot
@@ -22,7 +23,10 @@ from kdcache.models.loading import load_tokenizer, parse_dtype, pick_device
 from kdcache.models.tokenizer import TextEncoder, tokenizer_files, tokenizer_record
 from kdcache.progress import bar, reporter
 from kdcache.schema import Plan
+from kdcache.tasks import Sequences
+from kdcache.tasks.causal_lm import CausalLM
 from kdcache.teachers import HuggingFaceTeacher, load_teacher, parse_layers
+from kdcache.teachers.outputs import outputs_record
 
 
 @dataclass
@@ -32,7 +36,7 @@ class Parts:
     plan: Plan
     table: Any
     starts: NDArray[np.int64]
-    sequences: SequencePlan
+    sequences: Sequences
     teacher: HuggingFaceTeacher
     layers: list[int]
     tokenizer_files: dict[str, bytes]
@@ -46,16 +50,19 @@ def load_parts(config: DumpConfig, progress: bool) -> Parts:
     pick_device(config.teacher.device)
     if config.teacher.dtype != "auto":
         parse_dtype(config.teacher.dtype)
-    corpus: Corpus = load_corpus(config.corpus)
+    task, settings = config.of_task, config.sequences
+    corpus: Corpus = load_corpus(config.corpus, task.roles)
     name, revision = config.teacher.model, config.teacher.revision
     tokenizer = load_tokenizer(name, revision=revision, error=TeacherError)
     record = tokenizer_record(tokenizer)
-    check_top_k(config, record.vocab_size)
+    outputs = outputs_record(config.teacher, task, settings)
+    config = config.for_outputs(outputs)
+    check_top_k(config, record.vocab_size if task.gives == "tokens" else config.targets.top_k)
     with bar(len(corpus), "tokenise", "doc", enabled=progress) as meter:
-        sequences = plan_sequences(corpus, TextEncoder(tokenizer), config.sequences, progress=reporter(meter))
-    teacher = load_teacher(config.teacher, record.vocab_size)
+        sequences = task.plan(corpus, TextEncoder(tokenizer), settings, outputs, reporter(meter))
+    teacher = load_teacher(config.teacher, record.vocab_size, task, outputs)
     _check_length(sequences, teacher)
-    if config.sequences.packing == "window" and not config.sequences.attend_across_documents:
+    if SEGMENT_IDS in task.arrays(settings, outputs) and task.name == CausalLM.name:
         teacher.check_packing()
     cache_files = {}
     names = list(config.hidden_states.layers)
@@ -64,15 +71,18 @@ def load_parts(config: DumpConfig, progress: bool) -> Parts:
         names.append("last")
     layers = parse_layers(names, teacher.num_layers)
     pilot = layer_pilot(config, sequences, teacher, layers)
-    plan, table, starts = make_plan(config, corpus, sequences, teacher.record, record, layers, pilot)
+    plan, table, starts = make_plan(config, corpus, sequences, teacher.record, record, layers, pilot, outputs)
     batch_tokens = config.batch_tokens or min(4096 if teacher.device.type == "cpu" else 16384, teacher.max_batch_tokens)
     files = tokenizer_files(tokenizer)
     return Parts(plan, table, starts, sequences, teacher, layers, files, cache_files, batch_tokens)
 
 
-def _check_length(sequences: SequencePlan, teacher: HuggingFaceTeacher) -> None:
+def _check_length(sequences: Sequences, teacher: HuggingFaceTeacher) -> None:
     # Beyond its context a teacher with learnt positions fails, and one with rotary positions answers badly.
-    longest = int(sequences.lengths_N.max())
+    if teacher.task.name == CausalLM.name:
+        longest = int(sequences.lengths_N.max())
+    else:
+        longest = min(sequences.config.max_length, sequences.longest)
     if teacher.context_length is not None and longest > teacher.context_length:
         raise ConfigError(
             f"the longest sequence has {longest} positions, but {teacher.record.name} was made for "
@@ -82,5 +92,5 @@ def _check_length(sequences: SequencePlan, teacher: HuggingFaceTeacher) -> None:
 
 def runner_of(teacher: Teacher, plan: Plan, layers: list[int]) -> BatchRunner:
     """Return what runs batches through ``teacher`` for ``plan``."""
-    states = hidden_codec(plan.field(plan.hidden_layers[0]).codec if plan.hidden_layers else {"name": "bf16"})
-    return BatchRunner(teacher, plan.targets, layers, states)
+    codecs = {name: hidden_codec(plan.field(name).codec) for name in plan.vector_fields}
+    return BatchRunner(teacher, plan.targets, layers, codecs)

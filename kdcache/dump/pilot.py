@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.codecs import hidden_codec
 from kdcache.codecs.hidden import relative_error
-from kdcache.corpus import SequencePlan
 from kdcache.dump.batches import BatchRunner, ShardRows, batches_by_length
 from kdcache.dump.config import DumpConfig
 from kdcache.dump.plan import LayerPilot
 from kdcache.schema import Sequence
+from kdcache.tasks import Sequences
 from kdcache.teachers import HuggingFaceTeacher
 from kdcache.teachers.huggingface import hidden_to_numpy
 
@@ -19,30 +21,30 @@ from kdcache.teachers.huggingface import hidden_to_numpy
 _LAYER_POSITIONS = 512
 
 
-def pilot_sequences(sequences: SequencePlan, num_positions: int) -> list[int]:
+def pilot_sequences(sequences: Sequences, num_positions: int) -> list[int]:
     """Return sequences spread evenly over the corpus with about ``num_positions`` (or all of a small corpus)."""
-    mean = sequences.num_positions / max(sequences.num_sequences, 1)
+    mean = sequences.num_tokens / max(sequences.num_sequences, 1)
     count = min(sequences.num_sequences, max(4, int(num_positions / mean) + 1))
     return np.unique(np.linspace(0, sequences.num_sequences - 1, count).astype(int)).tolist()
 
 
 def run_rows(
-    chosen: list[int], sequences: SequencePlan, runner: BatchRunner, batch_tokens: int
+    chosen: list[int], sequences: Sequences, runner: BatchRunner, batch_tokens: int
 ) -> tuple[ShardRows, list[Sequence]]:
     """Run some sequences from anywhere in the corpus; return their rows and the sequences, renumbered from 0."""
     picked = []
     for number, index in enumerate(chosen):
         sequence = sequences.sequence(index)
-        picked.append(type(sequence)(number, sequence.tokens_T, sequence.loss_mask_L, sequence.segment_ids_T))
+        picked.append(replace(sequence, index=number))
     lengths = np.array([s.num_positions for s in picked], dtype=np.int64)
     rows = ShardRows(lengths, 0, runner.record)
-    for group in batches_by_length(lengths, batch_tokens):
+    for group in batches_by_length(np.array([s.num_fed for s in picked]), batch_tokens):
         runner.run([picked[n] for n in group], rows.put)
     return rows, picked
 
 
 def layer_pilot(
-    config: DumpConfig, sequences: SequencePlan, teacher: HuggingFaceTeacher, layers: list[int]
+    config: DumpConfig, sequences: Sequences, teacher: HuggingFaceTeacher, layers: list[int]
 ) -> dict[int, LayerPilot]:
     """Run a few sequences for the width of each hidden state (OPT projects its last one) and what its codec costs."""
     if not layers:

@@ -16,10 +16,20 @@ from numpy.typing import NDArray
 
 from kdcache.cache import layout, targets_field
 from kdcache.codecs import hidden_codec, targets_codec
-from kdcache.corpus import Corpus, SequencePlan, assign_shards
+from kdcache.corpus import Corpus, assign_shards
 from kdcache.dump.config import DumpConfig
 from kdcache.errors import ConfigError
-from kdcache.schema import CorpusRecord, FieldRecord, Plan, TeacherRecord, TokenizerRecord, layer_field
+from kdcache.schema import (
+    OUTPUTS_FIELD,
+    CorpusRecord,
+    FieldRecord,
+    OutputsRecord,
+    Plan,
+    TeacherRecord,
+    TokenizerRecord,
+    layer_field,
+)
+from kdcache.tasks import Sequences
 
 #: A shard is not made larger than this (uncompressed), because it is assembled in memory.
 _SHARD_BYTES = 512 << 20
@@ -48,12 +58,16 @@ def make_fields(
     vocab_size: int,
     layers: list[int],
     pilot: Mapping[int, LayerPilot],
+    outputs: OutputsRecord | None = None,
 ) -> list[FieldRecord]:
     """Describe the fields that this dump stores; ``pilot`` says what is known about the hidden states of a layer."""
-    check_top_k(config, vocab_size)
-    codec = targets_codec(config.targets.codec, config.targets.record, vocab_size)
-    packed = config.sequences.packing == "window" and not config.sequences.attend_across_documents
-    fields = [targets_field(codec, packed)]
+    num_ids = len(outputs.labels) if outputs is not None and outputs.labels else vocab_size
+    check_top_k(config, num_ids)
+    codec = targets_codec(config.targets.codec, config.targets.record, num_ids)
+    fields = [targets_field(codec, vocab_size, config.of_task.arrays(config.sequences, outputs))]
+    if outputs is not None:
+        own = hidden_codec(config.outputs.codec)
+        fields.append(FieldRecord(name=OUTPUTS_FIELD, codec=own.model_dump(), arrays=own.arrays(outputs.width)))
     states = hidden_codec(config.hidden_states.codec)
     for layer in layers:
         known = pilot.get(layer, LayerPilot(teacher.hidden_size, None))
@@ -68,28 +82,35 @@ def make_fields(
     return fields
 
 
-def shard_positions(config: DumpConfig, num_positions: int, teacher: TeacherRecord, num_layers: int) -> int:
-    """Return how many positions a shard holds: about 32 shards, of 2^14 to 2^19 positions, within 512 MB of memory."""
+def shard_positions(config: DumpConfig, sequences: Sequences | Plan, teacher: TeacherRecord, num_layers: int) -> int:
+    """Return how many positions a shard holds: about 32 shards, within 512 MB of memory.
+
+    They have 2^14 to 2^19 positions of a causal model; of another as many as have so many tokens.
+    """
     if config.shard_positions is not None:
         return config.shard_positions
     per_position = 8 * (config.targets.top_k + config.targets.num_draws) + 4 * teacher.hidden_size * num_layers + 16
-    wanted = min(max(num_positions // 32, 1 << 14), 1 << 19)
+    num_fed = sequences.num_tokens - sequences.num_sequences
+    wanted = min(max(num_fed // 32, 1 << 14), 1 << 19)
+    if num_fed > sequences.num_positions:
+        wanted = wanted * sequences.num_positions // num_fed
     return max(1, min(wanted, _SHARD_BYTES // per_position))
 
 
 def make_plan(
     config: DumpConfig,
     corpus: Corpus,
-    sequences: SequencePlan,
+    sequences: Sequences,
     teacher: TeacherRecord,
     tokenizer: TokenizerRecord,
     layers: list[int],
     pilot: Mapping[int, LayerPilot] | None = None,
+    outputs: OutputsRecord | None = None,
 ) -> tuple[Plan, pa.Table, NDArray[np.int64]]:
     """Return the plan, the table of plan.parquet (one row per piece of a document) and the starts of the shards."""
     teacher = teacher.model_copy(update={"name": public_name(teacher.name)})
-    fields = make_fields(config, teacher, tokenizer.vocab_size, layers, pilot or {})
-    size = shard_positions(config, sequences.num_positions, teacher, len(layers))
+    fields = make_fields(config, teacher, tokenizer.vocab_size, layers, pilot or {}, outputs)
+    size = shard_positions(config, sequences, teacher, len(layers))
     starts = assign_shards(sequences.lengths_N, size)
     table = sequences.table()
     shard_of = np.searchsorted(starts, np.asarray(table["sequence"]), side="right") - 1
@@ -100,17 +121,19 @@ def make_plan(
         tokenizer=tokenizer,
         corpus=CorpusRecord(
             sources=tuple(public_name(source) for source in corpus.sources),
-            text_field=config.corpus.text_field,
+            text_field=config.corpus.columns.get("text", config.corpus.text_field),
             fingerprint=corpus.fingerprint,
             num_documents=sequences.num_documents,
             num_empty=sequences.num_empty,
             num_too_short=sequences.num_too_short,
             metadata_columns=tuple(corpus.metadata_columns),
             licence=config.corpus.licence,
+            num_truncated=sequences.num_truncated,
         ),
         targets=config.targets.record,
         sequences=config.sequences.model_dump(mode="json"),
         fields=tuple(fields),
+        outputs=outputs,
         num_sequences=sequences.num_sequences,
         num_positions=sequences.num_positions,
         num_tokens=sequences.num_tokens,

@@ -16,13 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache import CacheWriter, Folder, ShardData
-from kdcache.corpus import SequencePlan
 from kdcache.dump.batches import BatchRunner, ShardRows, Teacher, batches_by_length
 from kdcache.dump.config import DumpConfig
 from kdcache.dump.parts import load_parts, runner_of
 from kdcache.progress import bar
 from kdcache.schema import Manifest, Plan, ShardRecord
-from kdcache.tasks import causal_lm
+from kdcache.tasks import Sequences, Task, task_of
 
 
 @dataclass
@@ -60,7 +59,7 @@ def dump_teacher(config: DumpConfig, *, progress: bool = True) -> DumpResult:
 
 
 def dump(
-    sequences: SequencePlan,
+    sequences: Sequences,
     teacher: Teacher,
     plan: Plan,
     writer: CacheWriter,
@@ -80,29 +79,37 @@ def dump(
     positions_of = [int(ends[starts[s + 1]] - ends[starts[s]]) for s in range(plan.num_shards)]
     todo = sum(positions_of[s] for s in missing)
     written: list[ShardRecord] = []
+    unit = row_name(plan)
     began = time.perf_counter()
     with (
-        bar(plan.num_positions, "teacher", "tok", enabled=progress, initial=plan.num_positions - todo) as meter,
+        bar(
+            plan.num_positions,
+            "teacher",
+            "tok" if unit == "token" else unit,
+            enabled=progress,
+            initial=plan.num_positions - todo,
+        ) as meter,
         ThreadPoolExecutor(1, thread_name_prefix="kdcache-writer") as pool,
     ):
         pending: list[Future[ShardRecord]] = []
         for shard in missing:
-            data = _run_shard(shard, sequences, starts, runner, batch_tokens, meter)
+            data = _run_shard(shard, task_of(plan.task), sequences, starts, runner, batch_tokens, meter)
             # One shard may wait while another is written: memory is bounded by three of them.
             while len(pending) > 1:
                 written.append(pending.pop(0).result())
-            _show_bytes(meter, written)
+            _show_bytes(meter, written, unit)
             pending.append(pool.submit(writer.write_shard, data))
         teacher_s = time.perf_counter() - began
         written.extend(future.result() for future in pending)
-        _show_bytes(meter, written)
+        _show_bytes(meter, written, unit)
     manifest = writer.finalise()
     return DumpResult(str(writer.folder), manifest, len(written), todo, teacher_s)
 
 
 def _run_shard(
     shard: int,
-    sequences: SequencePlan,
+    task: Task,
+    sequences: Sequences,
     starts: NDArray[np.int64],
     runner: BatchRunner,
     batch_tokens: int,
@@ -112,27 +119,34 @@ def _run_shard(
     lengths = sequences.lengths_N[begin:end]
     rows = ShardRows(lengths, begin, runner.record)
     members = [sequences.sequence(index) for index in range(begin, end)]
-    for group in batches_by_length(lengths, batch_tokens):
+    for group in batches_by_length(np.array([s.num_fed for s in members]), batch_tokens):
         batch = [members[n] for n in group]
         runner.run(batch, rows.put)
         meter.update(sum(s.num_positions for s in batch))
     segments = [s.segment_ids_T for s in members if s.segment_ids_T is not None]
+    places = [s.places_L for s in members if s.places_L is not None]
     return ShardData(
         index=shard,
         tokens_T=np.concatenate([s.tokens_T for s in members]),
         num_tokens_N=np.array([len(s.tokens_T) for s in members], dtype=np.int64),
         num_positions_N=lengths.astype(np.int64),
         loss_mask_P=np.concatenate([s.loss_mask_L for s in members]),
-        labels_P=causal_lm.labels([s.tokens_T for s in members]),
+        labels_P=task.stored_labels(members),
         targets=rows.targets,
         table=sequences.sequence_table(begin, end),
         segment_ids_T=np.concatenate(segments) if segments else None,
+        places_P=np.concatenate(places) if places else None,
         hidden=rows.hidden,
         tail_sum=runner.take_tail_sum(),
     )
 
 
-def _show_bytes(meter: Any, written: list[ShardRecord]) -> None:
+def row_name(plan: Plan) -> str:
+    """Return what a position is called in messages: a token, or a row of another kind."""
+    return "token" if task_of(plan.task).gives == "tokens" else "row"
+
+
+def _show_bytes(meter: Any, written: list[ShardRecord], unit: str) -> None:
     if written:
         size = sum(record.num_bytes for record in written) / sum(record.num_positions for record in written)
-        meter.set_postfix_str(f"{size:.0f} bytes/token, {len(written)} shards written")
+        meter.set_postfix_str(f"{size:.0f} bytes/{unit}, {len(written)} shards written")

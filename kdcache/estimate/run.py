@@ -94,6 +94,11 @@ def estimate(
     if config.targets != TargetsConfig() or config.hidden_states != HiddenStatesConfig():
         log.warning("settings of targets and hidden states play no part here, presets have their own")
     config = build(DumpConfig, {**config.model_dump(exclude={"targets", "hidden_states"}), "output": _NO_OUTPUT})
+    if config.of_task.gives != "tokens":
+        raise ConfigError(
+            f"task {config.task} keeps everything that its teacher says, so there are no presets to choose among; "
+            "kdcache dump-teacher --dry-run tells its size"
+        )
     parts = load_parts(config, progress)
     sample, head, pilot = _pilot(parts, num_positions, progress)
     plans, reasons = _plans(config, parts, chosen, sample, head)
@@ -144,7 +149,7 @@ def _pilot(parts: Parts, num_positions: int, progress: bool) -> tuple[Sample, LM
     indices = pilot_sequences(sequences, num_positions)
     head = _head_of(parts)
     layers = [teacher.num_layers] if isinstance(head, LMHead) else []
-    runner = BatchRunner(teacher, _PILOT_RECORD, layers, hidden_codec({"name": "exact"}))
+    runner = BatchRunner(teacher, _PILOT_RECORD, layers, {parts.plan.states_field: hidden_codec({"name": "exact"})})
     with bar(1, "teacher", "run", enabled=progress) as meter:
         run_rows(indices[: max(1, len(indices) // 8)], sequences, runner, parts.batch_tokens)  # warms up
         began = time.perf_counter()
@@ -157,7 +162,7 @@ def _pilot(parts: Parts, num_positions: int, progress: bool) -> tuple[Sample, LM
     logits: Logits = TeacherLogits(teacher, chosen, parts.batch_tokens)
     if isinstance(head, LMHead):
         logits = HeadLogits(rows.hidden[parts.plan.states_field], head)
-    sample = Sample(chosen, table, parts.plan.tokenizer.vocab_size, logits)
+    sample = Sample(chosen, table, parts.plan.tokenizer.vocab_size, logits, teacher.task)
     return sample, head, _Pilot(seconds, float(-rows.targets.gold_logprob_P.mean()))
 
 
@@ -199,7 +204,7 @@ def plan_of(config: DumpConfig, base: Plan, states_PD: NDArray[np.float32] | Non
         update={
             "targets": config.targets.record,
             "fields": tuple(make_fields(config, base.teacher, base.tokenizer.vocab_size, layers, pilot)),
-            "shard_positions": shard_positions(config, base.num_positions, base.teacher, len(layers)),
+            "shard_positions": shard_positions(config, base, base.teacher, len(layers)),
         }
     )
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from kdcache.models.lm_head import BufferedHead, LMHead
 from kdcache.schema import Sequence
-from kdcache.tasks import causal_lm
+from kdcache.tasks import TASKS, Task
+from kdcache.tasks.causal_lm import CausalLM
 from kdcache.teachers import HuggingFaceTeacher
 from kdcache.teachers.keep import ChunkSizes
 
@@ -76,7 +77,7 @@ class TeacherLogits:
     def _batches(self) -> Iterator[list[Sequence]]:
         batch: list[Sequence] = []
         for sequence in self._sequences:
-            longest = max(s.num_positions for s in [*batch, sequence])
+            longest = max(s.num_fed for s in [*batch, sequence])
             if batch and (len(batch) + 1) * longest > self._batch_tokens:
                 yield batch
                 batch = []
@@ -95,6 +96,7 @@ class Sample:
     table: pa.Table
     vocab_size: int
     logits: Logits
+    task: Task = TASKS[CausalLM.name]
 
     @cached_property
     def lengths_N(self) -> NDArray[np.int64]:
@@ -104,7 +106,7 @@ class Sample:
     @cached_property
     def labels_P(self) -> NDArray[np.int64]:
         """The corpus's own next tokens."""
-        return causal_lm.labels([s.tokens_T for s in self.sequences])
+        return self.task.labels(self.sequences)
 
     @property
     def num_positions(self) -> int:

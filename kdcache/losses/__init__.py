@@ -10,13 +10,13 @@ from kdcache.losses.base import Loss, Part, allowed
 from kdcache.losses.context import TeacherContext
 from kdcache.losses.divergences import LOSSES, CrossEntropy
 from kdcache.losses.forward_kl import ForwardKL
-from kdcache.losses.hidden_terms import TERMS
 from kdcache.losses.objective import Objective, ObjectiveConfig, ObjectiveOutput
 from kdcache.losses.schedules import SCHEDULES
 from kdcache.losses.scores import PositionScores, per_position_values, score_positions
 from kdcache.losses.selection import MEASURES, Select
 from kdcache.losses.teacher_rows import TeacherRows
-from kdcache.losses.terms import LayerStates, Needs, Term, TermModule
+from kdcache.losses.term_table import TERMS
+from kdcache.losses.terms import LayerStates, Needs, Outputs, Term, TermModule
 from kdcache.losses.view import ChunkView
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "Objective",
     "ObjectiveConfig",
     "ObjectiveOutput",
+    "Outputs",
     "Part",
     "PositionScores",
     "Select",

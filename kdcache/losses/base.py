@@ -85,6 +85,8 @@ def allowed(part: Part, context: TeacherContext) -> str | None:
 
     What has schedules must make sense at all times of a run.
     """
+    if context.kind == "outputs" and (isinstance(part, Loss) or part.select is not None):
+        return f"it needs a distribution at every position, and the cache holds {context.holds}; use terms over outputs"
     for progress in part.moments():
         reason = part.at(progress).refusal(context)
         if reason is not None:

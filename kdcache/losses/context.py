@@ -18,13 +18,14 @@ from torch import Tensor
 
 from kdcache.errors import CorruptCacheError
 from kdcache.models.lm_head import LMHead
-from kdcache.schema import Kind
+from kdcache.schema import Kind, OutputsRecord
 
 _HOLDS: dict[Kind, str] = {
     "top-k": "the most probable ids of each position",
     "sampled": "draws from the teacher's distribution",
     "hybrid": "the most probable ids of each position and draws from the others",
     "hidden": "the teacher's last hidden state at each position",
+    "outputs": "the teacher's raw outputs at each position, no distribution",
 }
 
 
@@ -38,7 +39,8 @@ class TeacherContext:
     head over V ids (None: not stored). ``num_layers`` of the teacher, and ``layer_widths`` of those layers whose
     hidden states are stored, by number (0: the embeddings, ``num_layers``: after the final norm). ``num_kept`` is how
     many ids at the front of every row are the most probable ones, with their exact probabilities; who reads draws needs
-    it (0: none, or unknown). Raises ``CorruptCacheError`` when prior or head are of another vocabulary.
+    it (0: none, or unknown). ``outputs`` says what the raw outputs of the teacher are (None: not stored). Raises
+    ``CorruptCacheError`` when prior or head are of another vocabulary.
     """
 
     kind: Kind = "top-k"
@@ -50,6 +52,7 @@ class TeacherContext:
     num_layers: int = 0
     layer_widths: Mapping[int, int] = field(default_factory=dict)
     num_kept: int = 0
+    outputs: OutputsRecord | None = None
 
     def __post_init__(self) -> None:
         self._check_size("tail prior", None if self.prior_V is None else len(self.prior_V))

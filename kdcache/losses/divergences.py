@@ -6,6 +6,7 @@ tests enumerate the table.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kdcache.losses.base import Loss
@@ -14,18 +15,19 @@ from kdcache.losses.f_divergences import JensenShannon, ReverseKL, SkewKL, SkewR
 from kdcache.losses.forward_kl import ForwardKL
 from kdcache.losses.kept_logits import LogitsMSE, Ranking
 from kdcache.losses.view import ChunkView
+from kdcache.plugins import plugins
 
 
 class CrossEntropy(Loss):
-    """Negative log-likelihood of the corpus's own next token."""
+    """Negative log-likelihood of the corpus's own token or class; 0 where it has none."""
 
     is_divergence = False
 
-    needs = "nothing: the corpus's own next token"
+    needs = "nothing: the corpus's own answer"
 
     def values(self, view: ChunkView) -> Tensor:
         """Return the loss of each position, [C]."""
-        return -view.gold_logprob_C
+        return torch.where(view.teacher.labels_P >= 0, -view.gold_logprob_C, 0.0)
 
     def refusal(self, context: TeacherContext) -> None:
         """Return None: the teacher plays no part."""
@@ -42,3 +44,5 @@ LOSSES: dict[str, type[Loss]] = {
     "logits_mse": LogitsMSE,
     "ranking": Ranking,
 }
+# Other packages add theirs in this entry-point group.
+LOSSES |= plugins("kdcache.losses", LOSSES)

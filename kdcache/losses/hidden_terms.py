@@ -171,9 +171,3 @@ def _orthogonal(width: int, teacher_width: int, generator: torch.Generator) -> n
     else:
         nn.init.orthogonal_(linear.weight, generator=generator)
     return linear
-
-
-TERMS: dict[str, type[Term]] = {
-    "hidden_mse": HiddenMSE,
-    "hidden_cosine": HiddenCosine,
-}

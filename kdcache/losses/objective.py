@@ -24,11 +24,12 @@ from kdcache.losses.base import Loss, Part
 from kdcache.losses.chunked import Work, default_chunk_positions, weighted_sum
 from kdcache.losses.context import TeacherContext
 from kdcache.losses.divergences import LOSSES
-from kdcache.losses.hidden_terms import TERMS
 from kdcache.losses.schedules import highest
 from kdcache.losses.teacher_rows import TeacherRows
+from kdcache.losses.term_table import TERMS
 from kdcache.losses.terms import LayerStates, Needs, Term, TermModule, build_terms, untouched, weighted_terms
 from kdcache.models.lm_head import LMHead
+from kdcache.schema import NO_LABEL
 
 DEFAULT_WEIGHTS: dict[str, Any] = {"forward_kl": {"weight": 0.9}, "cross_entropy": {"weight": 0.1}}
 
@@ -228,20 +229,22 @@ def check_ids(head: LMHead, teacher: TeacherRows, context: TeacherContext) -> No
 
     The student has to have every id of the teacher's vocabulary, and may have more.
     """
+    if context.kind == "outputs":
+        return  # numbers, and no ids
     vocab_size = head.vocab_size if context.vocab_size is None else context.vocab_size
     if vocab_size > head.vocab_size:
         raise StudentError(
             f"the student's LM head must have a row for each of the teacher's {vocab_size} ids, found "
             f"{head.vocab_size}. Teacher and student must share one tokenizer"
         )
-    limits = {"teacher_ids": (teacher.ids_PK, vocab_size), "labels": (teacher.labels_P, head.vocab_size)}
-    checked = {name: (tensor, size) for name, (tensor, size) in limits.items() if tensor.numel()}
+    limits = {"teacher_ids": (teacher.ids_PK, vocab_size, 0), "labels": (teacher.labels_P, head.vocab_size, NO_LABEL)}
+    checked = {name: limit for name, limit in limits.items() if limit[0].numel()}
     if not checked:
         return
     # One transfer from the device for both checks; an id out of range would otherwise abort a CUDA process.
-    extremes = torch.stack([bound for tensor, _ in checked.values() for bound in tensor.aminmax()]).tolist()
-    for (name, (_, size)), low, high in zip(checked.items(), extremes[::2], extremes[1::2], strict=True):
-        if low < 0 or high >= size:
+    extremes = torch.stack([bound for tensor, *_ in checked.values() for bound in tensor.aminmax()]).tolist()
+    for (name, (_, size, least)), low, high in zip(checked.items(), extremes[::2], extremes[1::2], strict=True):
+        if low < least or high >= size:
             whose = "teacher" if size < head.vocab_size else "student"
             raise StudentError(
                 f"{name} must lie in 0..{size - 1}, the {whose}'s vocabulary; found {low}..{high}. "

@@ -71,6 +71,7 @@ class Select(Config):
         """
         if not self.is_share:
             return self
+        values_P = values_P[~values_P.isnan()]  # of rows without an answer of the corpus
         if not len(values_P):
             end = "highest" if self.top is not None else "lowest"
             raise ConfigError(f"no position counts, so there is no share of them with the {end} {self.by}")

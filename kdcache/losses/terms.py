@@ -16,8 +16,8 @@ Shape suffixes: P flat positions, D width of a layer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from kdcache.errors import ConfigError, StudentError
 from kdcache.losses.base import Part
 from kdcache.losses.context import TeacherContext
-from kdcache.schema import layer_field
+from kdcache.schema import OUTPUTS_FIELD, layer_field
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,14 @@ class Needs:
 
     student_layers: frozenset[int] = frozenset()
     teacher_layers: frozenset[int] = frozenset()
+    outputs: bool = False
+    """Whether the raw outputs of both models are read."""
 
     @property
     def teacher_fields(self) -> tuple[str, ...]:
-        """Names of the cache's fields that hold the teacher's states."""
-        return tuple(layer_field(layer) for layer in sorted(self.teacher_layers))
+        """Names of the cache's fields that hold the teacher's part."""
+        layers = tuple(layer_field(layer) for layer in sorted(self.teacher_layers))
+        return (*layers, OUTPUTS_FIELD) if self.outputs else layers
 
     @staticmethod
     def union(needs: Iterable[Needs]) -> Needs:
@@ -47,26 +50,67 @@ class Needs:
         return Needs(
             frozenset().union(*(item.student_layers for item in every)),
             frozenset().union(*(item.teacher_layers for item in every)),
+            any(item.outputs for item in every),
         )
 
 
 @dataclass(frozen=True)
+class Outputs:
+    """Raw outputs [P, C] of student and teacher, with the corpus's own numbers and the sequence of every row.
+
+    ``labels_P`` float32, NaN where there is none; ``groups_P`` int64, rows of one sequence (a query's documents, the
+    texts of a pair) have the same number and stand next to each other.
+    """
+
+    student_PC: Tensor
+    teacher_PC: Tensor
+    labels_P: Tensor
+    groups_P: Tensor
+
+    def with_student(self, student_PC: Tensor) -> Outputs:
+        """Return the same rows with other outputs of the student, in whose dtype everything then is."""
+        dtype = student_PC.dtype
+        return replace(
+            self, student_PC=student_PC, teacher_PC=self.teacher_PC.to(dtype), labels_P=self.labels_P.to(dtype)
+        )
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Outputs:
+        """Return every tensor changed alike."""
+        return Outputs(*(change(getattr(self, field.name)) for field in fields(self)))
+
+
+@dataclass(frozen=True)
 class LayerStates:
-    """States [P, D] of some layers of student and teacher at the same P positions, by layer number."""
+    """States [P, D] of some layers of student and teacher at the same P positions, by layer number; raw outputs."""
 
     student: Mapping[int, Tensor]
     teacher: Mapping[int, Tensor]
+    outputs: Outputs | None = None
 
     @classmethod
-    def from_batch(cls, student: Mapping[int, Tensor], batch: Mapping[str, Tensor], needs: Needs) -> LayerStates:
-        """Join the student's states with the teacher's of a collated batch; raises ``ConfigError`` for missing keys."""
+    def from_batch(
+        cls,
+        student: Mapping[int, Tensor],
+        batch: Mapping[str, Tensor],
+        needs: Needs,
+        student_outputs: Tensor | None = None,
+    ) -> LayerStates:
+        """Join the student's part with the teacher's of a collated batch; raises ``ConfigError`` for missing keys."""
         missing = [name for name in needs.teacher_fields if name not in batch]
         if missing:
             raise ConfigError(
                 f"the objective needs {', '.join(missing)} in every training batch, found {', '.join(batch)}; read "
                 "those fields of the cache too"
             )
-        return cls(student, {layer: batch[layer_field(layer)] for layer in sorted(needs.teacher_layers)})
+        teacher = {layer: batch[layer_field(layer)] for layer in sorted(needs.teacher_layers)}
+        if not needs.outputs:
+            return cls(student, teacher)
+        assert student_outputs is not None
+        teacher_PC = batch[OUTPUTS_FIELD]
+        unknown_P = torch.full_like(teacher_PC[:, 0], torch.nan)
+        each_P = torch.arange(len(teacher_PC), device=teacher_PC.device)
+        labels_P, groups_P = batch.get("label_values", unknown_P), batch.get("groups", each_P)
+        return cls(student, teacher, Outputs(student_outputs, teacher_PC, labels_P, groups_P))
 
     def check(self, num_positions: int) -> None:
         """Raise ``StudentError`` unless every layer has one state for each of the teacher's rows."""
@@ -84,7 +128,8 @@ class LayerStates:
             {layer: states_PD.index_select(0, rows_P) for layer, states_PD in states.items()}
             for states in (self.student, self.teacher)
         )
-        return LayerStates(student, teacher)
+        outputs = None if self.outputs is None else self.outputs.each(lambda tensor: tensor.index_select(0, rows_P))
+        return LayerStates(student, teacher, outputs)
 
 
 class TermModule(nn.Module, ABC):

@@ -90,7 +90,7 @@ class ChunkView:
 
     @cached_property
     def gold_logprob_C(self) -> Tensor:
-        """Student log-probability of the corpus's own next token."""
+        """Student log-probability of the corpus's own answer; where there is none, of the first id."""
         return self._coarse()[2] - self.lse_C
 
     @cached_property
@@ -174,6 +174,7 @@ class _Coarsen(torch.autograd.Function):
         has_pads: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         head_CK = logits_CV.gather(1, ids_CK)
+        labels_C = labels_C.clamp(min=0)  # NO_LABEL is below all ids
         gold_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1)
         lowest, sum_outside_C = torch.finfo(logits_CV.dtype).min * min(1.0, temperature), None
         # For a moment the logits at the ids are lowered in place, which costs K of V elements; a copy would cost as

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +40,10 @@ class LMHead:
     def vocab_size(self) -> int:
         """Number of rows of the head, V."""
         return self.weight_VD.shape[0]
+
+    def of(self, linear: Any) -> LMHead:
+        """Return the head with the parameters that ``linear`` has now."""
+        return replace(self, weight_VD=linear.weight, bias_V=getattr(linear, "bias", None))
 
     def to(self, device: torch.device | str) -> LMHead:
         """Return the head on ``device``."""
@@ -164,18 +168,24 @@ def split_model(model: Any) -> tuple[nn.Module, LMHead] | None:
         scale,
         getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None),
     )
-    return (body, head) if _reproduces(model, body, head) else None
+    return (body, head) if reproduces(model, body, head, {"use_cache": False}, {"use_cache": False}) else None
 
 
 @torch.no_grad()
-def _reproduces(model: Any, body: nn.Module, head: LMHead) -> bool:
+def reproduces(
+    model: Any, body: Callable[..., Any], head: LMHead, fed_body: Mapping[str, Any], fed_model: Mapping[str, Any]
+) -> bool:
+    """Return whether ``head`` makes the logits of ``model`` of the states of ``body``, by trying on a few tokens.
+
+    ``fed_body`` and ``fed_model`` are what each of them wants besides.
+    """
     device = head.weight_VD.device
     probe = torch.arange(8, device=device).remainder(head.vocab_size)[None]
     training = model.training
     model.eval()
     try:
-        expected = model(input_ids=probe, use_cache=False).logits.float()
-        found = head.logits(body(input_ids=probe, use_cache=False).last_hidden_state).float()
+        expected = model(input_ids=probe, **fed_model).logits.float()
+        found = head.logits(body(input_ids=probe, **fed_body).last_hidden_state).float()
     finally:
         model.train(training)
     if found.shape != expected.shape:

@@ -1,4 +1,4 @@
-"""Loading a causal language model and its tokenizer from a hub id, a directory or a GGUF file.
+"""Loading the model of a task and its tokenizer from a hub id, a directory or a GGUF file.
 
 Only what is loaded differs between teachers and students; what goes wrong is the same, so the messages live here. Code
 from model repositories is never run (``trust_remote_code`` stays off): a cache may name a stranger's model.
@@ -7,15 +7,19 @@ from model repositories is never run (``trust_remote_code`` stays off): a cache 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kdcache.errors import ConfigError, KdcacheError, did_you_mean
+from kdcache.tasks import Task
+
+log = logging.getLogger(__name__)
 
 #: Names of dtypes as settings write them.
 DTYPES = {
@@ -61,37 +65,77 @@ def source_arguments(name: str) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": name}
 
 
-def load_causal_lm(
-    name: str, *, dtype: torch.dtype | None, revision: str | None = None, error: type[KdcacheError] = KdcacheError
+def load_model(
+    name: str,
+    task: Task,
+    *,
+    dtype: torch.dtype | None,
+    revision: str | None = None,
+    error: type[KdcacheError] = KdcacheError,
+    may_lack_head: bool = False,
+    **settings: Any,
 ) -> Any:
-    """Load the causal language model ``name`` in ``dtype`` (None: the checkpoint's own) on the CPU, in eval mode.
+    """Load the model ``name`` for ``task`` in ``dtype`` (None: the checkpoint's own) on the CPU, in eval mode.
 
-    Raises ``error`` when there is no such model or it is not a causal language model.
+    With ``may_lack_head`` the checkpoint need not have the weights of the task's head, only those of the model under
+    it: they are then drawn at random from the generator as it is. ``settings`` go into the model's configuration.
+    Raises ``error`` when there is no such model or it is not one of the task.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     arguments = source_arguments(name)
     is_gguf = "gguf_file" in arguments
     _check_not_an_adapter(name, error)
     with _readable_failures(name, error):
         if not is_gguf:
-            _check_architecture(AutoConfig.from_pretrained(name, revision=revision), name, error)
+            _check_architecture(transformers.AutoConfig.from_pretrained(name, revision=revision), task, name, error)
         if is_gguf:
-            from transformers import GgufConfig
-
             # Without it the model believes that it is still quantised and refuses .float() and saving.
-            arguments["quantization_config"] = GgufConfig(dequantize=True)
+            arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
         with quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                **arguments, revision=revision or "main", dtype=dtype or "auto", output_loading_info=True
+            model, report = getattr(transformers, task.model_class).from_pretrained(
+                **arguments, **settings, revision=revision or "main", dtype=dtype or "auto", output_loading_info=True
             )
-    if missing := sorted(report["missing_keys"]):
-        # Otherwise they would silently be random numbers.
+    _check_whole(report, model, name, task, error, may_lack_head)
+    if task.body == "pooled" and getattr(model, "pooler", None) is not None:
+        # It takes no part in the pooling, so nothing would train it, and distributed training waits for everything.
+        model.pooler = None
+    return model.eval()
+
+
+def load_config(name: str, *, revision: str | None = None, error: type[KdcacheError] = KdcacheError) -> Any:
+    """Load the configuration of ``name`` alone; raises ``error`` when it has none."""
+    import transformers
+
+    with _readable_failures(name, error), quiet():
+        return transformers.AutoConfig.from_pretrained(**source_arguments(name), revision=revision or "main")
+
+
+def _check_whole(
+    report: Mapping[str, Any], model: Any, name: str, task: Task, error: type[KdcacheError], may_lack_head: bool
+) -> None:
+    # Otherwise they would silently be random numbers.
+    missing = sorted(report["missing_keys"])
+    if task.body in ("pooled", "bi-encoder"):
+        # What it would be pooled with if nobody else did it: never used here.
+        missing = [key for key in missing if not key.startswith("pooler.")]
+    inside = f"{model.base_model_prefix}."
+    of_head = [key for key in missing if not key.startswith(inside) or key.startswith(f"{inside}pooler.")]
+    if may_lack_head and task.name != "causal-lm" and not model.config.is_encoder_decoder:
+        if of_head:
+            log.warning(
+                "%s has no head for task %s: %d weights, such as %s, begin at random",
+                name,
+                task.name,
+                len(of_head),
+                of_head[0],
+            )
+        missing = [key for key in missing if key not in of_head]
+    if missing:
         raise error(
             f"{name} lacks {len(missing)} of the weights of a {type(model).__name__}, such as {missing[0]}: it is "
-            "incomplete or not a causal language model"
+            f"incomplete or no model for the task {task.name}"
         )
-    return model.eval()
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, error: type[KdcacheError] = KdcacheError) -> Any:
@@ -111,7 +155,9 @@ def _check_not_an_adapter(name: str, error: type[KdcacheError]) -> None:
         )
 
 
-def _check_architecture(config: Any, name: str, error: type[KdcacheError]) -> None:
+def _check_architecture(config: Any, task: Task, name: str, error: type[KdcacheError]) -> None:
+    if task.model_class != "AutoModelForCausalLM":
+        return  # what a checkpoint lacks for another task is seen when it is loaded
     architectures = list(config.architectures or [])
     if getattr(config, "is_encoder_decoder", False):
         raise error(f"{name} is an encoder-decoder ({config.model_type}), not a causal language model")

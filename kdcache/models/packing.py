@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.tasks import causal_lm
+from kdcache.schema import Sequence
+from kdcache.tasks import task_of
 
 _LENGTH = 12
 
@@ -38,8 +39,9 @@ def keeps_documents_apart(model: Any, vocab_size: int) -> bool:
 
 
 def _last_rows(model: Any, tokens_T: NDArray[np.uint32], segment_ids_T: NDArray[np.uint16] | None) -> Tensor:
-    batch = causal_lm.pad_batch([tokens_T], pad_id=0, segment_ids=None if segment_ids_T is None else [segment_ids_T])
+    sequence = Sequence(0, tokens_T, np.ones(len(tokens_T) - 1, np.uint8), segment_ids_T)
+    batch = task_of("causal-lm").pad_batch([sequence], pad_id=0)
     device = next(model.parameters()).device
-    inputs = {n: torch.from_numpy(v).to(device) for n, v in batch.items() if n not in ("rows", "labels")}
+    inputs = {n: torch.from_numpy(v).to(device) for n, v in batch.items() if n != "rows"}
     logits: Tensor = model(**inputs, use_cache=False).logits[0, 1 - _LENGTH :]
     return logits.float()

@@ -23,6 +23,7 @@ from typing import Any
 
 import tokenizers
 
+from kdcache.errors import ConfigError
 from kdcache.schema import TokenizerRecord
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,45 @@ class TextEncoder:
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return one list of token ids per text, never truncated."""
         return self._encode(texts, add_special_tokens=True)
+
+    @property
+    def num_ids(self) -> int:
+        """Number of token ids, the true size of the vocabulary."""
+        return true_vocab_size(self._tokenizer)
+
+    @property
+    def mask_id(self) -> int | None:
+        """Token that stands for a hidden one, or None."""
+        mask_id: int | None = self._tokenizer.mask_token_id
+        return mask_id
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that stand for no text: those that begin, end, separate, pad, hide, or are unknown."""
+        return frozenset(self._tokenizer.all_special_ids)
+
+    def encode_plain(self, texts: list[str]) -> list[list[int]]:
+        """Return one list of token ids per text, without special tokens."""
+        return self._encode(texts, add_special_tokens=False)
+
+    def around(self, num_parts: int) -> list[list[int]]:
+        """Return the special tokens before, between and after 1 or 2 texts that are fed together.
+
+        Found by trying. Raises ``ConfigError`` for a tokenizer that joins texts in another way than one after another.
+        """
+        if num_parts == 1:
+            return list(self._added_around())
+        [plain] = self._encode([_PROBE], add_special_tokens=False)
+        joined = list(self._tokenizer(_PROBE, _PROBE, add_special_tokens=True)["input_ids"])
+        starts = [i for i in range(len(joined)) if joined[i : i + len(plain)] == plain]
+        if len(starts) != 2:
+            raise ConfigError(
+                f"the tokenizer ({type(self._tokenizer).__name__}) does not feed two texts one after another, so pairs "
+                "of texts cannot be made of it"
+            )
+        first, second = starts
+        size = len(plain)
+        return [joined[:first], joined[first + size : second], joined[second + size :]]
 
     def _encode(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
         if not texts:

@@ -9,6 +9,7 @@ frozen pydantic models (`Plan`, `ShardRecord`, `Manifest`) are written as JSON a
 """
 
 from kdcache.schema.arrays import (
+    NO_LABEL,
     Document,
     Draws,
     FloatArray,
@@ -21,6 +22,7 @@ from kdcache.schema.arrays import (
 from kdcache.schema.records import (
     FORMAT_VERSION,
     KINDS,
+    OUTPUTS_FIELD,
     STATISTICS_COLUMNS,
     ArrayRecord,
     CorpusRecord,
@@ -28,6 +30,7 @@ from kdcache.schema.records import (
     Kind,
     Manifest,
     ObjectRecord,
+    OutputsRecord,
     Plan,
     ShardRecord,
     Statistics,
@@ -40,6 +43,8 @@ from kdcache.schema.records import (
 __all__ = [
     "FORMAT_VERSION",
     "KINDS",
+    "NO_LABEL",
+    "OUTPUTS_FIELD",
     "STATISTICS_COLUMNS",
     "ArrayRecord",
     "CorpusRecord",
@@ -51,6 +56,7 @@ __all__ = [
     "Kind",
     "Manifest",
     "ObjectRecord",
+    "OutputsRecord",
     "Plan",
     "Sequence",
     "SequenceBatch",

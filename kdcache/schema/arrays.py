@@ -23,23 +23,37 @@ class Document:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
+#: Stands for a label that there is not, among whole numbers; among other numbers that is NaN.
+NO_LABEL = -1
+
+
 @dataclass(frozen=True)
 class Sequence:
-    """One training sequence: L + 1 tokens make L predicted positions.
+    """One training sequence: what models are fed, T tokens, and L rows that the teacher answers; the task says which.
 
-    ``loss_mask_L`` is 0 where the next token must not be learnt (the first token of another document in a packed
-    window). ``segment_ids_T`` numbers the documents of a packed window, None for a sequence of one document.
+    ``loss_mask_L`` is 0 where a row must not be learnt (the first token of another document in a packed window).
+    ``segment_ids_T`` numbers the parts of a sequence (documents of a packed window, text and second text, input and
+    target), None where there is one. ``labels_L`` are the corpus's own answers where they are not tokens that follow:
+    int64 classes or ids (`NO_LABEL`: none), or float32 numbers (NaN: none). ``places_L`` are the tokens, by their
+    places in the sequence, that the rows belong to, where only some tokens have rows.
     """
 
     index: int
     tokens_T: NDArray[np.uint32]
     loss_mask_L: NDArray[np.uint8]
     segment_ids_T: NDArray[np.uint16] | None = None
+    labels_L: NDArray[Any] | None = None
+    places_L: NDArray[np.uint32] | None = None
 
     @property
     def num_positions(self) -> int:
-        """Number of predicted positions, one fewer than tokens."""
-        return len(self.tokens_T) - 1
+        """Number of rows."""
+        return len(self.loss_mask_L)
+
+    @property
+    def num_fed(self) -> int:
+        """Tokens that a model has to read, about: a causal one never sees the last."""
+        return max(len(self.tokens_T) - 1, 1)
 
 
 def token_hash(tokens_T: IntArray) -> str:
@@ -70,6 +84,9 @@ class Targets:
     Three parts are there only if the cache was made so. ``num_kept_P``: rows keep different numbers of ids, the
     first ``num_kept_P[p]`` of row p; its further columns repeat the row's first id with log-probability -inf.
     ``log_tails_PG``: log of the mass outside the kept ids at each of G temperatures. ``draws``: samples of the tail.
+
+    Where the corpus has no answer of its own, ``gold_logprob_P`` is NaN. Ids are those of tokens, or of classes where
+    the task is about classes; rows of the kind outputs hold nothing here (see `Targets.nothing`).
     """
 
     ids_PK: IntArray
@@ -98,6 +115,18 @@ class Targets:
             return self.ids_PK[:, 0]
         best_P1 = self.draws.counts_PJ.argmax(axis=1)[:, None]
         return np.take_along_axis(self.draws.ids_PJ, best_P1, axis=1)[:, 0]
+
+    @staticmethod
+    def nothing(num_positions: int) -> Targets:
+        """Return rows of a teacher that gives no distribution: no ids, nothing outside them, no answer."""
+        zeros_P = np.zeros(num_positions, np.float32)
+        return Targets(
+            ids_PK=np.zeros((num_positions, 0), np.int32),
+            logprobs_PK=np.zeros((num_positions, 0), np.float32),
+            log_tail_P=zeros_P,
+            gold_logprob_P=np.full(num_positions, np.nan, np.float32),
+            entropy_P=zeros_P,
+        )
 
     def merged(self) -> tuple[IntArray, NDArray[np.float32], NDArray[np.float32]]:
         """Return ids [P, K + J], log-probabilities [P, K + J] and log tail [P] with the tail shared out to its draws.
@@ -154,6 +183,7 @@ class SequenceBatch:
     Sequence n has tokens ``tokens_T[token_offsets_N1[n]:token_offsets_N1[n + 1]]`` and rows
     ``[position_offsets_N1[n]:position_offsets_N1[n + 1]]`` of every per-position array. ``hidden`` maps the name of a
     layer to float32 [P, D]; ``last`` is the state that stands for the distribution (targets of the kind hidden).
+    ``labels_P`` and ``places_P`` are those of `Sequence`, where the task stores them.
     """
 
     indices: list[int]
@@ -164,6 +194,23 @@ class SequenceBatch:
     targets: Targets
     segment_ids_T: NDArray[np.uint16] | None = None
     hidden: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    labels_P: NDArray[Any] | None = None
+    places_P: NDArray[np.uint32] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def sequences(self) -> list[Sequence]:
+        """Return the sequences one by one (views), as the dump had them."""
+
+        def split(array: NDArray[Any] | None, offsets_N1: NDArray[np.int64]) -> list[Any]:
+            return [None] * len(self) if array is None else np.split(array, offsets_N1[1:-1])
+
+        parts = (
+            split(self.tokens_T, self.token_offsets_N1),
+            split(self.loss_mask_P, self.position_offsets_N1),
+            split(self.segment_ids_T, self.token_offsets_N1),
+            split(self.labels_P, self.position_offsets_N1),
+            split(self.places_P, self.position_offsets_N1),
+        )
+        return [Sequence(index, *arrays) for index, *arrays in zip(self.indices, *parts, strict=True)]

@@ -52,9 +52,11 @@ class CorpusRecord(Config):
     num_too_short: int
     metadata_columns: tuple[str, ...]
     licence: str | None = None
+    num_truncated: int = 0
+    """Documents that were cut to fit into a sequence."""
 
 
-Kind = Literal["top-k", "sampled", "hybrid", "hidden"]
+Kind = Literal["top-k", "sampled", "hybrid", "hidden", "outputs"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
@@ -64,7 +66,8 @@ class TargetsRecord(Config):
     ``top-k``: the most probable ids with their log-probabilities and the exact mass of all others. ``sampled``: counts
     of draws from the whole distribution, an unbiased estimate of it. ``hybrid``: the most probable ids exactly, and
     draws from the others. ``hidden``: the last hidden state, from which the teacher's LM head (once per cache) makes
-    the whole distribution again.
+    the whole distribution again. ``outputs``: no distribution at all; the teacher's numbers (scores, an embedding) are
+    in the field of that name.
     """
 
     kind: Kind = "top-k"
@@ -88,6 +91,19 @@ class TargetsRecord(Config):
         return self.min_prob > 0 or self.min_mass < 1
 
 
+class OutputsRecord(Config):
+    """What the teacher's raw outputs at a row are: logits of classes, a score, or an embedding."""
+
+    width: int
+    """Numbers at every row."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes, in order; none where the outputs are no logits of classes."""
+    pooling: str | None = None
+    """How states of tokens become one embedding: mean, cls or last; None where the outputs are no embeddings."""
+    normalised: bool | None = None
+    """Of embeddings: whether their length is 1."""
+
+
 class ArrayRecord(Config):
     """One array of a shard: ``rows`` says what its first axis counts, ``shape`` what follows it.
 
@@ -107,6 +123,8 @@ class ArrayRecord(Config):
 
 
 _LAYER = "hidden-"
+#: Name of the field of the teacher's raw outputs.
+OUTPUTS_FIELD = "outputs"
 
 
 def layer_field(layer: int) -> str:
@@ -136,6 +154,8 @@ class Statistics(Config):
     """Sums over the positions that count (loss mask 1), so that shards add up exactly."""
 
     num_positions: int = 0
+    num_unlabelled: int = 0
+    """Positions for which the corpus has no answer, so that they have no loss."""
     teacher_loss_sum: float = 0.0
     entropy_sum: float = 0.0
     kept_mass_sum: float = 0.0
@@ -180,6 +200,8 @@ class Plan(Config):
     sequences: dict[str, Any]
     """How documents became sequences (max_length, packing, ...)."""
     fields: tuple[FieldRecord, ...]
+    outputs: OutputsRecord | None = None
+    """What the field of raw outputs holds; None where there is none."""
     num_sequences: int
     num_positions: int
     num_tokens: int
@@ -201,7 +223,15 @@ class Plan(Config):
     @property
     def is_packed(self) -> bool:
         """Whether sequences hold several documents that do not see each other."""
-        return any(array.name == "segment_ids" for array in self.field("targets").arrays)
+        has_segments = any(array.name == "segment_ids" for array in self.field("targets").arrays)
+        return has_segments and self.sequences.get("packing") == "window"
+
+    @property
+    def num_ids(self) -> int:
+        """Number of ids that the targets range over: classes where the outputs are their logits, else tokens."""
+        if self.outputs is not None and self.outputs.labels:
+            return len(self.outputs.labels)
+        return self.tokenizer.vocab_size
 
     @property
     def states_field(self) -> str:
@@ -217,6 +247,11 @@ class Plan(Config):
     def hidden_layers(self) -> tuple[str, ...]:
         """Names of the stored hidden-state fields, such as ``hidden-30``."""
         return tuple(item.name for item in self.fields if item.name.startswith(_LAYER))
+
+    @property
+    def vector_fields(self) -> tuple[str, ...]:
+        """Names of all fields that hold a vector at every position: hidden states and raw outputs."""
+        return tuple(item.name for item in self.fields if item.name.startswith(_LAYER) or item.name == OUTPUTS_FIELD)
 
     @property
     def layer_widths(self) -> dict[int, int]:

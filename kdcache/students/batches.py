@@ -12,24 +12,29 @@ from torch import Tensor
 from kdcache.cache import Cache
 from kdcache.cache.batches import Batches, MicroBatches
 from kdcache.schema import SequenceBatch
-from kdcache.tasks.causal_lm import collate
+from kdcache.tasks import TASKS, Task, task_of
+from kdcache.tasks.causal_lm import CausalLM
 
 
 def training_batches(
     cache: Cache, micro_batches: MicroBatches, pad_id: int, **reading: Any
 ) -> Batches[dict[str, Tensor]]:
     """Return collated micro-batches as CPU tensors, read ahead; ``reading`` are the settings of `Batches`."""
-    make = partial(to_tensors, pad_id=pad_id, pin=torch.cuda.is_available())
+    task = task_of(cache.manifest.task)
+    make = partial(to_tensors, pad_id=pad_id, task=task, pin=torch.cuda.is_available())
     return Batches(cache, micro_batches, make=make, **reading)
 
 
-def to_tensors(batch: SequenceBatch, pad_id: int, *, pin: bool = False) -> dict[str, Tensor]:
-    """Collate decoded sequences into tensors (see ``kdcache.tasks.causal_lm.collate`` for names and shapes).
+def to_tensors(
+    batch: SequenceBatch, pad_id: int, task: Task = TASKS[CausalLM.name], *, pin: bool = False
+) -> dict[str, Tensor]:
+    """Collate decoded sequences of a ``task`` into tensors (see ``kdcache.tasks.Task.collate`` for names and shapes).
 
     ``pin`` puts them into memory that a CUDA device copies from by itself.
     """
     # A view of an encoded array may be read-only, which torch.from_numpy only warns about.
     tensors = {
-        name: torch.from_numpy(np.require(value, requirements="W")) for name, value in collate(batch, pad_id).items()
+        name: torch.from_numpy(np.require(value, requirements="W"))
+        for name, value in task.collate(batch, pad_id).items()
     }
     return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin else tensors

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from kdcache.config import Config
 from kdcache.errors import did_you_mean
+from kdcache.models.bi_encoder import BiEncoderConfig
 from kdcache.students.sizes import SIZES
 
 #: As ``target_modules``: every linear layer but the LM head.
@@ -46,10 +47,30 @@ class StudentConfig(Config):
     config_file: str | None = Field(default=None, min_length=1)
     size: str | None = None
     revision: str | None = None
+    keep_layers: tuple[int, ...] | None = Field(default=None, min_length=1)
+    """Start from these layers of ``model`` alone, counted from 0: ``[0, 2, 4]`` is a student of half of six layers."""
+    projection: Literal["linear"] | None = None
+    """Of a student that embeds texts: a linear layer to the teacher's width behind the pooling, saved with it."""
+    pca: bool | None = None
+    """Of such a student of a smaller width: reduce the teacher's embeddings to that width instead."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = Field(default=0, ge=0, lt=2**32)
     lora: LoraConfig | None = None
     """Train low-rank adapters beside frozen weights, instead of the weights."""
+    encoder: Literal["cross-encoder", "bi-encoder"] | None = None
+    """Of a student of task ranking: reads query and document together (default), or each alone (cheaper to search)."""
+    bi_encoder: BiEncoderConfig | None = None
+    """How a bi-encoder scores two texts (default: as the model says, else the cosine of mean states times 20)."""
+
+    @field_validator("projection", mode="before")
+    @classmethod
+    def _on_or_off(cls, value: object) -> object:
+        return {True: "linear", False: None}[value] if isinstance(value, bool) else value
+
+    @field_validator("pca")
+    @classmethod
+    def _off_is_absent(cls, value: bool | None) -> bool | None:
+        return value or None
 
     @model_validator(mode="after")
     def _one_origin(self) -> StudentConfig:
@@ -62,6 +83,12 @@ class StudentConfig(Config):
             raise ValueError(f"unknown student size {self.size!r}, {did_you_mean(self.size, SIZES)}")
         if self.revision is not None and self.model is None:
             raise ValueError("revision belongs to model, a fresh student has none")
+        if self.keep_layers is not None and self.model is None:
+            raise ValueError("keep_layers chooses among those of a pretrained model, and a fresh student has none")
+        if self.bi_encoder is not None and self.encoder != "bi-encoder":
+            raise ValueError("bi_encoder says how a bi-encoder scores texts; give encoder: bi-encoder too")
+        if self.projection is not None and self.pca:
+            raise ValueError("projection brings the student to the teacher's width, pca the teacher to its: give one")
         if self.lora is not None and self.model is None:
             raise ValueError(
                 "lora adapts a pretrained student, a fresh one has nothing to adapt: give model, or no lora"

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, set_seed
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, set_seed
 
 from kdcache.config import read_yaml
 from kdcache.errors import ConfigError, StudentError, did_you_mean
@@ -20,6 +21,8 @@ from kdcache.models.loading import first_line
 from kdcache.schema import Manifest
 from kdcache.students.config import StudentConfig
 from kdcache.students.sizes import SIZES, llama_config
+from kdcache.tasks import Task
+from kdcache.tasks.causal_lm import CausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -29,21 +32,27 @@ def max_length(manifest: Manifest) -> int:
     return int(manifest.sequences["max_length"])
 
 
-def build_fresh(config: StudentConfig, manifest: Manifest, tokenizer: Any, name: str) -> Any:
-    """Build a student with random weights; ``name`` is what error messages call it. Raises `StudentError`."""
-    hf_config = fresh_hf_config(config, manifest, tokenizer)
+def build_fresh(config: StudentConfig, manifest: Manifest, tokenizer: Any, name: str, task: Task) -> Any:
+    """Build a student of ``task`` with random weights; ``name`` is for messages. Raises `StudentError`."""
+    hf_config = fresh_hf_config(config, manifest, tokenizer, task)
     set_seed(config.seed)
     try:
-        return AutoModelForCausalLM.from_config(hf_config, dtype=getattr(torch, config.dtype))
+        auto = getattr(transformers, task.model_class)
+        return auto.from_config(hf_config, dtype=getattr(torch, config.dtype))
     except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
         raise StudentError(f"cannot build student {name}: {first_line(error)}") from None
 
 
-def fresh_hf_config(config: StudentConfig, manifest: Manifest, tokenizer: Any) -> Any:
+def fresh_hf_config(config: StudentConfig, manifest: Manifest, tokenizer: Any, task: Task) -> Any:
     """Return the Hugging Face configuration of a fresh student, with ids and lengths taken from the cache."""
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     vocab_size = manifest.tokenizer.vocab_size
     if config.size is not None:
+        if task.name != CausalLM.name:
+            raise ConfigError(
+                f"student sizes are those of decoders, and the cache is of task {task.name}; give a model, or a "
+                "config_file of such an architecture"
+            )
         # Rotary positions cost no parameters, so there is no reason to tie the student to this cache's length.
         return llama_config(
             SIZES[config.size], vocab_size, max_position_embeddings=max(2048, max_length(manifest)), **ids
@@ -53,11 +62,24 @@ def fresh_hf_config(config: StudentConfig, manifest: Manifest, tokenizer: Any) -
     found = settings.get("vocab_size", vocab_size)
     if found != vocab_size:
         logger.info("vocab_size %s of %s is replaced by the cache's %d", found, config.config_file, vocab_size)
-    hf_config = _hf_config(settings | ids | {"vocab_size": vocab_size}, config.config_file)
+    hf_config = _hf_config(
+        settings | ids | head_settings(task, manifest) | {"vocab_size": vocab_size}, config.config_file
+    )
     positions = getattr(hf_config, "max_position_embeddings", None)
     if positions is not None and positions < max_length(manifest):
         hf_config.max_position_embeddings = max_length(manifest)
     return hf_config
+
+
+def head_settings(task: Task, manifest: Manifest) -> dict[str, Any]:
+    """Return the settings of a Hugging Face configuration that say what the head of a student gives."""
+    outputs = manifest.outputs
+    if outputs is None or task.body != "logits":
+        return {}
+    if not outputs.labels:
+        return {"num_labels": outputs.width}
+    names = dict(enumerate(outputs.labels))
+    return {"num_labels": len(names), "id2label": names, "label2id": {name: n for n, name in names.items()}}
 
 
 def _read_config_file(path: str) -> dict[str, Any]:

@@ -13,22 +13,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import set_seed
 
-from kdcache.errors import CacheError, StudentError
-from kdcache.models.lm_head import LMHead, split_model
-from kdcache.models.loading import load_causal_lm, load_tokenizer, parse_dtype, quiet
+from kdcache.errors import CacheError, ConfigError, StudentError
+from kdcache.models.bodies import Parts, context_length, fed, probe_inputs, split_for
+from kdcache.models.lm_head import LMHead
+from kdcache.models.loading import load_model, load_tokenizer, parse_dtype, quiet
 from kdcache.models.packing import keeps_documents_apart
 from kdcache.models.tokenizer import describe_difference
 from kdcache.schema import Manifest
 from kdcache.students.config import StudentConfig
-from kdcache.students.fresh import build_fresh, max_length
+from kdcache.students.fresh import build_fresh, head_settings, max_length
+from kdcache.students.layers import with_layers
 from kdcache.students.lora import adapt
+from kdcache.students.rankers import make_ranker, task_of_student
+from kdcache.students.sentence_model import SentenceModel, sentence_model
+from kdcache.tasks import Task
+from kdcache.tasks.causal_lm import CausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -37,25 +44,27 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 @dataclass
 class Student:
-    """A student that fits a cache: model, the cache's tokenizer, body and head, and the true vocabulary size."""
+    """A student that fits a cache: model, the cache's tokenizer, body and head, and how many ids the head has.
+
+    ``vocab_size`` is the true number of tokens, or of classes.
+    """
 
     model: Any
     tokenizer: Any
-    body: nn.Module
+    parts: Parts
     vocab_size: int
-    _head: LMHead
     adapter: Any = None
     """The ``PeftModel`` around the model, where only adapters are trained (see ``kdcache.students.lora``)."""
+    sentence: SentenceModel | None = None
+    """How the model embeds texts, of a student that does (bi-encoders too)."""
 
     @property
     def head(self) -> LMHead:
-        """The LM head over the true vocabulary, built from the model's current parameters.
+        """The head over the true vocabulary, built from the model's current parameters.
 
         Built anew each time: a view of the weight that outlives a step would keep that step's autograd graph.
         """
-        embeddings = self.model.get_output_embeddings()
-        current = replace(self._head, weight_VD=embeddings.weight, bias_V=getattr(embeddings, "bias", None))
-        return current.narrow(self.vocab_size)
+        return self.parts.head().narrow(self.vocab_size)
 
     @property
     def num_parameters(self) -> int:
@@ -84,15 +93,14 @@ class Student:
         Layers are numbered as those of the teacher in a cache: 0 is the embeddings, n the state after block n, the
         last one that after the final norm.
         """
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-        output = self.body(**inputs, use_cache=False, **({"output_hidden_states": True} if layers else {}))
+        output = self.parts.body(**fed(batch), **({"output_hidden_states": True} if layers else {}))
 
         def real(states_BLD: Tensor) -> Tensor:
             return states_BLD.flatten(0, 1)[batch["rows"]]
 
         last_PD = real(output.last_hidden_state)
-        num_layers = len(output.hidden_states) - 1 if layers else 0
-        return last_PD, {n: last_PD if n == num_layers else real(output.hidden_states[n]) for n in sorted(layers)}
+        last = len(output.hidden_states) - 1 if layers and self.parts.last_is_state else None
+        return last_PD, {n: last_PD if n == last else real(output.hidden_states[n]) for n in sorted(layers)}
 
     @torch.no_grad()
     def layer_widths(self) -> tuple[int, ...]:
@@ -100,20 +108,20 @@ class Student:
 
         Raises `StudentError` where the architecture does not give its states.
         """
-        training = self.body.training
-        self.body.eval()
+        training = self.model.training
+        self.model.eval()
         try:
-            probe = torch.zeros(1, 1, dtype=torch.int64, device=next(self.body.parameters()).device)
-            output = self.body(input_ids=probe, use_cache=False, output_hidden_states=True)
+            output = self.parts.body(**probe_inputs(self.model), output_hidden_states=True)
         finally:
-            self.body.train(training)
+            self.model.train(training)
         states = getattr(output, "hidden_states", None)
         if not states:
             raise StudentError(
                 f"the student's architecture ({type(self.model).__name__}) does not return the states of its layers, "
                 "which the objective's hidden-state terms need; leave these terms out, or choose another student"
             )
-        return (*(state.shape[-1] for state in states[:-1]), output.last_hidden_state.shape[-1])
+        last = output.last_hidden_state if self.parts.last_is_state else states[-1]
+        return (*(state.shape[-1] for state in states[:-1]), last.shape[-1])
 
     def checkpoint_activations(self) -> None:
         """Keep the layers' inputs only and compute the rest again in the backward: less memory, more time.
@@ -139,18 +147,43 @@ def load_student(config: StudentConfig, manifest: Manifest, tokenizer_dir: str |
     """
     tokenizer = load_tokenizer(str(tokenizer_dir), error=CacheError)
     name = config.model or config.config_file or f"of size {config.size}"
+    task = task_of_student(config, manifest)
     if config.is_fresh:
-        model = build_fresh(config, manifest, tokenizer, name)
+        model = build_fresh(config, manifest, tokenizer, name, task)
     else:
-        model = load_causal_lm(name, dtype=parse_dtype(config.dtype), revision=config.revision, error=StudentError)
+        model = _load_pretrained(config, task, manifest, name)
         _check_tokenizer(config, manifest, tokenizer, name)
-    student = _fit(model, tokenizer, manifest, name)
+    ranker = make_ranker(model, task, tokenizer, config, manifest)
+    sentence = ranker or sentence_model(model, config, manifest, task, name)
+    student = _fit(model, task, tokenizer, manifest, name, sentence)
     if config.lora is not None:
+        _check_lora(task)
         student.adapter = adapt(student.model, config, name)
     return student
 
 
-def _fit(model: Any, tokenizer: Any, manifest: Manifest, name: str) -> Student:
+def _load_pretrained(config: StudentConfig, task: Task, manifest: Manifest, name: str) -> Any:
+    set_seed(config.seed)  # of a head that the checkpoint may lack
+    model = load_model(
+        name,
+        task,
+        dtype=parse_dtype(config.dtype),
+        revision=config.revision,
+        error=StudentError,
+        may_lack_head=True,
+        **head_settings(task, manifest),
+    )
+    return model if config.keep_layers is None else with_layers(model, config.keep_layers, name)
+
+
+def _check_lora(task: Task) -> None:
+    if task.name != CausalLM.name:
+        raise ConfigError(f"lora is for students of task {CausalLM.name} so far, found {task.name}; leave it out")
+
+
+def _fit(
+    model: Any, task: Task, tokenizer: Any, manifest: Manifest, name: str, sentence: SentenceModel | None
+) -> Student:
     vocab_size = manifest.tokenizer.vocab_size
     embeddings = model.get_input_embeddings()
     if embeddings.num_embeddings < vocab_size:
@@ -158,7 +191,7 @@ def _fit(model: Any, tokenizer: Any, manifest: Manifest, name: str) -> Student:
             f"student {name} knows {embeddings.num_embeddings} token ids, but the cache uses {vocab_size}: "
             "choose a model with the teacher's tokenizer"
         )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = context_length(model)
     if positions is not None and positions < max_length(manifest):
         raise StudentError(
             f"student {name} takes at most {positions} positions, but the cache has sequences of up to "
@@ -166,19 +199,19 @@ def _fit(model: Any, tokenizer: Any, manifest: Manifest, name: str) -> Student:
         )
     _check_finite(model, name)
     _check_packing(model, manifest, name)
-    split = split_model(model)
-    if split is None:
+    parts = split_for(task.body, model, manifest.outputs if sentence is None else sentence.outputs)
+    if parts is None:
         raise StudentError(
             f"student {name} ({type(model).__name__}) cannot be split into a body and an LM head that reproduce its "
             "logits; choose another architecture"
         )
-    body, head = split
-    if not _is_causal(body, vocab_size):
+    if task.name == CausalLM.name and not _is_causal(model, parts.body, vocab_size):
         raise StudentError(
             f"student {name} ({type(model).__name__}) lets a position see later tokens, so it is not a causal language "
             "model; choose a decoder"
         )
-    return Student(model, tokenizer, body, vocab_size, head)
+    num_ids = manifest.num_ids if task.gives != "outputs" else parts.head().vocab_size
+    return Student(model, tokenizer, parts, num_ids, sentence=sentence)
 
 
 def _check_tokenizer(config: StudentConfig, manifest: Manifest, tokenizer: Any, name: str) -> None:
@@ -236,17 +269,17 @@ def _check_packing(model: Any, manifest: Manifest, name: str) -> None:
 
 
 @torch.no_grad()
-def _is_causal(body: Any, vocab_size: int) -> bool:
+def _is_causal(model: Any, body: Any, vocab_size: int) -> bool:
     """Whether the first positions' hidden states stay the same when the last token changes."""
-    device = next(body.parameters()).device
+    device = next(model.parameters()).device
     tokens = torch.arange(6, device=device).remainder(vocab_size).repeat(2, 1)
     tokens[1, -1] = (tokens[1, -1] + 1) % vocab_size
-    training = body.training
-    body.eval()
+    training = model.training
+    model.eval()
     try:
-        first, second = body(input_ids=tokens, use_cache=False).last_hidden_state
+        first, second = body(input_ids=tokens).last_hidden_state
     finally:
-        body.train(training)
+        model.train(training)
     # Rounding aside, what reads ahead moves earlier positions by a share of what the last one moves: the smaller, the
     # smaller the weights, and those of a fresh student are small.
     moved = (first - second).abs().float()

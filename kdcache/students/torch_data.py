@@ -70,7 +70,7 @@ def to_torch(
     """Return a cache as an iterable data set of collated batches, as CPU tensors (pinned where there is CUDA).
 
     Settings are those of `Cache.batches`; ``pad_id`` fills ``input_ids`` up to the longest sequence. Names and shapes
-    of the tensors are told by `kdcache.tasks.causal_lm.collate`. A ``DataLoader`` around it needs ``batch_size=None``
+    of the tensors are told by `kdcache.tasks.Task.collate`. A ``DataLoader`` around it needs ``batch_size=None``
     and ``num_workers=0``; with workers its iteration raises ``ConfigError``.
     """
     dealt = cache.batches(batch_sequences, **order).micro_batches

@@ -31,7 +31,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
-    AutoModelForCausalLM,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -44,8 +43,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from kdcache.cache.batches import Batches
 from kdcache.errors import ConfigError, StudentError, did_you_mean
 from kdcache.models.loading import first_line, quiet
+from kdcache.models.pooling import load_projection, without_projection
 from kdcache.students.load import Student
 from kdcache.students.lora import ADAPTER_DIR, load_adapter, merge_adapter, save_adapter
+from kdcache.students.sentence_model import save_sentence_files
 from kdcache.students.term_file import load_terms, save_terms
 
 STATE_FILE = "trainer_state.json"
@@ -113,7 +114,8 @@ class DistillationTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss, sums, count = model(inputs, num_items_in_batch)
-        self.meter.add(sums, count, inputs["labels"].numel())
+        num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["labels"].numel()
+        self.meter.add(sums, count, num_tokens)
         loss = loss * self.accelerator.num_processes
         return (loss, sums) if return_outputs else loss
 
@@ -150,7 +152,9 @@ class DistillationTrainer(Trainer):
             return
         model = self.student.model
         with quiet():
-            saved = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        if self.student.sentence is not None:
+            load_projection(saved, resume_from_checkpoint, error=StudentError)
         model.load_state_dict(saved.state_dict())
 
     def load_checkpoint(self, checkpoint: Path, state: TrainerState) -> None:
@@ -180,9 +184,11 @@ def save_student(student: Student, output: str | Path) -> None:
     if student.adapter is not None:
         save_adapter(student.adapter, Path(output) / ADAPTER_DIR)
         merge_adapter(student.adapter)
-    with quiet():
+    with quiet(), without_projection(student.model):
         student.model.save_pretrained(output)
     student.tokenizer.save_pretrained(output)
+    if student.sentence is not None:
+        save_sentence_files(student.model, student.sentence, output)
 
 
 def _save_checkpoint(student: Student, output: str | Path) -> None:
@@ -211,26 +217,26 @@ def _readable(path: Path) -> bool:
 
 
 class _Meter:
-    """Sums of each loss term and of positions since it was last read; ``total_positions`` since it was made."""
+    """Sums of each loss term and of tokens since it was last read; ``total_tokens`` since it was made."""
 
     def __init__(self, batches: Batches[dict[str, Tensor]]) -> None:
-        self.total_positions = 0
+        self.total_tokens = 0
         self._batches = batches
         self._reset()
 
     def _reset(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._num_valid = 0
-        self._num_positions = 0
+        self._num_tokens: int | Tensor = 0
         self._since_s = time.perf_counter()
         self._waited_s = self._batches.wait_s
 
-    def add(self, sums: Mapping[str, Tensor], num_valid: int, num_positions: int) -> None:
+    def add(self, sums: Mapping[str, Tensor], num_valid: int, num_tokens: int | Tensor) -> None:
         """Add a micro-batch; sums stay on the device, so nothing waits for it."""
         for name, value in sums.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._num_valid += num_valid
-        self._num_positions += num_positions
+        self._num_tokens = self._num_tokens + num_tokens
 
     def read(self, accelerator: Any) -> dict[str, float]:
         """Return each term's mean per valid position, tokens per second and waiting for data, and start anew.
@@ -238,16 +244,16 @@ class _Meter:
         ``data_wait`` is this process's share of the time, 0 to 1.
         """
         names = list(self._sums)
-        counts = [self._num_valid, self._num_positions]
+        counts = [self._num_valid, float(self._num_tokens)]
         local = torch.tensor([*(self._sums[name].item() for name in names), *counts], dtype=torch.float64)
         total = accelerator.reduce(local.to(accelerator.device)) if accelerator.num_processes > 1 else local
-        *sums, num_valid, num_positions = total.tolist()
-        self.total_positions += int(num_positions)
+        *sums, num_valid, num_tokens = total.tolist()
+        self.total_tokens += int(num_tokens)
         seconds = max(time.perf_counter() - self._since_s, 1e-9)
         wait = (self._batches.wait_s - self._waited_s) / seconds
         self._reset()
         means = {name: value / max(num_valid, 1) for name, value in zip(names, sums, strict=True)}
-        return {**means, "tokens_per_s": round(num_positions / seconds, 1), "data_wait": round(wait, 5)}
+        return {**means, "tokens_per_s": round(num_tokens / seconds, 1), "data_wait": round(wait, 5)}
 
 
 class _Flow(TrainerCallback):

@@ -27,7 +27,8 @@ def write_plot(path: Path, rows: Sequence[Row], quality: str) -> bool:
     for axes, (key, title) in zip(figure.subplots(1, len(_PANELS), sharey=True), _PANELS.items(), strict=True):
         _draw(axes, key, finished)
         axes.set_xlabel(title)
-    figure.axes[0].set_ylabel(f"{quality} (nats per position)")
+    unit = " (nats per position)" if quality.endswith(("loss", "kl")) else ""
+    figure.axes[0].set_ylabel(quality + unit)
     figure.savefig(path, dpi=120)
     return True
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from kdcache.config import Config
 from kdcache.students.run_record import finite
@@ -27,6 +27,8 @@ class HeldOut(Config):
     agreement: float | None
     ece: float | None
     teacher_loss: float | None
+    metrics: dict[str, float | None] = Field(default_factory=dict)
+    """What the task is judged by besides; the first one orders students that have no loss."""
     warnings: tuple[str, ...] = ()
 
 

@@ -146,7 +146,7 @@ def _line(outcome: Outcome) -> str:
         return f"{outcome.name} failed: {outcome.error}"
     numbers: dict[str, float | None] = {"training loss": outcome.losses.get("loss")}
     if outcome.held_out is not None:
-        numbers = {"held-out loss": outcome.held_out.loss, "KL": outcome.held_out.kl}
+        numbers = {"held-out loss": outcome.held_out.loss, "KL": outcome.held_out.kl, **outcome.held_out.metrics}
     told = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items() if value is not None)
     return f"{outcome.name}: {told}, {outcome.seconds:.1f} s of training"
 
@@ -172,6 +172,6 @@ def _finish(plan: SweepPlan, outcomes: dict[str, Outcome]) -> SweepResult:
         return result
     from kdcache.sweep.plot import write_plot
 
-    quality = "training loss" if plan.held_out is None else "held-out loss"
+    quality = result.rows[0].judged_by
     is_drawn = write_plot(output / PLOT_FILE, result.rows, quality)
     return SweepResult(plan, outcomes, output / PLOT_FILE if is_drawn else None)

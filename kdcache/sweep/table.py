@@ -17,7 +17,7 @@ import yaml
 
 from kdcache.students.table import render_table
 from kdcache.sweep.plan import SweepPlan
-from kdcache.sweep.results import Failure, Outcome, StudentResult
+from kdcache.sweep.results import Failure, HeldOut, Outcome, StudentResult
 from kdcache.sweep.variations import Variation, flatten
 
 #: 97.5 % quantiles of Student's t distribution for 1, 2, ... degrees of freedom.
@@ -80,9 +80,28 @@ class Row:
     losses: dict[str, Estimate | None]
 
     @property
+    def judged_by(self) -> str:
+        """What students are ordered by, as tables call it: held-out loss or KL, the task's first metric, or training.
+
+        A task without distributions has no loss on a held-out cache; without such a cache there is that of training.
+        """
+        known = [key for key, value in self.held_out.items() if value is not None]
+        first = next((key for key in known if key in ("loss", "kl") or key not in _QUALITIES), None)
+        return "training loss" if first is None else f"held-out {first}"
+
+    @property
     def quality(self) -> Estimate | None:
-        """The held-out loss, or without a held-out cache the loss of training."""
-        return self.held_out["loss"] if any(self.held_out.values()) else self.losses.get("loss")
+        """The number that students are ordered by."""
+        kind, _, key = self.judged_by.partition(" ")
+        return self.losses.get(key) if kind == "training" else self.held_out[key]
+
+    @property
+    def rank(self) -> float:
+        """Lower is better; infinite where nothing is known."""
+        if self.quality is None:
+            return math.inf
+        is_cost = self.judged_by.endswith(("loss", "kl", "mse"))
+        return self.quality.mean if is_cost else -self.quality.mean
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON types."""
@@ -96,7 +115,7 @@ def make_rows(plan: SweepPlan, outcomes: Mapping[str, Outcome]) -> list[Row]:
         groups.setdefault(run.variation.group, []).append(run.variation)
     settings = _varying(groups)
     rows = [_row(name, settings[name], group, outcomes) for name, group in groups.items()]
-    return sorted(rows, key=lambda row: math.inf if row.quality is None else row.quality.mean)
+    return sorted(rows, key=lambda row: row.rank)
 
 
 def _row(
@@ -113,9 +132,16 @@ def _row(
         len(group),
         # Of two times the interval would say how busy the machine was.
         {key: value and Estimate(value.mean) for key, value in costs.items()},
-        {key: _over([getattr(result.held_out, key, None) for result in finished]) for key in _QUALITIES},
+        _held_out([result.held_out for result in finished]),
         {term: _over([result.losses.get(term) for result in finished]) for term in terms},
     )
+
+
+def _held_out(judged: Sequence[HeldOut | None]) -> dict[str, Estimate | None]:
+    """Return the means of all that students were judged by, under the names of `HeldOut` and of the task's metrics."""
+    names = dict.fromkeys(name for one in judged if one is not None for name in one.metrics)
+    metrics = {name: _over([None if one is None else one.metrics.get(name) for one in judged]) for name in names}
+    return {key: _over([getattr(one, key, None) for one in judged]) for key in _QUALITIES} | metrics
 
 
 def _over(values: Sequence[float | None]) -> Estimate | None:
@@ -145,7 +171,9 @@ def render(plan: SweepPlan, rows: Sequence[Row], outcomes: Mapping[str, Outcome]
     columns = {"name": ("student", "s"), **{key: (key.removeprefix("objective."), "s") for key in rows[0].settings}}
     if any(row.num_students > 1 for row in rows):
         columns["seeds"] = ("seeds", "s")
-    columns |= _COSTS | {f"held-out {key}": column for key, column in _QUALITIES.items()}
+    metrics = dict.fromkeys(key for row in rows for key in row.held_out if key not in _QUALITIES)
+    qualities = _QUALITIES | {key: (key.replace("_", " "), ".4f") for key in metrics}
+    columns |= _COSTS | {f"held-out {key}": column for key, column in qualities.items()}
     columns |= {f"training {term}": (f"training {term}", ".4f") for row in rows for term in row.losses}
     table = render_table(columns, [SimpleNamespace(**_cells(row, columns)) for row in rows], markdown=markdown)
     notes = [f"- {note}" if markdown else note for note in _notes(plan, outcomes)]

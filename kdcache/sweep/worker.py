@@ -147,5 +147,6 @@ def _held_out(evaluation: Evaluation) -> HeldOut:
         agreement=finite(student.agreement),
         ece=finite(student.ece),
         teacher_loss=finite(teacher.loss),
+        metrics=finite(student.metrics),
         warnings=student.warnings,
     )

@@ -1,8 +1,8 @@
-"""A Hugging Face causal LM as a teacher: sequences in, targets and hidden states out.
+"""A Hugging Face model as a teacher: sequences in, logits, raw outputs and hidden states out.
 
-The body runs on a padded batch; everything after it works on the real positions only. Hidden states of middle layers
+The body runs on a padded batch; everything after it works on the task's rows only. Hidden states of middle layers
 come from the model's own ``output_hidden_states``; index n is the state after layer n, 0 the embeddings, and the last
-one is taken after the final norm, as every Hugging Face model does.
+one is taken after the final norm, as every Hugging Face model does. Of encoder-decoders they are those of the decoder.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ from torch import Tensor
 
 from kdcache.config import Config
 from kdcache.errors import ConfigError, TeacherError
-from kdcache.models.lm_head import BufferedHead, LMHead, split_model
-from kdcache.models.loading import load_causal_lm, parse_dtype, pick_device
+from kdcache.models.bodies import context_length, fed, num_layers, split_for
+from kdcache.models.lm_head import BufferedHead, LMHead
+from kdcache.models.loading import load_model, parse_dtype, pick_device
 from kdcache.models.packing import keeps_documents_apart
+from kdcache.models.pooling import load_projection
 from kdcache.models.weights import weights_sha256
-from kdcache.schema import Sequence, TeacherRecord
+from kdcache.schema import OutputsRecord, Sequence, TeacherRecord
 from kdcache.targets_config import layer_number
-from kdcache.tasks import causal_lm
+from kdcache.tasks import TASKS, Task
+from kdcache.tasks.causal_lm import CausalLM
 
 log = logging.getLogger(__name__)
 
@@ -47,32 +50,53 @@ class TeacherConfig(Config):
 class TeacherOutput:
     """What the teacher says about the P real positions of a batch, sequence by sequence.
 
-    ``logits(start, stop)`` yields rows [stop - start, V] over the true vocabulary, on the teacher's device; ``hidden``
-    maps layer numbers to states [P, D] in the teacher's dtype. Rows of logits are valid until the next call.
+    ``logits(start, stop)`` yields rows [stop - start, V] over the true vocabulary (or the classes), on the teacher's
+    device; ``hidden`` maps layer numbers to states [P, D] in the teacher's dtype. Rows of logits are valid until the
+    next call. ``outputs_PC`` are raw outputs, where the task keeps them.
     """
 
     logits: Callable[[int, int], Tensor]
     labels_P: Tensor
     hidden: dict[int, Tensor] = field(default_factory=dict)
+    outputs_PC: Tensor | None = None
 
 
 class HuggingFaceTeacher:
-    """A causal LM in eval mode, split into body and head where that reproduces its logits."""
+    """A model in eval mode, split into body and head where that reproduces its logits.
 
-    def __init__(self, model: Any, name: str, vocab_size: int, revision: str | None = None) -> None:
+    ``vocab_size`` is the true one of its tokenizer; ``outputs`` says what its raw outputs are, for tasks that have
+    some.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        vocab_size: int,
+        revision: str | None = None,
+        task: Task = TASKS[CausalLM.name],
+        outputs: OutputsRecord | None = None,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.device = next(model.parameters()).device
+        self.task, self.outputs = task, outputs
         self.vocab_size = vocab_size
-        self._split = split_model(model)
-        if self._split is None:
+        self._parts = split_for(task.body, model, outputs)
+        if self._parts is None:
+            _check_can_go_whole(task, name)
             log.warning("the LM head of %s cannot be split off; its full logits are made batch by batch", name)
-        rows = self._split[1].vocab_size if self._split else int(model.config.get_text_config().vocab_size)
-        if rows < vocab_size:
+        head = self._parts.head() if self._parts else None
+        embedded = int(model.get_input_embeddings().num_embeddings)
+        rows = head.vocab_size if head is not None and task.gives == "tokens" else embedded
+        if min(rows, embedded) < vocab_size:
+            verb = "predicts" if rows < vocab_size else "knows"
             raise TeacherError(
-                f"the tokenizer has {vocab_size} ids, but {name} only predicts {rows}: tokenizer and model do not match"
+                f"the tokenizer has {vocab_size} ids, but {name} only {verb} {min(rows, embedded)}: tokenizer and "
+                "model do not match"
             )
-        self._head = BufferedHead(self._split[1].narrow(vocab_size)) if self._split else None
-        _check_causal(self, name)
+        self._head = BufferedHead(head.narrow(vocab_size)) if head is not None and task.gives == "tokens" else None
+        if task.name == CausalLM.name:
+            _check_causal(self, name)
         self.record = _describe(model, name, rows, revision)
 
     @property
@@ -83,13 +107,12 @@ class HuggingFaceTeacher:
     @property
     def context_length(self) -> int | None:
         """Positions that the teacher was made for, None where its configuration names no limit."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return limit if isinstance(limit, int) and limit > 0 else None
+        return context_length(self.model)
 
     @property
     def max_batch_tokens(self) -> int:
         """Tokens of a batch that keep logits within 2^28 numbers, where those of a whole batch must exist at once."""
-        return 1 << 30 if self._split is not None else max(1, (1 << 28) // self.record.vocab_size)
+        return 1 << 30 if self._parts is not None else max(1, (1 << 28) // self.record.vocab_size)
 
     @property
     def head(self) -> LMHead:
@@ -116,39 +139,58 @@ class HuggingFaceTeacher:
     @torch.inference_mode()
     def run(self, sequences: SequenceOf[Sequence], layers: SequenceOf[int] = ()) -> TeacherOutput:
         """Run the teacher over one batch; ``layers`` are the hidden states to return."""
-        segments = [s.segment_ids_T for s in sequences if s.segment_ids_T is not None]
-        batch = causal_lm.pad_batch([s.tokens_T for s in sequences], pad_id=0, segment_ids=segments or None)
+        batch = self.task.pad_batch(list(sequences), pad_id=0)
         tensors = {name: torch.from_numpy(value).to(self.device) for name, value in batch.items()}
-        rows, labels = tensors.pop("rows"), tensors.pop("labels")
-        grid = tensors["input_ids"].shape[0] * tensors["input_ids"].shape[1]
-        everything = len(rows) == grid
+        labels = torch.from_numpy(self.task.labels(list(sequences))).to(self.device)
+        rows = tensors["rows"]
 
         def real(values_BLX: Tensor) -> Tensor:
-            flat = values_BLX.reshape(grid, values_BLX.shape[-1])
-            return flat if everything else flat.index_select(0, rows)
+            flat = values_BLX.reshape(-1, values_BLX.shape[-1])
+            return flat if len(rows) == len(flat) else flat.index_select(0, rows)
 
-        wants_middle = any(layer != self.num_layers for layer in layers)
-        module = self.model if self._split is None else self._split[0]
-        output = module(
-            **tensors, use_cache=False, output_hidden_states=wants_middle or (bool(layers) and not self._split)
-        )
-        if self._head is None:
-            logits_PV = real(output.logits[..., : self.vocab_size])
-            last = output.hidden_states[-1] if layers else logits_PV
-            logits = partial(_rows_of, logits_PV)
-        else:
-            last = output.last_hidden_state
-            logits = partial(self._head.logits, real(last))
-        hidden = {layer: real(last if layer == self.num_layers else output.hidden_states[layer]) for layer in layers}
-        return TeacherOutput(logits, labels, hidden)
+        if self._parts is None:
+            return self._run_whole(fed(tensors), labels, layers, real)
+        from_last = self._parts.last_is_state
+        wants_middle = any(layer != self.num_layers or not from_last for layer in layers)
+        output = self._parts.body(**fed(tensors), output_hidden_states=wants_middle)
+        last_PD = real(output.last_hidden_state)
+        hidden = {
+            layer: last_PD if from_last and layer == self.num_layers else real(output.hidden_states[layer])
+            for layer in layers
+        }
+        if self._head is not None:
+            return TeacherOutput(partial(self._head.logits, last_PD), labels, hidden)
+        return TeacherOutput(partial(_rows_of, last_PD), labels, hidden, outputs_PC=last_PD)
+
+    def _run_whole(
+        self, inputs: dict[str, Tensor], labels: Tensor, layers: SequenceOf[int], real: Callable[[Tensor], Tensor]
+    ) -> TeacherOutput:
+        """Run a causal model whose LM head cannot be split off."""
+        output = self.model(**inputs, use_cache=False, output_hidden_states=bool(layers))
+        logits_PV = real(output.logits[..., : self.vocab_size])
+        hidden = {layer: real(output.hidden_states[layer]) for layer in layers}
+        return TeacherOutput(partial(_rows_of, logits_PV), labels, hidden)
 
 
 def _rows_of(logits_PV: Tensor, start: int, stop: int) -> Tensor:
     return logits_PV[start:stop]
 
 
-def load_teacher(config: TeacherConfig, vocab_size: int) -> HuggingFaceTeacher:
-    """Load the teacher; raises ``TeacherError`` when there is none or it is not a causal LM."""
+def _check_can_go_whole(task: Task, name: str) -> None:
+    if task.name != CausalLM.name:
+        raise TeacherError(
+            f"{name} cannot be split into a body and a head that make its logits again, which task {task.name} needs; "
+            "use another architecture"
+        )
+
+
+def load_teacher(
+    config: TeacherConfig,
+    vocab_size: int,
+    task: Task = TASKS[CausalLM.name],
+    outputs: OutputsRecord | None = None,
+) -> HuggingFaceTeacher:
+    """Load the teacher; raises ``TeacherError`` when there is none or it is no model for ``task``."""
     device = pick_device(config.device)
     if config.dtype != "auto":
         dtype = parse_dtype(config.dtype)
@@ -156,8 +198,10 @@ def load_teacher(config: TeacherConfig, vocab_size: int) -> HuggingFaceTeacher:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     else:
         dtype = None
-    model = load_causal_lm(config.model, dtype=dtype, revision=config.revision, error=TeacherError)
-    return HuggingFaceTeacher(model.to(device), config.model, vocab_size, config.revision)
+    model = load_model(config.model, task, dtype=dtype, revision=config.revision, error=TeacherError)
+    if task.body == "pooled":
+        load_projection(model, config.model, config.revision)
+    return HuggingFaceTeacher(model.to(device), config.model, vocab_size, config.revision, task, outputs)
 
 
 def parse_layers(names: SequenceOf[str | int], num_layers: int) -> list[int]:
@@ -186,7 +230,7 @@ def _describe(model: Any, name: str, vocab_rows: int, revision: str | None) -> T
         weights_sha256=weights_sha256(model),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         num_parameters=sum(p.numel() for p in model.parameters()),
-        num_layers=int(config.num_hidden_layers),
+        num_layers=num_layers(model),
         hidden_size=int(config.hidden_size),
         vocab_size=vocab_rows,
         revision=getattr(model.config, "_commit_hash", None) or revision,

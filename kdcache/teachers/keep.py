@@ -70,7 +70,8 @@ class TargetKeeper:
         """Reduce the logits of P positions.
 
         ``logits(start, stop)`` returns the rows [stop - start, V] over the true vocabulary in the teacher's dtype,
-        valid until the next call; ``labels_P`` are the corpus's own next tokens; ``uniforms_PN`` the numbers in [0, 1)
+        valid until the next call; ``labels_P`` are the corpus's own answers (`NO_LABEL`: none, whose log-probability is
+        NaN); ``uniforms_PN`` the numbers in [0, 1)
         that choose the draws, see `draw_uniforms`. Raises ``NonFiniteLogitsError`` when a row is NaN or +inf.
         """
         num_positions, device = len(labels_P), labels_P.device
@@ -114,7 +115,8 @@ class TargetKeeper:
     def _reduce(self, logits_CV: Tensor, labels_C: Tensor, uniforms_CN: Tensor, max_rows: int) -> dict[str, Tensor]:
         values_CK, ids_CK, top_C1 = _best(logits_CV, self.record.top_k)
         head_CK = (values_CK.float() - top_C1).clamp_(min=_LOG_ZERO)
-        gold_C = (logits_CV.gather(1, labels_C[:, None]).float() - top_C1).squeeze(1).clamp_(min=_LOG_ZERO)
+        asked_C1 = labels_C[:, None].clamp(min=0)  # NO_LABEL is below all ids
+        gold_C = (logits_CV.gather(1, asked_C1).float() - top_C1).squeeze(1).clamp_(min=_LOG_ZERO)
         exp_CV, tail_C, weighted_tail_C, tails_GC = self._tail_sums(logits_CV, ids_CK, top_C1, max_rows)
         exp_CK = head_CK.exp()
         total_C = exp_CK.sum(1) + tail_C
@@ -123,7 +125,7 @@ class TargetKeeper:
         rows = {
             "ids_PK": ids_CK.to(torch.int32),
             "logprobs_PK": head_CK - log_total_C[:, None],
-            "gold_logprob_P": gold_C - log_total_C,
+            "gold_logprob_P": (gold_C - log_total_C).masked_fill_(labels_C < 0, torch.nan),
             # NaN through 0 * NaN or NaN maxima is what _check_finite looks for.
             "entropy_P": log_total_C - weighted_C / total_C,
         }

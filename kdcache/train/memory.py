@@ -37,7 +37,7 @@ from kdcache.config import Config
 from kdcache.losses import Objective
 from kdcache.losses.chunked import default_chunk_positions
 from kdcache.students.trainer import Distillation
-from kdcache.train.sample import Probe, mode_of
+from kdcache.train.sample import Batch, Probe, mode_of
 
 _PROBE_TOKENS = 128
 
@@ -112,11 +112,13 @@ def estimate_memory(
     batch_sequences: int,
     max_length: int,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+    longest: Callable[[int], Batch] | None = None,
 ) -> MemoryReport:
     """Estimate the memory of training ``module`` on the device where its parameters are.
 
     ``probe`` are some positions of the cache, on that device; ``hidden`` the fields of hidden states that are read.
-    The largest micro-batch has ``batch_sequences`` sequences, the longest of them ``max_length`` positions.
+    The largest micro-batch has ``batch_sequences`` sequences, the longest of them ``max_length`` positions. Where rows
+    are not the tokens of a sequence, ``longest`` makes a batch of that many copies of the longest one.
     ``autocast`` makes the context of the forward pass. Leaves weights and gradients as they are, and draws random
     numbers only for dropout.
     """
@@ -127,7 +129,11 @@ def estimate_memory(
     free_bytes = _free_bytes(device)
     has_bytes = held_bytes + (cache.open_bytes() if device.type == "cpu" else 0)
     with _own_gradients(module):
-        activations_bytes = _body_bytes(module, objective, batch_sequences, max_length, autocast)
+        if longest is None:
+            activations_bytes = _body_bytes(module, objective, batch_sequences, max_length, autocast)
+        else:
+            one, two = (_batch_peak(module, objective, longest(count), autocast) for count in (1, 2))
+            activations_bytes = max(2 * one - two, 0) + (two - one) * batch_sequences
         loss_bytes = _loss_bytes(module, objective, probe, batch_sequences * max_length, autocast)
     return MemoryReport(
         device=device.type,
@@ -172,6 +178,11 @@ def _body_peak(
     rows_P = torch.arange(num_sequences * length, device=student.head.weight_VD.device)
     input_ids = rows_P.remainder(student.vocab_size).view(num_sequences, length)
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "rows": rows_P}
+    return _batch_peak(module, objective, batch, autocast)
+
+
+def _batch_peak(module: Distillation, objective: Objective, batch: Batch, autocast: Callable[[], Any]) -> int:
+    student = module.student
     with AllocatedBytes() as memory:
         with autocast():
             hidden_PD, states = student.states(batch, objective.needs.student_layers)

@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from kdcache.losses import LayerStates, Objective, TeacherRows
+from kdcache.losses.hidden_terms import HiddenTerm
+from kdcache.losses.output_terms import OutputTerm
 from kdcache.losses.schedules import highest
 from kdcache.students import Student
+from kdcache.students.sentence_model import check_width
 from kdcache.students.trainer import Distillation
 
 log = logging.getLogger(__name__)
@@ -28,7 +31,9 @@ class Distiller(Distillation):
     def forward(self, batch: Mapping[str, Tensor], num_valid: Tensor) -> tuple[Tensor, dict[str, Tensor], int]:
         needs = self.objective.needs
         hidden_PD, student_states = self.student.states(batch, needs.student_layers)
-        states = LayerStates.from_batch(student_states, batch, needs)
+        if self.student.sentence is not None:
+            batch = self.student.sentence.with_reduced(batch)
+        states = LayerStates.from_batch(student_states, batch, needs, hidden_PD)
         rows = TeacherRows.from_batch(batch)
         result = self.objective(hidden_PD, self.student.head, rows, num_valid, states)
         return result.loss, result.sums, result.num_valid
@@ -47,10 +52,23 @@ def fit_terms(objective: Objective, student: Student, seed: int) -> None:
     """
     if not objective.config.terms:
         return
-    objective.build_terms(student.layer_widths(), seed)
-    if not any(highest(loss.weight) > 0 for loss in objective.config.losses.values()):
+    _check_width(objective, student)
+    reads_layers = any(isinstance(term, HiddenTerm) for term in objective.config.terms.values())
+    objective.build_terms(student.layer_widths() if reads_layers else (), seed)
+    if objective.context.kind != "outputs" and not any(
+        highest(loss.weight) > 0 for loss in objective.config.losses.values()
+    ):
         log.warning(
             "the objective has no loss beside %s, so the student's LM head learns nothing: whoever gives a weight "
             "gives them all (objective.forward_kl.weight=0.9, say)",
             " and ".join(objective.config.terms),
         )
+
+
+def _check_width(objective: Objective, student: Student) -> None:
+    if student.sentence is None or objective.context.outputs is None:
+        return
+    reduction_DC = student.sentence.reduction_DC
+    width = objective.context.outputs.width if reduction_DC is None else len(reduction_DC)
+    terms = objective.config.terms.items()
+    check_width(student.vocab_size, width, [n for n, term in terms if isinstance(term, OutputTerm) and term.same_width])

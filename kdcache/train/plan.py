@@ -22,11 +22,14 @@ from kdcache.cache import Cache
 from kdcache.cache.batches import MicroBatches
 from kdcache.losses import CrossEntropy, Loss, Objective, Part
 from kdcache.losses.modes import TemperedLoss
+from kdcache.losses.output_terms import LabelMSE
 from kdcache.losses.schedules import highest
 from kdcache.models.loading import pick_device
 from kdcache.students import Student
 from kdcache.students.batches import to_tensors
 from kdcache.students.trainer import Distillation
+from kdcache.tasks import Task, task_of
+from kdcache.tasks.causal_lm import CausalLM
 from kdcache.train.config import TrainConfig
 from kdcache.train.memory import estimate_memory
 from kdcache.train.module import Distiller
@@ -66,16 +69,29 @@ class _Run:
         return next(iter(self.module.parameters())).device
 
     @property
+    def task(self) -> Task:
+        return task_of(self.cache.manifest.task)
+
+    @property
     def autocast(self) -> Callable[[], contextlib.AbstractContextManager[Any]]:
         return partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def longest(self, chosen_N: NDArray[np.int64] | None) -> Callable[[int], Batch]:
+        """Return what makes a batch of so many copies of the longest sequence that is trained on."""
+        sizes_N = self.cache.sizes_N if chosen_N is None else self.cache.sizes_N[chosen_N]
+        index = int(np.argmax(sizes_N) if chosen_N is None else chosen_N[np.argmax(sizes_N)])
+        return lambda count: self._read([index] * count)
 
     def read(self, num_positions: int) -> Iterator[Batch]:
         """Yield the first batches of the training order, on the device."""
         size = _BATCH_POSITIONS.get(self.device.type, _BATCH_POSITIONS_ELSEWHERE)
         chosen = first_batches(self.cache, self.batches, num_positions=num_positions, batch_positions=size)
-        for indices in chosen:
-            read = self.cache.read(indices, hidden=self.module.hidden_fields)
-            yield {name: tensor.to(self.device) for name, tensor in to_tensors(read, self.student.pad_id).items()}
+        yield from map(self._read, chosen)
+
+    def _read(self, indices: list[int]) -> Batch:
+        read = self.cache.read(indices, hidden=self.module.hidden_fields)
+        tensors = to_tensors(read, self.student.pad_id, self.task)
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
 
 def plan_training(config: TrainConfig) -> TrainingReport:
@@ -120,6 +136,7 @@ def _report(run: _Run, is_timed: bool) -> TrainingReport:
         batch_sequences=batches.largest,
         max_length=int(lengths_N.max()),
         autocast=run.autocast,
+        longest=None if run.task.name == CausalLM.name else run.longest(chosen_N),
     )
     speed, costs_s = _timed(run, probe, steps, tokens_per_step) if is_timed else (None, {})
     return TrainingReport(
@@ -135,9 +152,9 @@ def _report(run: _Run, is_timed: bool) -> TrainingReport:
         steps=steps,
         epochs=round(steps / batches.steps_per_epoch, 3),
         learning_rate=config.peak_learning_rate,
-        objective={name: part.model_dump() for name, part in config.objective.parts.items()},
+        objective={name: part.model_dump() for name, part in run.objective.config.parts.items()},
         output=config.output,
-        vocab_size=run.cache.vocab_size,
+        vocab_size=run.cache.num_ids,
         teacher_loss=teacher_loss,
         kept_mass=kept_mass,
         sample=measured.report,
@@ -150,22 +167,36 @@ def _report(run: _Run, is_timed: bool) -> TrainingReport:
     )
 
 
-def _statistics(cache: Cache, chosen_N: NDArray[np.int64] | None) -> tuple[float, float]:
-    """Return the teacher's loss and the kept mass, means over the positions that count of ``chosen_N`` (None: all)."""
+def _statistics(cache: Cache, chosen_N: NDArray[np.int64] | None) -> tuple[float | None, float | None]:
+    """Return the teacher's loss and the kept mass, means over the positions that count of ``chosen_N`` (None: all).
+
+    None for what is not known: the loss where the corpus has no answers, both where there are no distributions.
+    """
+    if cache.manifest.targets.kind == "outputs":
+        return None, None
     if chosen_N is None:
         sums = cache.manifest.statistics
-        count = max(sums.num_positions, 1)
-        return sums.teacher_loss_sum / count, sums.kept_mass_sum / count
+        num_labelled = sums.num_positions - sums.num_unlabelled
+        loss = sums.teacher_loss_sum / num_labelled if num_labelled or not sums.num_positions else None
+        return loss, sums.kept_mass_sum / max(sums.num_positions, 1)
     table = cache.sequence_table(["num_targets", "teacher_loss", "kept_mass"])
     counts, losses, masses = (column.to_numpy()[chosen_N].astype(float) for column in table.columns)
-    # A sequence without positions that count has no loss.
-    total = max(counts.sum(), 1.0)
-    return tuple(float((counts * values)[counts > 0].sum() / total) for values in (losses, masses))  # type: ignore[return-value]
+    return _weighted_mean(losses, counts), _weighted_mean(masses, counts)
 
 
-def _term(run: _Run, name: str, part: Part, kept_mass: float, measured: Measured, cost_s: float | None) -> TermReport:
+def _weighted_mean(values_N: NDArray[np.float64], counts_N: NDArray[np.float64]) -> float | None:
+    # A sequence without positions that count has no value, and one without answers has no loss.
+    is_known_N = (counts_N > 0) & ~np.isnan(values_N)
+    if counts_N.sum() and not is_known_N.any():
+        return None
+    return float((counts_N * values_N)[is_known_N].sum() / max(counts_N[is_known_N].sum(), 1.0))
+
+
+def _term(
+    run: _Run, name: str, part: Part, kept_mass: float | None, measured: Measured, cost_s: float | None
+) -> TermReport:
     first, last = part.at(0.0), part.at(1.0)
-    uses_teacher = not isinstance(part, CrossEntropy)
+    uses_teacher = not isinstance(part, CrossEntropy | LabelMSE)
     mode = _mode(first, run)
     # Whole distributions and draws have no tail that something is to be done about.
     has_tail = mode != "full" and not run.objective.context.is_drawn
@@ -197,7 +228,7 @@ def _mode(part: Part, run: _Run) -> str | None:
     return mode if mode == "full" or part.temperature != 1.0 else None
 
 
-def _kept_mass(part: Part, run: _Run, at_one: float, measured: Measured) -> float | None:
+def _kept_mass(part: Part, run: _Run, at_one: float | None, measured: Measured) -> float | None:
     """Return the teacher's mass on the ids that the term compares one by one; None where that says nothing.
 
     Modes: ``full`` compares all ids, ``grid`` the kept ones at its temperature, whose tail was stored; ``decoupled``

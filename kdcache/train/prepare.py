@@ -17,10 +17,13 @@ from kdcache.cache.batches import MicroBatches
 from kdcache.cache.curriculum import PacedOrder
 from kdcache.cache.order import Order, ShuffledOrder
 from kdcache.cache.reader import OPEN_BYTES
+from kdcache.config import build
 from kdcache.errors import ConfigError
-from kdcache.losses import Objective
+from kdcache.losses import Objective, ObjectiveConfig
 from kdcache.students import Student, load_student
+from kdcache.students.sentence_model import fit_widths
 from kdcache.students.trainer import check_logger
+from kdcache.tasks import task_of
 from kdcache.teaching import context_of, resolve_selection
 from kdcache.train.config import TrainConfig
 from kdcache.train.module import fit_terms
@@ -41,9 +44,22 @@ def prepare(config: TrainConfig) -> tuple[Cache, Student, Objective]:
     student = load_student(config.student, cache.manifest, cache.tokenizer_dir())
     if config.gradient_checkpointing:
         student.checkpoint_activations()
+    if student.sentence is not None:
+        fit_widths(student.vocab_size, student.sentence, config.student, cache)
+        check_pairs(objective, cache)
     fit_terms(objective, student, config.seed)
     warn_of_rereading(config, cache, objective.needs.teacher_fields)
     return cache, student, objective
+
+
+def check_pairs(objective: Objective, cache: Cache) -> None:
+    """Raise ``ConfigError`` when a term is about pairs of texts and the cache has none: it would be 0 throughout."""
+    terms = [name for name, term in objective.config.terms.items() if getattr(term, "needs_pairs", False)]
+    if terms and cache.manifest.num_positions == cache.manifest.num_sequences:
+        raise ConfigError(
+            f"objective.{terms[0]} is about pairs of texts, and every document of the cache is a single one; dump a "
+            "corpus with a column text_pair (or --column text_pair=NAME), or leave the term out"
+        )
 
 
 def open_training_cache(config: TrainConfig) -> Cache:
@@ -154,10 +170,14 @@ def leave_processes() -> None:
 def training_objective(config: TrainConfig, cache: Cache) -> Objective:
     """Return the objective of the run, its shares of positions turned into bounds on the texts that are trained on.
 
-    Raises ``ConfigError`` when it needs what the cache does not hold.
+    Where the configuration says nothing of it, it is that of the cache's task. Raises ``ConfigError`` when it needs
+    what the cache does not hold.
     """
-    chosen_N = chosen_sequences(config, cache) if config.objective.shares else None
-    return Objective(resolve_selection(config.objective, cache, chosen_N), context=context_of(cache))
+    objective = config.objective
+    if "objective" not in config.model_fields_set:
+        objective = build(ObjectiveConfig, task_of(cache.manifest.task).objective, source="the task's objective")
+    chosen_N = chosen_sequences(config, cache) if objective.shares else None
+    return Objective(resolve_selection(objective, cache, chosen_N), context=context_of(cache))
 
 
 def micro_batches(config: TrainConfig, cache: Cache, rank: int = 0, num_ranks: int = 1) -> MicroBatches:

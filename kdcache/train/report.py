@@ -76,8 +76,8 @@ class TrainingReport(Config):
     objective: dict[str, Any]
     output: str
     vocab_size: int
-    teacher_loss: float
-    kept_mass: float
+    teacher_loss: float | None
+    kept_mass: float | None
     sample: SampleReport
     terms: tuple[TermReport, ...]
     memory: MemoryReport
@@ -100,15 +100,25 @@ class TrainingReport(Config):
         sample, memory = self.sample, self.memory
         of = "" if memory.available_bytes is None else f" of {memory.available_bytes / _GIB:.2f}"
         return [
-            f"teacher {self.teacher}: loss {self.teacher_loss:.4f}, kept mass {self.kept_mass:.4f}",
-            f"student {self.student}, {self.num_trainable_parameters:,} parameters to train: loss "
-            f"{sample.student_loss:.4f} at the start, the teacher's {sample.teacher_loss:.4f} on the same "
-            f"{sample.num_positions:,} positions",
+            f"teacher {self.teacher}"
+            + ("" if self.teacher_loss is None else f": loss {self.teacher_loss:.4f}")
+            + ("" if self.kept_mass is None else f", kept mass {self.kept_mass:.4f}"),
+            f"student {self.student}, {self.num_trainable_parameters:,} parameters to train" + losses_text(sample),
             "objective: " + "; ".join(f"{term_text(term)}, now {term.value:.4f}" for term in self.terms),
             f"{self.steps:,} steps of about {self.tokens_per_step:,} tokens; memory about "
             f"{memory.total_bytes / _GIB:.2f}{of} GiB ({memory.device})",
             *(f"warning: {warning}" for warning in self.warnings),
         ]
+
+
+def losses_text(sample: SampleReport) -> str:
+    """Return the losses of student and teacher in words; nothing where there are none."""
+    if sample.student_loss is None or sample.teacher_loss is None:
+        return ""
+    return (
+        f": loss {sample.student_loss:.4f} at the start, the teacher's {sample.teacher_loss:.4f} on the same "
+        f"{sample.num_positions:,} positions"
+    )
 
 
 def term_text(term: TermReport) -> str:
@@ -128,6 +138,8 @@ def course(start: float | None, end: float | None) -> str | None:
 def _about_losses(report: TrainingReport) -> Iterator[str]:
     student, teacher, guessing = report.sample.student_loss, report.sample.teacher_loss, math.log(report.vocab_size)
     distils = any(term.uses_teacher and term.is_trained for term in report.terms)
+    if student is None or teacher is None:
+        return
     if not math.isfinite(student):
         yield (
             f"the student's loss at the start is {student}: its weights or its precision cannot take these texts, and "

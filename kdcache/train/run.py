@@ -108,7 +108,7 @@ def train_student(
     if save:
         save_student(student, config.output)
         save_terms(trainer.module, config.output)
-    return _finish(config, trainer, record if save else None, seconds)
+    return _finish(config, objective, trainer, record if save else None, seconds)
 
 
 def _print_report(
@@ -187,12 +187,18 @@ def _run(trainer: DistillationTrainer, checkpoint: Path | None) -> float:
     return time.perf_counter() - started_s
 
 
-def _finish(config: TrainConfig, trainer: DistillationTrainer, record: RunRecord | None, seconds: float) -> TrainResult:
+def _finish(
+    config: TrainConfig,
+    objective: Objective,
+    trainer: DistillationTrainer,
+    record: RunRecord | None,
+    seconds: float,
+) -> TrainResult:
     history = trainer.state.log_history
-    tokens_per_s = trainer.meter.total_positions / seconds if seconds else 0.0
+    tokens_per_s = trainer.meter.total_tokens / seconds if seconds else 0.0
     data_wait = trainer.data_wait_s / seconds if seconds else 0.0
     last = history[-1] if history else {}
-    losses = {name: last[name] for name in ("loss", *config.objective.parts) if name in last}
+    losses = {name: last[name] for name in ("loss", *objective.config.parts) if name in last}
     steps = trainer.state.global_step
     if record is not None:
         results = {"steps": steps, "losses": losses, "seconds": seconds, "tokens_per_s": tokens_per_s}

@@ -35,8 +35,9 @@ class SampleReport(Config):
 
     num_sequences: int
     num_positions: int
-    teacher_loss: float
-    student_loss: float
+    teacher_loss: float | None
+    student_loss: float | None
+    """None where the corpus has no answers of its own, or the task no distributions."""
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Measured:
 
     num_sequences: int = 0
     num_positions: int = 0
+    num_labelled: int = 0
     teacher_sum: float = 0.0
     student_sum: float = 0.0
     term_sums: dict[str, float] = field(default_factory=dict)
@@ -60,8 +62,8 @@ class Measured:
         return SampleReport(
             num_sequences=self.num_sequences,
             num_positions=self.num_positions,
-            teacher_loss=self.mean(self.teacher_sum),
-            student_loss=self.mean(self.student_sum),
+            teacher_loss=self.teacher_sum / self.num_labelled if self.num_labelled else None,
+            student_loss=self.student_sum / self.num_labelled if self.num_labelled else None,
         )
 
     def mean(self, total: float) -> float:
@@ -86,7 +88,7 @@ class Probe:
         states = {layer: states_PD.detach().requires_grad_() for layer, states_PD in states.items()}
         rows = TeacherRows.from_batch(batch)
         rows = replace(rows, loss_mask_P=torch.ones_like(rows.loss_mask_P))
-        return cls(hidden_PD.requires_grad_(), rows, LayerStates.from_batch(states, batch, needs))
+        return cls(hidden_PD.requires_grad_(), rows, LayerStates.from_batch(states, batch, needs, hidden_PD))
 
     @property
     def num_positions(self) -> int:
@@ -95,13 +97,16 @@ class Probe:
 
     def first(self, count: int) -> Probe:
         """Return the first ``count`` positions (all, if there are fewer)."""
-        states = LayerStates(
-            *(
-                {layer: states_PD[:count].detach().requires_grad_() for layer, states_PD in states.items()}
-                for states in (self.states.student, self.states.teacher)
-            )
+        student, teacher = (
+            {layer: states_PD[:count].detach().requires_grad_() for layer, states_PD in states.items()}
+            for states in (self.states.student, self.states.teacher)
         )
-        return Probe(self.hidden_PD[:count].detach().requires_grad_(), self.rows.slice(0, count), states)
+        states = LayerStates(student, teacher)
+        hidden_PD = self.hidden_PD[:count].detach().requires_grad_()
+        if self.states.outputs is not None:
+            outputs = self.states.outputs.each(lambda tensor: tensor[:count])
+            states = replace(states, outputs=replace(outputs, student_PC=hidden_PD))
+        return Probe(hidden_PD, self.rows.slice(0, count), states)
 
     def backward(self, objective: Objective, module: Distillation, autocast: Any) -> None:
         """Run the objective forward and backward, down to the hidden states and the LM head."""
@@ -119,7 +124,7 @@ def first_batches(cache: Cache, batches: MicroBatches, *, num_positions: int, ba
     found: list[list[int]] = []
     total, inside = 0, 0
     for index in (index for micro_batch in batches for index in micro_batch):
-        length = int(cache.lengths_N[index])
+        length = int(cache.sizes_N[index])
         if not found or len(found[-1]) == batches.batch_sequences or inside + length > batch_positions:
             found.append([])
             inside = 0
@@ -153,6 +158,8 @@ def _student_values(module: Distillation, objective: Objective, batch: Batch) ->
 
     As in training, a loss that looks at selected positions only is 0 at the others.
     """
+    if objective.context.kind == "outputs":
+        return {}
     student, rows, losses = module.student, TeacherRows.from_batch(batch), objective.losses
     scores = score_positions(student.hidden(batch), student.head, rows, losses, context=objective.context)
     values = {name: _selected(values_P, losses[name].select, rows) for name, values_P in scores.losses.items()}
@@ -165,14 +172,17 @@ def _selected(values_P: Tensor, select: Select | None, rows: TeacherRows) -> Ten
 
 def _add(measured: Measured, values: Mapping[str, Tensor], batch: Batch) -> None:
     valid_P = batch["loss_mask"]
+    is_labelled_P = valid_P & (batch["labels"] >= 0)
 
-    def total(value_P: Tensor) -> float:
-        return float(value_P[valid_P].sum(dtype=torch.float64))
+    def total(value_P: Tensor, where_P: Tensor = valid_P) -> float:
+        return float(value_P[where_P].sum(dtype=torch.float64))
 
     measured.num_sequences += len(batch["input_ids"])
     measured.num_positions += int(valid_P.sum())
-    measured.teacher_sum -= total(batch["teacher_gold_logprob"])
-    measured.student_sum += total(values[""])
+    if values:
+        measured.num_labelled += int(is_labelled_P.sum())
+        measured.teacher_sum -= total(batch["teacher_gold_logprob"], is_labelled_P)
+        measured.student_sum += total(values[""], is_labelled_P)
     for name in values.keys() - {""}:
         measured.term_sums[name] = measured.term_sums.get(name, 0.0) + total(values[name])
     for column in range(len(measured.tail_sums_G)):

@@ -21,7 +21,7 @@ from kdcache.errors import CorruptCacheError
 from kdcache.models.lm_head import BufferedHead
 from kdcache.models.loading import pick_device
 from kdcache.schema import SequenceBatch, Targets, TargetsRecord
-from kdcache.tasks import causal_lm
+from kdcache.tasks import task_of
 from kdcache.teachers.draws import draw_uniforms
 from kdcache.teachers.keep import NonFiniteLogitsError, TargetKeeper
 from kdcache.teaching import head_of
@@ -32,6 +32,7 @@ class HeadKeeper:
 
     def __init__(self, cache: Cache, wanted: TargetsRecord, device: str) -> None:
         self._where, self._wanted, self._device = str(cache.folder), wanted, pick_device(device)
+        self._task = task_of(cache.manifest.task)
         self._head = BufferedHead(head_of(cache).to(self._device))
         self._keep = TargetKeeper(wanted)
 
@@ -39,7 +40,7 @@ class HeadKeeper:
     def __call__(self, batch: SequenceBatch) -> Targets:
         """Return the targets of a batch of the source."""
         states_PD = torch.from_numpy(batch.hidden["last"]).to(self._device, self._head.head.weight_VD.dtype)
-        labels_P = torch.from_numpy(causal_lm.labels(np.split(batch.tokens_T, batch.token_offsets_N1[1:-1])))
+        labels_P = torch.from_numpy(self._task.labels(batch.sequences()))
         lengths_N, draws = np.diff(batch.position_offsets_N1), self._wanted.num_draws
         uniforms_PN = draw_uniforms(self._wanted.seed, batch.indices, lengths_N, draws) if draws else None
         try:

@@ -18,12 +18,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.cache import Cache, layout, targets_field
+from kdcache.cache.fields import optional_arrays
 from kdcache.cache.filters import select_sequences
 from kdcache.codecs import hidden_codec, targets_codec
 from kdcache.codecs.hidden import relative_error
 from kdcache.corpus import assign_shards
 from kdcache.errors import ConfigError
-from kdcache.schema import STATISTICS_COLUMNS, FieldRecord, Manifest, Plan, layer_field
+from kdcache.schema import OUTPUTS_FIELD, STATISTICS_COLUMNS, FieldRecord, Manifest, Plan, layer_field
 from kdcache.targets_config import TargetsConfig, layer_number
 from kdcache.transcode.config import TranscodeConfig, wanted_targets
 
@@ -72,7 +73,7 @@ def plan_transcoding(config: TranscodeConfig, cache: Cache) -> Transcoding:
         "fields": tuple(fields),
         "num_sequences": len(chosen_N),
         "num_positions": int(lengths_N.sum()),
-        "num_tokens": int(lengths_N.sum()) + len(chosen_N),  # one token more than positions in every sequence
+        "num_tokens": int(np.asarray(sequences["num_tokens"]).astype(np.int64)[chosen_N].sum()),
         "num_shards": len(starts) - 1,
         "table_sha256": layout.sha256(layout.table_to_parquet(table)),
         "provenance": _provenance(config, cache),
@@ -92,7 +93,7 @@ def origin_of(plan: Plan) -> tuple[Any, ...] | None:
 
 
 def _wanted_layers(config: TranscodeConfig, manifest: Manifest, targets: TargetsConfig) -> list[str]:
-    """Return the names of the hidden states that stay, in their order."""
+    """Return the names of the vectors that stay, in their order: raw outputs always do."""
     held, last = manifest.hidden_layers, manifest.states_field
     stays = {last} if targets.kind == "hidden" else set()
     if "layers" in config.hidden_states.model_fields_set:
@@ -105,7 +106,8 @@ def _wanted_layers(config: TranscodeConfig, manifest: Manifest, targets: Targets
         raise ConfigError(
             f"{config.source} holds no {', '.join(missing)}; its hidden states are {', '.join(held) or 'none'}"
         )
-    return [name for name in held if name in wanted | stays]
+    outputs = [OUTPUTS_FIELD] if manifest.outputs is not None else []
+    return [name for name in held if name in wanted | stays] + outputs
 
 
 def _layer_name(layer: str | int, num_layers: int) -> str:
@@ -118,8 +120,8 @@ def _copied(manifest: Manifest, targets: TargetsConfig, fields: list[FieldRecord
 
 
 def _targets_field(manifest: Manifest, targets: TargetsConfig) -> FieldRecord:
-    codec = targets_codec(targets.codec, targets.record, manifest.tokenizer.vocab_size)
-    return targets_field(codec, manifest.is_packed)
+    codec = targets_codec(targets.codec, targets.record, manifest.num_ids)
+    return targets_field(codec, manifest.tokenizer.vocab_size, optional_arrays(manifest))
 
 
 def _hidden_field(
@@ -132,7 +134,7 @@ def _hidden_field(
 ) -> FieldRecord:
     """Describe a field of hidden states; where it is encoded again, with what that costs beside what it had cost."""
     record = cache.manifest.field(name)
-    asked = "codec" in config.hidden_states.model_fields_set
+    asked = name != OUTPUTS_FIELD and "codec" in config.hidden_states.model_fields_set
     codec = hidden_codec(config.hidden_states.codec if asked else record.codec)
     if everything and codec.model_dump() == record.codec:
         return record

@@ -14,7 +14,7 @@ from kdcache.cache.tail_prior import TailSum
 from kdcache.codecs import hidden_codec
 from kdcache.corpus import assign_shards
 from kdcache.schema import SequenceBatch, Targets
-from kdcache.tasks import causal_lm
+from kdcache.tasks import task_of
 from kdcache.transcode.config import TranscodeConfig, needs_head
 from kdcache.transcode.cut import TargetsCutter
 from kdcache.transcode.plan import Transcoding
@@ -47,7 +47,7 @@ def make_shard(
 ) -> ShardData:
     """Return the sequences ``members`` of the output as a shard, without the fields that are copied."""
     lengths_N = job.lengths_N[members]
-    encoded_again = [name for name in job.plan.hidden_layers if name not in job.copied]
+    encoded_again = [name for name in job.plan.vector_fields if name not in job.copied]
     batches: list[SequenceBatch] = []
     staged: dict[str, list[NDArray[Any]]] = {name: [] for name in encoded_again}
     bounds = assign_shards(lengths_N, batch_positions)
@@ -60,18 +60,20 @@ def make_shard(
         batches.append(batch)
         if meter is not None:
             meter.update(batch.targets.num_positions)
-    tokens = [t for b in batches for t in np.split(b.tokens_T, b.token_offsets_N1[1:-1])]
+    sequences = [sequence for batch in batches for sequence in batch.sequences()]
     segments = [batch.segment_ids_T for batch in batches if batch.segment_ids_T is not None]
+    places = [batch.places_P for batch in batches if batch.places_P is not None]
     return ShardData(
         index=shard,
-        tokens_T=np.concatenate(tokens),
-        num_tokens_N=lengths_N + 1,
+        tokens_T=np.concatenate([batch.tokens_T for batch in batches]),
+        num_tokens_N=np.concatenate([np.diff(batch.token_offsets_N1) for batch in batches]),
         num_positions_N=lengths_N,
         loss_mask_P=np.concatenate([batch.loss_mask_P for batch in batches]),
-        labels_P=causal_lm.labels(tokens),
+        labels_P=task_of(job.plan.task).stored_labels(sequences),
         targets=Targets.concatenate([batch.targets for batch in batches]),
         table=job.sequence_table.slice(members.start, members.stop - members.start).combine_chunks(),
         segment_ids_T=np.concatenate(segments) if segments else None,
+        places_P=np.concatenate(places) if places else None,
         hidden={name: np.concatenate(parts) for name, parts in staged.items()},
         tail_sum=maker.take_tail_sum(),
     )

@@ -15,6 +15,7 @@ import kdcache
 from kdcache.errors import CacheError, CorruptCacheError
 from tests.cache.conftest import KINDS
 from tests.synthetic import SyntheticCache
+from tests.task_models import TINY_TASKS
 
 
 @pytest.fixture(autouse=True)
@@ -26,12 +27,15 @@ def own_datasets_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def assert_equal(row: dict, cache: kdcache.Cache, index: int, **reading) -> None:
     """Compare a row with what is read of that sequence alone."""
-    batch = cache.read([index], **reading)
+    gives_numbers = cache.manifest.targets.kind == "outputs"
+    batch = cache.read([index], **({"hidden": ["outputs"]} if gives_numbers else {}) | reading)
     targets = batch.targets
     expected = {
         "tokens": batch.tokens_T,
         "segment_ids": batch.segment_ids_T,
         "loss_mask": batch.loss_mask_P,
+        "labels": batch.labels_P,
+        "places": batch.places_P,
         "num_kept": targets.num_kept_P,
         "ids": targets.ids_PK if targets.top_k else None,
         "logprobs": targets.logprobs_PK if targets.top_k else None,
@@ -41,6 +45,8 @@ def assert_equal(row: dict, cache: kdcache.Cache, index: int, **reading) -> None
         "entropy": targets.entropy_P,
         **batch.hidden,
     }
+    if gives_numbers:
+        expected |= dict.fromkeys(("log_tail", "gold_logprob", "entropy"))
     names = {name for name, values in expected.items() if values is not None}
     names |= {"draw_ids", "draw_counts"} if targets.draws is not None else set()
     assert names | set(cache.sequence_table().column_names) == set(row)
@@ -60,6 +66,37 @@ def test_rows_are_what_is_read(kind, written) -> None:
     assert table.num_rows == len(cache)
     for index, row in enumerate(table.to_pylist()):
         assert_equal(row, cache, index)
+
+
+@pytest.mark.parametrize("task", TINY_TASKS)
+def test_rows_of_other_tasks(task, task_caches) -> None:
+    cache = kdcache.open_cache(str(task_caches[task]))
+    table = kdcache.to_arrow(cache)
+    assert table.num_rows == len(cache)
+    for index, row in enumerate(table.to_pylist()):
+        assert_equal(row, cache, index)
+    dataset = kdcache.to_hf_dataset(cache, [3, 0])
+    for index, row in zip([3, 0], dataset, strict=True):
+        assert_equal(row, cache, index)
+
+
+def test_outputs_of_classes_are_a_column_when_asked_for(task_caches) -> None:
+    cache = kdcache.open_cache(str(task_caches["sequence-classification"]))
+    assert "outputs" not in kdcache.to_arrow(cache).column_names
+    table = kdcache.to_arrow(cache, hidden=["outputs"])
+    assert table.schema.field("outputs").type == pa.list_(pa.list_(pa.float32(), 3))
+    for index, row in enumerate(table.to_pylist()):
+        assert_equal(row, cache, index, hidden=["outputs"])
+
+
+def test_numbers_are_columns_and_nothing_is_said_of_a_distribution(task_caches) -> None:
+    cache = kdcache.open_cache(str(task_caches["ranking"]))
+    table = kdcache.to_arrow(cache, hidden=["outputs"])
+    assert table.schema == kdcache.to_arrow(cache).schema
+    assert table.schema.field("outputs").type == pa.list_(pa.list_(pa.float32(), 1))
+    assert table.schema.field("labels").type == pa.list_(pa.float32())
+    assert not {"ids", "logprobs", "log_tail", "gold_logprob", "entropy"} & set(table.column_names)
+    assert all(len(row["outputs"]) == row["num_positions"] for row in table.to_pylist())
 
 
 def test_packed_cache_with_hidden_states_in_any_order(sound) -> None:

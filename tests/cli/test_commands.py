@@ -14,7 +14,7 @@ commands = pytest.mark.parametrize("command", COMMANDS)
 
 def test_the_table_of_commands():
     assert list(COMMANDS) == [
-        *("estimate", "dump-teacher", "transcode", "train-student", "sweep", "evaluate"),
+        *("estimate", "write-targets", "dump-teacher", "transcode", "train-student", "sweep", "evaluate"),
         *("inspect", "verify", "push", "pull", "peek"),
     ]
 

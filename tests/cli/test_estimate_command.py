@@ -45,7 +45,7 @@ def test_some_presets_as_json(run: Run, arguments):
 
 
 def test_a_preset_that_the_teacher_does_not_allow(run: Run, arguments, monkeypatch):
-    monkeypatch.setattr("kdcache.teachers.huggingface.split_model", lambda model: None)
+    monkeypatch.setattr("kdcache.models.bodies.split_model", lambda model: None)
     outcome = run(*arguments, "--preset", "hidden", "--preset", "sampled", "-q")
     assert outcome.code == 0
     assert "hidden is not available: the logits of" in outcome.out

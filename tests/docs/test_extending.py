@@ -1,3 +1,10 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -8,7 +15,10 @@ from kdcache.cache.curriculum import PACINGS
 from kdcache.cli import COMMANDS
 from kdcache.codecs import HIDDEN_CODECS, TOPK_CODECS, TargetsCodec
 from kdcache.corpus.sources import FORMATS
+from kdcache.errors import ConfigError
 from kdcache.losses import LOSSES, MEASURES, SCHEDULES, TERMS, ChunkView, Loss, TeacherContext, allowed
+from kdcache.models.bodies import BODIES
+from kdcache.plugins import plugins
 from kdcache.presets import PRESETS
 from kdcache.schema import Kind, TargetsRecord
 from kdcache.students.sizes import SIZES
@@ -16,6 +26,7 @@ from kdcache.tasks import TASKS
 from tests.contracts.matching import check_merged
 from tests.docs.pages import DOCS, ROOT, blocks, sections
 from tests.synthetic import random_targets
+from tests.task_models import SENTENCES, bert, bert_tokenizer
 
 PAGE = (DOCS / "extending.md").read_text()
 TABLES = {
@@ -27,6 +38,7 @@ TABLES = {
     "TOPK_CODECS": TOPK_CODECS,
     "HIDDEN_CODECS": HIDDEN_CODECS,
     "TASKS": TASKS,
+    "BODIES": BODIES,
     "FORMATS": FORMATS,
     "SIZES": SIZES,
     "PRESETS": PRESETS,
@@ -36,7 +48,8 @@ TABLES = {
 
 @pytest.fixture(scope="module")
 def namespace() -> dict[str, Any]:
-    found = blocks(PAGE, "python")
+    whole_files = titled_blocks(PAGE).values()
+    found = [block for block in blocks(PAGE, "python") if block not in whole_files]
     assert len(found) == 4
     # Classes made by exec need a module whose annotations pydantic can look up.
     names: dict[str, Any] = {"__name__": __name__}
@@ -125,9 +138,67 @@ def test_page_shows_the_table_of_losses_with_one_row_more() -> None:
 def test_names_that_the_prose_relies_on_exist() -> None:
     from kdcache.dump.batches import Teacher
     from kdcache.schema import TeacherRecord
-    from kdcache.tasks import causal_lm
+    from kdcache.tasks import Task
 
     assert all(codec().kl_bound > 0 for codec in TOPK_CODECS.values())
     assert hasattr(Teacher, "run")
     assert "backend" in TeacherRecord.model_fields
-    assert all(callable(getattr(causal_lm, name)) for name in ("labels", "pad_batch", "collate"))
+    assert all(callable(getattr(Task, name)) for name in ("plan", "arrays", "labels", "pad_batch", "collate"))
+
+
+def test_task_and_loss_of_the_page_work_from_a_package_of_their_own(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    (package / "toy-1.0.dist-info").mkdir(parents=True)
+    files = titled_blocks(PAGE)
+    assert set(files) == {"token_classification.py", "hellinger.py"}
+    for name, text in files.items():
+        (package / name).write_text(text)
+    (package / "toy-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
+    (package / "toy-1.0.dist-info" / "entry_points.txt").write_text(entry_points_of_the_page())
+    classes = {"id2label": {0: "NOUN", 1: "VERB", 2: "OTHER"}, "label2id": {"NOUN": 0, "VERB": 1, "OTHER": 2}}
+    for name, seed in (("teacher", 1), ("student", 2)):
+        bert("BertForTokenClassification", seed=seed, num_labels=3, **classes).save_pretrained(tmp_path / name)
+        bert_tokenizer().save_pretrained(tmp_path / name)
+    rows = [{"text": text, "labels": ["OTHER", "NOUN", *["VERB"] * (len(text.split()) - 2)]} for text in SENTENCES]
+    (tmp_path / "tagged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(*arguments: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "kdcache", *arguments]
+        found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr
+        return found.stdout
+
+    dump = ["dump-teacher", "-q", "--task", "token-classification", "--teacher", "teacher", "--corpus", "tagged.jsonl"]
+    run(*dump, "--max-length", "32", "--output", "cache")
+    run("verify", "-q", "--deep", "cache")
+    train = ["train-student", "-q", "--cache", "cache", "--student", "student", "--set", "max_steps=60"]
+    run(*train, "--output", "run", "--set", "objective.hellinger.weight=1", "--set", "learning_rate=0.01")
+    table = json.loads(run("evaluate", "-q", "--json", "--cache", "cache", "--student", "student", "--student", "run"))
+    before, after = table["students"]
+    assert table["num_targets"] == sum(len(text.split()) for text in SENTENCES)
+    assert after["kl"] < 0.2 * before["kl"]
+    assert after["agreement"] > 0.9
+
+
+def titled_blocks(page: str) -> dict[str, str]:
+    """The blocks of a page that are whole files, by their names."""
+    return dict(re.findall(r'```python title="([^"]+)"\n(.*?)```', page, re.DOTALL))
+
+
+def entry_points_of_the_page() -> str:
+    """The entry points as the page shows them, in the form in which an installed package has them."""
+    shown = re.findall(r'    \[project\.entry-points\."([^"]+)"\]\n    (\S+) = "([^"]+)"', PAGE)
+    assert len(shown) == 2
+    return "".join(f"[{group}]\n{name} = {place}\n" for group, name, place in shown)
+
+
+def test_a_plugin_that_takes_a_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("forward_kl", "tests.docs.pages:blocks", "kdcache.losses")
+    monkeypatch.setattr("kdcache.plugins.entry_points", lambda group: [point])
+    with pytest.raises(ConfigError, match=r"adds 'forward_kl' to kdcache\.losses, where that is taken"):
+        plugins("kdcache.losses", LOSSES)
+    broken = EntryPoint("mine", "no_such_module:Thing", "kdcache.losses")
+    monkeypatch.setattr("kdcache.plugins.entry_points", lambda group: [broken])
+    with pytest.raises(ConfigError, match=r"adds 'mine' to kdcache\.losses, but it cannot be loaded: ModuleNotFound"):
+        plugins("kdcache.losses", LOSSES)

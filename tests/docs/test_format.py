@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kdcache.cache import CacheWriter, open_cache, token_arrays, verify
+from kdcache.cache.fields import NUMBER_LABELS, PLACES, SEGMENT_IDS, WHOLE_LABELS
 from kdcache.cache.shard_file import pack, unpack
 from kdcache.codecs import HIDDEN_CODECS, TOPK_CODECS, TopKCodec, targets_codec
 from kdcache.config import build
@@ -25,6 +26,7 @@ from kdcache.schema import (
     FieldRecord,
     Manifest,
     ObjectRecord,
+    OutputsRecord,
     Plan,
     ShardRecord,
     Statistics,
@@ -33,6 +35,7 @@ from kdcache.schema import (
     TokenizerRecord,
 )
 from tests.docs.pages import DOCS, blocks, rows, sections
+from tests.test_tasks import dump_config
 from tests.tiny import SENTENCES, bpe_tokenizer, llama
 
 PAGE = (DOCS / "format.md").read_text()
@@ -45,6 +48,7 @@ RECORDS = [
     FieldRecord,
     ArrayRecord,
     TargetsRecord,
+    OutputsRecord,
     TeacherRecord,
     TokenizerRecord,
     CorpusRecord,
@@ -134,6 +138,28 @@ def test_reference_decoder_agrees_with_the_reader(
         assert len(tokens) == len(ids) + 1
 
 
+@pytest.mark.parametrize("task", ["masked-lm", "seq2seq-lm"])
+def test_reference_decoder_reads_other_tasks(task: str, task_caches: dict[str, Path], tmp_path: Path) -> None:
+    beside = task_caches[task].parent
+    found = {name: str(beside / name) for name in ("teacher", "student")} | {"corpus": str(beside / "corpus.jsonl")}
+    targets = {"top_k": 5, "codec": "compact"}
+    dump_teacher(dump_config(task, found, tmp_path / "cache", targets=targets), progress=False)
+    opened = open_cache(str(tmp_path / "cache"))
+    decoded = list(reference_decoder()(tmp_path / "cache"))
+    assert len(decoded) == len(opened)
+    for index, (_, tokens, ids, logprobs, log_tail) in enumerate(decoded):
+        expected = opened.read([index])
+        np.testing.assert_array_equal(tokens, expected.tokens_T)
+        np.testing.assert_array_equal(ids, expected.targets.ids_PK)
+        np.testing.assert_array_equal(log_tail, expected.targets.log_tail_P)
+        np.testing.assert_allclose(logprobs, expected.targets.logprobs_PK, rtol=1e-6, atol=1e-6)
+
+
+def test_reference_decoder_refuses_caches_without_distributions(task_caches: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="outputs"):
+        list(reference_decoder()(task_caches["embedding"]))
+
+
 @pytest.mark.parametrize(("targets", "words"), [({"codec": "exact"}, "exact"), ({"kind": "hybrid"}, "or draws")])
 def test_reference_decoder_refuses_what_it_cannot_read(
     teacher: Path, tmp_path: Path, targets: dict[str, Any], words: str
@@ -159,7 +185,7 @@ def test_page_lists_the_members_of_the_manifest() -> None:
 
 
 def test_page_lists_how_sequences_are_made() -> None:
-    assert list(rows(SECTIONS["Sequences"])) == list(SequenceConfig.model_fields)
+    assert list(rows(SECTIONS["Task `causal-lm`"])) == list(SequenceConfig.model_fields)
 
 
 def documented_arrays() -> dict[str, list[str]]:
@@ -176,14 +202,18 @@ TARGETS = [
     TargetsRecord(kind="sampled", top_k=0, num_draws=300),
     TargetsRecord(kind="hybrid", top_k=4, num_draws=70_000),
     TargetsRecord(kind="hidden", top_k=1),
+    TargetsRecord(kind="outputs", top_k=0),
 ]
+
+
+OPTIONAL = (SEGMENT_IDS, PLACES, WHOLE_LABELS, NUMBER_LABELS)
 
 
 def stored_arrays() -> list[tuple[str, ArrayRecord]]:
     """Every array that any codec stores, for a small and a large vocabulary, with the codec's name."""
     found = []
     for vocab_size in (1000, 100_000):
-        found += [("", array) for array in token_arrays(vocab_size, packed=True)]
+        found += [("", array) for array in token_arrays(vocab_size, OPTIONAL)]
         for name, record, dtype in itertools.product(TOPK_CODECS, TARGETS, ("float16", "float32")):
             codec = targets_codec({"name": name, "scalar_dtype": dtype}, record, vocab_size)
             found += [(name, array) for array in codec.arrays()]

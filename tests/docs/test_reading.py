@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,11 +17,18 @@ from tests.docs.pages import DOCS, blocks, sections
 PAGE = (DOCS / "reading.md").read_text()
 
 
-def test_code_of_the_page_runs(dumped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+#: Caches of other tasks that the page's code takes for granted.
+OTHER_TASKS = {"masked": "masked-lm", "classified": "sequence-classification", "ranked": "ranking"}
+
+
+def test_code_of_the_page_runs(
+    dumped: Path, task_caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("cache").symlink_to(dumped)
     assert dumped.name == "cache"
-    names = {"__name__": __name__}
+    names: dict[str, Any] = {"__name__": __name__}
+    names |= {name: kdcache.open_cache(str(task_caches[task])) for name, task in OTHER_TASKS.items()}
     for number, code in enumerate(blocks(PAGE, "python")):
         exec(compile(code, f"docs/reading.md, block {number}", "exec"), names)
     assert [item.suffix for item in Path("arrow").iterdir()] == [".arrow"]
@@ -34,12 +42,13 @@ def test_defaults_that_the_prose_says() -> None:
     assert f"`threads={defaults['threads']}, ahead={defaults['ahead']}`" in PAGE
 
 
-def test_columns_of_the_table_are_those_that_there_are(tmp_path: Path) -> None:
+def test_columns_of_the_table_are_those_that_there_are(tmp_path: Path, task_caches: dict[str, Path]) -> None:
     found: set[str] = set()
     for number, source in enumerate([SOURCE, *KINDS.values()]):
         source.write(tmp_path / str(number))
-        cache = kdcache.open_cache(str(tmp_path / str(number)))
-        columns = kdcache.to_arrow(cache, [0], hidden=cache.manifest.hidden_layers).column_names
+    for path in (*tmp_path.iterdir(), *task_caches.values()):
+        cache = kdcache.open_cache(str(path))
+        columns = kdcache.to_arrow(cache, [0], hidden=cache.manifest.vector_fields).column_names
         found |= set(columns) - set(cache.sequence_table().column_names)
     listed = sections(PAGE)["Tables"]
     said = {name for line in listed.splitlines() if line.startswith("| `") for name in re.findall(r"`([^`]+)`", line)}

@@ -15,8 +15,8 @@ from kdcache.corpus import load_corpus, plan_sequences
 from kdcache.dump import DumpConfig, DumpResult, dump
 from kdcache.dump.plan import make_plan
 from kdcache.models.lm_head import LMHead, head_to_bytes
-from kdcache.tasks import causal_lm
 from kdcache.teachers import TeacherOutput
+from tests import causal as causal_lm
 from tests.synthetic import teacher_record, tokenizer_record
 
 VOCAB_SIZE = 257

@@ -416,7 +416,7 @@ def test_cheap_mistakes_show_before_anything_is_tokenised(tmp_path, corpus_file,
     def fail(*arguments, **settings):
         raise AssertionError("tokenised")
 
-    monkeypatch.setattr("kdcache.dump.parts.plan_sequences", fail)
+    monkeypatch.setattr("kdcache.tasks.causal_lm.plan_sequences", fail)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.doc").write_text("mine")
     changes = {

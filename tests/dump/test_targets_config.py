@@ -5,8 +5,10 @@ from typing import get_args
 import pytest
 import yaml
 
+from kdcache.config import build
 from kdcache.errors import ConfigError
 from kdcache.schema import KINDS, TargetsRecord
+from kdcache.targets_config import TargetsConfig
 from tests.dump.test_dump_config import configure
 
 #: What each kind keeps where nothing else is said: top_k, num_draws, tail_prior.
@@ -15,6 +17,7 @@ DEFAULTS = {
     "sampled": (0, 50, False),
     "hybrid": (4, 16, False),
     "hidden": (1, 0, False),
+    "outputs": (0, 0, False),
 }
 
 
@@ -24,7 +27,8 @@ def test_every_kind_is_here():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_defaults_of_a_kind(kind):
-    targets = configure(f"targets.kind={kind}").targets
+    # Outputs belong to tasks without distributions, whose dumps choose them by themselves.
+    targets = build(TargetsConfig, {"kind": kind}) if kind == "outputs" else configure(f"targets.kind={kind}").targets
     assert (targets.top_k, targets.num_draws, targets.tail_prior) == DEFAULTS[kind]
     assert (targets.min_prob, targets.min_mass, targets.temperatures, targets.seed) == (0, 1, (), 0)
     assert targets.codec["name"] == "compact"

@@ -4,6 +4,7 @@ A cache that was written by an older kdcache must open for ever and decode to th
 stands for all caches out there, so this script refuses to touch what exists.
 """
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import numpy as np
 
 from kdcache.cache import Cache, open_cache
 from kdcache.codecs import TOPK_CODECS
+from kdcache.dump import dump_teacher
 from kdcache.schema import FORMAT_VERSION, TargetsRecord
 from tests.synthetic import SyntheticCache
+from tests.task_models import TINY_TASKS, dump_config
 
 ROOT = Path(__file__).parent
 
@@ -34,10 +37,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 
+#: Caches of other tasks than causal-lm: dumps of tiny teachers, by task, with the codec of their raw outputs.
+TASK_VARIANTS = {
+    "masked": ("masked-lm", "exact"),
+    "classes": ("sequence-classification", "exact"),
+    "outputs": ("embedding", "int8"),
+}
+
 
 def decoded(cache: Cache) -> dict[str, np.ndarray]:
     """Everything that a reader hands out, by name."""
-    batch = cache.read(range(len(cache)), hidden=cache.manifest.hidden_layers)
+    batch = cache.read(range(len(cache)), hidden=cache.manifest.vector_fields)
     targets = vars(batch.targets)
     draws = {} if batch.targets.draws is None else vars(batch.targets.draws)
     arrays = {
@@ -50,6 +60,8 @@ def decoded(cache: Cache) -> dict[str, np.ndarray]:
         **dict(zip(("merged_ids", "merged_logprobs", "merged_log_tail"), batch.targets.merged(), strict=True)),
         **batch.hidden,
         "segment_ids": batch.segment_ids_T,
+        "labels": batch.labels_P,
+        "places": batch.places_P,
         "tail_prior": cache.tail_prior_V,
     }
     if cache.manifest.targets.kind == "hidden":
@@ -57,16 +69,27 @@ def decoded(cache: Cache) -> dict[str, np.ndarray]:
     return {name: values for name, values in arrays.items() if values is not None}
 
 
+def write(variant: str, path: Path) -> None:
+    """Write the cache of a variant to ``path``."""
+    if variant in TASK_VARIANTS:
+        task, codec = TASK_VARIANTS[variant]
+        with tempfile.TemporaryDirectory() as directory:
+            found = TINY_TASKS[task].write(Path(directory))
+            outputs = {"outputs": {"codec": codec}}
+            dump_teacher(dump_config(task, found, path, shard_positions=9, **outputs), progress=False)
+        return
+    settings = {"num_sequences": 7, "top_k": 6, "vocab_size": 300, "seed": 7, **VARIANTS[variant]}
+    SyntheticCache(**settings).write(path)
+
+
 def main() -> None:
-    for variant, settings in VARIANTS.items():
+    for variant in (*VARIANTS, *TASK_VARIANTS):
         name = f"v{FORMAT_VERSION}-{variant}"
         path = ROOT / name
         if path.exists():
             print(f"{name} exists and stays as it is")
             continue
-        SyntheticCache(**{"num_sequences": 7, "top_k": 6, "vocab_size": 300, "seed": 7, **settings}).write(
-            path / "cache"
-        )
+        write(variant, path / "cache")
         (path / "cache" / ".lock").unlink(missing_ok=True)
         np.savez_compressed(path / "decoded.npz", **decoded(open_cache(str(path / "cache"))))
         print(f"{name} written")

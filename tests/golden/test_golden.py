@@ -25,6 +25,8 @@ def test_variants_cover_every_codec_and_every_kind_of_targets() -> None:
     assert {field.codec["name"] for field in fields if field.name == "targets"} == set(TOPK_CODECS)
     assert {field.codec["name"] for field in fields} >= {"exact", "int8"}
     assert {manifest.targets.kind for manifest in caches} == set(KINDS)
+    arrays = {(array.name, array.dtype) for field in fields for array in field.arrays if field.name == "targets"}
+    assert {("labels", "int32"), ("labels", "float32"), ("places", "uint32"), ("segment_ids", "uint16")} <= arrays
     rows = {array.rows for field in fields for array in field.arrays}
     assert rows == set(get_args(ArrayRecord.model_fields["rows"].annotation))
     for has in (lambda t: t.is_ragged, lambda t: t.temperatures, lambda t: t.tail_prior):

@@ -19,7 +19,7 @@ from kdcache.losses import (
 )
 from kdcache.models.lm_head import LMHead
 from kdcache.schema import SequenceBatch, Targets
-from kdcache.tasks import causal_lm
+from tests import causal as causal_lm
 from tests.losses.oracle import dense_logits, dense_values, make_case
 
 LOSSES_ASKED = {"kl": ForwardKL(weight=1.0), "tempered": ForwardKL(weight=0.0, temperature=2.0)}

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from kdcache.models.lm_head import LMHead, _reproduces, split_model
+from kdcache.models.lm_head import LMHead, reproduces, split_model
 from tests.families import SPLITTABLE, unsplittable
 from tests.tiny import llama
 
@@ -92,4 +92,6 @@ def test_a_soft_cap_of_another_name_is_read_or_the_split_is_refused():
         assert split is not None
         assert split[1].softcap == 5.0
     uncapped = LMHead(model.get_output_embeddings().weight)
-    assert not _reproduces(model, model.base_model, uncapped), "a cap that is not applied must be noticed in bfloat16"
+    assert not reproduces(model, model.base_model, uncapped, {}, {}), (
+        "a cap that is not applied must be noticed in bfloat16"
+    )

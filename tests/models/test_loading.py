@@ -7,12 +7,13 @@ import torch
 import transformers
 
 from kdcache.errors import ConfigError, TeacherError
-from kdcache.models.loading import load_causal_lm, load_tokenizer, parse_dtype, pick_device
+from kdcache.models.loading import load_model, load_tokenizer, parse_dtype, pick_device
+from kdcache.tasks import task_of
 from tests.tiny import llama
 
 
 def load(path, dtype=None):
-    return load_causal_lm(str(path), dtype=dtype, error=TeacherError)
+    return load_model(str(path), task_of("causal-lm"), dtype=dtype, error=TeacherError)
 
 
 def test_a_directory(teacher_dir):

@@ -1,0 +1,286 @@
+"""Models of every task behind one interface: inputs in, one state per place of a grid out, and a head over the states.
+
+A teacher or a student is run as ``body(**inputs).last_hidden_state``, [B, L, D]; the rows of a task are places of that
+grid, and ``head`` turns a state into what the task is about. So whoever runs models does not ask what task they are of:
+
+- ``tokens``: a causal model without its LM head; a state per token;
+- ``head-input``: masked and encoder-decoder models, whose heads do more than multiply: a state per token is what the
+  last matrix of the head is fed, got by running the model with that matrix left out;
+- ``logits``: classifiers, regressors and cross-encoders; the state *is* the logits (the head is the identity), so that
+  every architecture works; of a model that answers a sequence, and not each token, the grid has one column;
+- ``pooled``: embeddings; one column, and the state is the pooled, perhaps normalised vector;
+- ``bi-encoder``: students of cross-encoders that read query and document apart; one column, the state is the score.
+
+Where the grid has one column, so have the states of middle layers: those of the first token, or pooled alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.errors import ConfigError
+from kdcache.models.bi_encoder import BiEncoder
+from kdcache.models.lm_head import LMHead, reproduces, split_model
+from kdcache.models.pooling import pool, project, vector_width
+from kdcache.schema import OutputsRecord
+
+#: Families whose position ids begin behind that of padding.
+_COUNT_FROM_PAD = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "data2vec-text")
+
+#: What a batch may hold for a model to be fed; a model gets of these what its forward takes.
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "target_ids", "texts_of_rows")
+
+
+@dataclass
+class BodyOutput:
+    """States [B, L, D] of the places of the grid: of the last layer, and of all from the embeddings on if asked for."""
+
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model as body and head.
+
+    ``head()`` makes the head of the model's current parameters. ``last_is_state`` says whether what the head is fed is
+    the state of the last layer; else that stands among ``hidden_states`` as those of the others do.
+    """
+
+    body: Callable[..., Any]
+    head: Callable[[], LMHead]
+    last_is_state: bool = True
+
+
+def fed(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what of a collated batch models are fed."""
+    return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+
+
+def split_for(row: str, model: Any, outputs: OutputsRecord | None) -> Parts | None:
+    """Return ``model`` as the body called ``row`` in `BODIES`, or None where it cannot be split so."""
+    return BODIES[row](model, outputs)
+
+
+def num_layers(model: Any) -> int:
+    """Return the number of layers whose states `BodyOutput.hidden_states` has after the embeddings."""
+    config = model.config.get_text_config()
+    of_decoder = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None)
+    return int(of_decoder if config.is_encoder_decoder and of_decoder else config.num_hidden_layers)
+
+
+def context_length(model: Any) -> int | None:
+    """Return the positions that a model was made for, None where its configuration names no limit."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    # RoBERTa and its like count positions from behind the padding id, and have an embedding for those before it too.
+    pad_id = getattr(model.get_input_embeddings(), "padding_idx", None) or 0
+    return limit - pad_id - 1 if getattr(config, "model_type", "") in _COUNT_FROM_PAD else limit
+
+
+def probe_inputs(model: Any) -> dict[str, Tensor]:
+    """Return what the body of any task can be fed to see what comes out: two tokens."""
+    device = next(model.parameters()).device
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    return inputs | ({"target_ids": tokens} if model.config.is_encoder_decoder else {})
+
+
+def identity_head(width: int, like: Tensor) -> LMHead:
+    """Return the head of states that are the answer already."""
+    return LMHead(torch.eye(width, dtype=like.dtype, device=like.device))
+
+
+def _tokens(model: Any, outputs: OutputsRecord | None) -> Parts | None:
+    split = split_model(model)
+    if split is None:
+        return None
+    body, head = split
+    return Parts(partial(body, use_cache=False), lambda: head.of(model.get_output_embeddings()))
+
+
+class HeadInput:
+    """A model with the last matrix of its head left out: what that is fed is the state."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._takes_targets = bool(model.config.is_encoder_decoder)
+
+    def __call__(self, *, target_ids: Tensor | None = None, **inputs: Any) -> BodyOutput:
+        """Run the model; ``target_ids`` [B, L] are those of an encoder-decoder's targets, of which it is fed all but
+        the last, behind the token that it begins with."""
+        if self._takes_targets:
+            assert target_ids is not None
+            inputs |= {"decoder_input_ids": _shifted(target_ids, self.model), "use_cache": False}
+        with _skipping_head(self.model):
+            output = self.model(**inputs)
+        states = output.decoder_hidden_states if self._takes_targets else output.hidden_states
+        return BodyOutput(output.logits, states)
+
+
+def _shifted(target_ids_BL: Tensor, model: Any) -> Tensor:
+    first = _first_id(model)
+    return torch.cat([target_ids_BL.new_full((len(target_ids_BL), 1), first), target_ids_BL[:, :-1]], 1)
+
+
+def _first_id(model: Any) -> int:
+    configs = (model.config, getattr(model, "generation_config", None))
+    found = [getattr(config, "decoder_start_token_id", None) for config in configs]
+    for token_id in found:
+        if token_id is not None:
+            return int(token_id)
+    raise ConfigError(
+        f"the configuration of {model.config.name_or_path or type(model).__name__} has no decoder_start_token_id, so "
+        "its decoder cannot be begun; add it to config.json (T5: the id of padding)"
+    )
+
+
+@contextlib.contextmanager
+def _skipping_head(model: Any) -> Iterator[None]:
+    """Let the last matrix of a model return its input for a while, to which nothing is added then."""
+    linear, bias = model.get_output_embeddings(), getattr(model, "final_logits_bias", None)
+    linear.forward = lambda states: states
+    if bias is not None:
+        model.final_logits_bias = torch.zeros_like(bias[..., :1])
+    try:
+        yield
+    finally:
+        del linear.forward
+        if bias is not None:
+            model.final_logits_bias = bias
+
+
+def _head_of(model: Any) -> LMHead:
+    """Return the last matrix; BART and its like add a bias that is no parameter to its product."""
+    linear, added = model.get_output_embeddings(), getattr(model, "final_logits_bias", None)
+    bias = getattr(linear, "bias", None)
+    if added is not None:
+        bias = added.flatten() if bias is None else bias + added.flatten()
+    return LMHead(linear.weight, bias)
+
+
+def _head_input(model: Any, outputs: OutputsRecord | None) -> Parts | None:
+    linear = model.get_output_embeddings()
+    if linear is None:
+        return None
+    body = HeadInput(model)
+    probe: dict[str, Tensor] = {}
+    same: dict[str, Tensor] = {}
+    if model.config.is_encoder_decoder:
+        probe = {"target_ids": torch.arange(6, device=linear.weight.device)[None]}
+        same = {"decoder_input_ids": _shifted(probe["target_ids"], model)}
+    if not reproduces(model, body, _head_of(model), fed_body=probe, fed_model=same):
+        return None
+    return Parts(body, lambda: _head_of(model))
+
+
+class Logits:
+    """A model that answers with logits, which are the state: one vector a sequence (one column), or one a token.
+
+    A decoder answers a sequence at its last token, an encoder as a rule at its first.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._takes = _taken(model)
+        self._pooling = "last" if hasattr(model, "score") else "cls"  # what every decoder's head is called
+
+    def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> BodyOutput:
+        """Run the model; where there is one column, states of middle layers are those of the token it answers at."""
+        inputs = {name: value for name, value in inputs.items() if name in self._takes}
+        with _padding(self.model, input_ids, attention_mask) as padded_BL:
+            output = self.model(input_ids=padded_BL, attention_mask=attention_mask, **inputs)
+        states, logits = getattr(output, "hidden_states", None), output.logits
+        if logits.ndim == 3:
+            return BodyOutput(logits, states)
+        pooled = None if states is None else tuple(pool(s, attention_mask, self._pooling)[:, None] for s in states)
+        return BodyOutput(logits[:, None], pooled)
+
+
+@contextlib.contextmanager
+def _padding(model: Any, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Iterator[Tensor]:
+    """Yield the ids with the padding that the model knows.
+
+    A decoder finds the last token of a text by the id of padding, not by the mask. One that has no such id (GPT-2, most
+    Llamas) is lent, for a while, one that none of these texts ends with.
+    """
+    config = model.config.get_text_config()
+    own = getattr(config, "pad_token_id", None)
+    pad_id = int(own) if own is not None else _unused_at_ends(input_ids_BL, attention_mask_BL)
+    config.pad_token_id = pad_id
+    try:
+        yield input_ids_BL.masked_fill(attention_mask_BL == 0, pad_id)
+    finally:
+        config.pad_token_id = own
+
+
+def _unused_at_ends(input_ids_BL: Tensor, attention_mask_BL: Tensor) -> int:
+    ends = set(pool(input_ids_BL[:, :, None], attention_mask_BL, "last").flatten().tolist())
+    return next(n for n in range(len(ends) + 1) if n not in ends)
+
+
+def _taken(model: Any) -> set[str]:
+    """Return the names of the inputs that a model takes."""
+    # Newer families take the latter without naming it.
+    names = set(inspect.signature(model.forward).parameters) | {"output_hidden_states"}
+    # RoBERTa and its like take the second text's type and have no embedding for it.
+    if getattr(model.config, "type_vocab_size", 0) < 2:
+        names.discard("token_type_ids")
+    return names
+
+
+def _logits(model: Any, outputs: OutputsRecord | None) -> Parts | None:
+    width = int(model.config.num_labels)
+    return Parts(Logits(model), lambda: identity_head(width, next(model.parameters()).detach()), False)
+
+
+class Pooled:
+    """A model whose states of tokens are pooled into one vector: the state of a grid of one column."""
+
+    def __init__(self, model: Any, pooling: str, normalise: bool) -> None:
+        self.model, self._pooling, self._normalise = model, pooling, normalise
+        self._takes = _taken(model)
+
+    def __call__(self, *, attention_mask: Tensor, **inputs: Any) -> BodyOutput:
+        """Run the model; states of middle layers are pooled alike, and not normalised."""
+        output = self.model(
+            attention_mask=attention_mask, **{name: value for name, value in inputs.items() if name in self._takes}
+        )
+        pooled_BD = project(self.model, pool(output.last_hidden_state, attention_mask, self._pooling))
+        if self._normalise:
+            pooled_BD = nn.functional.normalize(pooled_BD, dim=-1)
+        states = getattr(output, "hidden_states", None)
+        if states is not None:
+            states = tuple(pool(state, attention_mask, self._pooling)[:, None] for state in states)
+        return BodyOutput(pooled_BD[:, None], states)
+
+
+def _pooled(model: Any, outputs: OutputsRecord | None) -> Parts | None:
+    assert outputs is not None
+    assert outputs.pooling is not None
+    body = Pooled(model, outputs.pooling, bool(outputs.normalised))
+    return Parts(body, lambda: identity_head(vector_width(model), next(model.parameters()).detach()), False)
+
+
+def _bi_encoder(model: Any, outputs: OutputsRecord | None) -> Parts | None:
+    return Parts(BiEncoder(model), lambda: identity_head(1, next(model.parameters()).detach()), False)
+
+
+#: Every way to run a model, by the name that tasks use.
+BODIES: dict[str, Callable[[Any, OutputsRecord | None], Parts | None]] = {
+    "tokens": _tokens,
+    "head-input": _head_input,
+    "logits": _logits,
+    "pooled": _pooled,
+    "bi-encoder": _bi_encoder,
+}

@@ -1,0 +1,139 @@
+"""Encoder-decoders that write: inputs in, texts out, by beam search, greedily or as a chooser of tokens says.
+
+Everything is decided by the settings given here and by the model's own generation settings (such as the token that a
+BART begins with); ids beyond the tokenizer's vocabulary, which many models have rows for, are never written.
+
+Shape suffixes: B inputs of a batch, L tokens of the longest, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcache.models.loading import quiet
+from kdcache.tasks.base import padded_inputs
+
+#: From the places of a batch's inputs among all to what chooses its tokens.
+ChooserOf = Callable[[list[int]], "Chooser"]
+#: From the number of tokens written so far and the logits [B, V] of the next ones to the ids [B] to write.
+Chooser = Callable[[int, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class WrittenText:
+    """A text without special tokens, how many tokens it took, and whether it was stopped before its end."""
+
+    text: str
+    num_tokens: int
+    is_cut: bool
+
+
+def generation_settings(model: Any) -> dict[str, Any]:
+    """Return what a checkpoint says itself about how it writes, as plain values."""
+    settings: dict[str, Any] = model.generation_config.to_diff_dict()
+    settings.pop("transformers_version", None)
+    return settings
+
+
+def write_all(
+    model: Any,
+    tokenizer: Any,
+    vocab_size: int,
+    inputs: Sequence[NDArray[np.uint32]],
+    *,
+    max_tokens: int,
+    batch_tokens: int,
+    beams: int = 1,
+    chooser_of: ChooserOf | None = None,
+) -> list[WrittenText]:
+    """Write one text for each of ``inputs``, in their order; batches are of similar length.
+
+    ``batch_tokens`` bounds the padded tokens that the encoder is fed at once (one input may exceed it).
+    """
+    found: dict[int, WrittenText] = {}
+    for batch in _batches([len(tokens) for tokens in inputs], batch_tokens):
+        choose = None if chooser_of is None else chooser_of(batch)
+        written = write_texts(
+            model, tokenizer, vocab_size, [inputs[n] for n in batch], max_tokens=max_tokens, beams=beams, choose=choose
+        )
+        found |= dict(zip(batch, written, strict=True))
+    return [found[n] for n in range(len(inputs))]
+
+
+def _batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+    order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
+    batches: list[list[int]] = []
+    for index in order:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+@torch.inference_mode()
+def write_texts(
+    model: Any,
+    tokenizer: Any,
+    vocab_size: int,
+    inputs: Sequence[NDArray[np.uint32]],
+    *,
+    max_tokens: int,
+    beams: int = 1,
+    choose: Chooser | None = None,
+) -> list[WrittenText]:
+    """Write one text for each of ``inputs``, the tokens that the encoder is fed, in one batch.
+
+    At most ``max_tokens`` tokens, the last one of a whole text being EOS. With ``choose`` every token is chosen by it,
+    and there is one beam.
+    """
+    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    device = next(model.parameters()).device
+    fed = {name: torch.from_numpy(array).to(device) for name, array in padded_inputs(list(inputs), pad_id).items()}
+    settings = copy.deepcopy(model.generation_config)
+    settings.update(
+        max_length=None,
+        max_new_tokens=max_tokens,
+        num_beams=1 if choose is not None else beams,
+        num_return_sequences=1,
+        do_sample=False,
+        pad_token_id=pad_id,
+    )
+    with quiet():
+        ids_BL = model.generate(**fed, generation_config=settings, logits_processor=[_Allow(vocab_size, choose)])
+    # The first one is what the decoder begins with, which in some families is what ends a text as well.
+    return [_text(ids[1:], tokenizer, pad_id, settings.eos_token_id) for ids in ids_BL.tolist()]
+
+
+class _Allow:
+    """Forbid ids that the tokenizer does not have; with a chooser also all others but the one that it chooses.
+
+    So the library's greedy search becomes whatever the chooser is, a sampler say.
+    """
+
+    def __init__(self, vocab_size: int, choose: Chooser | None) -> None:
+        self._vocab_size, self._choose = vocab_size, choose
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores_BV = scores.clone()
+        scores_BV[:, self._vocab_size :] = -torch.inf
+        if self._choose is None:
+            return scores_BV
+        ids_B = self._choose(input_ids.shape[1] - 1, scores_BV)
+        return torch.full_like(scores_BV, -torch.inf).scatter_(1, ids_B[:, None], 0.0)
+
+
+def _text(ids: list[int], tokenizer: Any, pad_id: int, eos_id: int | list[int] | None) -> WrittenText:
+    ends = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
+    stop = next((n for n, token in enumerate(ids) if token in ends), None)
+    num_tokens = len(ids) if stop is None else stop + 1
+    text = tokenizer.decode(ids[:num_tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return WrittenText(text, num_tokens, stop is None)

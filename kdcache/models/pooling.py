@@ -1,0 +1,174 @@
+"""Sentence models: from the states of tokens to one vector, as sentence-transformers does it and writes it down.
+
+A directory of sentence-transformers says in ``modules.json`` what follows the model itself: a pooling, perhaps a linear
+layer (Dense) that gives the vector another width, perhaps a normalisation. A plain Hugging Face directory says none of
+it. The linear layer is made a module of the model, so that it moves, trains and counts with it; whoever writes the
+model writes that layer apart (`without_projection`).
+
+Shape suffixes: B sequences, L positions, D width of the states, C of the vectors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.errors import KdcacheError, TeacherError
+
+#: Name of the linear layer among a model's modules.
+PROJECTION = "sentence_projection"
+
+_MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"Identity": nn.Identity, "Tanh": nn.Tanh}
+
+
+@dataclass(frozen=True)
+class SentenceModules:
+    """What a directory of sentence-transformers says of the model in it."""
+
+    pooling: str
+    normalised: bool
+    dense: str | None = None
+    """Folder of the linear layer."""
+    width: int | None = None
+    """Width of the vectors where a linear layer decides it."""
+
+
+def pool(states_BLD: Tensor, attention_mask_BL: Tensor, pooling: str) -> Tensor:
+    """Return one vector of each sequence, [B, D]: the mean of its tokens' states, or that of its first or last one.
+
+    Sequences are padded on the right.
+    """
+    if pooling == "cls":
+        return states_BLD[:, 0]
+    if pooling == "last":
+        last_B = attention_mask_BL.sum(1) - 1
+        return states_BLD[torch.arange(len(states_BLD), device=states_BLD.device), last_B]
+    mask_BL1 = attention_mask_BL[:, :, None].to(states_BLD.dtype)
+    return (states_BLD * mask_BL1).sum(1) / mask_BL1.sum(1).clamp(min=1)
+
+
+def project(model: Any, pooled_BD: Tensor) -> Tensor:
+    """Return pooled vectors behind the model's linear layer, [B, C]; as they are where it has none."""
+    projection = getattr(model, PROJECTION, None)
+    return pooled_BD if projection is None else projection(pooled_BD)
+
+
+def vector_width(model: Any) -> int:
+    """Return the width of the vectors that a model's states become."""
+    projection = getattr(model, PROJECTION, None)
+    return int(model.config.get_text_config().hidden_size if projection is None else projection[0].out_features)
+
+
+def modules_of(
+    name: str, revision: str | None = None, error: type[KdcacheError] = TeacherError
+) -> SentenceModules | None:
+    """Return what the sentence-transformers files of a model say; None if it has none.
+
+    Raises ``error`` for a pooling that is not one of mean, cls and last, and for modules that cannot be run.
+    """
+    modules = _read(name, "modules.json", revision)
+    if modules is None:
+        return None
+    paths: dict[str, str] = {}
+    for module in modules:
+        kind = str(module["type"]).rpartition(".")[2]
+        if kind not in ("Transformer", "Pooling", "Dense", "Normalize") or kind in paths:
+            raise error(f"{name} has a module {kind} in modules.json that task embedding cannot run")
+        paths[kind] = str(module["path"])
+    settings = _read(name, f"{paths['Pooling']}/config.json", revision) if "Pooling" in paths else None
+    if settings is None:
+        return None
+    dense = paths.get("Dense")
+    width = None if dense is None else int(_read(name, f"{dense}/config.json", revision)["out_features"])
+    return SentenceModules(_mode(settings, name, error), "Normalize" in paths, dense, width)
+
+
+def add_projection(model: Any, projection: nn.Sequential) -> None:
+    """Make ``projection`` (a linear layer and its activation) a module of ``model``, in its dtype."""
+    like = next(model.parameters())
+    model.add_module(PROJECTION, projection.to(like.device, like.dtype))
+
+
+@contextlib.contextmanager
+def without_projection(model: Any) -> Iterator[None]:
+    """Take the linear layer out of a model for a while, so that what is saved is the model alone."""
+    projection = model._modules.pop(PROJECTION, None)
+    try:
+        yield
+    finally:
+        if projection is not None:
+            model.add_module(PROJECTION, projection)
+
+
+def load_projection(
+    model: Any, name: str, revision: str | None = None, error: type[KdcacheError] = TeacherError
+) -> None:
+    """Give ``model`` the linear layer that lies beside it in ``name``, if there is one; raises ``error``."""
+    modules = modules_of(name, revision, error)
+    if modules is None or modules.dense is None:
+        return
+    settings = _read(name, f"{modules.dense}/config.json", revision)
+    activation = str(settings.get("activation_function", "Identity")).rpartition(".")[2]
+    if activation not in _ACTIVATIONS or settings.get("use_residual"):
+        raise error(
+            f"the Dense layer of {name} has the activation {activation}"
+            f"{' and a residual' * bool(settings.get('use_residual'))}; expected {' or '.join(_ACTIVATIONS)} alone"
+        )
+    linear = nn.Linear(settings["in_features"], settings["out_features"], bias=settings.get("bias", True))
+    try:
+        linear.load_state_dict(_dense_weights(name, modules.dense, revision))
+    except (OSError, RuntimeError, ValueError) as failure:
+        raise error(f"the Dense layer of {name} cannot be loaded: {str(failure).splitlines()[0]}") from None
+    add_projection(model, nn.Sequential(linear, _ACTIVATIONS[activation]()))
+
+
+def _dense_weights(name: str, folder: str, revision: str | None) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    safe = _find(name, f"{folder}/model.safetensors", revision)
+    if safe is not None:
+        found = load_file(safe)
+    else:
+        pickled = _find(name, f"{folder}/pytorch_model.bin", revision)
+        if pickled is None:
+            raise OSError(f"{folder} holds no weights")
+        found = torch.load(pickled, map_location="cpu", weights_only=True)
+    return {key.removeprefix("linear."): tensor for key, tensor in found.items()}
+
+
+def _mode(settings: dict[str, Any], name: str, error: type[KdcacheError]) -> str:
+    if "pooling_mode" in settings:  # newer versions name the mode
+        chosen = [str(settings["pooling_mode"]).replace("lasttoken", "last")]
+    else:
+        chosen = [mode for key, mode in _MODES.items() if settings.get(key)]
+        chosen += [
+            key
+            for key, value in settings.items()
+            if key.startswith("pooling_mode") and value is True and key not in _MODES
+        ]
+    if len(chosen) != 1 or chosen[0] not in _MODES.values():
+        raise error(f"{name} pools by {', '.join(chosen)}; expected one of {', '.join(_MODES.values())}")
+    return chosen[0]
+
+
+def _find(name: str, file: str, revision: str | None) -> Path | None:
+    if Path(name).is_dir():
+        path = Path(name) / file
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
+
+
+def _read(name: str, file: str, revision: str | None) -> Any:
+    path = _find(name, file, revision)
+    return None if path is None else json.loads(path.read_text())

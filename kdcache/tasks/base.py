@@ -1,0 +1,192 @@
+"""What a task is: which rows a sequence has, what models are fed, and which label belongs to which row.
+
+Everything downstream of a task sees rows. The teacher answers each of them with a distribution over tokens or classes,
+or with a vector of numbers (``gives``); codecs, shards, reader, losses and objective do not ask what a row stands for.
+A task is used at three places: when a corpus is planned (`Task.plan`), when a teacher or a student is fed
+(`Task.pad_batch`), and when a cache is read for training (`Task.collate`). Alignment happens here and nowhere else.
+
+How a model of the task is run is said by name (``model_class``, ``body``), because nothing here knows torch: see
+``kdcache.models.bodies``.
+
+Shape suffixes: B rows of the padded grid, L its columns, P flat rows, K kept ids, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import Field
+
+from kdcache.config import Config
+from kdcache.corpus import TEXT, Corpus, Encoder, Role
+from kdcache.schema import NO_LABEL, ArrayRecord, OutputsRecord, Sequence, SequenceBatch, Targets
+
+Gives = Literal["tokens", "classes", "outputs"]
+
+
+class TaskSettings(Config):
+    """How documents become sequences; ``max_length`` counts the tokens that a model is fed at once."""
+
+    max_length: int = Field(default=256, ge=4, le=2**24)
+
+
+class Sequences(Protocol):
+    """All sequences of a corpus, by number; what `Task.plan` returns."""
+
+    config: Any
+    lengths_N: NDArray[np.int64]
+    """Rows of every sequence."""
+    num_documents: int
+    num_empty: int
+    num_too_short: int
+    num_truncated: int
+
+    @property
+    def num_sequences(self) -> int:
+        """Number of sequences, N."""
+        ...
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        ...
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of all sequences."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sequences."""
+        ...
+
+    def sequence(self, index: int) -> Sequence:
+        """Return sequence ``index``."""
+        ...
+
+    def table(self) -> pa.Table:
+        """Return one row per piece of a document in a sequence."""
+        ...
+
+    def sequence_table(self, start: int, stop: int) -> pa.Table:
+        """Return one row for each sequence from ``start`` to ``stop``."""
+        ...
+
+
+class Task(ABC):
+    """Base of all tasks; they have no state."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """For the command line: what a row is."""
+    roles: ClassVar[tuple[Role, ...]] = (TEXT,)
+    """What is read of every row of the corpus, the main text first."""
+    settings: ClassVar[type[Config]] = TaskSettings
+    gives: ClassVar[Gives] = "tokens"
+    """What the ids of the distribution at a row are; ``outputs``: there is none, only numbers."""
+    model_class: ClassVar[str]
+    """Name of the class in transformers that loads a model of this task."""
+    body: ClassVar[str]
+    """Row of ``BODIES`` in ``kdcache.models.bodies``."""
+    objective: ClassVar[dict[str, Any]] = {"forward_kl": {"weight": 0.9}, "cross_entropy": {"weight": 0.1}}
+    """What students are trained on unless told otherwise."""
+
+    @abstractmethod
+    def plan(
+        self, corpus: Corpus, encoder: Encoder, settings: Any, outputs: OutputsRecord | None, progress: Any = None
+    ) -> Sequences:
+        """Tokenise ``corpus`` and make its sequences; ``progress`` is called with documents done and in total."""
+
+    def arrays(self, settings: Any, outputs: OutputsRecord | None) -> tuple[ArrayRecord, ...]:
+        """Describe the arrays of a `Sequence` that have to be stored besides tokens and loss mask."""
+        return ()
+
+    @abstractmethod
+    def pad_batch(self, sequences: list[Sequence], pad_id: int) -> dict[str, NDArray[Any]]:
+        """Return what models are fed of ``sequences``, padded, and ``rows`` [P]: the places of all rows in the grid.
+
+        The grid is that of the states which the task's body returns, flattened: ``states.reshape(B * L, D)[rows]``
+        lines up with the flat arrays of a `SequenceBatch`.
+        """
+
+    def labels(self, sequences: list[Sequence]) -> NDArray[np.int64]:
+        """Return the corpus's own answer at every row, [P] int64; `NO_LABEL` where there is none."""
+        stored = [sequence.labels_L for sequence in sequences]
+        if stored and stored[0] is not None and stored[0].dtype.kind == "i":
+            return np.concatenate(stored).astype(np.int64)  # type: ignore[arg-type]
+        return np.full(sum(sequence.num_positions for sequence in sequences), NO_LABEL, np.int64)
+
+    def stored_labels(self, sequences: list[Sequence]) -> NDArray[Any]:
+        """Return the labels at every row, [P], as they are stored: numbers where they are numbers, else `labels`."""
+        numbers = [s.labels_L for s in sequences if s.labels_L is not None and s.labels_L.dtype.kind == "f"]
+        return np.concatenate(numbers) if numbers else self.labels(sequences)
+
+    def collate(self, batch: SequenceBatch, pad_id: int) -> dict[str, NDArray[Any]]:
+        """Turn decoded sequences into one training batch: `pad_batch`, labels, and the teacher's rows.
+
+        Beside what models are fed: ``labels`` [P] int64, ``loss_mask`` [P] bool, ``teacher_ids`` [P, K] int64,
+        ``teacher_logprobs`` [P, K] float32, ``teacher_log_tail``, ``teacher_gold_logprob`` and ``teacher_entropy`` [P]
+        float32, and each stored field of vectors under its name, [P, D] float32. Draws stand among the ids
+        (`Targets.merged`). Where the batch has them: ``teacher_log_tails`` [P, G] float32, the tails at other
+        temperatures, and ``teacher_hidden`` [P, D] float32, the teacher's last hidden state
+        (``batch.hidden["last"]``). Where the teacher gives no distribution: ``label_values`` [P] float32, labels that
+        are numbers (NaN: none), and ``groups`` [P] int64, the sequence of each row by its place in the batch.
+        """
+        sequences = batch.sequences()
+        found: dict[str, NDArray[Any]] = {
+            **self.pad_batch(sequences, pad_id),
+            "labels": self.labels(sequences),
+            "loss_mask": batch.loss_mask_P.astype(bool),
+            **_teacher_rows(batch.targets),
+            **{name: states_PD for name, states_PD in batch.hidden.items() if name != "last"},
+        }
+        if "last" in batch.hidden:
+            found["teacher_hidden"] = batch.hidden["last"]
+        return found | (_numbers(batch) if self.gives == "outputs" else {})
+
+
+def _teacher_rows(targets: Targets) -> dict[str, NDArray[Any]]:
+    ids_PK, logprobs_PK, log_tail_P = targets.merged()
+    rows: dict[str, NDArray[Any]] = {
+        "teacher_ids": ids_PK.astype(np.int64),
+        "teacher_logprobs": logprobs_PK,
+        "teacher_log_tail": log_tail_P,
+        "teacher_gold_logprob": targets.gold_logprob_P,
+        "teacher_entropy": targets.entropy_P,
+    }
+    return rows if targets.log_tails_PG is None else rows | {"teacher_log_tails": targets.log_tails_PG}
+
+
+def _numbers(batch: SequenceBatch) -> dict[str, NDArray[Any]]:
+    num_positions_N = np.diff(batch.position_offsets_N1)
+    values_P = np.full(int(num_positions_N.sum()), np.nan, np.float32) if batch.labels_P is None else batch.labels_P
+    return {
+        "label_values": values_P.astype(np.float32),
+        "groups": np.repeat(np.arange(len(batch)), num_positions_N),
+    }
+
+
+def pad(arrays: list[NDArray[Any]], fill: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return arrays of different lengths right-padded with ``fill``, [B, L] int64, and which places are real."""
+    lengths_B = np.array([len(array) for array in arrays], dtype=np.int64)
+    real_BL = np.arange(int(lengths_B.max(initial=1))) < lengths_B[:, None]
+    padded_BL = np.full(real_BL.shape, fill, dtype=np.int64)
+    padded_BL[real_BL] = np.concatenate(arrays)
+    return padded_BL, real_BL
+
+
+def padded_inputs(
+    tokens: list[NDArray[Any]], pad_id: int, segments: list[NDArray[Any]] | None = None
+) -> dict[str, NDArray[Any]]:
+    """Return ``input_ids`` and ``attention_mask`` [B, L] of some runs of tokens.
+
+    With ``segments``, the part of each token, also ``token_type_ids``.
+    """
+    input_ids_BL, real_BL = pad(tokens, pad_id)
+    inputs: dict[str, NDArray[Any]] = {"input_ids": input_ids_BL, "attention_mask": real_BL.astype(np.int64)}
+    return inputs if segments is None else inputs | {"token_type_ids": pad(segments, 0)[0]}

@@ -1,0 +1,87 @@
+"""Embeddings of texts, for search: a row is a text, and the teacher's answer is one pooled vector.
+
+A document is one text, or a pair of texts (column ``text_pair``) such as a question and its answer or two sentences
+that were compared: the pair is one sequence with two rows, so that its texts reach a student together. The corpus's own
+judgement of a pair (column ``label``) stands at both of its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.cache.fields import NUMBER_LABELS, SEGMENT_IDS
+from kdcache.corpus import TEXT, Corpus, Encoder, Role
+from kdcache.schema import ArrayRecord, OutputsRecord, Sequence
+from kdcache.tasks.base import Sequences, Task, TaskSettings, padded_inputs
+from kdcache.tasks.documents import Made, Row, joined, make_sequences, special_tokens, texts_of
+from kdcache.tasks.labels import number_label, numbers
+
+
+class EmbeddingSettings(TaskSettings):
+    """How states of tokens become one vector; ``auto``: as the teacher's own files say, else mean and normalised."""
+
+    pooling: Literal["auto", "mean", "cls", "last"] = "auto"
+    normalise: bool | Literal["auto"] = "auto"
+    prefix: str = ""
+    """Text before every text, such as ``query: ``."""
+
+
+class Embedding(Task):
+    """Embed texts."""
+
+    name = "embedding"
+    summary = "a text, with its embedding"
+    roles = (TEXT, Role("text_pair", False), Role("label", False))
+    settings = EmbeddingSettings
+    gives = "outputs"
+    model_class = "AutoModel"
+    body = "pooled"
+    objective: ClassVar[dict[str, Any]] = {"output_cosine": {"weight": 1.0}}
+
+    def plan(
+        self, corpus: Corpus, encoder: Encoder, settings: Any, outputs: OutputsRecord | None, progress: Any = None
+    ) -> Sequences:
+        """Make one sequence of every text or pair."""
+        return make_sequences(corpus, settings, partial(_make, corpus, encoder, settings), progress)
+
+    def arrays(self, settings: Any, outputs: OutputsRecord | None) -> tuple[ArrayRecord, ...]:
+        """Which text of a pair a token belongs to, and the corpus's judgement."""
+        return (SEGMENT_IDS, NUMBER_LABELS)
+
+    def pad_batch(self, sequences: list[Sequence], pad_id: int) -> dict[str, NDArray[Any]]:
+        """Return ``input_ids`` and ``attention_mask`` [B, L] of all texts, and ``rows`` [B]."""
+        texts = [text for sequence in sequences for text in split_parts(sequence)]
+        return {**padded_inputs(texts, pad_id), "rows": np.arange(len(texts))}
+
+
+def split_parts(sequence: Sequence) -> list[NDArray[np.uint32]]:
+    """Return the tokens of each part of a sequence."""
+    segments_T = np.asarray(sequence.segment_ids_T)
+    return np.split(sequence.tokens_T, np.flatnonzero(np.diff(segments_T)) + 1)
+
+
+def _make(
+    corpus: Corpus, encoder: Encoder, settings: EmbeddingSettings, start: int, rows: list[Row]
+) -> Iterator[list[Made]]:
+    around = encoder.around(1)
+    room = settings.max_length - special_tokens(around)
+    firsts, seconds = (
+        texts_of(encoder, [text and settings.prefix + text for text in texts])
+        for texts in ([text for text, _ in rows], [more.get("text_pair") for _, more in rows])
+    )
+    ids = corpus.document_ids(range(start, start + len(rows)))
+    for first, second, (_, more), document in zip(firsts, seconds, rows, ids, strict=True):
+        label = number_label(more.get("label"), document)
+        if not first:
+            yield []
+            continue
+        parts = [part for part in (first, second) if part]
+        fed = [joined([part[:room]], around)[0] for part in parts]
+        segments = np.repeat(np.arange(len(fed), dtype=np.uint16), [len(part) for part in fed])
+        is_cut = any(len(part) > room for part in parts)
+        yield [Made(np.concatenate(fed), segments, numbers([label] * len(fed)), is_truncated=is_cut)]

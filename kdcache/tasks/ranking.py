@@ -1,0 +1,124 @@
+"""Ranking, for search: a sequence is a query with its candidate documents, a row is one of them, with a raw score.
+
+A cross-encoder reads query and document together. What is stored is exactly that: the pairs as they are fed, one after
+another; segment ids count 2 for every pair and 1 more in its document, so that a bi-encoder student finds query and
+documents in the same tokens. The corpus's own judgement of the documents (column ``relevance``) is stored where it has
+one. Too long documents are cut; queries are not. A document that is null or empty keeps its place, as an empty text:
+row k is document k of the corpus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from kdcache.cache.fields import NUMBER_LABELS, SEGMENT_IDS
+from kdcache.corpus import Corpus, Encoder, Role
+from kdcache.errors import CorpusError
+from kdcache.schema import ArrayRecord, OutputsRecord, Sequence
+from kdcache.tasks.base import Sequences, Task, TaskSettings, padded_inputs
+from kdcache.tasks.documents import Made, Row, joined, make_sequences, special_tokens, texts_of
+from kdcache.tasks.labels import number_label, numbers
+
+
+class RankingSettings(TaskSettings):
+    """``max_length`` is that of a query with one document, special tokens included."""
+
+    max_documents: int = Field(default=32, ge=2, le=10_000)
+    """Documents of a query that are used, from the first on."""
+
+
+class Ranking(Task):
+    """Score documents for queries."""
+
+    name = "ranking"
+    summary = "a document of a query, with its score"
+    roles = (Role("query"), Role("documents"), Role("relevance", False))
+    settings = RankingSettings
+    gives = "outputs"
+    model_class = "AutoModelForSequenceClassification"
+    body = "logits"
+    objective: ClassVar[dict[str, Any]] = {"margin_mse": {"weight": 1.0}}
+
+    def plan(
+        self, corpus: Corpus, encoder: Encoder, settings: Any, outputs: OutputsRecord | None, progress: Any = None
+    ) -> Sequences:
+        """Make one sequence of every query with its documents."""
+        return make_sequences(corpus, settings, partial(_make, corpus, encoder, settings), progress)
+
+    def arrays(self, settings: Any, outputs: OutputsRecord | None) -> tuple[ArrayRecord, ...]:
+        """Which pair and which text of it a token belongs to, and the corpus's judgement."""
+        return (SEGMENT_IDS, NUMBER_LABELS)
+
+    def pad_batch(self, sequences: list[Sequence], pad_id: int) -> dict[str, NDArray[Any]]:
+        """Return ``input_ids``, ``attention_mask`` and ``token_type_ids`` [P, L] of all pairs, and ``rows`` [P]."""
+        pairs, kinds = [], []
+        for sequence in sequences:
+            segments_T = np.asarray(sequence.segment_ids_T)
+            borders = np.flatnonzero(np.diff(segments_T // 2)) + 1
+            pairs += np.split(sequence.tokens_T, borders)
+            kinds += np.split(segments_T % 2, borders)
+        return {**padded_inputs(pairs, pad_id, kinds), "rows": np.arange(len(pairs))}
+
+
+class BiEncoderRanking(Ranking):
+    """The same task as a student does it that reads query and document apart."""
+
+    model_class = "AutoModel"
+    body = "bi-encoder"
+
+
+BI_ENCODER = BiEncoderRanking()
+
+
+def _make(
+    corpus: Corpus, encoder: Encoder, settings: RankingSettings, start: int, rows: list[Row]
+) -> Iterator[list[Made]]:
+    around = encoder.around(2)
+    ids = corpus.document_ids(range(start, start + len(rows)))
+    queries = texts_of(encoder, [query for query, _ in rows])
+    for query, (_, more), document in zip(queries, rows, ids, strict=True):
+        texts, relevance = _candidates(more, document, settings.max_documents)
+        parts = texts_of(encoder, texts)
+        if not query or not any(parts):
+            yield []
+            continue
+        room = settings.max_length - special_tokens(around) - len(query)
+        if room < 1:
+            raise CorpusError(
+                f"{document}: the query has {len(query)} tokens, which leaves no room for a document in a max_length "
+                f"of {settings.max_length}; raise it (--max-length), or shorten that query"
+            )
+        pairs = [joined([query, part[:room]], around) for part in parts]
+        segments = np.concatenate([2 * n + kinds for n, (_, kinds) in enumerate(pairs)]).astype(np.uint16)
+        is_cut = any(len(part) > room for part in parts) or len(more["documents"]) > settings.max_documents
+        yield [Made(np.concatenate([tokens for tokens, _ in pairs]), segments, relevance, is_truncated=is_cut)]
+
+
+def _candidates(more: dict[str, Any], where: str, most: int) -> tuple[list[str | None], NDArray[np.float32]]:
+    """Return the first documents of a query, and the corpus's judgement of each."""
+    texts = _a_list(more.get("documents"), f"{where}: documents", "texts")
+    strange = next((text for text in texts if text is not None and not isinstance(text, str)), None)
+    if strange is not None:
+        raise CorpusError(f"{where}: expected a list of texts as documents, found {strange!r} among them")
+    judged = more.get("relevance")
+    relevance = [None] * len(texts) if judged is None else _a_list(judged, f"{where}: relevance", "numbers")
+    if len(relevance) != len(texts):
+        raise CorpusError(
+            f"{where}: there are {len(texts)} documents, but {len(relevance)} values of relevance; give one number (or "
+            "null) for each document"
+        )
+    return texts[:most], numbers([number_label(value, where) for value in relevance[:most]])
+
+
+def _a_list(value: Any, where: str, of: str) -> list[Any]:
+    if value is not None and not isinstance(value, list):
+        raise CorpusError(
+            f"{where}: expected a list of {of}, found {type(value).__name__}; other columns: --column ROLE=NAME"
+        )
+    return value or []

@@ -1,0 +1,105 @@
+"""Classification of a text or of a pair of texts: one row for each, whose ids are the classes.
+
+All classes are kept, so the cache holds the whole distribution, exact at every temperature, beside the raw logits. The
+corpus's own classes are stored where it has them (column ``label``); without them students learn from the teacher
+alone. Too long texts are cut at their ends, the longer of a pair first. A row without a second text, or with an empty
+one, is a text alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.cache.fields import NUMBER_LABELS, SEGMENT_IDS, WHOLE_LABELS
+from kdcache.corpus import TEXT, Corpus, Encoder, Role
+from kdcache.errors import ConfigError
+from kdcache.schema import ArrayRecord, OutputsRecord, Sequence
+from kdcache.tasks.base import Gives, Sequences, Task, padded_inputs
+from kdcache.tasks.documents import Made, Row, joined, make_sequences, shorten, special_tokens, texts_of
+from kdcache.tasks.labels import class_label, classes, number_label, numbers
+
+
+class SequenceClassification(Task):
+    """Classify texts or pairs of texts."""
+
+    name = "sequence-classification"
+    summary = "a text or a pair of texts, with its class"
+    roles = (TEXT, Role("text_pair", False), Role("label", False))
+    gives: ClassVar[Gives] = "classes"
+    model_class = "AutoModelForSequenceClassification"
+    body = "logits"
+    label_array: ClassVar[ArrayRecord] = WHOLE_LABELS
+
+    def plan(
+        self, corpus: Corpus, encoder: Encoder, settings: Any, outputs: OutputsRecord | None, progress: Any = None
+    ) -> Sequences:
+        """Make one sequence of every text, or of every pair."""
+        assert outputs is not None
+        return make_sequences(corpus, settings, partial(self._make, corpus, encoder, settings, outputs), progress)
+
+    def arrays(self, settings: Any, outputs: OutputsRecord | None) -> tuple[ArrayRecord, ...]:
+        """The corpus's own label, and which text a token belongs to."""
+        return (SEGMENT_IDS, self.label_array)
+
+    def pad_batch(self, sequences: list[Sequence], pad_id: int) -> dict[str, NDArray[Any]]:
+        """Return ``input_ids``, ``attention_mask`` and ``token_type_ids`` [B, L], and ``rows`` [B]."""
+        segments = [np.asarray(sequence.segment_ids_T) for sequence in sequences]
+        inputs = padded_inputs([sequence.tokens_T for sequence in sequences], pad_id, segments)
+        return {**inputs, "rows": np.arange(len(sequences))}
+
+    def label(self, value: Any, outputs: OutputsRecord, document: str) -> NDArray[Any]:
+        """Return the label of a document as a `Sequence` holds it."""
+        return classes([class_label(value, outputs.labels, document)])
+
+    def _make(
+        self,
+        corpus: Corpus,
+        encoder: Encoder,
+        settings: Any,
+        outputs: OutputsRecord,
+        start: int,
+        rows: list[Row],
+    ) -> Iterator[list[Made]]:
+        firsts = texts_of(encoder, [text for text, _ in rows])
+        seconds = texts_of(encoder, [more.get("text_pair") for _, more in rows])
+        around = {num_parts: encoder.around(num_parts) for num_parts in ((1, 2) if any(seconds) else (1,))}
+        ids = corpus.document_ids(range(start, start + len(rows)))
+        for first, second, (_, more), document in zip(firsts, seconds, rows, ids, strict=True):
+            label = self.label(more.get("label"), outputs, document)
+            if not first:
+                yield []
+                continue
+            parts = [first, second] if second else [first]
+            specials = around[len(parts)]
+            short = shorten(parts, _room(settings.max_length, specials))
+            yield [Made(*joined(short, specials), label, is_truncated=short != parts)]
+
+
+def _room(max_length: int, around: list[list[int]]) -> int:
+    """Return the tokens of a sequence that are left for its texts."""
+    num_special, num_parts = special_tokens(around), len(around) - 1
+    if max_length < num_special + num_parts:
+        raise ConfigError(
+            f"--max-length {max_length} leaves no room for {num_parts} text{'s' * (num_parts > 1)} beside the "
+            f"{num_special} special tokens around; use {num_special + num_parts} or more"
+        )
+    return max_length - num_special
+
+
+class SequenceRegression(SequenceClassification):
+    """Give texts or pairs of texts a score: one raw number for each, such as a similarity."""
+
+    name = "sequence-regression"
+    summary = "a text or a pair of texts, with a score"
+    gives = "outputs"
+    objective: ClassVar[dict[str, Any]] = {"output_mse": {"weight": 0.5}, "label_mse": {"weight": 0.5}}
+    label_array = NUMBER_LABELS
+
+    def label(self, value: Any, outputs: OutputsRecord, document: str) -> NDArray[Any]:
+        """Return the label of a document as a `Sequence` holds it."""
+        return numbers([number_label(value, document)])

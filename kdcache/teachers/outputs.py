@@ -1,0 +1,56 @@
+"""What a teacher's raw outputs are, from its configuration alone: known before any weights are loaded.
+
+The classes of a classifier and their names, the pooling of an embedding model: sequences cannot be planned without the
+former, and a student is told all of it by the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdcache.errors import TeacherError
+from kdcache.models.loading import load_config
+from kdcache.models.pooling import SentenceModules, modules_of
+from kdcache.schema import OutputsRecord
+from kdcache.tasks import Task
+from kdcache.teachers.huggingface import TeacherConfig
+
+
+def outputs_record(config: TeacherConfig, task: Task, settings: Any) -> OutputsRecord | None:
+    """Return what the outputs of a teacher of ``task`` are; None for a task whose teachers answer with tokens.
+
+    Raises ``TeacherError`` for a model whose configuration does not fit the task.
+    """
+    if task.gives == "tokens":
+        return None
+    model_config = load_config(config.model, revision=config.revision, error=TeacherError)
+    if task.body == "pooled":
+        return _embedding(config, settings, model_config)
+    num_labels = int(model_config.num_labels)
+    if task.gives == "classes":
+        if getattr(model_config, "problem_type", None) == "multi_label_classification":
+            raise TeacherError(
+                f"{config.model} gives every class a probability of its own (multi_label_classification), and task "
+                f"{task.name} is about one class of several; choose a teacher of that kind"
+            )
+        if num_labels < 2:
+            raise TeacherError(
+                f"{config.model} has {num_labels} output, so it is a regressor or a cross-encoder; use --task "
+                "sequence-regression or ranking"
+            )
+        return OutputsRecord(width=num_labels, labels=tuple(model_config.id2label[n] for n in range(num_labels)))
+    if num_labels != 1:
+        raise TeacherError(
+            f"{config.model} has {num_labels} outputs, and task {task.name} needs a model with one: use --task "
+            "sequence-classification, or a teacher that was trained with num_labels=1"
+        )
+    return OutputsRecord(width=1)
+
+
+def _embedding(config: TeacherConfig, settings: Any, model_config: Any) -> OutputsRecord:
+    own = modules_of(config.model, config.revision) or SentenceModules("mean", True)
+    return OutputsRecord(
+        width=own.width or int(model_config.get_text_config().hidden_size),
+        pooling=own.pooling if settings.pooling == "auto" else settings.pooling,
+        normalised=own.normalised if settings.normalise == "auto" else settings.normalise,
+    )

@@ -1,0 +1,50 @@
+"""Tokens as text, by the tokenizer that lies in the cache (no torch, no transformers)."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from kdcache.cache import Cache
+from kdcache.errors import CacheError
+
+
+class Texts:
+    """Decodes token ids; raises ``CacheError`` for a cache whose tokenizer cannot be read."""
+
+    def __init__(self, cache: Cache) -> None:
+        text = cache.tokenizer_json()
+        try:
+            self._tokenizer: Any = Tokenizer.from_str(text)
+        except Exception as error:  # the library raises plain Exception
+            raise CacheError(f"the tokenizer.json of {cache.folder} cannot be read: {error}") from None
+
+    def fed(self, ids: list[int]) -> str:
+        """Return what a model is fed, special tokens included."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
+    def plain(self, ids: list[int]) -> str:
+        """Return a text without the special tokens around it; those inside, such as unknown words, are shown."""
+        start, stop = 0, len(ids)
+        while start < stop and ids[start] in self._specials:
+            start += 1
+        while stop > start and ids[stop - 1] in self._specials:
+            stop -= 1
+        return self.fed(ids[start:stop])
+
+    def token(self, token_id: int) -> str:
+        """Return a token as text; one that is no text by itself (a piece of a character) as its raw form."""
+        text = self.fed([token_id])
+        if text and "\ufffd" not in text:
+            return text
+        return self._tokenizer.id_to_token(token_id) or f"<{token_id}>"
+
+    @cached_property
+    def _specials(self) -> set[int]:
+        # The token of unknown words stands for a part of the text.
+        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return {number for number, token in added if token.special and token.content not in (unknown, "<unk>")}
