@@ -264,3 +264,35 @@ def test_looking_needs_no_torch(caches: dict[str, Path]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(len(paths)), "False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("task", "array", "value", "words"),
+    [("masked-lm", "places_P", 999, "a hidden token is at 999"), ("sequence-classification", "labels_P", 7, "is 7")],
+)
+def test_a_strangers_numbers_are_no_indices(
+    task: str, array: str, value: int, words: str, caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = open_cache(str(caches[task]))
+    read = cache.read
+
+    def forged(*arguments: Any, **options: Any) -> Any:
+        batch = read(*arguments, **options)
+        setattr(batch, array, np.full_like(getattr(batch, array), value))
+        return batch
+
+    monkeypatch.setattr(cache, "read", forged)
+    with pytest.raises(CacheError, match=words):
+        peek(cache)
+
+
+def test_the_corpus_own_class_is_shown_where_few_classes_are_kept(
+    caches: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = open_cache(str(caches["sequence-classification"]))
+    whole = peek(cache, 1).to_dict()
+    read = cache.read
+    monkeypatch.setattr(cache, "read", lambda indices, **options: read(indices, **options, top_k=1))
+    fewer = peek(cache, 1).to_dict()
+    assert fewer["label"] == whole["label"] is not None
+    assert fewer["top"] == whole["top"][:1]

@@ -35,6 +35,9 @@ class Part(Scheduled, ABC):
     needs: ClassVar[str]
     """What of the teacher the part is made of, in words."""
 
+    uses_teacher: ClassVar[bool] = True
+    """Whether the teacher plays a part; students without distillation are trained on parts where it does not."""
+
     weight: Weight
     select: Select | None = None
 

@@ -22,6 +22,7 @@ class CrossEntropy(Loss):
     """Negative log-likelihood of the corpus's own token or class; 0 where it has none."""
 
     is_divergence = False
+    uses_teacher = False
 
     needs = "nothing: the corpus's own answer"
 

@@ -14,8 +14,6 @@ Shape suffixes: P rows, Q pairs, C width of the embeddings.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -56,16 +54,16 @@ class SimilarityMatrix(EmbeddingTerm):
         """Return the error of each row, [P]."""
         student_PC, teacher_PC = _unit(outputs.student_PC), _unit(outputs.teacher_PC)
         errors_PP = (student_PC @ student_PC.T - teacher_PC @ teacher_PC.T).square()
-        errors_PP = (student_PC @ student_PC.T - teacher_PC @ teacher_PC.T).square()
         # Each text is as like itself as can be, to both models.
         others_PP = 1 - torch.eye(len(errors_PP), dtype=errors_PP.dtype, device=errors_PP.device)
         return (errors_PP * others_PP).sum(1) / max(len(errors_PP) - 1, 1)
 
 
 class PairTerm(EmbeddingTerm):
-    """Base of terms over pairs of texts, which need no teacher."""
+    """Base of terms over pairs of texts, in which the teacher plays no part."""
 
-    needs_pairs: ClassVar[bool] = True
+    needs = "nothing: the corpus's own pairs"
+    uses_teacher = False
 
 
 class Contrastive(PairTerm):

@@ -94,6 +94,7 @@ class LabelMSE(OutputTerm):
     """
 
     needs = "nothing: the corpus's own numbers"
+    uses_teacher = False
 
     def refusal(self, context: TeacherContext) -> str | None:
         """Return why the term makes no sense with such a cache and what to do instead; None if it does."""

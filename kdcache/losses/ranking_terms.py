@@ -86,7 +86,7 @@ class MarginMSE(RankingTerm):
     def of_queries(self, student_P: Tensor, teacher_P: Tensor, relevance_P: Tensor, groups: Groups) -> Tensor:
         """Return the loss of each query, [Q]."""
         errors_P = student_P - teacher_P
-        # With e the errors, the sum over pairs of (e_i - e_j)^2 is n times the sum of (e_i - mean)^2: no pair is formed.
+        # With e the errors, the sum over pairs of (e_i - e_j)^2 is n times the sum of (e_i - mean)^2, without any pair.
         centred_P = errors_P - groups.mean(errors_P)[groups.query_P]
         return 2 * groups.sum(centred_P.square()) / (groups.counts_Q - 1).clamp(min=1)
 
@@ -113,6 +113,7 @@ class ListCrossEntropy(RankingTerm):
     """
 
     needs = "nothing: the corpus's own relevance"
+    uses_teacher = False
 
     def of_queries(self, student_P: Tensor, teacher_P: Tensor, relevance_P: Tensor, groups: Groups) -> Tensor:
         """Return the loss of each query, [Q]."""

@@ -119,4 +119,6 @@ class BiEncoder:
     def _embed(self, ids_PL: Tensor, mask_PL: Tensor) -> Tensor:
         states_PLD = self.model(input_ids=ids_PL, attention_mask=mask_PL).last_hidden_state
         pooled_PD = project(self.model, pool(states_PLD, mask_PL, self._saved.pooling))
+        # Scores of 8 bits of mantissa would be too coarse to order documents by.
+        pooled_PD = pooled_PD.to(torch.promote_types(pooled_PD.dtype, torch.float32))
         return nn.functional.normalize(pooled_PD, dim=1) if self._saved.similarity == "cosine" else pooled_PD

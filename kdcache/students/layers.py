@@ -77,6 +77,12 @@ def _shortened(config: Any, layers: Sequence[int]) -> Any:
 def _rebuilt(model: Any, config: Any, state: dict[str, Any], name: str) -> Any:
     with quiet():
         student = type(model)(config).to(model.dtype)
+    if _is_tied(student) and not _is_tied(model):
+        # The configuration of a T5 always says tied; whether a checkpoint is, its weights decide.
+        head = student.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    if getattr(student, "pooler", None) is not None and model.pooler is None:
+        student.pooler = None  # a model of embeddings has done without it since it was loaded
     try:
         student.load_state_dict(state)
     except RuntimeError as error:
@@ -85,5 +91,9 @@ def _rebuilt(model: Any, config: Any, state: dict[str, Any], name: str) -> Any:
             f"student {name} ({type(model).__name__}) cannot do without the layers that keep_layers leaves out: "
             f"{first_line(error)} Keep layer 0 too, or leave keep_layers out"
         ) from None
-    student.tie_weights()
     return student.eval()
+
+
+def _is_tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight

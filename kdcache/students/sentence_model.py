@@ -96,7 +96,8 @@ def sentence_model(
     if config.model is not None:
         own = modules_of(config.model, config.revision, StudentError)
         load_projection(model, config.model, config.revision, StudentError)
-    _freeze_unused(model)
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None  # of a fresh student: what BERT would pool with itself, which nothing would train
     if config.projection is not None and getattr(model, PROJECTION, None) is None:
         add_projection(model, _orthogonal(vector_width(model), manifest.outputs.width, config.seed))
     outputs = manifest.outputs if own is None else _with_own(manifest.outputs, own, name)
@@ -112,13 +113,6 @@ def _refuse_settings(config: StudentConfig, task: Task) -> None:
         raise ConfigError(
             f"student.{given[0]} is for students that embed texts, not for task {task.name}; leave it out"
         )
-
-
-def _freeze_unused(model: Any) -> None:
-    # What BERT would pool with itself: it has no gradient, which data parallelism would wait for.
-    pooler = getattr(model, "pooler", None)
-    if isinstance(pooler, nn.Module):
-        pooler.requires_grad_(False)
 
 
 def _with_own(outputs: OutputsRecord, own: SentenceModules, name: str) -> OutputsRecord:

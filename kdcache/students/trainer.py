@@ -155,7 +155,9 @@ class DistillationTrainer(Trainer):
             saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
         if self.student.sentence is not None:
             load_projection(saved, resume_from_checkpoint, error=StudentError)
-        model.load_state_dict(saved.state_dict())
+        # A model that was loaded without its pooler comes with one here.
+        known = model.state_dict().keys()
+        model.load_state_dict({name: value for name, value in saved.state_dict().items() if name in known})
 
     def load_checkpoint(self, checkpoint: Path, state: TrainerState) -> None:
         """Take over the student and the state of a finished run's last checkpoint."""

@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from kdcache.cache import Cache
 from kdcache.cache.batches import MicroBatches
-from kdcache.losses import CrossEntropy, Loss, Objective, Part
+from kdcache.losses import Loss, Objective, Part
 from kdcache.losses.modes import TemperedLoss
-from kdcache.losses.output_terms import LabelMSE
 from kdcache.losses.schedules import highest
 from kdcache.models.loading import pick_device
 from kdcache.students import Student
@@ -196,7 +195,6 @@ def _term(
     run: _Run, name: str, part: Part, kept_mass: float | None, measured: Measured, cost_s: float | None
 ) -> TermReport:
     first, last = part.at(0.0), part.at(1.0)
-    uses_teacher = not isinstance(part, CrossEntropy | LabelMSE)
     mode = _mode(first, run)
     # Whole distributions and draws have no tail that something is to be done about.
     has_tail = mode != "full" and not run.objective.context.is_drawn
@@ -211,7 +209,7 @@ def _term(
         mode=mode,
         tail=getattr(first, "tail", None) if has_tail else None,
         needs="the teacher's last hidden state and LM head" if mode == "full" else part.needs,
-        uses_teacher=uses_teacher,
+        uses_teacher=part.uses_teacher,
         is_trained=highest(part.weight) > 0,
         kept_mass=min(known) if known else None,
         selected=None if part.select is None else measured.mean(measured.selected_sums[name]),
@@ -235,7 +233,7 @@ def _kept_mass(part: Part, run: _Run, at_one: float | None, measured: Measured) 
     compares kept ids with the tail at temperature 1 and only softens what is among the kept ids.
     """
     context = run.objective.context
-    if not isinstance(part, Loss) or isinstance(part, CrossEntropy) or context.is_drawn:
+    if not isinstance(part, Loss) or not part.uses_teacher or context.is_drawn:
         return None
     # Where there is a head, losses without a mode make the teacher's logits too.
     if context.head is not None and (not isinstance(part, TemperedLoss) or part.resolved_mode(context) == "full"):

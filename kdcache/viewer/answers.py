@@ -89,22 +89,20 @@ class RankingView(View):
 
 def classes(glance: Glance) -> ClassesView:
     """Show a text with its classes."""
-    targets, record = glance.batch.targets, glance.cache.manifest.outputs
-    names = () if record is None else record.labels
-    logits_C = glance.outputs_PC[0]
-    ids_K = targets.ids_PK[0].tolist()
+    targets, names, logits_C = glance.batch.targets, glance.outputs.labels, glance.outputs_PC[0]
 
-    def choice(number: int) -> ClassChoice:
-        probability = float(np.exp(targets.logprobs_PK[0, ids_K.index(number)]))
-        return ClassChoice(names[number], number, probability, float(logits_C[number]))
+    def choice(number: int, logprob: float) -> ClassChoice:
+        return ClassChoice(names[number], number, float(np.exp(logprob)), float(logits_C[number]))
 
     label = int(glance.task.labels([glance.sequence])[0])
+    glance.check(label < len(names), f"a label is {label}, but there are {len(names)} classes")
+    kept = zip(targets.ids_PK[0].tolist(), targets.logprobs_PK[0], strict=True)
     return ClassesView(
         glance.number,
         glance.metadata,
         *_pair(glance),
-        label=None if label == NO_LABEL else choice(label),
-        top=[choice(number) for number in ids_K[: glance.top]],
+        label=None if label == NO_LABEL else choice(label, targets.gold_logprob_P[0]),
+        top=[choice(*one) for one in list(kept)[: glance.top]],
         entropy=float(targets.entropy_P[0]),
     )
 
@@ -117,8 +115,7 @@ def score(glance: Glance) -> ScoreView:
 
 def embedding(glance: Glance) -> EmbeddingView:
     """Show a text or a pair of texts with their embeddings."""
-    record, vectors_PD = glance.cache.manifest.outputs, glance.outputs_PC.astype(np.float64)
-    assert record is not None
+    record, vectors_PD = glance.outputs, glance.outputs_PC.astype(np.float64)
     norms_P = np.linalg.norm(vectors_PD, axis=1)
     texts = [
         EmbeddedText(glance.texts.plain(glance.part(row)), float(norms_P[row]), vector_D[: glance.top].tolist())

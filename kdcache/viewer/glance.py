@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kdcache.cache import Cache
-from kdcache.schema import OUTPUTS_FIELD, Sequence, SequenceBatch
+from kdcache.errors import CorruptCacheError
+from kdcache.schema import OUTPUTS_FIELD, OutputsRecord, Sequence, SequenceBatch
 from kdcache.tasks import Task
 from kdcache.viewer.texts import Texts
 
@@ -41,12 +45,30 @@ class Glance:
         return self.cache.metadata(self.number)
 
     @property
-    def outputs_PC(self) -> Any:
-        """The teacher's raw outputs, [P, C] float32, of tasks that have some."""
+    def outputs(self) -> OutputsRecord:
+        """What the teacher's raw outputs are."""
+        record = self.cache.manifest.outputs
+        self.check(record is not None, "there are no raw outputs")
+        assert record is not None
+        return record
+
+    @property
+    def outputs_PC(self) -> NDArray[np.float32]:
+        """The teacher's raw outputs, [P, C]."""
+        self.check(OUTPUTS_FIELD in self.batch.hidden, "there are no raw outputs")
         return self.batch.hidden[OUTPUTS_FIELD]
+
+    def check(self, is_sound: bool, problem: str) -> None:
+        """Raise ``CorruptCacheError`` with the ``problem`` of a sequence that is not what its task says."""
+        if not is_sound:
+            raise CorruptCacheError(
+                f"{self.cache.folder}, sequence {self.number}, task {self.task.name}: {problem}; "
+                "kdcache verify --deep looks at all sequences"
+            )
 
     def part(self, number: int) -> list[int]:
         """Return the tokens whose segment id is ``number``; there may be none."""
+        self.check(self.batch.segment_ids_T is not None, "there are no segment_ids")
         ids: list[int] = self.batch.tokens_T[self.batch.segment_ids_T == number].tolist()
         return ids
 

@@ -102,7 +102,9 @@ def written(glance: Glance) -> TargetResult:
 def hidden(glance: Glance) -> PeekResult:
     """Show what the teacher expects at tokens that were hidden from it."""
     tokens, texts = glance.batch.tokens_T.tolist(), glance.texts
+    glance.check(glance.batch.places_P is not None, "there are no places")
     places = np.asarray(glance.batch.places_P).tolist()
+    glance.check(max(places) < len(tokens), f"a hidden token is at {max(places)}, but there are {len(tokens)} tokens")
     found: list[PeekPosition] = []
     for row in _rows(glance, places):
         place = places[row]

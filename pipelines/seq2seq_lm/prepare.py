@@ -2,9 +2,9 @@
 
     python pipelines/seq2seq_lm/prepare.py OUTPUT_DIR --data FOLDER
 
-``FOLDER`` holds train.jsonl, dev.jsonl and test.jsonl of SciTLDR-A (source: sentences of the abstract; target: summaries;
-title). Written are the three as rows of ``abstract``, ``title``, ``summary`` (the first of the given ones) and
-``paper_id``. Papers without a title are left out.
+``FOLDER`` holds train.jsonl, dev.jsonl and test.jsonl of SciTLDR-A (``source``: the sentences of the abstract;
+``target``: summaries; ``title``). Written are the three as rows of ``abstract``, ``title``, ``summary`` (the first of
+the given ones) and ``paper_id``. Papers without a title are left out.
 """
 
 from __future__ import annotations

@@ -35,7 +35,6 @@ from kdcache.schema import (
     TokenizerRecord,
 )
 from tests.docs.pages import DOCS, blocks, rows, sections
-from tests.test_tasks import dump_config
 from tests.tiny import SENTENCES, bpe_tokenizer, llama
 
 PAGE = (DOCS / "format.md").read_text()
@@ -136,28 +135,6 @@ def test_reference_decoder_agrees_with_the_reader(
         np.testing.assert_array_equal(log_tail, expected.targets.log_tail_P)
         np.testing.assert_allclose(logprobs, expected.targets.logprobs_PK, rtol=1e-6, atol=1e-6)
         assert len(tokens) == len(ids) + 1
-
-
-@pytest.mark.parametrize("task", ["masked-lm", "seq2seq-lm"])
-def test_reference_decoder_reads_other_tasks(task: str, task_caches: dict[str, Path], tmp_path: Path) -> None:
-    beside = task_caches[task].parent
-    found = {name: str(beside / name) for name in ("teacher", "student")} | {"corpus": str(beside / "corpus.jsonl")}
-    targets = {"top_k": 5, "codec": "compact"}
-    dump_teacher(dump_config(task, found, tmp_path / "cache", targets=targets), progress=False)
-    opened = open_cache(str(tmp_path / "cache"))
-    decoded = list(reference_decoder()(tmp_path / "cache"))
-    assert len(decoded) == len(opened)
-    for index, (_, tokens, ids, logprobs, log_tail) in enumerate(decoded):
-        expected = opened.read([index])
-        np.testing.assert_array_equal(tokens, expected.tokens_T)
-        np.testing.assert_array_equal(ids, expected.targets.ids_PK)
-        np.testing.assert_array_equal(log_tail, expected.targets.log_tail_P)
-        np.testing.assert_allclose(logprobs, expected.targets.logprobs_PK, rtol=1e-6, atol=1e-6)
-
-
-def test_reference_decoder_refuses_caches_without_distributions(task_caches: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match="outputs"):
-        list(reference_decoder()(task_caches["embedding"]))
 
 
 @pytest.mark.parametrize(("targets", "words"), [({"codec": "exact"}, "exact"), ({"kind": "hybrid"}, "or draws")])

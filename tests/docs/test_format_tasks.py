@@ -12,10 +12,13 @@ import zarr
 from zarr.storage import ZipStore
 
 from kdcache.cache import open_cache
+from kdcache.dump import dump_teacher
 from kdcache.schema import OutputsRecord
 from kdcache.tasks import TASKS, Task
 from tests.docs.pages import DOCS, rows, sections
+from tests.docs.test_format import reference_decoder
 from tests.task_models import TINY_TASKS
+from tests.test_tasks import dump_config
 
 PAGE = sections((DOCS / "format.md").read_text())
 TABLE = rows(PAGE["Tasks"])
@@ -185,3 +188,25 @@ def test_documents_that_were_cut_are_counted(task: str, task_caches: dict[str, P
     assert (manifest["corpus"]["num_truncated"] > 0) == (
         task in ("sequence-classification", "sequence-regression", "seq2seq-lm", "embedding", "ranking")
     )
+
+
+@pytest.mark.parametrize("task", ["masked-lm", "seq2seq-lm"])
+def test_reference_decoder_reads_other_tasks(task: str, task_caches: dict[str, Path], tmp_path: Path) -> None:
+    beside = task_caches[task].parent
+    found = {name: str(beside / name) for name in ("teacher", "student")} | {"corpus": str(beside / "corpus.jsonl")}
+    targets = {"top_k": 5, "codec": "compact"}
+    dump_teacher(dump_config(task, found, tmp_path / "cache", targets=targets), progress=False)
+    opened = open_cache(str(tmp_path / "cache"))
+    decoded = list(reference_decoder()(tmp_path / "cache"))
+    assert len(decoded) == len(opened)
+    for index, (_, tokens, ids, logprobs, log_tail) in enumerate(decoded):
+        expected = opened.read([index])
+        np.testing.assert_array_equal(tokens, expected.tokens_T)
+        np.testing.assert_array_equal(ids, expected.targets.ids_PK)
+        np.testing.assert_array_equal(log_tail, expected.targets.log_tail_P)
+        np.testing.assert_allclose(logprobs, expected.targets.logprobs_PK, rtol=1e-6, atol=1e-6)
+
+
+def test_reference_decoder_refuses_caches_without_distributions(task_caches: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="outputs"):
+        list(reference_decoder()(task_caches["embedding"]))

@@ -109,6 +109,15 @@ def test_a_query_is_fed_once() -> None:
     assert batches == [len(QUERIES), len(PAIRS)]
 
 
+def test_scores_of_a_model_in_bfloat16_are_in_float32() -> None:
+    model, tokenizer = bert("BertModel").eval(), bert_tokenizer()
+    mark_bi_encoder(model, tokenizer, {})
+    exact = BiEncoder(model)(**pair_inputs(tokenizer)).last_hidden_state
+    coarse = BiEncoder(model.bfloat16())(**pair_inputs(tokenizer)).last_hidden_state
+    assert coarse.dtype == torch.float32
+    torch.testing.assert_close(coarse, exact, rtol=0, atol=0.5)  # of cosines times 20
+
+
 def test_an_empty_document_has_a_score() -> None:
     model, tokenizer = bert("BertModel").eval(), bert_tokenizer()
     mark_bi_encoder(model, tokenizer, {})

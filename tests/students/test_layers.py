@@ -51,3 +51,14 @@ def test_layers_that_there_are_not_are_refused():
         with_layers(bert("BertModel"), (0, 2), "s")
     with pytest.raises(ConfigError, match="keep_layers chooses among those of a pretrained model"):
         build(StudentConfig, {"size": "tiny", "keep_layers": [0]})
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_head_is_tied_if_the_models_own_was(is_tied):
+    model = t5(num_layers=2).eval()
+    head = model.get_output_embeddings()
+    head.weight = model.get_input_embeddings().weight if is_tied else torch.nn.Parameter(3 * torch.randn(64, 16))
+    student = with_layers(model, (0,), "s")
+    torch.testing.assert_close(student.get_output_embeddings().weight, head.weight)
+    torch.testing.assert_close(student.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert (student.get_output_embeddings().weight is student.get_input_embeddings().weight) is is_tied
