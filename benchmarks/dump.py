@@ -22,8 +22,8 @@ from benchmarks.teacher import gguf_path, write_corpus
 from kdcache.cache import CacheWriter, Folder
 from kdcache.corpus import CorpusConfig, SequenceConfig, load_corpus, plan_sequences
 from kdcache.dump import DumpConfig, TargetsConfig, dump
-from kdcache.dump.batches import batches_by_length
 from kdcache.dump.plan import make_plan
+from kdcache.models.batching import batches_by_length
 from kdcache.models.loading import load_tokenizer
 from kdcache.models.tokenizer import TextEncoder, tokenizer_files, tokenizer_record
 from kdcache.tasks import task_of

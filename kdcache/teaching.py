@@ -31,7 +31,7 @@ def head_of(cache: Cache) -> LMHead:
     except CorruptCacheError as error:
         raise CorruptCacheError(f"{cache.folder}: {error}") from None
     states = next(a for a in cache.manifest.field(cache.manifest.states_field).arrays if a.name == "states")
-    expected = (cache.num_ids, *states.shape)
+    expected = (cache.manifest.num_ids, *states.shape)
     if head.weight_VD.shape != expected:
         found = " x ".join(map(str, head.weight_VD.shape))
         raise CorruptCacheError(
@@ -47,7 +47,7 @@ def context_of(cache: Cache) -> TeacherContext:
     prior_V = cache.tail_prior_V
     return TeacherContext(
         kind=targets.kind,
-        vocab_size=None if targets.kind == "outputs" else cache.num_ids,  # numbers have no ids
+        vocab_size=None if targets.kind == "outputs" else cache.manifest.num_ids,  # numbers have no ids
         is_ragged=targets.is_ragged,
         temperatures=targets.temperatures,
         prior_V=None if prior_V is None else torch.from_numpy(prior_V),

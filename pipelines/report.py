@@ -1,9 +1,11 @@
-"""Print one Markdown table of an evaluation: the teacher, and every kind of student as the mean over its seeds.
+"""Print one Markdown table of evaluations: the teacher, and every kind of student as the mean over its seeds.
 
     python pipelines/report.py evaluation.json --retained top1_accuracy
+    python pipelines/report.py pairs.json search.json --retained spearman --numbers spearman,ndcg_at_10
 
-Reads what ``kdcache evaluate --json`` writes. Students are called KIND-seedN. Behind a mean stands the standard
-deviation over the seeds; ``retained`` is a student's share of the teacher's number of that name.
+Reads what ``kdcache evaluate --json`` writes; of several files, a model's numbers are put together. Students are called
+KIND-seedN, any other student is the teacher, run as a student because the cache does not hold its texts. Behind a mean
+stands the standard deviation over the seeds; ``retained`` is a student's share of the teacher's number of that name.
 """
 
 from __future__ import annotations
@@ -15,42 +17,64 @@ from statistics import mean, stdev
 from typing import Any
 
 LEFT_OUT = ("model", "num_parameters", "warnings", "metrics")
+TEACHER = "teacher"
+
+Numbers = dict[str, float]
 
 
-def numbers(row: dict[str, Any]) -> dict[str, float | None]:
-    """Return all numbers of a model by name."""
-    return {name: value for name, value in {**row, **row["metrics"]}.items() if name not in LEFT_OUT}
+def kind_of(name: str) -> str:
+    """Return the kind of student that a directory holds, or that it is the teacher."""
+    return Path(name).name.rpartition("-seed")[0] or TEACHER
 
 
-def cell(rows: list[dict[str, Any]], name: str) -> str:
-    """Return the mean of a number over some rows, and how far it spreads; nothing where it is unknown."""
-    known = [value for value in (numbers(row).get(name) for row in rows) if value is not None]
+def numbers(row: dict[str, Any]) -> Numbers:
+    """Return all known numbers of a model by name."""
+    return {n: value for n, value in {**row, **row["metrics"]}.items() if n not in LEFT_OUT and value is not None}
+
+
+def read(paths: list[Path]) -> tuple[dict[str, list[Numbers]], dict[str, int]]:
+    """Return the numbers of every model by kind, and how many parameters the kinds have."""
+    models: dict[str, Numbers] = {}
+    sizes: dict[str, int] = {}
+    for path in paths:
+        evaluation = json.loads(path.read_text(encoding="utf-8"))
+        for row in (evaluation["teacher"] | {"model": TEACHER}, *evaluation["students"]):
+            kind = kind_of(row["model"])
+            name = TEACHER if kind == TEACHER else row["model"]
+            models[name] = numbers(row) | models.get(name, {})
+            sizes.setdefault(kind, row["num_parameters"])
+    kinds: dict[str, list[Numbers]] = {}
+    for name, found in models.items():
+        kinds.setdefault(kind_of(name), []).append(found)
+    return kinds, sizes
+
+
+def cell(rows: list[Numbers], name: str) -> str:
+    """Return the mean of a number over some rows, and how far it spreads; a dash where it is unknown."""
+    known = [row[name] for row in rows if name in row]
     if not known:
-        return ""
-    if max(known) >= 1000:  # bytes, tokens per second
-        return f"{mean(known):,.0f}"
-    return f"{mean(known):.4f}" + (f" ± {stdev(known):.4f}" if len(known) > 1 else "")
+        return "-"
+    form = ",.0f" if max(known) >= 1000 else ".1f" if max(known) >= 10 else ".4f"
+    return f"{mean(known):{form}}" + (f" ± {stdev(known):{form}}" if len(known) > 1 and form != ",.0f" else "")
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("evaluation", type=Path)
+    parser.add_argument("evaluations", nargs="+", type=Path)
     parser.add_argument("--retained", required=True, metavar="NUMBER", help="what a student's share is of")
+    parser.add_argument("--numbers", metavar="NAME,NAME,...", help="columns (default: all that are known)")
     options = parser.parse_args()
-    evaluation = json.loads(options.evaluation.read_text(encoding="utf-8"))
-    kinds: dict[str, list[dict[str, Any]]] = {evaluation["teacher"]["model"]: [evaluation["teacher"]]}
-    for row in evaluation["students"]:
-        kinds.setdefault(Path(row["model"]).name.rpartition("-seed")[0], []).append(row)
-    shown = dict.fromkeys(name for rows in kinds.values() for row in rows for name, n in numbers(row).items() if n)
-    best = numbers(evaluation["teacher"])[options.retained]
-    columns = ("model", "parameters", *(name.replace("_", " ") for name in shown), "retained")
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for name, rows in kinds.items():
-        share = mean(numbers(row)[options.retained] or 0.0 for row in rows) / best if best else 0.0
-        cells = [name, f"{rows[0]['num_parameters']:,}", *(cell(rows, column) for column in shown), f"{share:.1%}"]
+    kinds, sizes = read(options.evaluations)
+    every = dict.fromkeys(name for rows in kinds.values() for row in rows for name in row)
+    shown = options.numbers.split(",") if options.numbers else list(every)
+    headings = ("model", "parameters", *(name.replace("_", " ") for name in shown), "retained")
+    print(f"| {' | '.join(headings)} |\n| :-- {'| --: ' * (len(headings) - 1)}|")
+    best = kinds[TEACHER][0][options.retained]
+    for kind, rows in kinds.items():
+        share = mean(row[options.retained] for row in rows) / best
+        cells = [kind, f"{sizes[kind]:,}", *(cell(rows, name) for name in shown), f"{share:.1%}"]
         print(f"| {' | '.join(cells)} |")
-    print(f"\n{evaluation['num_sequences']} sequences, {evaluation['num_targets']} rows.")
 
 
 if __name__ == "__main__":

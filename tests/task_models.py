@@ -67,19 +67,18 @@ def t5_tokenizer() -> PreTrainedTokenizerFast:
 def bert(model_class: str, *, width: int = 16, num_layers: int = 2, seed: int = 0, **settings: Any) -> Any:
     """A BERT of random weights, large enough that its answers differ."""
     torch.manual_seed(seed)
-    config = transformers.BertConfig(
-        vocab_size=len(bert_tokenizer()),
-        hidden_size=width,
-        num_hidden_layers=num_layers,
-        num_attention_heads=2,
-        intermediate_size=2 * width,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        **settings,
-    )
-    return getattr(transformers, model_class)(config)
+    sizes = {
+        "vocab_size": len(bert_tokenizer()),
+        "hidden_size": width,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 2,
+        "intermediate_size": 2 * width,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    return getattr(transformers, model_class)(transformers.BertConfig(**sizes | settings))
 
 
 def t5(*, width: int = 16, num_layers: int = 2, seed: int = 0, tie: bool = False) -> Any:

@@ -55,3 +55,10 @@ def sequences_with(table: pa.Table, column: str, value: str, where: str) -> NDAr
             "lists them"
         )
     return np.unique(np.asarray(found)).astype(np.int64)
+
+
+def num_tokens_of(table: pa.Table) -> NDArray[np.int64]:
+    """Return the tokens of every row of a per-sequence table, [N]; a table that does not say has one more than rows."""
+    if "num_tokens" in table.column_names:
+        return np.asarray(table["num_tokens"]).astype(np.int64)
+    return np.asarray(table["num_positions"]).astype(np.int64) + 1

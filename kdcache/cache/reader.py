@@ -27,7 +27,7 @@ from kdcache.cache.filters import select_sequences
 from kdcache.cache.folder import Folder
 from kdcache.cache.gather import Piece, join, runs_of
 from kdcache.cache.local_store import LocalStore, LocalStoreConfig
-from kdcache.cache.lookup import read_plan_table, sequences_with
+from kdcache.cache.lookup import num_tokens_of, read_plan_table, sequences_with
 from kdcache.cache.open_shards import OpenShards
 from kdcache.cache.order import NUM_STREAMS
 from kdcache.cache.shards import ShardArrays, load_shard, load_table, load_tables
@@ -92,11 +92,6 @@ class Cache:
         """True vocabulary size of the teacher's tokenizer."""
         return self.manifest.tokenizer.vocab_size
 
-    @property
-    def num_ids(self) -> int:
-        """Number of ids that the targets range over: tokens, or classes."""
-        return self.manifest.num_ids
-
     @cached_property
     def lengths_N(self) -> NDArray[np.int64]:
         """Positions of every sequence, [N]."""
@@ -105,8 +100,7 @@ class Cache:
     @cached_property
     def sizes_N(self) -> NDArray[np.int64]:
         """Tokens of every sequence that a model reads, about, [N]: what a batch of it costs."""
-        num_tokens = np.asarray(self.sequence_table(columns=["num_tokens"])["num_tokens"]).astype(np.int64)
-        return np.maximum(num_tokens - 1, 1)
+        return np.maximum(num_tokens_of(self.sequence_table()) - 1, 1)
 
     @cached_property
     def order_key(self) -> str:

@@ -177,8 +177,8 @@ def _content_problems(cache: Cache, shard: ShardRecord) -> Iterator[str]:
         yield from _token_problems(cache, batch, table.slice(first - begin, step))
         yield from _input_problems(batch)
         if cache.manifest.targets.kind != "outputs":
-            yield from _target_problems(batch.targets, cache.num_ids, cache.manifest.targets.num_draws)
-            yield from _gold_problems(batch, cache.num_ids)
+            yield from _target_problems(batch.targets, cache.manifest.num_ids, cache.manifest.targets.num_draws)
+            yield from _gold_problems(batch, cache.manifest.num_ids)
         for name, states in batch.hidden.items():
             if not np.isfinite(states).all():
                 yield f"field {name} holds values that are not finite"

@@ -92,7 +92,7 @@ def command(
     """Run a teacher over a corpus once and write what it knows to a cache.
 
     For every position the cache keeps the most probable token ids with their log-probabilities, the exact mass of all
-    others, the log-probability of the corpus's own next token and the entropy; on request also hidden states. Instead
+    others, the log-probability of the corpus's own token and the entropy; on request also hidden states. Instead
     of ids, or beside them, it can hold draws from the distribution (fewest bytes) or the last hidden state and the
     teacher's LM head, which give the whole distribution back at any temperature (most bytes). kdcache estimate
     measures them all on your corpus.
@@ -136,11 +136,12 @@ def command(
     if result.num_positions_written == 0:
         click.echo(f"{result.output} is complete already; nothing was written.")
         return
-    rows, row = ("positions", "token") if TASKS[manifest.task].gives == "tokens" else ("rows", "row")
+    unit = TASKS[manifest.task].unit
+    rows = "positions" if unit == "token" else "rows"
     click.echo(
         f"Wrote {result.num_positions_written:,} {rows} in {result.num_shards_written} shards to {result.output}: "
-        f"{options.human_bytes(manifest.num_bytes)}, {manifest.bytes_per_token:.1f} bytes/{row}, "
-        f"{result.num_positions_written / max(result.teacher_s, 1e-9):,.0f} {row}s/s."
+        f"{options.human_bytes(manifest.num_bytes)}, {manifest.bytes_per_token:.1f} bytes/{unit}, "
+        f"{result.num_positions_written / max(result.teacher_s, 1e-9):,.0f} {unit}s/s."
     )
     corpus = manifest.corpus
     short = "had a single token" if manifest.task == "causal-lm" else "were too short"

@@ -61,11 +61,11 @@ def command(cache: str, as_json: bool) -> None:
 
 
 def _unit(task: str) -> str:
-    """Return what a position is to people: a token, or a row where teachers answer whole texts."""
+    """Return what a position is called."""
     from kdcache.tasks import TASKS
 
     # A cache of a task that this version does not know can be inspected too.
-    return "token" if task in TASKS and TASKS[task].gives == "tokens" else "row"
+    return TASKS[task].unit if task in TASKS else "row"
 
 
 def _documents(manifest: Manifest) -> str:

@@ -81,7 +81,6 @@ class Corpus:
         offsets = np.cumsum([0, *(reader.num_rows for reader in self._readers)])
         self._offsets = np.minimum(offsets, config.limit_documents or offsets[-1])
         every = _union([(reader.name, reader.metadata_schema) for reader in self._readers])
-        self._more_schema = pa.schema([field for field in every if field.name in self.more.values()])
         self._schema = pa.schema([field for field in every if field.name not in self.more.values()])
 
     @property
@@ -148,9 +147,16 @@ class Corpus:
             if not self.more:
                 yield start, [(text, {}) for text in texts]
                 continue
-            table = self._columns(range(start, start + len(texts)), self._more_schema).to_pylist()
-            named = [{role: row.get(name) for role, name in self.more.items()} for row in table]
-            yield start, list(zip(texts, named, strict=True))
+            yield start, list(zip(texts, self._more_rows(start, start + len(texts)), strict=True))
+
+    def _more_rows(self, start: int, stop: int) -> list[dict[str, Any]]:
+        """Return ``more`` of documents ``start`` to ``stop`` by role, the values as each file has them."""
+        found: list[dict[str, Any]] = []
+        for reader, rows in self._locate(np.arange(start, stop)):
+            table, schema = self._readers[reader].metadata(rows.tolist()), self._readers[reader].metadata_schema
+            columns = [_values(table, schema, name) for name in self.more.values()]
+            found += [dict(zip(self.more, row, strict=True)) for row in zip(*columns, strict=True)]
+        return found
 
     def texts(self, start: int, stop: int) -> list[str]:
         """Return the texts of documents ``start`` to ``stop``."""
@@ -276,6 +282,19 @@ def _warn_of_missing_texts(config: CorpusConfig, text_field: str, readers: Seque
             text_field,
             first,
         )
+
+
+def _values(table: pa.Table, schema: pa.Schema, name: str) -> list[Any]:
+    if name not in table.column_names:
+        return [None] * table.num_rows
+    return [_plain(value, schema.field(name).type) for value in table[name].to_pylist()]
+
+
+def _plain(value: Any, kind: pa.DataType) -> Any:
+    """Return a value of a column; those of mixed types are read as JSON, texts in quotes."""
+    if isinstance(value, list):
+        return [_plain(item, kind.value_type) for item in value]
+    return json.loads(value) if isinstance(value, str) and "arrow.json" in str(kind) else value
 
 
 def _union(schemas: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:

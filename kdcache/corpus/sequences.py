@@ -122,8 +122,8 @@ class SequencePlan:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return int(self.lengths_N.max()) + 1
+        """Most tokens that a model is fed at once: it never sees the last one."""
+        return int(self.lengths_N.max())
 
     @property
     def num_positions(self) -> int:

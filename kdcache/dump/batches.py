@@ -1,8 +1,4 @@
-"""From the sequences of a shard to batches, and from batches back to rows in the shard's order.
-
-Sequences of similar length go together, so little is padded; the longest go first, so a batch that does not fit fails
-in the first second and not in the last hour.
-"""
+"""From batches of sequences to the teacher's rows, in the order of the shard that they go into."""
 
 from __future__ import annotations
 
@@ -36,21 +32,6 @@ class Teacher(Protocol):
     def run(self, sequences: SequenceOf[Sequence], layers: SequenceOf[int] = ()) -> TeacherOutput:
         """Run one batch."""
         ...
-
-
-def batches_by_length(lengths_N: NDArray[np.int64], batch_tokens: int) -> list[list[int]]:
-    """Group sequences, longest first, so that (count x longest) of a group stays within ``batch_tokens``.
-
-    Returns lists of indices into ``lengths_N``; a sequence longer than the budget makes a group of its own.
-    """
-    order = np.argsort(-lengths_N, kind="stable")
-    groups: list[list[int]] = []
-    for index in order.tolist():
-        if groups and (len(groups[-1]) + 1) * lengths_N[groups[-1][0]] <= batch_tokens:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
 
 
 class BatchRunner:

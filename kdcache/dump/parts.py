@@ -24,7 +24,6 @@ from kdcache.models.tokenizer import TextEncoder, tokenizer_files, tokenizer_rec
 from kdcache.progress import bar, reporter
 from kdcache.schema import Plan
 from kdcache.tasks import Sequences
-from kdcache.tasks.causal_lm import CausalLM
 from kdcache.teachers import HuggingFaceTeacher, load_teacher, parse_layers
 from kdcache.teachers.outputs import outputs_record
 
@@ -62,7 +61,7 @@ def load_parts(config: DumpConfig, progress: bool) -> Parts:
         sequences = task.plan(corpus, TextEncoder(tokenizer), settings, outputs, reporter(meter))
     teacher = load_teacher(config.teacher, record.vocab_size, task, outputs)
     _check_length(sequences, teacher)
-    if SEGMENT_IDS in task.arrays(settings, outputs) and task.name == CausalLM.name:
+    if task.is_causal and SEGMENT_IDS in task.arrays(settings, outputs):
         teacher.check_packing()
     cache_files = {}
     names = list(config.hidden_states.layers)
@@ -79,13 +78,9 @@ def load_parts(config: DumpConfig, progress: bool) -> Parts:
 
 def _check_length(sequences: Sequences, teacher: HuggingFaceTeacher) -> None:
     # Beyond its context a teacher with learnt positions fails, and one with rotary positions answers badly.
-    if teacher.task.name == CausalLM.name:
-        longest = int(sequences.lengths_N.max())
-    else:
-        longest = min(sequences.config.max_length, sequences.longest)
-    if teacher.context_length is not None and longest > teacher.context_length:
+    if teacher.context_length is not None and sequences.longest > teacher.context_length:
         raise ConfigError(
-            f"the longest sequence has {longest} positions, but {teacher.record.name} was made for "
+            f"the longest sequence has {sequences.longest} positions, but {teacher.record.name} was made for "
             f"{teacher.context_length}; use --max-length {teacher.context_length} or less"
         )
 

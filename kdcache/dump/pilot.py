@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from kdcache.codecs import hidden_codec
 from kdcache.codecs.hidden import relative_error
-from kdcache.dump.batches import BatchRunner, ShardRows, batches_by_length
+from kdcache.dump.batches import BatchRunner, ShardRows
 from kdcache.dump.config import DumpConfig
 from kdcache.dump.plan import LayerPilot
+from kdcache.models.batching import batches_by_length
 from kdcache.schema import Sequence
 from kdcache.tasks import Sequences
 from kdcache.teachers import HuggingFaceTeacher

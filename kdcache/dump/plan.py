@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import os
 import platform
 from collections.abc import Mapping
-from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +26,7 @@ from kdcache.schema import (
     TeacherRecord,
     TokenizerRecord,
     layer_field,
+    public_name,
 )
 from kdcache.tasks import Sequences
 
@@ -161,8 +160,3 @@ def _public_configuration(config: DumpConfig) -> dict[str, Any]:
     settings["teacher"]["model"] = public_name(config.teacher.model)
     settings["corpus"]["paths"] = [public_name(path) for path in config.corpus.paths]
     return settings
-
-
-def public_name(path: str) -> str:
-    """Return ``path`` as a cache that is shared may name it: of an absolute path only the last part."""
-    return PurePath(path).name if os.path.isabs(os.path.expanduser(path)) else path

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache import CacheWriter, Folder, ShardData
-from kdcache.dump.batches import BatchRunner, ShardRows, Teacher, batches_by_length
+from kdcache.dump.batches import BatchRunner, ShardRows, Teacher
 from kdcache.dump.config import DumpConfig
 from kdcache.dump.parts import load_parts, runner_of
+from kdcache.models.batching import batches_by_length
 from kdcache.progress import bar
 from kdcache.schema import Manifest, Plan, ShardRecord
 from kdcache.tasks import Sequences, Task, task_of
@@ -79,7 +80,8 @@ def dump(
     positions_of = [int(ends[starts[s + 1]] - ends[starts[s]]) for s in range(plan.num_shards)]
     todo = sum(positions_of[s] for s in missing)
     written: list[ShardRecord] = []
-    unit = row_name(plan)
+    task = task_of(plan.task)
+    unit = task.unit
     began = time.perf_counter()
     with (
         bar(
@@ -93,7 +95,7 @@ def dump(
     ):
         pending: list[Future[ShardRecord]] = []
         for shard in missing:
-            data = _run_shard(shard, task_of(plan.task), sequences, starts, runner, batch_tokens, meter)
+            data = _run_shard(shard, task, sequences, starts, runner, batch_tokens, meter)
             # One shard may wait while another is written: memory is bounded by three of them.
             while len(pending) > 1:
                 written.append(pending.pop(0).result())
@@ -139,11 +141,6 @@ def _run_shard(
         hidden=rows.hidden,
         tail_sum=runner.take_tail_sum(),
     )
-
-
-def row_name(plan: Plan) -> str:
-    """Return what a position is called in messages: a token, or a row of another kind."""
-    return "token" if task_of(plan.task).gives == "tokens" else "row"
 
 
 def _show_bytes(meter: Any, written: list[ShardRecord], unit: str) -> None:

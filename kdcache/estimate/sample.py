@@ -105,7 +105,7 @@ class Sample:
 
     @cached_property
     def labels_P(self) -> NDArray[np.int64]:
-        """The corpus's own next tokens."""
+        """The corpus's own answers."""
         return self.task.labels(self.sequences)
 
     @property

@@ -19,7 +19,7 @@ from kdcache.evaluation.measures import Answers, Metrics, measures_of
 from kdcache.evaluation.rows import ModelRow
 from kdcache.schema import OUTPUTS_FIELD
 from kdcache.students import Student
-from kdcache.students.batches import to_tensors
+from kdcache.students.batches import count_tokens, to_tensors
 from kdcache.tasks import task_of
 
 
@@ -85,7 +85,7 @@ def _student_answers(
         started_s = time.perf_counter()
         outputs_PC = student.hidden(batch).float().cpu().numpy()
         seconds += time.perf_counter() - started_s
-        num_tokens += int(batch["attention_mask"].sum())
+        num_tokens += int(count_tokens(batch))
         groups_P = np.asarray(indices)[tensors["groups"].numpy()]
         found.append(Answers(outputs_PC, tensors["label_values"].numpy(), groups_P))
     student.model.to("cpu")

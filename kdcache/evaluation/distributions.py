@@ -27,7 +27,7 @@ from kdcache.evaluation.metrics import macro_f1
 from kdcache.evaluation.rows import ModelRow
 from kdcache.losses import ForwardKL, TeacherContext, TeacherRows, score_positions
 from kdcache.students import Student
-from kdcache.students.batches import to_tensors
+from kdcache.students.batches import count_tokens, to_tensors
 from kdcache.students.tally import ClassCounts, Tally
 from kdcache.tasks import task_of
 from kdcache.teaching import context_of
@@ -95,7 +95,7 @@ def _student_row(
         started_s = time.perf_counter()
         _score(student, batch, context, tally, counts)
         seconds += time.perf_counter() - started_s
-        num_tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["labels"].numel()
+        num_tokens += int(count_tokens(batch))
     student.model.to("cpu")
     return _row(
         name,
@@ -134,7 +134,7 @@ def _score(
 
 def _class_counts(cache: Cache) -> ClassCounts | None:
     """Return where to count classes; None where ids are those of tokens."""
-    return ClassCounts(cache.num_ids) if task_of(cache.manifest.task).gives == "classes" else None
+    return ClassCounts(cache.manifest.num_ids) if task_of(cache.manifest.task).gives == "classes" else None
 
 
 def _count(

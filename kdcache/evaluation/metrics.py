@@ -5,6 +5,8 @@ Standard definitions, from NumPy alone: SciPy and scikit-learn would be two more
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,6 +31,18 @@ def ranks(values_N: NDArray[np.floating]) -> NDArray[np.float64]:
     last = np.cumsum(counts)
     means: NDArray[np.float64] = (last - counts + last - 1) / 2
     return means[inverse.reshape(-1)]
+
+
+def dcg(gains: Sequence[float] | NDArray[np.floating]) -> float:
+    """Return the discounted cumulative gain, the sum of gain / log2(rank + 1); ``gains`` are in the order of ranks."""
+    found = np.asarray(gains, np.float64)
+    return float((found / np.log2(np.arange(2, len(found) + 2))).sum())
+
+
+def reciprocal_rank(gains: Sequence[float] | NDArray[np.floating]) -> float:
+    """Return 1 / rank of the first document with a gain above 0; 0 where there is none."""
+    relevant = np.flatnonzero(np.asarray(gains) > 0)
+    return 1 / (1 + int(relevant[0])) if len(relevant) else 0.0
 
 
 def macro_f1(correct_C: NDArray[np.int64], predicted_C: NDArray[np.int64], actual_C: NDArray[np.int64]) -> float | None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.evaluation.metrics import spearman
+from kdcache.evaluation.metrics import dcg, reciprocal_rank, spearman
 
 _CUT = 10
 
@@ -35,7 +35,7 @@ def judged_rankings(
     ]
     return {
         "ndcg_at_10": _mean([_ndcg(gains_N) for gains_N in gains]),
-        "mrr_at_10": _mean([_reciprocal_rank(gains_N) for gains_N in gains]),
+        "mrr_at_10": _mean([reciprocal_rank(gains_N[:_CUT]) for gains_N in gains]),
         "hit_at_1": _mean([float(gains_N[0] > 0) for gains_N in gains]),
     }
 
@@ -74,18 +74,8 @@ def _in_order(scores_N: NDArray[np.floating], relevance_N: NDArray[np.floating])
 
 
 def _ndcg(gains_N: NDArray[np.float64]) -> float:
-    best = _discounted(np.sort(gains_N)[::-1])
-    return _discounted(gains_N) / best if best > 0 else 0.0
-
-
-def _discounted(gains_N: NDArray[np.float64]) -> float:
-    first = gains_N[:_CUT]
-    return float((first / np.log2(np.arange(2, len(first) + 2))).sum())
-
-
-def _reciprocal_rank(gains_N: NDArray[np.float64]) -> float:
-    relevant = np.flatnonzero(gains_N[:_CUT] > 0)
-    return 1 / (1 + int(relevant[0])) if len(relevant) else 0.0
+    best = dcg(np.sort(gains_N)[::-1][:_CUT])
+    return dcg(gains_N[:_CUT]) / best if best > 0 else 0.0
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from kdcache.cache import Cache
 from kdcache.errors import ConfigError, did_you_mean
 from kdcache.evaluation.measures import Answers, Metrics
+from kdcache.evaluation.metrics import dcg, reciprocal_rank
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +65,9 @@ class Retrieval:
         relevance = self.relevance_Q[query]
         gains = [relevance.get(int(place), 0.0) for place in best(scores_M, 100)]
         every = [*relevance.values(), *self.missing_Q[query]]
-        ideal = _dcg(sorted(every, reverse=True)[:10])
+        ideal = dcg(sorted(every, reverse=True)[:10])
         found_10, found_100 = (sum(gain > 0 for gain in gains[:cut]) / len(every) for cut in (10, 100))
-        first = next((rank for rank, gain in enumerate(gains[:10], 1) if gain > 0), None)
-        return _dcg(gains[:10]) / ideal, found_10, found_100, 0.0 if first is None else 1 / first
+        return dcg(gains[:10]) / ideal, found_10, found_100, reciprocal_rank(gains[:10])
 
 
 def best(scores_M: NDArray[np.floating], count: int) -> NDArray[np.int64]:
@@ -77,10 +77,6 @@ def best(scores_M: NDArray[np.floating], count: int) -> NDArray[np.int64]:
         least = np.partition(scores_M, len(scores_M) - count)[len(scores_M) - count]
         places = np.flatnonzero(scores_M >= least)
     return places[np.argsort(-scores_M[places], kind="stable")][:count]
-
-
-def _dcg(gains: Sequence[float]) -> float:
-    return float(sum(gain / np.log2(rank + 1) for rank, gain in enumerate(gains, 1)))
 
 
 def _unit(vectors_ND: NDArray[np.float32]) -> NDArray[np.float32]:

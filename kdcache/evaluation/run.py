@@ -25,10 +25,12 @@ from kdcache.evaluation.measures import Metrics
 from kdcache.evaluation.retrieval import load_retrieval
 from kdcache.evaluation.rows import Evaluation, ModelRow
 from kdcache.evaluation.texts import check_texts, judge_texts
+from kdcache.models.batching import batches_by_length
 from kdcache.models.loading import pick_device
 from kdcache.students import Student, StudentConfig, load_student
 from kdcache.students.run_record import read_run
 from kdcache.tasks import task_of
+from kdcache.tasks.embedding import Embedding
 
 #: Not what lies beside a model, such as the parameters of an objective's terms.
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -92,9 +94,9 @@ def evaluate(
 def _judge_of_numbers(cache: Cache, qrels: str | None, id_column: str | None, limit: int | None) -> Any:
     if qrels is None:
         return judge_answers
-    if cache.manifest.task != "embedding" or limit is not None:
+    if cache.manifest.task != Embedding.name or limit is not None:
         found = f"of task {cache.manifest.task}" if limit is None else "searched in part only (limit_sequences)"
-        raise ConfigError(f"qrels are for a whole cache of task embedding, and this one is {found}")
+        raise ConfigError(f"qrels are for a whole cache of task {Embedding.name}, and this one is {found}")
     return partial(judge_answers, more=load_retrieval(cache, qrels, id_column).measure)
 
 
@@ -115,12 +117,8 @@ def _batches(cache: Cache, batch_tokens: int, limit_sequences: int | None) -> It
     shards = np.searchsorted(cache.shard_starts, indices, side="right")
     groups = np.split(indices, np.flatnonzero(np.diff(shards)) + 1)
     for group in sorted(groups, key=lambda group: -int(cache.sizes_N[group].max())):
-        order = group[np.argsort(-cache.sizes_N[group], kind="stable")]
-        start = 0
-        while start < len(order):
-            size = max(1, batch_tokens // int(cache.sizes_N[order[start]]))
-            yield np.sort(order[start : start + size]).tolist()
-            start += size
+        for batch in batches_by_length(cache.sizes_N[group], batch_tokens):
+            yield np.sort(group[batch]).tolist()
 
 
 def _with_metrics(row: ModelRow, metrics: Metrics) -> ModelRow:

@@ -64,6 +64,7 @@ class PairTerm(EmbeddingTerm):
 
     needs = "nothing: the corpus's own pairs"
     uses_teacher = False
+    needs_pairs = True
 
 
 class Contrastive(PairTerm):

@@ -39,7 +39,8 @@ class OutputTerm(Term):
         """Return why the term makes no sense with such a cache and what to do instead; None if it does."""
         if context.outputs is not None:
             return None
-        return f"it needs {self.needs}, and the cache holds {context.holds}; caches of tasks about tokens have none"
+        needs = self.needs.removeprefix("nothing: ")  # of the teacher
+        return f"it needs {needs}, and the cache holds {context.holds}; caches of tasks about tokens have none"
 
     def build(self, context: TeacherContext, student_widths: Sequence[int], generator: torch.Generator) -> TermModule:
         """Return the module, which has nothing to learn."""

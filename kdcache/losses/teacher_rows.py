@@ -35,7 +35,7 @@ class TeacherRows:
 
     ``ids_PK`` int64, distinct within a row, most probable first; ``logprobs_PK`` their log-probabilities over the
     whole vocabulary; ``log_tail_P`` the log of the mass outside them (-inf: none); ``entropy_P`` the entropy of the
-    full distribution, in nats; ``labels_P`` int64 next tokens of the corpus; ``loss_mask_P`` bool, True where a
+    full distribution, in nats; ``labels_P`` int64 tokens or classes of the corpus; ``loss_mask_P`` bool, True where a
     position counts.
 
     Where the cache's `TeacherContext` says that rows are padded, places that stand for nothing repeat the row's first

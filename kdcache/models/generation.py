@@ -18,7 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdcache.models.batching import batches_by_length
 from kdcache.models.loading import quiet
+from kdcache.models.tokenizer import pad_id_of
 from kdcache.tasks.base import padded_inputs
 
 #: From the places of a batch's inputs among all to what chooses its tokens.
@@ -59,24 +61,13 @@ def write_all(
     ``batch_tokens`` bounds the padded tokens that the encoder is fed at once (one input may exceed it).
     """
     found: dict[int, WrittenText] = {}
-    for batch in _batches([len(tokens) for tokens in inputs], batch_tokens):
+    for batch in batches_by_length(np.array([len(tokens) for tokens in inputs], np.int64), batch_tokens):
         choose = None if chooser_of is None else chooser_of(batch)
         written = write_texts(
             model, tokenizer, vocab_size, [inputs[n] for n in batch], max_tokens=max_tokens, beams=beams, choose=choose
         )
         found |= dict(zip(batch, written, strict=True))
     return [found[n] for n in range(len(inputs))]
-
-
-def _batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
-    order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
-    batches: list[list[int]] = []
-    for index in order:
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
 
 
 @torch.inference_mode()
@@ -95,7 +86,7 @@ def write_texts(
     At most ``max_tokens`` tokens, the last one of a whole text being EOS. With ``choose`` every token is chosen by it,
     and there is one beam.
     """
-    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    pad_id = pad_id_of(tokenizer)
     device = next(model.parameters()).device
     fed = {name: torch.from_numpy(array).to(device) for name, array in padded_inputs(list(inputs), pad_id).items()}
     settings = copy.deepcopy(model.generation_config)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from kdcache.errors import ConfigError, KdcacheError, did_you_mean
+from kdcache.models.pooling import drop_pooler
 from kdcache.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -97,9 +98,8 @@ def load_model(
                 **arguments, **settings, revision=revision or "main", dtype=dtype or "auto", output_loading_info=True
             )
     _check_whole(report, model, name, task, error, may_lack_head)
-    if task.body == "pooled" and getattr(model, "pooler", None) is not None:
-        # It takes no part in the pooling, so nothing would train it, and distributed training waits for everything.
-        model.pooler = None
+    if task.body == "pooled":
+        drop_pooler(model)
     return model.eval()
 
 
@@ -121,7 +121,7 @@ def _check_whole(
         missing = [key for key in missing if not key.startswith("pooler.")]
     inside = f"{model.base_model_prefix}."
     of_head = [key for key in missing if not key.startswith(inside) or key.startswith(f"{inside}pooler.")]
-    if may_lack_head and task.name != "causal-lm" and not model.config.is_encoder_decoder:
+    if may_lack_head and not task.is_causal and not model.config.is_encoder_decoder:
         if of_head:
             log.warning(
                 "%s has no head for task %s: %d weights, such as %s, begin at random",
@@ -156,14 +156,19 @@ def _check_not_an_adapter(name: str, error: type[KdcacheError]) -> None:
 
 
 def _check_architecture(config: Any, task: Task, name: str, error: type[KdcacheError]) -> None:
-    if task.model_class != "AutoModelForCausalLM":
+    if task.model_class == "AutoModel" and getattr(config, "is_encoder_decoder", False):
+        raise error(
+            f"{name} is an encoder-decoder ({config.model_type}), and texts are embedded by the states of an encoder "
+            "or a decoder alone; choose another model"
+        )
+    if not task.is_causal:
         return  # what a checkpoint lacks for another task is seen when it is loaded
     architectures = list(config.architectures or [])
     if getattr(config, "is_encoder_decoder", False):
         raise error(f"{name} is an encoder-decoder ({config.model_type}), not a causal language model")
     causal = [a for a in architectures if a.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))]
     if architectures and not causal:
-        raise error(f"{name} is a {architectures[0]}, not a causal language model (task causal-lm needs one)")
+        raise error(f"{name} is a {architectures[0]}, not a causal language model (task {task.name} needs one)")
 
 
 @contextlib.contextmanager
@@ -176,6 +181,11 @@ def _readable_failures(name: str, error: type[KdcacheError]) -> Iterator[None]:
         hint = "; install it with pip install 'kdcache[gguf]'" if name.endswith(".gguf") else ""
         raise error(f"{name} needs a package that is not installed: {first_line(failure)}{hint}") from None
     except Exception as failure:  # transformers, tokenizers, safetensors and the hub client have no common base
+        if "ignore_mismatched_sizes" in str(failure):  # the library's advice: it has logged the shapes, and not told
+            raise error(
+                f"the weights of {name} are of other shapes than are needed here, as those of a head of another number "
+                "of classes are; choose another model, or one without a head"
+            ) from None
         looks_local = os.path.exists(name) or name.startswith((".", "/", "~")) or name.endswith(".gguf")
         if looks_local and not os.path.exists(name):
             raise error(f"there is no model at {name}") from None

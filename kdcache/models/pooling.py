@@ -67,6 +67,15 @@ def vector_width(model: Any) -> int:
     return int(model.config.get_text_config().hidden_size if projection is None else projection[0].out_features)
 
 
+def drop_pooler(model: Any) -> None:
+    """Take away what a model like BERT pools with by itself: nothing here uses it.
+
+    So nothing would train it, and distributed training waits for the gradients of everything.
+    """
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+
+
 def modules_of(
     name: str, revision: str | None = None, error: type[KdcacheError] = TeacherError
 ) -> SentenceModules | None:

@@ -53,6 +53,11 @@ def true_vocab_size(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
+def pad_id_of(tokenizer: Any) -> int:
+    """Return an id to pad with; which one is irrelevant, padding is never attended nor learnt."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
 def describe_difference(a: Any, b: Any) -> list[str]:
     """Say in words what distinguishes two tokenizers; empty exactly when their `tokenizer_record` hashes are equal."""
     first, second = _describe(a), _describe(b)

@@ -38,6 +38,7 @@ from kdcache.schema.records import (
     TeacherRecord,
     TokenizerRecord,
     layer_field,
+    public_name,
 )
 
 __all__ = [
@@ -67,5 +68,6 @@ __all__ = [
     "TeacherRecord",
     "TokenizerRecord",
     "layer_field",
+    "public_name",
     "token_hash",
 ]

@@ -77,9 +77,9 @@ class Draws:
 class Targets:
     """What the teacher knows at P positions, as float32 natural logarithms.
 
-    ``ids_PK`` are the K most probable token ids, most probable first; ``logprobs_PK`` their log-probabilities over
+    ``ids_PK`` are the K most probable ids, most probable first; ``logprobs_PK`` their log-probabilities over
     the true vocabulary; ``log_tail_P`` the log of the mass outside them (-inf when K = V); ``gold_logprob_P`` the
-    log-probability of the corpus's own next token; ``entropy_P`` the entropy of the full distribution.
+    log-probability of the corpus's own answer; ``entropy_P`` the entropy of the full distribution.
 
     Three parts are there only if the cache was made so. ``num_kept_P``: rows keep different numbers of ids, the
     first ``num_kept_P[p]`` of row p; its further columns repeat the row's first id with log-probability -inf.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import PurePath
 from typing import Any, Literal, get_args
 
 from pydantic import Field
@@ -120,6 +122,11 @@ class ArrayRecord(Config):
     def path(self) -> str:
         """Name of the array inside its object, such as ``positions/topk_gaps``."""
         return f"{self.rows}/{self.name}"
+
+
+def public_name(path: str) -> str:
+    """Return ``path`` as records that are shared may name it: of an absolute path only the last part."""
+    return PurePath(path).name if os.path.isabs(os.path.expanduser(path)) else path
 
 
 _LAYER = "hidden-"

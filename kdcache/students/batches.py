@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,12 @@ def training_batches(
     task = task_of(cache.manifest.task)
     make = partial(to_tensors, pad_id=pad_id, task=task, pin=torch.cuda.is_available())
     return Batches(cache, micro_batches, make=make, **reading)
+
+
+def count_tokens(batch: Mapping[str, Tensor]) -> int | Tensor:
+    """Return how many tokens a collated batch has without padding: a number on its device, which nobody waits for."""
+    # Packed documents are kept apart without a mask, and their padding has no rows.
+    return batch["attention_mask"].sum() if "attention_mask" in batch else batch["labels"].numel()
 
 
 def to_tensors(

@@ -22,7 +22,6 @@ from kdcache.schema import Manifest
 from kdcache.students.config import StudentConfig
 from kdcache.students.sizes import SIZES, llama_config
 from kdcache.tasks import Task
-from kdcache.tasks.causal_lm import CausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ def fresh_hf_config(config: StudentConfig, manifest: Manifest, tokenizer: Any, t
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     vocab_size = manifest.tokenizer.vocab_size
     if config.size is not None:
-        if task.name != CausalLM.name:
+        if not task.is_causal:
             raise ConfigError(
                 f"student sizes are those of decoders, and the cache is of task {task.name}; give a model, or a "
                 "config_file of such an architecture"
@@ -76,10 +75,13 @@ def head_settings(task: Task, manifest: Manifest) -> dict[str, Any]:
     outputs = manifest.outputs
     if outputs is None or task.body != "logits":
         return {}
+    # Others read it too: by their pipelines a student of several labels would get a sigmoid, not a softmax.
     if not outputs.labels:
-        return {"num_labels": outputs.width}
+        return {"num_labels": outputs.width, "problem_type": "regression"}
     names = dict(enumerate(outputs.labels))
-    return {"num_labels": len(names), "id2label": names, "label2id": {name: n for n, name in names.items()}}
+    numbers = {name: n for n, name in names.items()}
+    kind = "single_label_classification"
+    return {"num_labels": len(names), "id2label": names, "label2id": numbers, "problem_type": kind}
 
 
 def _read_config_file(path: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from kdcache.errors import ConfigError, StudentError
 from kdcache.models.loading import first_line, quiet
+from kdcache.models.pooling import drop_pooler
 
 #: Settings that count layers, in the families of transformers.
 _COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
@@ -76,13 +77,14 @@ def _shortened(config: Any, layers: Sequence[int]) -> Any:
 
 def _rebuilt(model: Any, config: Any, state: dict[str, Any], name: str) -> Any:
     with quiet():
-        student = type(model)(config).to(model.dtype)
+        # Not made in float32 and cast: rotary frequencies are float32 whatever the weights are.
+        student = type(model)._from_config(config, dtype=model.dtype)
     if _is_tied(student) and not _is_tied(model):
         # The configuration of a T5 always says tied; whether a checkpoint is, its weights decide.
         head = student.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().clone())
-    if getattr(student, "pooler", None) is not None and model.pooler is None:
-        student.pooler = None  # a model of embeddings has done without it since it was loaded
+    if getattr(model, "pooler", None) is None:
+        drop_pooler(student)  # a model of embeddings has done without it since it was loaded
     try:
         student.load_state_dict(state)
     except RuntimeError as error:

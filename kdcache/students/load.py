@@ -24,9 +24,9 @@ from transformers import set_seed
 from kdcache.errors import CacheError, ConfigError, StudentError
 from kdcache.models.bodies import Parts, context_length, fed, probe_inputs, split_for
 from kdcache.models.lm_head import LMHead
-from kdcache.models.loading import load_model, load_tokenizer, parse_dtype, quiet
+from kdcache.models.loading import load_config, load_model, load_tokenizer, parse_dtype, quiet
 from kdcache.models.packing import keeps_documents_apart
-from kdcache.models.tokenizer import describe_difference
+from kdcache.models.tokenizer import describe_difference, pad_id_of
 from kdcache.schema import Manifest
 from kdcache.students.config import StudentConfig
 from kdcache.students.fresh import build_fresh, head_settings, max_length
@@ -35,7 +35,6 @@ from kdcache.students.lora import adapt
 from kdcache.students.rankers import make_ranker, task_of_student
 from kdcache.students.sentence_model import SentenceModel, sentence_model
 from kdcache.tasks import Task
-from kdcache.tasks.causal_lm import CausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +78,8 @@ class Student:
 
     @property
     def pad_id(self) -> int:
-        """An id to pad with; which one is irrelevant, padding is never attended nor learnt."""
-        tokenizer = self.tokenizer
-        return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        """An id to pad with."""
+        return pad_id_of(self.tokenizer)
 
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the last hidden states [P, D] of the real positions of a collated batch."""
@@ -142,7 +140,7 @@ def load_student(config: StudentConfig, manifest: Manifest, tokenizer_dir: str |
     """Load or build the student of ``config`` and check that it fits the cache of ``manifest``.
 
     ``tokenizer_dir`` holds the cache's tokenizer files. Raises `StudentError` for a model that cannot be loaded, is
-    not a causal language model, has another tokenizer, too few ids or too few positions; `ConfigError` for a
+    none of the cache's task, has another tokenizer, too few ids or too few positions; `ConfigError` for a
     configuration file that cannot be read.
     """
     tokenizer = load_tokenizer(str(tokenizer_dir), error=CacheError)
@@ -163,6 +161,7 @@ def load_student(config: StudentConfig, manifest: Manifest, tokenizer_dir: str |
 
 
 def _load_pretrained(config: StudentConfig, task: Task, manifest: Manifest, name: str) -> Any:
+    _check_classes(config, manifest, name)
     set_seed(config.seed)  # of a head that the checkpoint may lack
     model = load_model(
         name,
@@ -176,9 +175,22 @@ def _load_pretrained(config: StudentConfig, task: Task, manifest: Manifest, name
     return model if config.keep_layers is None else with_layers(model, config.keep_layers, name)
 
 
+def _check_classes(config: StudentConfig, manifest: Manifest, name: str) -> None:
+    """Refuse a classifier whose classes are those of the cache in another order: its head would mean something else."""
+    if manifest.outputs is None or not manifest.outputs.labels:
+        return
+    own_config = load_config(name, revision=config.revision, error=StudentError)
+    own = tuple(str(own_config.id2label[number]) for number in sorted(own_config.id2label))
+    if own != manifest.outputs.labels and sorted(own) == sorted(manifest.outputs.labels):
+        raise StudentError(
+            f"student {name} has the classes {', '.join(own)}, in another order than the cache "
+            f"({', '.join(manifest.outputs.labels)}); start from the model without its head, or sort its classes alike"
+        )
+
+
 def _check_lora(task: Task) -> None:
-    if task.name != CausalLM.name:
-        raise ConfigError(f"lora is for students of task {CausalLM.name} so far, found {task.name}; leave it out")
+    if not task.is_causal:
+        raise ConfigError(f"lora is for students of task causal-lm so far, found {task.name}; leave it out")
 
 
 def _fit(
@@ -205,7 +217,7 @@ def _fit(
             f"student {name} ({type(model).__name__}) cannot be split into a body and an LM head that reproduce its "
             "logits; choose another architecture"
         )
-    if task.name == CausalLM.name and not _is_causal(model, parts.body, vocab_size):
+    if task.is_causal and not _is_causal(model, parts.body, vocab_size):
         raise StudentError(
             f"student {name} ({type(model).__name__}) lets a position see later tokens, so it is not a causal language "
             "model; choose a decoder"

@@ -35,6 +35,7 @@ from kdcache.models.pooling import (
     PROJECTION,
     SentenceModules,
     add_projection,
+    drop_pooler,
     load_projection,
     modules_of,
     vector_width,
@@ -96,8 +97,7 @@ def sentence_model(
     if config.model is not None:
         own = modules_of(config.model, config.revision, StudentError)
         load_projection(model, config.model, config.revision, StudentError)
-    if getattr(model, "pooler", None) is not None:
-        model.pooler = None  # of a fresh student: what BERT would pool with itself, which nothing would train
+    drop_pooler(model)  # of a fresh student
     if config.projection is not None and getattr(model, PROJECTION, None) is None:
         add_projection(model, _orthogonal(vector_width(model), manifest.outputs.width, config.seed))
     outputs = manifest.outputs if own is None else _with_own(manifest.outputs, own, name)

@@ -26,7 +26,7 @@ class Calibration:
     correct: NDArray[np.float64] = field(default_factory=lambda: np.zeros(NUM_BINS))
 
     def add(self, confidence_P: NDArray[np.floating], correct_P: NDArray[np.bool_]) -> None:
-        """Add P predictions: the probability of the top-1 id, and whether it was the corpus's own token."""
+        """Add P predictions: the probability of the top-1 id, and whether it was the corpus's own answer."""
         bins = np.clip(np.ceil(confidence_P.astype(np.float64) * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
         self.count += np.bincount(bins, minlength=NUM_BINS)
         self.confidence += np.bincount(bins, weights=confidence_P, minlength=NUM_BINS)

@@ -43,7 +43,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from kdcache.cache.batches import Batches
 from kdcache.errors import ConfigError, StudentError, did_you_mean
 from kdcache.models.loading import first_line, quiet
-from kdcache.models.pooling import load_projection, without_projection
+from kdcache.models.pooling import drop_pooler, load_projection, without_projection
+from kdcache.students.batches import count_tokens
 from kdcache.students.load import Student
 from kdcache.students.lora import ADAPTER_DIR, load_adapter, merge_adapter, save_adapter
 from kdcache.students.sentence_model import save_sentence_files
@@ -114,8 +115,7 @@ class DistillationTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss, sums, count = model(inputs, num_items_in_batch)
-        num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["labels"].numel()
-        self.meter.add(sums, count, num_tokens)
+        self.meter.add(sums, count, count_tokens(inputs))
         loss = loss * self.accelerator.num_processes
         return (loss, sums) if return_outputs else loss
 
@@ -155,9 +155,9 @@ class DistillationTrainer(Trainer):
             saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
         if self.student.sentence is not None:
             load_projection(saved, resume_from_checkpoint, error=StudentError)
-        # A model that was loaded without its pooler comes with one here.
-        known = model.state_dict().keys()
-        model.load_state_dict({name: value for name, value in saved.state_dict().items() if name in known})
+        if getattr(model, "pooler", None) is None:
+            drop_pooler(saved)  # a model of embeddings was loaded without it
+        model.load_state_dict(saved.state_dict())
 
     def load_checkpoint(self, checkpoint: Path, state: TrainerState) -> None:
         """Take over the student and the state of a finished run's last checkpoint."""

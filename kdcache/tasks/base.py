@@ -52,7 +52,7 @@ class Sequences(Protocol):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
+        """Most tokens that a model is fed at once."""
         ...
 
     @property
@@ -95,6 +95,16 @@ class Task(ABC):
     """Row of ``BODIES`` in ``kdcache.models.bodies``."""
     objective: ClassVar[dict[str, Any]] = {"forward_kl": {"weight": 0.9}, "cross_entropy": {"weight": 0.1}}
     """What students are trained on unless told otherwise."""
+
+    @property
+    def unit(self) -> str:
+        """What a position is called in messages: a token, or a row where teachers answer whole texts."""
+        return "token" if self.gives == "tokens" else "row"
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether its models predict a token from those before it alone."""
+        return self.body == "tokens"
 
     @abstractmethod
     def plan(

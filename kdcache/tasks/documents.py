@@ -77,8 +77,8 @@ class DocumentSequences:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return int(self._num_tokens_N.max())
+        """Most tokens that a model is fed at once: a sequence may be several texts, each within ``max_length``."""
+        return min(self.config.max_length, int(self._num_tokens_N.max()))
 
     @property
     def num_positions(self) -> int:
@@ -246,8 +246,17 @@ def special_tokens(around: list[list[int]]) -> int:
     return sum(map(len, around))
 
 
-def texts_of(encoder: Encoder, texts: list[str | None]) -> list[list[int]]:
-    """Return the token ids of every text without special tokens; none of an empty or missing one."""
-    filled = [text for text in texts if text]
+def texts_of(encoder: Encoder, texts: list[Any], prefix: str = "") -> list[list[int]]:
+    """Return the token ids of every text without special tokens, ``prefix`` before it; none of an empty or missing one.
+
+    Raises ``CorpusError`` for what is no text.
+    """
+    strange = next((text for text in texts if text is not None and not isinstance(text, str)), None)
+    if strange is not None:
+        raise CorpusError(
+            f"expected texts, found {type(strange).__name__} {str(strange)[:40]!r} among them; choose another column "
+            "with --column ROLE=NAME, or make it a text"
+        )
+    filled = [prefix + text for text in texts if text]
     encoded = iter(encoder.encode_plain(filled) if filled else [])
     return [next(encoded) if text else [] for text in texts]

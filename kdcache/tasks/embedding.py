@@ -71,7 +71,7 @@ def _make(
     around = encoder.around(1)
     room = settings.max_length - special_tokens(around)
     firsts, seconds = (
-        texts_of(encoder, [text and settings.prefix + text for text in texts])
+        texts_of(encoder, texts, settings.prefix)
         for texts in ([text for text, _ in rows], [more.get("text_pair") for _, more in rows])
     )
     ids = corpus.document_ids(range(start, start + len(rows)))

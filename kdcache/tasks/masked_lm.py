@@ -32,7 +32,6 @@ from kdcache.tasks.documents import Made, Row, joined, make_sequences, special_t
 class MaskingSettings(TaskSettings):
     """How tokens are hidden; longer documents are cut into sequences of ``max_length`` tokens."""
 
-    max_length: int = Field(default=256, ge=4, le=2**24)
     mask_prob: float = Field(default=0.15, gt=0, lt=1)
     """Share of the tokens that get a row; at least one of every sequence does."""
     random_share: float = Field(default=0.1, ge=0, le=0.5)

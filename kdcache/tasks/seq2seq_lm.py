@@ -91,7 +91,7 @@ def fed_inputs(encoder: Encoder, settings: Seq2SeqSettings, texts: list[str]) ->
     _check_room(encoder, settings)
     around = encoder.around(1)
     room = settings.max_length - special_tokens(around)
-    with_prefix = texts_of(encoder, [text and settings.prefix + text for text in texts])
+    with_prefix = texts_of(encoder, texts, settings.prefix)
     fed: list[TokenArray] = []
     for text, tokens in zip(texts, with_prefix, strict=True):
         fed.append(joined([tokens[:room]], around)[0] if text.strip() else np.zeros(0, np.uint32))

@@ -95,7 +95,7 @@ class HuggingFaceTeacher:
                 "model do not match"
             )
         self._head = BufferedHead(head.narrow(vocab_size)) if head is not None and task.gives == "tokens" else None
-        if task.name == CausalLM.name:
+        if task.is_causal:
             _check_causal(self, name)
         self.record = _describe(model, name, rows, revision)
 
@@ -177,7 +177,7 @@ def _rows_of(logits_PV: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _check_can_go_whole(task: Task, name: str) -> None:
-    if task.name != CausalLM.name:
+    if not task.is_causal:
         raise TeacherError(
             f"{name} cannot be split into a body and a head that make its logits again, which task {task.name} needs; "
             "use another architecture"

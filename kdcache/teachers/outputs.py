@@ -38,13 +38,23 @@ def outputs_record(config: TeacherConfig, task: Task, settings: Any) -> OutputsR
                 f"{config.model} has {num_labels} output, so it is a regressor or a cross-encoder; use --task "
                 "sequence-regression or ranking"
             )
-        return OutputsRecord(width=num_labels, labels=tuple(model_config.id2label[n] for n in range(num_labels)))
+        return OutputsRecord(width=num_labels, labels=_class_names(model_config, num_labels, config.model))
     if num_labels != 1:
         raise TeacherError(
             f"{config.model} has {num_labels} outputs, and task {task.name} needs a model with one: use --task "
             "sequence-classification, or a teacher that was trained with num_labels=1"
         )
     return OutputsRecord(width=1)
+
+
+def _class_names(model_config: Any, num_labels: int, name: str) -> tuple[str, ...]:
+    if sorted(model_config.id2label) != list(range(num_labels)):
+        raise TeacherError(
+            f"id2label in the configuration of {name} numbers its {num_labels} classes "
+            f"{', '.join(map(str, sorted(model_config.id2label)))}, expected 0 to {num_labels - 1}; correct its "
+            "config.json"
+        )
+    return tuple(str(model_config.id2label[number]) for number in range(num_labels))
 
 
 def _embedding(config: TeacherConfig, settings: Any, model_config: Any) -> OutputsRecord:

@@ -28,7 +28,6 @@ from kdcache.students import Student
 from kdcache.students.batches import to_tensors
 from kdcache.students.trainer import Distillation
 from kdcache.tasks import Task, task_of
-from kdcache.tasks.causal_lm import CausalLM
 from kdcache.train.config import TrainConfig
 from kdcache.train.memory import estimate_memory
 from kdcache.train.module import Distiller
@@ -135,7 +134,7 @@ def _report(run: _Run, is_timed: bool) -> TrainingReport:
         batch_sequences=batches.largest,
         max_length=int(lengths_N.max()),
         autocast=run.autocast,
-        longest=None if run.task.name == CausalLM.name else run.longest(chosen_N),
+        longest=None if run.task.is_causal else run.longest(chosen_N),
     )
     speed, costs_s = _timed(run, probe, steps, tokens_per_step) if is_timed else (None, {})
     return TrainingReport(
@@ -153,7 +152,7 @@ def _report(run: _Run, is_timed: bool) -> TrainingReport:
         learning_rate=config.peak_learning_rate,
         objective={name: part.model_dump() for name, part in run.objective.config.parts.items()},
         output=config.output,
-        vocab_size=run.cache.num_ids,
+        vocab_size=run.cache.manifest.num_ids,
         teacher_loss=teacher_loss,
         kept_mass=kept_mass,
         sample=measured.report,

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from kdcache.cache import Cache, layout, targets_field
 from kdcache.cache.fields import optional_arrays
 from kdcache.cache.filters import select_sequences
+from kdcache.cache.lookup import num_tokens_of
 from kdcache.codecs import hidden_codec, targets_codec
 from kdcache.codecs.hidden import relative_error
 from kdcache.corpus import assign_shards
@@ -73,7 +74,7 @@ def plan_transcoding(config: TranscodeConfig, cache: Cache) -> Transcoding:
         "fields": tuple(fields),
         "num_sequences": len(chosen_N),
         "num_positions": int(lengths_N.sum()),
-        "num_tokens": int(np.asarray(sequences["num_tokens"]).astype(np.int64)[chosen_N].sum()),
+        "num_tokens": int(num_tokens_of(sequences)[chosen_N].sum()),
         "num_shards": len(starts) - 1,
         "table_sha256": layout.sha256(layout.table_to_parquet(table)),
         "provenance": _provenance(config, cache),

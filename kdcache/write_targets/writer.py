@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from kdcache.errors import ConfigError, CorpusError, TeacherError
 from kdcache.models.generation import WrittenText, generation_settings, write_all
 from kdcache.models.loading import load_config, load_tokenizer, parse_dtype, pick_device
 from kdcache.models.tokenizer import TextEncoder, tokenizer_record
+from kdcache.schema import public_name
 from kdcache.tasks.seq2seq_lm import Seq2SeqLM, fed_inputs
 from kdcache.teachers import HuggingFaceTeacher, load_teacher
 from kdcache.teachers.sampling import Sampler
@@ -72,10 +72,10 @@ class Writer:
         if config.writing.sample:
             writing = config.writing.model_dump(mode="json", exclude={"beams"})
         return {
-            "teacher": {**teacher, "name": _public_name(teacher["name"])},
+            "teacher": {**teacher, "name": public_name(teacher["name"])},
             "tokenizer": self.tokenizer_record.sha256,
             "corpus": {
-                "sources": [_public_name(source) for source in self.corpus.sources],
+                "sources": [public_name(source) for source in self.corpus.sources],
                 "fingerprint": self.corpus.fingerprint,
                 "num_documents": len(self.corpus),
                 "metadata_columns": list(self.corpus.metadata_columns),
@@ -166,8 +166,3 @@ def _check_lengths(config: WriteConfig, teacher: HuggingFaceTeacher) -> None:
         length = getattr(config.sequences, name)
         if limit is not None and length > limit:
             raise ConfigError(f"{name} is {length}, but {config.teacher.model} was made for {limit}; use a smaller one")
-
-
-def _public_name(path: str) -> str:
-    """Return ``path`` as a file that is shared may name it: of an absolute path only the last part."""
-    return PurePath(path).name if PurePath(path).is_absolute() else path

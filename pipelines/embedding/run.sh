@@ -72,4 +72,4 @@ say "Test pairs and search: the teacher and both kinds of student, the mean over
 kdcache evaluate --cache "$OUTPUT/sts-cache" "${students[@]}" --json -q >"$OUTPUT/sts.json"
 kdcache evaluate --cache "$OUTPUT/search-cache" "${students[@]}" --qrels "$OUTPUT/data/qrels.tsv" --id-column _id \
     --json -q >"$OUTPUT/search.json"
-"$PYTHON" pipelines/embedding/report.py "$OUTPUT/sts.json" "$OUTPUT/search.json" | tee "$OUTPUT/table.md"
+"$PYTHON" pipelines/report.py "$OUTPUT/sts.json" "$OUTPUT/search.json" --retained spearman | tee "$OUTPUT/table.md"

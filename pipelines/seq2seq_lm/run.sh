@@ -80,4 +80,4 @@ done
 say "Held-out papers: the teacher and every kind of student, the mean over seeds"
 kdcache evaluate --cache "$OUTPUT/held-out-cache" --student "$TEACHER" "${students[@]}" --generate "$texts" \
     --json -q >"$OUTPUT/evaluation.json"
-"$PYTHON" pipelines/seq2seq_lm/report.py "$OUTPUT/evaluation.json" | tee "$OUTPUT/table.md"
+"$PYTHON" pipelines/report.py "$OUTPUT/evaluation.json" --retained chrf | tee "$OUTPUT/table.md"

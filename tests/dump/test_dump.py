@@ -9,8 +9,8 @@ import pytest
 
 from kdcache.cache import open_cache, verify
 from kdcache.codecs import HIDDEN_CODECS, TOPK_CODECS
-from kdcache.dump.batches import batches_by_length
 from kdcache.errors import CacheError, ConfigError, CorpusError, TeacherError
+from kdcache.models.batching import batches_by_length
 from tests.cache.test_writer import content_of, snapshot
 from tests.conftest import TEXTS
 from tests.dump.fake import BigramTeacher, run_dump

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.e2e.test_task_recipes import TASK_RECIPES
+
 ROOT = Path(__file__).parents[2]
 
 pytestmark = [
@@ -31,6 +33,7 @@ def test_every_recipe_is_tested() -> None:
         "bare_loop",
         "causal_lm",
         "progressive",
+        *TASK_RECIPES,
     }
 
 

@@ -246,7 +246,10 @@ def test_draws_alone_do_not_tell_the_confidence(by, kind):
     context = TeacherContext(kind, 31, head=head)
     config = build(ObjectiveConfig, {"cross_entropy": {"weight": 1.0, "select": {"by": by, "min": 0.5}}})
     reason = allowed(config.cross_entropy, context)
-    if (by, kind) == ("confidence", "sampled"):
+    if kind == "outputs":
+        with pytest.raises(ConfigError, match=r"^cross_entropy: it needs a distribution at every position"):
+            Objective(config, context=context)
+    elif (by, kind) == ("confidence", "sampled"):
         assert reason is not None
         with pytest.raises(
             ConfigError, match=r"^cross_entropy: select by confidence needs .* cache holds .*draws from"

@@ -189,7 +189,7 @@ class TestRefused:
         self.refuse(cache, "later tokens", model=path)
 
     def test_head_that_is_no_linear_map(self, cache, monkeypatch):
-        monkeypatch.setattr("kdcache.students.load.split_model", lambda model: None)
+        monkeypatch.setattr("kdcache.models.bodies.split_model", lambda model: None)
         self.refuse(cache, "cannot be split", size="nano")
 
     def test_unknown_architecture(self, cache, tmp_path):
@@ -247,4 +247,4 @@ def test_a_body_that_reads_ahead_is_noticed_however_small_its_weights(spread):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     body = BertModel(BertConfig(vocab_size=VOCAB_SIZE, initializer_range=spread, **sizes))
-    assert not _is_causal(body, VOCAB_SIZE)
+    assert not _is_causal(body, body, VOCAB_SIZE)
