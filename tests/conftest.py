@@ -120,8 +120,7 @@ def dumped(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, corpus_f
 def task_caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An exact cache of every task but causal-lm, by the task's name; models and corpus lie beside it."""
     from kdcache.dump import dump_teacher
-    from tests.task_models import TINY_TASKS
-    from tests.test_tasks import dump_config
+    from tests.task_models import TINY_TASKS, dump_config
 
     found = {}
     for task, tiny in TINY_TASKS.items():

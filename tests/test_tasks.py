@@ -10,7 +10,6 @@ import torch
 
 from kdcache.cache import open_cache, verify
 from kdcache.config import build
-from kdcache.dump import dump_teacher
 from kdcache.evaluation import evaluate
 from kdcache.models.loading import load_tokenizer
 from kdcache.models.tokenizer import true_vocab_size
@@ -22,21 +21,17 @@ from kdcache.teachers import TeacherConfig, keep_top_k, load_teacher
 from kdcache.train import TrainConfig, train_student
 from kdcache.train.module import Distiller, fit_terms
 from kdcache.train.prepare import training_objective
-from tests.task_models import TINY_TASKS, dump_config
+from tests.task_models import TINY_TASKS
 
 NAMES = list(TINY_TASKS)
 ONLY_TEACHER = {"forward_kl": None, "cross_entropy": None, "output_mse": {"weight": 1.0}}
 
 
 @pytest.fixture(scope="module")
-def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """Models, corpus and an exact cache of every task."""
-    found = {}
-    for task, tiny in TINY_TASKS.items():
-        path = tmp_path_factory.mktemp(task)
-        found[task] = tiny.write(path) | {"cache": str(path / "cache")}
-        dump_teacher(dump_config(task, found[task], path / "cache"), progress=False)
-    return found
+def caches(task_caches: dict[str, Path]) -> dict[str, dict[str, str]]:
+    """Models, corpus and an exact cache of every task, by what they are."""
+    names = {"teacher": "teacher", "student": "student", "corpus": "corpus.jsonl", "cache": "cache"}
+    return {task: {what: str(path.parent / name) for what, name in names.items()} for task, path in task_caches.items()}
 
 
 def test_every_task_has_a_tiny_one() -> None:

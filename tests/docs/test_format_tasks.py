@@ -17,8 +17,7 @@ from kdcache.schema import OutputsRecord
 from kdcache.tasks import TASKS, Task
 from tests.docs.pages import DOCS, rows, sections
 from tests.docs.test_format import reference_decoder
-from tests.task_models import TINY_TASKS
-from tests.test_tasks import dump_config
+from tests.task_models import TINY_TASKS, dump_config
 
 PAGE = sections((DOCS / "format.md").read_text())
 TABLE = rows(PAGE["Tasks"])

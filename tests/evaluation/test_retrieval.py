@@ -19,8 +19,7 @@ from kdcache.evaluation import evaluate
 from kdcache.evaluation.measures import Answers
 from kdcache.evaluation.retrieval import Retrieval, best, load_retrieval, read_qrels
 from kdcache.schema import OUTPUTS_FIELD
-from tests.task_models import SENTENCES, TINY_TASKS
-from tests.test_tasks import dump_config
+from tests.task_models import SENTENCES, TINY_TASKS, dump_config
 
 #: Ids of queries are ids of documents, too.
 QUERIES = {"1": "the cat sat on a mat", "2": "the sun and the moon", "3": "a red house"}

@@ -20,8 +20,7 @@ from kdcache.evaluation import evaluate
 from kdcache.schema import OUTPUTS_FIELD
 from kdcache.students import StudentConfig, load_student
 from kdcache.train import TrainConfig, train_student
-from tests.task_models import SENTENCES, TINY_TASKS, bert, bert_tokenizer
-from tests.test_tasks import dump_config
+from tests.task_models import SENTENCES, TINY_TASKS, bert, bert_tokenizer, dump_config
 
 #: Narrower than the teacher, whose embeddings have 16 numbers.
 WIDTH = 8

@@ -25,12 +25,17 @@ def test_calibration_of_perfect_and_of_no_predictions():
 def test_sums_do_not_depend_on_batches():
     generator = np.random.default_rng(0)
     prob, correct, loss = generator.random(50), generator.random(50) < 0.5, generator.random(50)
-    valid = generator.random(50) < 0.7
+    valid, labelled, kl = generator.random(50) < 0.7, generator.random(50) < 0.6, generator.random(50)
+    loss[~labelled] = np.nan  # of the teacher, where the corpus has no answer
     whole, pieces = Tally(), Tally()
-    whole.add(valid, top1_prob_P=prob, correct_P=correct, loss=loss)
-    for rows in np.array_split(np.arange(50), 7):
-        pieces.add(valid[rows], top1_prob_P=prob[rows], correct_P=correct[rows], loss=loss[rows])
+    for tally, parts in ((whole, [np.arange(50)]), (pieces, np.array_split(np.arange(50), 7))):
+        for rows in parts:
+            values = {"top1_prob_P": prob[rows], "correct_P": correct[rows], "loss_P": loss[rows], "kl": kl[rows]}
+            tally.add(valid[rows], labelled[rows], **values)
+    known = valid & labelled
     assert whole.num_positions == pieces.num_positions == valid.sum()
-    assert pieces.mean("loss") == pytest.approx(loss[valid].mean())
-    assert pieces.mean("top1_accuracy") == pytest.approx(correct[valid].mean())
+    assert whole.num_labelled == pieces.num_labelled == known.sum()
+    assert pieces.mean("kl") == pytest.approx(kl[valid].mean())
+    assert pieces.sums["loss"] / pieces.num_labelled == pytest.approx(loss[known].mean())
+    assert pieces.sums["correct"] / pieces.num_labelled == pytest.approx(correct[known].mean())
     assert pieces.calibration.error == pytest.approx(whole.calibration.error)

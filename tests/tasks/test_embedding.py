@@ -16,8 +16,7 @@ from kdcache.cache import Cache, open_cache
 from kdcache.dump import dump_teacher
 from kdcache.errors import ConfigError, CorpusError, TeacherError
 from kdcache.schema import OUTPUTS_FIELD
-from tests.task_models import SENTENCES, TINY_TASKS, bert, bert_tokenizer
-from tests.test_tasks import dump_config
+from tests.task_models import SENTENCES, TINY_TASKS, bert, bert_tokenizer, dump_config
 
 ROWS: list[dict[str, Any]] = [
     {"text": "the cat sat", "text_pair": "a dog ran near the old house", "label": 2.5, "topic": "pets"},

@@ -14,8 +14,7 @@ from kdcache.errors import ConfigError, CorpusError
 from kdcache.models.tokenizer import TextEncoder
 from kdcache.tasks import task_of
 from kdcache.tasks.masked_lm import MaskingSettings
-from tests.task_models import SENTENCES, TINY_TASKS, WORDS, bert_tokenizer
-from tests.test_tasks import dump_config
+from tests.task_models import SENTENCES, TINY_TASKS, WORDS, bert_tokenizer, dump_config
 
 TASK = task_of("masked-lm")
 TOKENIZER = bert_tokenizer()
