@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
 from kdcache.config import build
 from kdcache.corpus import TEXT, Role, load_corpus
 from kdcache.corpus.documents import CorpusConfig
 from kdcache.dump import dump_teacher
-from kdcache.errors import CorpusError, StudentError, TeacherError
+from kdcache.errors import ConfigError, CorpusError, StudentError, TeacherError
 from kdcache.losses import TeacherContext
 from kdcache.losses.output_terms import LabelMSE
 from kdcache.students.layers import with_layers
@@ -114,3 +114,40 @@ def test_kept_layers_leave_rotary_frequencies_as_exact_as_they_were(tmp_path):
     assert student.dtype == torch.bfloat16
     for name, buffer in whole.named_buffers():
         assert torch.equal(dict(student.named_buffers())[name], buffer), name
+
+
+def test_a_bi_encoder_is_no_teacher_of_rankings_yet(tmp_path):
+    found = TINY_TASKS["ranking"].write(tmp_path)
+    config_file = tmp_path / "teacher" / "config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"kdcache_bi_encoder": {"scale": 20.0}}))
+    with pytest.raises(TeacherError, match="teacher is a bi-encoder, and teachers of task ranking read"):
+        dump_teacher(dump_config("ranking", found, tmp_path / "cache"), progress=False)
+
+
+def test_a_blank_text_is_none_with_a_prefix_too(tmp_path):
+    found = TINY_TASKS["embedding"].write(tmp_path)
+    found["corpus"] = written(tmp_path / "corpus.jsonl", [{"text": "   "}, {"text": "the cat"}])
+    settings = {"max_length": 16, "prefix": "the "}
+    manifest = dump_teacher(dump_config("embedding", found, tmp_path / "cache", sequences=settings), progress=False)
+    assert (manifest.manifest.num_sequences, manifest.manifest.corpus.num_documents) == (1, 2)
+
+
+def test_a_target_longer_than_the_decoder_takes_is_told(tmp_path):
+    config = BartConfig(
+        vocab_size=len(bert_tokenizer()),
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=32,
+        decoder_start_token_id=2,
+        forced_eos_token_id=3,
+    )
+    found = {"teacher": saved(tmp_path / "bart", BartForConditionalGeneration(config), bert_tokenizer())}
+    found["corpus"] = written(tmp_path / "corpus.jsonl", [{"input": "the cat", "target": "the cat sat " * 16}])
+    settings = {"max_length": 16, "max_target_length": 60}
+    with pytest.raises(ConfigError, match=r"has 54 positions, but .* was made for 32"):
+        dump_teacher(dump_config("seq2seq-lm", found, tmp_path / "cache", sequences=settings), progress=False)

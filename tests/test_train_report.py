@@ -350,8 +350,19 @@ def test_the_report_of_a_run_ends_with_its_warnings(tmp_path, cache_path, capsys
 
 FIELDS = {
     *("student", "num_parameters", "num_trainable_parameters", "teacher", "num_sequences", "num_positions"),
-    *("sequences_per_step", "tokens_per_step", "steps_per_epoch", "steps", "epochs", "learning_rate", "objective"),
-    *("output", "vocab_size", "teacher_loss", "kept_mass", "sample", "terms", "memory", "speed", "warnings"),
+    *("sequences_per_step", "tokens_per_step", "unit", "steps_per_epoch", "steps", "epochs", "learning_rate"),
+    *(
+        "objective",
+        "output",
+        "vocab_size",
+        "teacher_loss",
+        "kept_mass",
+        "sample",
+        "terms",
+        "memory",
+        "speed",
+        "warnings",
+    ),
 }
 
 

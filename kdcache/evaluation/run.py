@@ -33,7 +33,7 @@ from kdcache.tasks import task_of
 from kdcache.tasks.embedding import Embedding
 
 #: Not what lies beside a model, such as the parameters of an objective's terms.
-_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*_Dense/model.safetensors")
 
 
 def evaluate(

@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 
 def max_length(manifest: Manifest) -> int:
-    """Return the most positions that a sequence of the cache can have."""
-    return int(manifest.sequences["max_length"])
+    """Return the most positions that a model is fed at once, of a sequence of the cache or of its target."""
+    return max(int(manifest.sequences["max_length"]), int(manifest.sequences.get("max_target_length", 0)))
 
 
 def build_fresh(config: StudentConfig, manifest: Manifest, tokenizer: Any, name: str, task: Task) -> Any:

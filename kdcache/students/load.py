@@ -151,6 +151,9 @@ def load_student(config: StudentConfig, manifest: Manifest, tokenizer_dir: str |
     else:
         model = _load_pretrained(config, task, manifest, name)
         _check_tokenizer(config, manifest, tokenizer, name)
+    if task.body == "logits" and getattr(model.config, "pad_token_id", None) is None:
+        # By it a saved decoder that classifies finds the last token of each text, whoever runs it.
+        model.config.pad_token_id = tokenizer.pad_token_id
     ranker = make_ranker(model, task, tokenizer, config, manifest)
     sentence = ranker or sentence_model(model, config, manifest, task, name)
     student = _fit(model, task, tokenizer, manifest, name, sentence)

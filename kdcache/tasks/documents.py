@@ -78,7 +78,8 @@ class DocumentSequences:
     @property
     def longest(self) -> int:
         """Most tokens that a model is fed at once: a sequence may be several texts, each within ``max_length``."""
-        return min(self.config.max_length, int(self._num_tokens_N.max()))
+        most = max(self.config.max_length, getattr(self.config, "max_target_length", 0))
+        return min(most, int(self._num_tokens_N.max()))
 
     @property
     def num_positions(self) -> int:
@@ -247,7 +248,7 @@ def special_tokens(around: list[list[int]]) -> int:
 
 
 def texts_of(encoder: Encoder, texts: list[Any], prefix: str = "") -> list[list[int]]:
-    """Return the token ids of every text without special tokens, ``prefix`` before it; none of an empty or missing one.
+    """Return the token ids of every text without special tokens, ``prefix`` before it; none of a blank or missing one.
 
     Raises ``CorpusError`` for what is no text.
     """
@@ -257,6 +258,6 @@ def texts_of(encoder: Encoder, texts: list[Any], prefix: str = "") -> list[list[
             f"expected texts, found {type(strange).__name__} {str(strange)[:40]!r} among them; choose another column "
             "with --column ROLE=NAME, or make it a text"
         )
-    filled = [prefix + text for text in texts if text]
+    filled = [prefix + text for text in texts if text and text.strip()]
     encoded = iter(encoder.encode_plain(filled) if filled else [])
-    return [next(encoded) if text else [] for text in texts]
+    return [next(encoded) if text and text.strip() else [] for text in texts]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from kdcache.errors import TeacherError
+from kdcache.models.bi_encoder import is_bi_encoder
 from kdcache.models.loading import load_config
 from kdcache.models.pooling import SentenceModules, modules_of
 from kdcache.schema import OutputsRecord
@@ -39,6 +40,11 @@ def outputs_record(config: TeacherConfig, task: Task, settings: Any) -> OutputsR
                 "sequence-regression or ranking"
             )
         return OutputsRecord(width=num_labels, labels=_class_names(model_config, num_labels, config.model))
+    if is_bi_encoder(model_config):
+        raise TeacherError(
+            f"{config.model} is a bi-encoder, and teachers of task {task.name} read query and document together so "
+            "far; use it with --task embedding"
+        )
     if num_labels != 1:
         raise TeacherError(
             f"{config.model} has {num_labels} outputs, and task {task.name} needs a model with one: use --task "

@@ -146,6 +146,7 @@ def _report(run: _Run, is_timed: bool) -> TrainingReport:
         num_positions=positions,
         sequences_per_step=batches.sequences_per_step,
         tokens_per_step=tokens_per_step,
+        unit=run.task.unit,
         steps_per_epoch=batches.steps_per_epoch,
         steps=steps,
         epochs=round(steps / batches.steps_per_epoch, 3),

@@ -69,6 +69,8 @@ class TrainingReport(Config):
     num_positions: int
     sequences_per_step: int
     tokens_per_step: int
+    """Positions of a step, each a token or a row as ``unit`` says."""
+    unit: str = "token"
     steps_per_epoch: int
     steps: int
     epochs: float
@@ -105,7 +107,7 @@ class TrainingReport(Config):
             + ("" if self.kept_mass is None else f", kept mass {self.kept_mass:.4f}"),
             f"student {self.student}, {self.num_trainable_parameters:,} parameters to train" + losses_text(sample),
             "objective: " + "; ".join(f"{term_text(term)}, now {term.value:.4f}" for term in self.terms),
-            f"{self.steps:,} steps of about {self.tokens_per_step:,} tokens; memory about "
+            f"{self.steps:,} steps of about {self.tokens_per_step:,} {self.unit}s; memory about "
             f"{memory.total_bytes / _GIB:.2f}{of} GiB ({memory.device})",
             *(f"warning: {warning}" for warning in self.warnings),
         ]
