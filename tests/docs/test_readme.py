@@ -66,7 +66,8 @@ def commands_in(shell: str) -> Iterator[list[str]]:
 
 def unknown_options(words: list[str]) -> list[str]:
     """What the live command line does not know of a call: its command or its options."""
-    context = click.Context(cli, info_name="kdcache")
+    # Not a bare context: click remembers the help options of the first one that it sees.
+    context = cli.make_context("kdcache", [], resilient_parsing=True)
     options = {o for p in cli.get_params(context) for o in (*p.opts, *p.secondary_opts)}
     name, *rest = words or [""]
     if name.startswith("-"):
