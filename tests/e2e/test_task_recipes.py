@@ -62,7 +62,10 @@ def masked_lm(path: Path) -> dict[str, str]:
 
 def seq2seq_lm(path: Path) -> dict[str, str]:
     write_rows(path, lambda n, text: {"abstract": text, "title": SENTENCES[n % 5]})
-    return write_models(path, t5(num_layers=8), tokenizer=t5_tokenizer())
+    tokenizer, teacher = t5_tokenizer(), t5(num_layers=8)
+    tokenizer.add_tokens([f"<extra_id_{n}>" for n in range(20)])  # the recipe keeps more ids than there are words
+    teacher.resize_token_embeddings(80)
+    return write_models(path, teacher, tokenizer=tokenizer)
 
 
 def ranking(path: Path) -> dict[str, str]:
