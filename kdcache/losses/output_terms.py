@@ -28,8 +28,6 @@ class OutputTerm(Term):
     needs = "the teacher's raw outputs"
     same_width: ClassVar[bool] = False
     """Whether the outputs of student and teacher have to be equally wide."""
-    needs_pairs: ClassVar[bool] = False
-    """Whether it says something of pairs of texts only."""
 
     @abstractmethod
     def compare(self, outputs: Outputs) -> Tensor:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -152,6 +153,9 @@ class Term(Part):
     At weight 0, where a term is measured and not trained on, its parameters have a gradient of 0. Only the optimiser's
     weight decay and momentum move them.
     """
+
+    needs_pairs: ClassVar[bool] = False
+    """Whether it says something of pairs of texts only."""
 
     @abstractmethod
     def build(self, context: TeacherContext, student_widths: Sequence[int], generator: torch.Generator) -> TermModule:

@@ -20,7 +20,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from kdcache.schema import OutputsRecord
 _COUNT_FROM_PAD = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "data2vec-text")
 
 #: What a batch may hold for a model to be fed; a model gets of these what its forward takes.
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "target_ids", "texts_of_rows")
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "target_ids")
 
 
 @dataclass
@@ -97,8 +97,15 @@ def probe_inputs(model: Any) -> dict[str, Tensor]:
 
 
 def identity_head(width: int, like: Tensor) -> LMHead:
-    """Return the head of states that are the answer already."""
-    return LMHead(torch.eye(width, dtype=like.dtype, device=like.device))
+    """Return the head of states that are the answer already, in dtype and device of ``like``."""
+    return _identity(width, like.dtype, like.device)
+
+
+@cache
+def _identity(width: int, dtype: torch.dtype, device: torch.device) -> LMHead:
+    # Once: every step asks, and of a wide embedding it is no small matrix.
+    with torch.inference_mode(False):
+        return LMHead(torch.eye(width, dtype=dtype, device=device))
 
 
 def _tokens(model: Any, outputs: OutputsRecord | None) -> Parts | None:
@@ -241,7 +248,7 @@ def _taken(model: Any) -> set[str]:
 
 def _logits(model: Any, outputs: OutputsRecord | None) -> Parts | None:
     width = int(model.config.num_labels)
-    return Parts(Logits(model), lambda: identity_head(width, next(model.parameters()).detach()), False)
+    return Parts(Logits(model), lambda: identity_head(width, next(model.parameters())), False)
 
 
 class Pooled:
@@ -269,11 +276,11 @@ def _pooled(model: Any, outputs: OutputsRecord | None) -> Parts | None:
     assert outputs is not None
     assert outputs.pooling is not None
     body = Pooled(model, outputs.pooling, bool(outputs.normalised))
-    return Parts(body, lambda: identity_head(vector_width(model), next(model.parameters()).detach()), False)
+    return Parts(body, lambda: identity_head(vector_width(model), next(model.parameters())), False)
 
 
 def _bi_encoder(model: Any, outputs: OutputsRecord | None) -> Parts | None:
-    return Parts(BiEncoder(model), lambda: identity_head(1, next(model.parameters()).detach()), False)
+    return Parts(BiEncoder(model), lambda: identity_head(1, next(model.parameters())), False)
 
 
 #: Every way to run a model, by the name that tasks use.

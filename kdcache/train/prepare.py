@@ -54,7 +54,7 @@ def prepare(config: TrainConfig) -> tuple[Cache, Student, Objective]:
 
 def check_pairs(objective: Objective, cache: Cache) -> None:
     """Raise ``ConfigError`` when a term is about pairs of texts and the cache has none: it would be 0 throughout."""
-    terms = [name for name, term in objective.config.terms.items() if getattr(term, "needs_pairs", False)]
+    terms = [name for name, term in objective.config.terms.items() if term.needs_pairs]
     if terms and cache.manifest.num_positions == cache.manifest.num_sequences:
         raise ConfigError(
             f"objective.{terms[0]} is about pairs of texts, and every document of the cache is a single one; dump a "
