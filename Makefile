@@ -14,7 +14,7 @@ demo: $(READY)  ## dump a real teacher, train a student with and without it, com
 test: $(READY)  ## the default tests: quick, no model files, no network
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS)
 
-test-slow: $(READY)  ## the tests that need the real embedded teacher
+test-slow: $(READY)  ## the tests that need the real embedded teacher, and those that start many processes
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 lint: $(READY)

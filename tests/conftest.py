@@ -8,6 +8,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Dozens of processes are started, and none of them should have to compile the sources again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import gc
 import json

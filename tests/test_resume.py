@@ -82,7 +82,7 @@ def test_a_run_that_was_killed_twice_ends_with_the_same_bits(tmp_path, cache, wh
         assert [a[name] for name in ("loss", "epoch", "step")] == [b[name] for name in ("loss", "epoch", "step")]
 
 
-@pytest.mark.parametrize("interrupted", [3, 5])
+@pytest.mark.parametrize("interrupted", [pytest.param(3, marks=pytest.mark.slow), 5])
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, cache, whole, interrupted):
     one = settings(cache, tmp_path / "run", batch_sequences=2, gradient_accumulation=2, **LENGTH)
     with pytest.raises(KeyboardInterrupt):

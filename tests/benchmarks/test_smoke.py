@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+#: Four minutes of starting processes, for what no user runs.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 NAMES = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def main()" in path.read_text()}
 

@@ -146,6 +146,7 @@ def test_names_that_the_prose_relies_on_exist() -> None:
     assert all(callable(getattr(Task, name)) for name in ("plan", "arrays", "labels", "pad_batch", "collate"))
 
 
+@pytest.mark.slow
 def test_task_and_loss_of_the_page_work_from_a_package_of_their_own(tmp_path: Path) -> None:
     package = tmp_path / "package"
     (package / "toy-1.0.dist-info").mkdir(parents=True)

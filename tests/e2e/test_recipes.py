@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -67,21 +68,39 @@ def test_causal_lm_recipe_ends_with_the_table(recipe: Path) -> None:
     assert evaluation["students"][0]["loss"] < 10.5
 
 
-def test_recipe_cache_is_the_teachers(recipe: Path) -> None:
-    assert (recipe / "cache" / "manifest.json").exists()
-    teacher = subprocess.run(
-        [sys.executable, "pipelines/causal_lm/prepare.py", str(recipe / "again")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    report = json.loads(
-        kdcache("verify", f"{recipe}/cache", "--deep", "--against-teacher", "3", "--teacher", teacher, "--json", "-q")
-    )
+def check_against_teacher(cache: Path, teacher: str, num_sequences: int) -> dict[str, Any]:
+    options = ("--deep", "--against-teacher", str(num_sequences), "--teacher", teacher, "--json", "-q")
+    report = json.loads(kdcache("verify", str(cache), *options))
     assert report["ok"]
     assert report["teacher"]["same_weights"]
-    assert report["teacher"]["mean_kl"] < 1e-3
+    return report["teacher"]
+
+
+@pytest.fixture(scope="module")
+def teacher(recipe: Path) -> str:
+    command = [sys.executable, "pipelines/causal_lm/prepare.py", str(recipe / "again")]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_recipe_cache_is_the_teachers(recipe: Path, teacher: str) -> None:
+    """In bfloat16 the very same teacher differs from itself by the shape of its batches.
+
+    By how much is up to the CPU's kernels: 6e-5 nats in one, 1.5e-3 in another. So nothing tighter than what `verify`
+    allows can be asked here; that the codec loses next to nothing is the test below.
+    """
+    assert check_against_teacher(recipe / "cache", teacher, 3)["allowed_kl"] < 0.02
+
+
+def test_in_float32_the_cache_is_within_the_codec_of_the_teacher(recipe: Path, teacher: str) -> None:
+    cache = recipe / "float32-cache"
+    kdcache(
+        *("dump-teacher", "--config", "pipelines/causal_lm/dump.yaml", "--teacher", teacher, "-q"),
+        *("--corpus", f"{recipe}/corpus/train.jsonl", "--output", str(cache)),
+        *("--set", "teacher.dtype=float32", "--limit-documents", "2"),
+    )
+    check = check_against_teacher(cache, teacher, 3)
+    assert check["mean_kl"] < 2e-4
+    assert check["mean_gold_difference"] < 2e-3
 
 
 def test_run_again_does_nothing_twice(recipe: Path) -> None:

@@ -180,6 +180,7 @@ def test_an_output_that_is_something_else_is_refused(make, dumped, tmp_path):
         plan_sweep(make(output=str(dumped)))
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_named_and_the_others_go_on(make, tmp_path):
     """A student of which each step takes long is killed in the middle; its place is taken by the next."""
     config = make(runs=[{"name": "long", "set": {"max_steps": 100_000}}, {"name": "short"}], base={"save_steps": 5})
@@ -193,6 +194,7 @@ def test_a_killed_process_is_named_and_the_others_go_on(make, tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_after_kill_9_of_the_sweep_students_go_on_from_their_checkpoints(make, tmp_path):
     config = make(runs=[{"name": "first"}, {"name": "second", "set": {"max_steps": 60}}], base={"save_steps": 5})
     process = start(config, tmp_path)
