@@ -22,6 +22,7 @@ from kdcache.train import TrainConfig, train_student
 from kdcache.train.module import Distiller, fit_terms
 from kdcache.train.prepare import training_objective
 from tests.task_models import TINY_TASKS
+from tests.train_runs import Recorder, relative_difference, settings, train, train_distributed
 
 NAMES = list(TINY_TASKS)
 ONLY_TEACHER = {"forward_kl": None, "cross_entropy": None, "output_mse": {"weight": 1.0}}
@@ -112,3 +113,32 @@ def test_a_student_trains_and_is_judged(task: str, caches: dict[str, dict[str, s
     for name in ("teacher_pearson",):
         if name in before.metrics:
             assert (after.metrics[name] or 0) > (before.metrics[name] or 0)
+
+
+#: Students beside the plain one of every task: what they have of their own has to have a gradient in every process.
+OTHER_STUDENTS = {
+    "ranking": {"encoder": "bi-encoder"},
+    "embedding": {"projection": "linear"},
+}
+
+
+@pytest.mark.slow
+def test_two_processes_do_the_work_of_one(caches: dict[str, dict[str, str]], tmp_path: Path) -> None:
+    """Whatever a task has of parameters and losses, the gradients are those of one process."""
+    students = [(task, {}) for task in NAMES] + list(OTHER_STUDENTS.items())
+    runs = {
+        f"{task} {number}": settings(
+            Path(caches[task]["cache"]),
+            tmp_path / f"two-{number}",
+            student={"model": caches[task]["student"], **changes},
+            batch_sequences=2,
+            max_steps=2,
+        )
+        for number, (task, changes) in enumerate(students)
+    }
+    recorded = train_distributed(runs, tmp_path)
+    for number, (name, values) in enumerate(runs.items()):
+        alone = Recorder(trained_only=True)
+        train({**values, "output": str(tmp_path / f"one-{number}"), "batch_sequences": 4}, callbacks=[alone])
+        for step, (two, one) in enumerate(zip(recorded[name]["gradients"], alone.gradients, strict=True)):
+            assert relative_difference(two, one) < 1e-5, f"{name}, step {step}"

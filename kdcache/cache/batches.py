@@ -101,7 +101,8 @@ class MicroBatches:
 
     def _mine(self, step: NDArray[np.int64]) -> list[list[int]]:
         mine = step[self._rank :: self.num_ranks]
-        by_length = mine[np.argsort(self._cache.lengths_N[mine], kind="stable")]
+        # By what a model reads: the rows of a text may be one, whatever its length.
+        by_length = mine[np.argsort(self._cache.sizes_N[mine], kind="stable")]
         # Neighbours in a shard are read together.
         return [np.sort(piece).tolist() for piece in np.array_split(by_length, self.accumulation)]
 
@@ -181,7 +182,7 @@ class Batches(Generic[T]):
     def _read(self, indices: list[int]) -> T:
         if indices:
             return self._make(self._cache.read(indices, hidden=self._hidden, top_k=self._top_k))
-        shortest = int(self._cache.lengths_N.argmin())
+        shortest = int(self._cache.sizes_N.argmin())
         stand_in = self._cache.read([shortest], hidden=self._hidden, top_k=self._top_k)
         stand_in.loss_mask_P = np.zeros_like(stand_in.loss_mask_P)
         return self._make(stand_in)

@@ -19,6 +19,7 @@ def command(cache: str, as_json: bool) -> None:
     Reads the manifest alone; needs neither torch nor the teacher.
     """
     from kdcache.cache import describe, open_cache
+    from kdcache.cache.layout import TARGETS_FIELD
 
     opened = open_cache(cache)
     description = describe(opened)
@@ -48,7 +49,10 @@ def command(cache: str, as_json: bool) -> None:
     for item in manifest.fields:
         size = sum(shard.objects[item.name].num_bytes for shard in manifest.shards) / max(manifest.num_positions, 1)
         error = "" if item.relative_error is None else f", relative error {item.relative_error:.1e}"
-        rows.append((f"  {item.name}", f"{size:.2f} bytes/{unit} ({_settings(item.codec)}{error})"))
+        # Where there is no distribution the field of the targets holds what every cache has beside them.
+        is_empty = manifest.targets.kind == "outputs" and item.name == TARGETS_FIELD
+        holds = "tokens and labels" if is_empty else f"{_settings(item.codec)}{error}"
+        rows.append((f"  {item.name}", f"{size:.2f} bytes/{unit} ({holds})"))
     rows += [(f"  {item.path}", f"{options.human_bytes(item.num_bytes)}, once") for item in manifest.cache_files]
     rows += [
         *_statistics(manifest, totals),

@@ -23,7 +23,7 @@ class Sizes(SimpleNamespace):
     def __init__(self, sizes, seed=0):
         starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
         lengths = np.random.default_rng(seed).integers(1, 50, int(starts[-1]))
-        super().__init__(shard_starts=starts, lengths_N=lengths, expected=[])
+        super().__init__(shard_starts=starts, sizes_N=lengths, expected=[])
 
     def read(self, indices, hidden=(), top_k=None):
         return SimpleNamespace(indices=list(indices), loss_mask_P=np.ones(1))
@@ -240,3 +240,13 @@ def test_batches_of_a_cache(sound):
     halves = [b for rank in range(2) for b in cache.batches(2, rank=rank, num_ranks=2)]
     assert {n for b in halves for n in b.indices} == set(range(len(cache)))
     assert len(halves) == 2 * len(cache.batches(2, num_ranks=2)), "ranks take as many steps, with stand-ins at the end"
+
+
+def test_micro_batches_are_alike_in_what_a_model_reads(task_caches):
+    """A text has one row, whatever its length."""
+    cache = open_cache(str(task_caches["sequence-classification"]))
+    assert set(cache.lengths_N.tolist()) == {1}
+    order = ShuffledOrder(cache.shard_starts, 0, 1, "key", num_streams=2)
+    first, second = next(MicroBatches(cache, order, batch_sequences=len(cache) // 2, accumulation=2).steps(0))
+    assert cache.sizes_N[first].max() <= cache.sizes_N[second].min()
+    assert cache.sizes_N[first].min() < cache.sizes_N[second].max()

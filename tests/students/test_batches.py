@@ -20,7 +20,7 @@ def fake_cache(num_sequences):
         def __len__(self):
             return num_sequences
 
-    return Cache(shard_starts=starts, lengths_N=lengths, order_key="f")
+    return Cache(shard_starts=starts, sizes_N=lengths, order_key="f")
 
 
 def order_of(cache, kind, seed, size):
