@@ -4,9 +4,9 @@
     python pipelines/report.py pairs.json search.json --retained spearman --numbers spearman,ndcg_at_10
 
 Reads what ``kdcache evaluate --json`` writes; of several files, a model's numbers are put together. Students are called
-KIND-seedN, any other student is the teacher, run as a student for what the cache does not hold, such as its speed. Behind
-a mean stands the standard deviation over the seeds; ``retained`` is a student's share of the teacher's number of that
-name.
+KIND-seedN, any other student is the teacher, run as a student for what the cache does not hold, such as its speed.
+Behind a mean stands the standard deviation over the seeds; ``retained`` is a student's share of the teacher's number of
+that name.
 """
 
 from __future__ import annotations
