@@ -94,6 +94,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, cache, whole, 
     assert relative_difference(weights(tmp_path / "run"), weights(whole)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_run_of_several_processes_goes_on_with_one_on_batches_of_another_size(tmp_path, cache, whole):
     values = settings(cache, tmp_path / "run", batch_sequences=1, gradient_accumulation=2, **LENGTH)
     train_distributed({"run": values}, tmp_path)

@@ -160,6 +160,7 @@ def gpt2_file(folder: Path) -> str:
     return str(file)
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_change_the_gradient(tmp_path, dumped):
     alone = {"hidden_mse": {"weight": 1.0, "layers": {1: 1}, "projection": "linear"}, "hidden_cosine": {"weight": 0.0}}
     rising = {"schedule": "linear", "start": 0.0, "end": 1.0}

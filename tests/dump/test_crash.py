@@ -56,6 +56,7 @@ def check_attempts(attempts: list[dict], output: Path, uninterrupted: Path) -> N
     assert (output / "tail_prior.zarr.zip").read_bytes() == (uninterrupted / "tail_prior.zarr.zip").read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_ten_times_at_random(tmp_path, corpus_file, uninterrupted):
     attempts = run_server("random", corpus_file, tmp_path / "out", 0, 10)
     assert len(attempts) == 11
