@@ -68,8 +68,9 @@ def test_causal_lm_recipe_ends_with_the_table(recipe: Path) -> None:
     assert evaluation["students"][0]["loss"] < 10.5
 
 
-def check_against_teacher(cache: Path, teacher: str, num_sequences: int) -> dict[str, Any]:
-    options = ("--deep", "--against-teacher", str(num_sequences), "--teacher", teacher, "--json", "-q")
+def check_against_teacher(cache: Path, teacher: str) -> dict[str, Any]:
+    assert (cache / "manifest.json").exists()
+    options = ("--deep", "--against-teacher", "3", "--teacher", teacher, "--json", "-q")
     report = json.loads(kdcache("verify", str(cache), *options))
     assert report["ok"]
     assert report["teacher"]["same_weights"]
@@ -88,7 +89,7 @@ def test_recipe_cache_is_the_teachers(recipe: Path, teacher: str) -> None:
     By how much is up to the CPU's kernels: 6e-5 nats in one, 1.5e-3 in another. So nothing tighter than what `verify`
     allows can be asked here; that the codec loses next to nothing is the test below.
     """
-    assert check_against_teacher(recipe / "cache", teacher, 3)["allowed_kl"] < 0.02
+    assert check_against_teacher(recipe / "cache", teacher)["allowed_kl"] < 0.02
 
 
 def test_in_float32_the_cache_is_within_the_codec_of_the_teacher(recipe: Path, teacher: str) -> None:
@@ -98,7 +99,7 @@ def test_in_float32_the_cache_is_within_the_codec_of_the_teacher(recipe: Path, t
         *("--corpus", f"{recipe}/corpus/train.jsonl", "--output", str(cache)),
         *("--set", "teacher.dtype=float32", "--limit-documents", "2"),
     )
-    check = check_against_teacher(cache, teacher, 3)
+    check = check_against_teacher(cache, teacher)
     assert check["mean_kl"] < 2e-4
     assert check["mean_gold_difference"] < 2e-3
 
