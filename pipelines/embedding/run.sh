@@ -6,6 +6,7 @@
 #   SMOKE=1 TEACHER=... DATA=... pipelines/embedding/run.sh      the same on a few hundred texts, a few steps
 #   SEEDS="0" ... pipelines/embedding/run.sh                     one student of a kind instead of three
 #   CONFIG=pipelines/embedding/narrow.yaml STUDENT=google/bert_uncased_L-2_H-128_A-2 ...    a narrower student
+#   pipelines/embedding/run.sh --set 'student.keep_layers=[1,3,5,7,9,11]'    options of train-student for all students
 #
 # DATA holds stsb_en and scifact (see prepare.py). Everything can be interrupted and run again: dumps go on where they
 # stopped, finished students are kept.
@@ -26,7 +27,7 @@ say() { printf '\n== %s\n' "$*"; }
 # 1. Texts. The teacher reads as many training rows as the students will, at most.
 train_rows=2500
 dump_options=(--config pipelines/embedding/dump.yaml --teacher "$TEACHER")
-train_options=(--config "$CONFIG" --student "$STUDENT" --cache "$OUTPUT/cache" --resume)
+train_options=(--config "$CONFIG" --student "$STUDENT" --cache "$OUTPUT/cache" --resume "$@")
 test_options=()
 prepare_options=()
 if [ -n "${SMOKE:-}" ]; then

@@ -5,6 +5,8 @@
 #   TEACHER=models/scifact-teacher STUDENT=models/bert-tiny DATA=data/scifact pipelines/ranking/run.sh
 #   SMOKE=1 TEACHER=... STUDENT=... DATA=... pipelines/ranking/run.sh     the same on 30 queries, a few steps
 #   SEEDS="0" ... pipelines/ranking/run.sh                                one student of a kind instead of three
+#   ENCODERS=cross-encoder STUDENT=models/scifact-teacher ... pipelines/ranking/run.sh --set 'student.keep_layers=[1,3,5]'
+#                     options of train-student for all students; here: they start from half of the teacher's layers
 #
 # DATA holds train.jsonl and test.jsonl (see prepare.py). Everything can be interrupted and run again: dumps go on where
 # they stopped, finished students are kept.
@@ -16,12 +18,14 @@ cd "$(dirname "$0")/../.."
 : "${DATA:?a folder with train.jsonl and test.jsonl, written by pipelines/ranking/prepare.py}"
 OUTPUT=${OUTPUT:-ranking-output}
 SEEDS=${SEEDS:-0 1 2}
+ENCODERS=${ENCODERS:-cross-encoder bi-encoder}
 PYTHON=${PYTHON:-python}
 kdcache() { "$PYTHON" -m kdcache "$@"; }
 say() { printf '\n== %s\n' "$*"; }
 
 dump_options=(--config pipelines/ranking/dump.yaml --teacher "$TEACHER")
-train_options=(--config pipelines/ranking/train.yaml --cache "$OUTPUT/cache" --student "$STUDENT" --resume)
+train_options=(--config pipelines/ranking/train.yaml --cache "$OUTPUT/cache" --student "$STUDENT" --resume
+    "$@")
 select_options=(--documents 8)
 if [ -n "${SMOKE:-}" ]; then
     SEEDS=0
@@ -50,7 +54,7 @@ train() { # NAME SEED OPTIONS...
 }
 alone=(--set objective.margin_mse=null --set objective.listwise_kl=null --set objective.list_cross_entropy.weight=1)
 for seed in $SEEDS; do
-    for encoder in cross-encoder bi-encoder; do
+    for encoder in $ENCODERS; do
         train "$encoder-alone" "$seed" --set "student.encoder=$encoder" "${alone[@]}"
         train "$encoder-distilled" "$seed" --set "student.encoder=$encoder"
     done

@@ -6,6 +6,8 @@
 #   KIND=stsb TEACHER=models/stsb-teacher STUDENT=... DATA=data/stsb pipelines/sequence_classification/run.sh
 #   SMOKE=1 TEACHER=... STUDENT=... DATA=... pipelines/sequence_classification/run.sh    the same on 64 texts, 4 steps
 #   SEEDS="0" ... pipelines/sequence_classification/run.sh                               one student of a kind, not three
+#   STUDENT=models/sst2-teacher ... pipelines/sequence_classification/run.sh --set 'student.keep_layers=[1,3,5]'
+#                                     options of train-student for all students; here: they start from half a teacher
 #
 # DATA holds train.jsonl and test.jsonl (see prepare.py). Everything can be interrupted and run again: dumps go on where
 # they stopped, finished students are kept.
@@ -35,7 +37,7 @@ stsb)
 esac
 dump_options=(--config pipelines/sequence_classification/dump.yaml --task "$task" --teacher "$TEACHER")
 train_options=(--config "pipelines/sequence_classification/$KIND.yaml" --cache "$OUTPUT/cache" --student "$STUDENT"
-    --resume)
+    --resume "$@")
 if [ -n "${SMOKE:-}" ]; then
     SEEDS=0
     dump_options+=(--limit-documents 64)
