@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from kdcache.config import Config
-from kdcache.corpus.readers import Reader, no_columns
+from kdcache.corpus.readers import CLASS_NAMES, NamedClass, Reader, no_columns
 from kdcache.corpus.sources import find_sources
 from kdcache.corpus.text_files import Split
 from kdcache.errors import CorpusError, did_you_mean
@@ -287,13 +287,17 @@ def _warn_of_missing_texts(config: CorpusConfig, text_field: str, readers: Seque
 def _values(table: pa.Table, schema: pa.Schema, name: str) -> list[Any]:
     if name not in table.column_names:
         return [None] * table.num_rows
-    return [_plain(value, schema.field(name).type) for value in table[name].to_pylist()]
+    field = schema.field(name)
+    names = tuple(json.loads((field.metadata or {}).get(CLASS_NAMES, b"[]")))
+    return [_plain(value, field.type, names) for value in table[name].to_pylist()]
 
 
-def _plain(value: Any, kind: pa.DataType) -> Any:
+def _plain(value: Any, kind: pa.DataType, names: tuple[str, ...]) -> Any:
     """Return a value of a column; those of mixed types are read as JSON, texts in quotes."""
     if isinstance(value, list):
-        return [_plain(item, kind.value_type) for item in value]
+        return [_plain(item, kind.value_type, names) for item in value]
+    if names and isinstance(value, int):
+        return NamedClass(value, names)
     return json.loads(value) if isinstance(value, str) and "arrow.json" in str(kind) else value
 
 

@@ -12,6 +12,21 @@ from typing import Protocol
 
 import pyarrow as pa
 
+#: Key of a field's metadata under which the names of its classes stand, as a JSON list.
+CLASS_NAMES = b"class_names"
+
+
+class NamedClass(int):
+    """A class of a column that says what its numbers are called: the number, and ``names`` of all."""
+
+    names: tuple[str, ...]
+
+    def __new__(cls, number: int, names: tuple[str, ...]) -> NamedClass:
+        """Return the class ``number`` of ``names``."""
+        value = super().__new__(cls, number)
+        value.names = names
+        return value
+
 
 class Reader(Protocol):
     """Rows of one file or of one hub data set; ``name`` is how messages call it."""
@@ -23,7 +38,7 @@ class Reader(Protocol):
 
     @property
     def metadata_schema(self) -> pa.Schema:
-        """Columns besides the text, with the types of the source."""
+        """Columns besides the text, with the types of the source; those of classes with `CLASS_NAMES`."""
         ...
 
     def texts(self, start: int, stop: int) -> list[str]:

@@ -88,6 +88,11 @@ class Encoder(Protocol):
         """Return the special tokens before, between and after 1 or 2 texts that are fed together."""
         ...
 
+    @property
+    def treats_targets_alike(self) -> bool:
+        """Whether a text that a decoder is to write is encoded as one that an encoder reads."""
+        ...
+
 
 class SequencePlan:
     """All sequences of a corpus, by number; made by `plan_sequences`.

@@ -7,6 +7,7 @@ differ in their other columns. Converted files stay in the cache directory of HF
 from __future__ import annotations
 
 import glob
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kdcache.corpus.json_check import check_json, safe_batch_bytes
-from kdcache.corpus.readers import no_columns
+from kdcache.corpus.readers import CLASS_NAMES, no_columns
 from kdcache.errors import CorpusError, did_you_mean
 
 
@@ -40,7 +41,7 @@ class TableReader:
         self._text_field = text_field
         self._metadata = dataset.select_columns(columns).with_format("arrow") if columns else None
         schema = dataset.features.arrow_schema if columns else pa.schema([])
-        self.metadata_schema = pa.schema([schema.field(column) for column in columns])
+        self.metadata_schema = pa.schema([_with_names(schema.field(c), dataset.features[c]) for c in columns])
 
     def texts(self, start: int, stop: int) -> list[str]:
         """Return the texts of rows ``start`` to ``stop``; null texts are empty."""
@@ -166,6 +167,12 @@ def _is_valid(column: pa.ChunkedArray) -> bool:
     except pa.ArrowInvalid:
         return False
     return True
+
+
+def _with_names(field: pa.Field, feature: Any) -> pa.Field:
+    """Keep the names of a column of classes, or of lists of them, which its type does not tell."""
+    names = getattr(getattr(feature, "feature", feature), "names", None)
+    return field if names is None else field.with_metadata({CLASS_NAMES: json.dumps(names)})
 
 
 def _is_text(dataset: Any, text_field: str) -> bool:

@@ -54,11 +54,12 @@ def load_parts(config: DumpConfig, progress: bool) -> Parts:
     name, revision = config.teacher.model, config.teacher.revision
     tokenizer = load_tokenizer(name, revision=revision, error=TeacherError)
     record = tokenizer_record(tokenizer)
-    outputs = outputs_record(config.teacher, task, settings)
+    encoder = TextEncoder(tokenizer)
+    outputs = outputs_record(config.teacher, task, settings, encoder)
     config = config.for_outputs(outputs)
     check_top_k(config, record.vocab_size if task.gives == "tokens" else config.targets.top_k)
     with bar(len(corpus), "tokenise", "doc", enabled=progress) as meter:
-        sequences = task.plan(corpus, TextEncoder(tokenizer), settings, outputs, reporter(meter))
+        sequences = task.plan(corpus, encoder, settings, outputs, reporter(meter))
     teacher = load_teacher(config.teacher, record.vocab_size, task, outputs)
     _check_length(sequences, teacher)
     if task.is_causal and SEGMENT_IDS in task.arrays(settings, outputs):

@@ -2,7 +2,8 @@
 
 Every document of the cache is ranked for every judged query by the cosine of their embeddings: the teacher's from the
 cache, a student's as it answers. So the numbers are those of searching the whole corpus, comparable with what is
-published for the same queries and documents.
+published for the same queries and documents. No document is left out because its id is a query's, as some published
+numbers do (ArguAna's, whose queries are documents).
 
 The file of judgements names ids, and the ids of queries and of documents may overlap (they do in BEIR). Queries and
 documents are therefore told apart by the corpus file that they came from: a file is one of queries if more of its ids

@@ -197,21 +197,35 @@ class Logits:
     A decoder answers a sequence at its last token, an encoder as a rule at its first.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, pair_types: bool = True) -> None:
         self.model = model
-        self._takes = _taken(model)
+        self._takes = _taken(model) - (set() if pair_types else {"token_type_ids"})
         self._pooling = "last" if hasattr(model, "score") else "cls"  # what every decoder's head is called
 
     def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> BodyOutput:
         """Run the model; where there is one column, states of middle layers are those of the token it answers at."""
         inputs = {name: value for name, value in inputs.items() if name in self._takes}
         with _padding(self.model, input_ids, attention_mask) as padded_BL:
-            output = self.model(input_ids=padded_BL, attention_mask=attention_mask, **inputs)
-        states, logits = getattr(output, "hidden_states", None), output.logits
+            logits, states = self._run(padded_BL, attention_mask, inputs)
         if logits.ndim == 3:
             return BodyOutput(logits, states)
         pooled = None if states is None else tuple(pool(s, attention_mask, self._pooling)[:, None] for s in states)
         return BodyOutput(logits[:, None], pooled)
+
+    def _run(self, ids_BL: Tensor, mask_BL: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Return logits, and the states of all layers or None.
+
+        An encoder-decoder answers at the last EOS of a text, and the library asks that all texts of a batch have
+        equally many of them, which single texts and pairs have not: each kind is run for itself, without states.
+        """
+        if self.model.config.is_encoder_decoder:
+            ends_B = ((ids_BL == self.model.config.eos_token_id) & (mask_BL == 1)).sum(1)
+            groups = [torch.nonzero(ends_B == count).flatten() for count in ends_B.unique()]
+            if len(groups) > 1:
+                parts = [self.model(input_ids=ids_BL[g], attention_mask=mask_BL[g]).logits for g in groups]
+                return torch.cat(parts)[torch.cat(groups).argsort()], None
+        output = self.model(input_ids=ids_BL, attention_mask=mask_BL, **inputs)
+        return output.logits, getattr(output, "hidden_states", None)
 
 
 @contextlib.contextmanager
@@ -248,7 +262,8 @@ def _taken(model: Any) -> set[str]:
 
 def _logits(model: Any, outputs: OutputsRecord | None) -> Parts | None:
     width = int(model.config.num_labels)
-    return Parts(Logits(model), lambda: identity_head(width, next(model.parameters())), False)
+    body = Logits(model, pair_types=outputs is None or outputs.pair_types)
+    return Parts(body, lambda: identity_head(width, next(model.parameters())), False)
 
 
 class Pooled:

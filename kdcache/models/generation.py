@@ -8,8 +8,9 @@ Shape suffixes: B inputs of a batch, L tokens of the longest, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,7 @@ def write_texts(
     fed = {name: torch.from_numpy(array).to(device) for name, array in padded_inputs(list(inputs), pad_id).items()}
     settings = copy.deepcopy(model.generation_config)
     settings.update(
+        forced_eos_token_id=None,
         max_length=None,
         max_new_tokens=max_tokens,
         num_beams=1 if choose is not None else beams,
@@ -98,10 +100,21 @@ def write_texts(
         do_sample=False,
         pad_token_id=pad_id,
     )
-    with quiet():
+    with quiet(), _no_forced_end(model):
         ids_BL = model.generate(**fed, generation_config=settings, logits_processor=[_Allow(vocab_size, choose)])
     # The first one is what the decoder begins with, which in some families is what ends a text as well.
     return [_text(ids[1:], tokenizer, pad_id, settings.eos_token_id) for ids in ids_BL.tolist()]
+
+
+@contextlib.contextmanager
+def _no_forced_end(model: Any) -> Iterator[None]:
+    """Keep a model from ending every text at the longest length, as BART's settings say: a cut one would seem whole."""
+    own = model.generation_config.forced_eos_token_id
+    model.generation_config.forced_eos_token_id = None  # settings that are None are taken from here
+    try:
+        yield
+    finally:
+        model.generation_config.forced_eos_token_id = own
 
 
 class _Allow:

@@ -185,7 +185,10 @@ def reproduces(
     model.eval()
     try:
         expected = model(input_ids=probe, **fed_model).logits.float()
-        found = head.logits(body(input_ids=probe, **fed_body).last_hidden_state).float()
+        states = body(input_ids=probe, **fed_body).last_hidden_state
+        if states.shape[-1] != head.weight_VD.shape[1]:
+            return False  # what the head multiplies is something else (MobileBERT's is made of two matrices)
+        found = head.logits(states).float()
     finally:
         model.train(training)
     if found.shape != expected.shape:

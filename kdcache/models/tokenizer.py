@@ -136,6 +136,21 @@ class TextEncoder:
         size = len(plain)
         return [joined[:first], joined[first + size : second], joined[second + size :]]
 
+    @property
+    def pair_types(self) -> bool:
+        """Whether the second of two texts that are fed together has a type of its own, as BERT's has."""
+        if self._backend is not None:
+            types = self._backend.encode(_PROBE, _PROBE).type_ids
+        else:
+            types = self._tokenizer(_PROBE, _PROBE, return_token_type_ids=True).get("token_type_ids", [0])
+        return max(types) > 0
+
+    @property
+    def treats_targets_alike(self) -> bool:
+        """Whether a text that a decoder is to write is encoded as one that an encoder reads."""
+        target: list[int] = self._tokenizer(text_target=_PROBE)["input_ids"]
+        return target == self._tokenizer(_PROBE)["input_ids"]
+
     def _encode(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
         if not texts:
             return []

@@ -104,6 +104,8 @@ class OutputsRecord(Config):
     """How states of tokens become one embedding: mean, cls or last; None where the outputs are no embeddings."""
     normalised: bool | None = None
     """Of embeddings: whether their length is 1."""
+    pair_types: bool = True
+    """Whether tokens of a second text are fed as such (``token_type_ids`` 1), as the teacher's tokenizer has it."""
 
 
 class ArrayRecord(Config):

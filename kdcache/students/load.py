@@ -26,6 +26,7 @@ from kdcache.models.bodies import Parts, context_length, fed, probe_inputs, spli
 from kdcache.models.lm_head import LMHead
 from kdcache.models.loading import load_config, load_model, load_tokenizer, parse_dtype, quiet
 from kdcache.models.packing import keeps_documents_apart
+from kdcache.models.padding import depends_on_padding
 from kdcache.models.tokenizer import describe_difference, pad_id_of
 from kdcache.schema import Manifest
 from kdcache.students.config import StudentConfig
@@ -209,8 +210,8 @@ def _fit(
     positions = context_length(model)
     if positions is not None and positions < max_length(manifest):
         raise StudentError(
-            f"student {name} takes at most {positions} positions, but the cache has sequences of up to "
-            f"{max_length(manifest)}: choose another student or dump with a smaller max_length"
+            f"student {name} takes at most {positions} positions, but sequences of the cache may have up to "
+            f"{max_length(manifest)} (its max_length): choose another student or dump with a smaller max_length"
         )
     _check_finite(model, name)
     _check_packing(model, manifest, name)
@@ -224,6 +225,11 @@ def _fit(
         raise StudentError(
             f"student {name} ({type(model).__name__}) lets a position see later tokens, so it is not a causal language "
             "model; choose a decoder"
+        )
+    if task.body == "logits" and sentence is None and depends_on_padding(model):
+        raise StudentError(
+            f"student {name} ({type(model).__name__}) answers a text differently beside longer ones, so it would learn "
+            "about its batches; choose another architecture"
         )
     num_ids = manifest.num_ids if task.gives != "outputs" else parts.head().vocab_size
     return Student(model, tokenizer, parts, num_ids, sentence=sentence)

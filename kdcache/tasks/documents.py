@@ -42,6 +42,11 @@ class Made:
     """What tells sequences of the same place apart, in their ids."""
     is_truncated: bool = False
 
+    def __post_init__(self) -> None:
+        rows = [len(array) for array in (self.labels_L, self.places_L) if array is not None]
+        if len(set(rows)) > 1:  # all rows behind it would be wrong
+            raise ValueError(f"a sequence has as many labels as places, found {rows[0]} and {rows[1]}")
+
     @property
     def num_positions(self) -> int:
         """Number of rows."""

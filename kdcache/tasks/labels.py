@@ -1,5 +1,8 @@
 """Labels of a corpus as numbers: classes by number or name, or numbers as they are.
 
+A column may say itself what its numbers are called (``ClassLabel`` of HF datasets). Where these are the teacher's
+classes, in whatever order, it is the names that count.
+
 Null and NaN are no label; so is -1 among classes, which is how GLUE and SNLI write it. A number that could mean two
 classes, because one is called like it and another has that number, is refused and not guessed.
 """
@@ -9,11 +12,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.corpus.readers import NamedClass
 from kdcache.errors import CorpusError, did_you_mean
 from kdcache.schema import NO_LABEL
 
@@ -27,6 +32,10 @@ def class_label(value: Any, names: Sequence[str], document: str) -> int:
         return NO_LABEL
     if isinstance(value, str) and value in names:
         return names.index(value)
+    if isinstance(value, NamedClass) and 0 <= value < len(value.names):
+        by_name = _numbers_by_name(value.names, tuple(names))
+        if by_name is not None:
+            return by_name[value]
     number = _whole(value)
     if number == NO_LABEL:
         return NO_LABEL
@@ -63,6 +72,25 @@ def classes(values: list[int]) -> NDArray[np.int64]:
 def numbers(values: list[float]) -> NDArray[np.float32]:
     """Return numbers as a `Sequence` holds them."""
     return np.array(values, np.float32)
+
+
+@lru_cache
+def _numbers_by_name(corpus_names: tuple[str, ...], names: tuple[str, ...]) -> list[int] | None:
+    """Return the teacher's number of each of the corpus's classes; None where their names are others or in one order.
+
+    Raises ``CorpusError`` where some are called alike and have other numbers: neither names nor numbers are right then.
+    """
+    numbers = {name.casefold(): number for number, name in enumerate(names)}
+    found = [numbers.get(name.casefold()) for name in corpus_names]
+    known = [number for number in found if number is not None]
+    if len(known) == len(found):
+        return known
+    if all(number in (None, place) for place, number in enumerate(found)):
+        return None
+    raise CorpusError(
+        f"the corpus calls its classes {', '.join(corpus_names)} and the teacher {', '.join(names)}, some alike and "
+        "under other numbers; write the labels as the teacher's names, which are strings"
+    )
 
 
 def _is_missing(value: Any) -> bool:

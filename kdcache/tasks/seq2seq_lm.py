@@ -5,7 +5,7 @@ fed the target shifted to the right by one, behind the token that this family of
 target's tokens and are not stored. Targets are the corpus's own or the teacher's: for the latter let the teacher write
 them first (``kdcache write-targets``), which makes a corpus like any other.
 
-Input and target are encoded alike. Not for tokenizers that treat them differently: those of Marian, which have two
+Input and target are encoded alike. Tokenizers that treat them differently are refused: those of Marian, which have two
 vocabularies, and of mBART and NLLB, which put the code of a language around a text.
 """
 
@@ -86,9 +86,9 @@ def fed_inputs(encoder: Encoder, settings: Seq2SeqSettings, texts: list[str]) ->
     """Return what the encoder is fed of every input, with prefix and special tokens, and which of them were cut.
 
     Nothing of an empty input: a prefix alone asks for nothing. Raises ``ConfigError`` when lengths leave no room for
-    any text.
+    any text, or the tokenizer treats targets differently.
     """
-    _check_room(encoder, settings)
+    _check_encoder(encoder, settings)
     around = encoder.around(1)
     room = settings.max_length - special_tokens(around)
     with_prefix = texts_of(encoder, texts, settings.prefix)
@@ -114,7 +114,12 @@ def _make(encoder: Encoder, settings: Seq2SeqSettings, start: int, rows: list[Ro
         yield [Made(np.concatenate([source, fed]), segments, num_rows=len(fed), is_truncated=is_cut)]
 
 
-def _check_room(encoder: Encoder, settings: Seq2SeqSettings) -> None:
+def _check_encoder(encoder: Encoder, settings: Seq2SeqSettings) -> None:
+    if not encoder.treats_targets_alike:
+        raise ConfigError(
+            "the tokenizer encodes targets in another way than inputs (as those of Marian, mBART and NLLB do), and "
+            "task seq2seq-lm encodes both alike so far; choose another teacher, such as a T5 or a BART"
+        )
     before, after = encoder.around(1)
     if settings.max_length <= len(before) + len(after):
         raise ConfigError(

@@ -25,6 +25,7 @@ from kdcache.models.bodies import context_length, fed, num_layers, split_for
 from kdcache.models.lm_head import BufferedHead, LMHead
 from kdcache.models.loading import load_model, parse_dtype, pick_device
 from kdcache.models.packing import keeps_documents_apart
+from kdcache.models.padding import depends_on_padding
 from kdcache.models.pooling import load_projection
 from kdcache.models.weights import weights_sha256
 from kdcache.schema import OutputsRecord, Sequence, TeacherRecord
@@ -97,6 +98,11 @@ class HuggingFaceTeacher:
         self._head = BufferedHead(head.narrow(vocab_size)) if head is not None and task.gives == "tokens" else None
         if task.is_causal:
             _check_causal(self, name)
+        elif task.body == "logits" and depends_on_padding(model):
+            raise TeacherError(
+                f"{name} ({type(model).__name__}) answers a text differently beside longer ones, so its answers would "
+                "depend on the batch; use another architecture"
+            )
         self.record = _describe(model, name, rows, revision)
 
     @property
@@ -154,6 +160,11 @@ class HuggingFaceTeacher:
         wants_middle = any(layer != self.num_layers or not from_last for layer in layers)
         output = self._parts.body(**fed(tensors), output_hidden_states=wants_middle)
         last_PD = real(output.last_hidden_state)
+        if wants_middle and not output.hidden_states:
+            raise TeacherError(
+                f"{self.record.name} ({self.record.architecture}) does not return the states of its layers in task "
+                f"{self.task.name}; dump without hidden_states.layers"
+            )
         hidden = {
             layer: last_PD if from_last and layer == self.num_layers else real(output.hidden_states[layer])
             for layer in layers

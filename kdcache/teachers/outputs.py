@@ -12,13 +12,16 @@ from kdcache.errors import TeacherError
 from kdcache.models.bi_encoder import is_bi_encoder
 from kdcache.models.loading import load_config
 from kdcache.models.pooling import SentenceModules, modules_of
+from kdcache.models.tokenizer import TextEncoder
 from kdcache.schema import OutputsRecord
 from kdcache.tasks import Task
 from kdcache.teachers.huggingface import TeacherConfig
 
 
-def outputs_record(config: TeacherConfig, task: Task, settings: Any) -> OutputsRecord | None:
+def outputs_record(config: TeacherConfig, task: Task, settings: Any, encoder: TextEncoder) -> OutputsRecord | None:
     """Return what the outputs of a teacher of ``task`` are; None for a task whose teachers answer with tokens.
+
+    ``encoder`` is its tokenizer's.
 
     Raises ``TeacherError`` for a model whose configuration does not fit the task.
     """
@@ -39,7 +42,8 @@ def outputs_record(config: TeacherConfig, task: Task, settings: Any) -> OutputsR
                 f"{config.model} has {num_labels} output, so it is a regressor or a cross-encoder; use --task "
                 "sequence-regression or ranking"
             )
-        return OutputsRecord(width=num_labels, labels=_class_names(model_config, num_labels, config.model))
+        names = _class_names(model_config, num_labels, config.model)
+        return OutputsRecord(width=num_labels, labels=names, pair_types=encoder.pair_types)
     if is_bi_encoder(model_config):
         raise TeacherError(
             f"{config.model} is a bi-encoder, and teachers of task {task.name} read query and document together so "
@@ -50,7 +54,7 @@ def outputs_record(config: TeacherConfig, task: Task, settings: Any) -> OutputsR
             f"{config.model} has {num_labels} outputs, and task {task.name} needs a model with one: use --task "
             "sequence-classification, or a teacher that was trained with num_labels=1"
         )
-    return OutputsRecord(width=1)
+    return OutputsRecord(width=1, pair_types=encoder.pair_types)
 
 
 def _class_names(model_config: Any, num_labels: int, name: str) -> tuple[str, ...]:

@@ -275,7 +275,7 @@ def test_a_teacher_of_independent_classes_is_refused(tmp_path):
     config = bert("BertForSequenceClassification", num_labels=3, problem_type="multi_label_classification").config
     config.save_pretrained(tmp_path)
     with pytest.raises(TeacherError, match="gives every class a probability of its own"):
-        outputs_record(TeacherConfig(model=str(tmp_path)), TASK, TaskSettings())
+        outputs_record(TeacherConfig(model=str(tmp_path)), TASK, TaskSettings(), TextEncoder(bert_tokenizer()))
 
 
 @pytest.fixture(scope="module")
