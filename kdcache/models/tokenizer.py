@@ -148,6 +148,8 @@ class TextEncoder:
     @property
     def treats_targets_alike(self) -> bool:
         """Whether a text that a decoder is to write is encoded as one that an encoder reads."""
+        if hasattr(self._tokenizer, "tgt_lang"):  # even where none is set yet, and both would get the same code
+            return False
         target: list[int] = self._tokenizer(text_target=_PROBE)["input_ids"]
         return target == self._tokenizer(_PROBE)["input_ids"]
 

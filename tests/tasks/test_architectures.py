@@ -145,10 +145,11 @@ def test_a_masked_model_whose_last_matrix_is_made_of_two_is_refused(tmp_path):
         dump(tmp_path, transformers.MobileBertForMaskedLM(config), SINGLES, task="masked-lm", targets={"top_k": 5})
 
 
-def test_a_tokenizer_that_encodes_targets_differently_is_refused(tmp_path):
+@pytest.mark.parametrize("languages", [{}, {"src_lang": "en_XX"}, {"src_lang": "en_XX", "tgt_lang": "ro_RO"}])
+def test_a_tokenizer_that_encodes_targets_differently_is_refused(languages, tmp_path):
     pieces = [(name, 0.0) for name in ("<s>", "<pad>", "</s>", "<unk>")]
     pieces += [(f"\u2581{word}", -2.0) for word in WORDS.split()] + [("\u2581", -9.0)]
-    tokenizer = transformers.MBartTokenizer(vocab=pieces, src_lang="en_XX", tgt_lang="ro_RO")
+    tokenizer = transformers.MBartTokenizer(vocab=pieces, **languages)
     (tmp_path / "c.jsonl").write_text(json.dumps({"input": "the cat", "target": "a dog"}))
     task = task_of("seq2seq-lm")
     corpus = load_corpus(CorpusConfig(paths=(str(tmp_path / "c.jsonl"),)), task.roles)
