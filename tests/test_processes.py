@@ -63,9 +63,8 @@ def alone(tmp_path_factory, cache):
     return output, run(sys.executable, "-m", "kdcache", *command(cache, output, 4))
 
 
-@pytest.mark.parametrize(
-    "launcher", [pytest.param(name, marks=[] if name == "torchrun" else pytest.mark.slow) for name in LAUNCHERS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_do_the_work_of_one(tmp_path, cache, alone, launcher):
     script = ["-m", "tests.test_processes", str(tmp_path / "opened")]
     output, one = alone

@@ -214,6 +214,7 @@ def test_after_kill_9_of_the_sweep_students_go_on_from_their_checkpoints(make, t
     assert weights(Path(config.output) / "second") == weights(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_another_sweep_is_kept_out_and_an_interrupt_ends_the_children(make, tmp_path):
     config = make(base={"max_steps": 100_000, "save_steps": 5})
     process = start(config, tmp_path, start_new_session=True)
