@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor
 
 from kdcache.models.bodies import Logits
+from kdcache.tasks.base import padded_inputs
 
-#: Texts that a classifier is tried on, and the tokens that they are padded to.
-_PROBES, _PROBE_TOKENS = 8, 16
+#: Tokens of the longest text that a classifier is tried on; the shortest has three.
+_LONGEST = 16
 
 
 @torch.no_grad()
@@ -24,15 +27,18 @@ def depends_on_padding(model: Any) -> bool:
         return False
     body, device = Logits(model), next(model.parameters()).device
     pad_id = getattr(config, "pad_token_id", None)
-    ids = [n for n in range(config.vocab_size) if n != pad_id][-_PROBE_TOKENS:]
-    texts = [torch.tensor([(ids * 2)[n : n + 3 + n]], device=device) for n in range(_PROBES)]
+    ids = [n for n in range(config.vocab_size)[-_LONGEST - 1 :] if n != pad_id]
+    texts = [np.resize(np.array(ids[n:], np.uint32), 3 + n) for n in range(_LONGEST - 2)]
+
+    def answers(batch: list[NDArray[np.uint32]]) -> Tensor:
+        fed = {name: torch.from_numpy(array).to(device) for name, array in padded_inputs(batch, 0).items()}
+        states: Tensor = body(**fed).last_hidden_state
+        return states
+
     training = model.training
     model.eval()
     try:
-        alone = [body(input_ids=text, attention_mask=torch.ones_like(text)).last_hidden_state for text in texts]
-        masks = [nn.functional.pad(torch.ones_like(text), (0, _PROBE_TOKENS - text.shape[1])) for text in texts]
-        padded = [nn.functional.pad(text, (0, _PROBE_TOKENS - text.shape[1])) for text in texts]
-        together = body(input_ids=torch.cat(padded), attention_mask=torch.cat(masks)).last_hidden_state
+        alone, together = [answers([text]) for text in texts], answers(texts)
     finally:
         model.train(training)
     pairs = [(a.float()[0], t.float()[: a.shape[1]]) for a, t in zip(alone, together, strict=True)]

@@ -18,6 +18,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ class TextEncoder:
             types = self._tokenizer(_PROBE, _PROBE, return_token_type_ids=True).get("token_type_ids", [0])
         return max(types) > 0
 
-    @property
+    @cached_property
     def treats_targets_alike(self) -> bool:
         """Whether a text that a decoder is to write is encoded as one that an encoder reads."""
         if hasattr(self._tokenizer, "tgt_lang"):  # even where none is set yet, and both would get the same code

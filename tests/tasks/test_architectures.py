@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import processors
 
 from kdcache.cache import open_cache
 from kdcache.config import build
@@ -29,6 +28,7 @@ from kdcache.tasks import task_of
 from kdcache.tasks.documents import Made
 from kdcache.tasks.seq2seq_lm import Seq2SeqSettings
 from tests.task_models import SENTENCES, WORDS, bert, bert_tokenizer
+from tests.tasks.test_sequence_classification import roberta_tokenizer
 
 NAMES = ("contradiction", "neutral", "entailment")
 CLASSES = {"id2label": dict(enumerate(NAMES)), "label2id": {name: n for n, name in enumerate(NAMES)}}
@@ -50,13 +50,6 @@ BART_SIZES = {
     "eos_token_id": 3,
     "decoder_start_token_id": 3,
 }
-
-
-def untyped_tokenizer() -> Any:
-    """Words of BERT, joined as XLM-R joins two texts: all tokens are of one type."""
-    tokenizer = bert_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.RobertaProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return tokenizer
 
 
 def bart() -> Any:
@@ -103,7 +96,7 @@ def own_answers(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> list[
     ("make", "tokenizer", "rows"),
     [
         (lambda: bert("BertForSequenceClassification", num_labels=3, **CLASSES), bert_tokenizer, PAIRS),
-        (lambda: bert("BertForSequenceClassification", num_labels=3, **CLASSES), untyped_tokenizer, PAIRS),
+        (lambda: bert("BertForSequenceClassification", num_labels=3, **CLASSES), roberta_tokenizer, PAIRS),
         (bart, bert_tokenizer, SINGLES),
         (bart, bert_tokenizer, [*SINGLES[:3], *PAIRS[3:6], *SINGLES[6:]]),
     ],
