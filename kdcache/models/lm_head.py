@@ -19,6 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from kdcache.errors import CorruptCacheError
+from kdcache.models.trying import in_eval_mode
 
 #: Of heads in files: what a teacher may run in.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -181,16 +182,12 @@ def reproduces(
     """
     device = head.weight_VD.device
     probe = torch.arange(8, device=device).remainder(head.vocab_size)[None]
-    training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         expected = model(input_ids=probe, **fed_model).logits.float()
         states = body(input_ids=probe, **fed_body).last_hidden_state
         if states.shape[-1] != head.weight_VD.shape[1]:
             return False  # what the head multiplies is something else (MobileBERT's is made of two matrices)
         found = head.logits(states).float()
-    finally:
-        model.train(training)
     if found.shape != expected.shape:
         return False
     comparable = expected.isfinite() & found.isfinite()

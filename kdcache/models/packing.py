@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdcache.models.trying import in_eval_mode
 from kdcache.schema import Sequence
 from kdcache.tasks import task_of
 
@@ -26,14 +27,10 @@ def keeps_documents_apart(model: Any, vocab_size: int) -> bool:
     generator = np.random.default_rng(0)
     both = generator.integers(0, vocab_size, 2 * _LENGTH).astype(np.uint32)
     segments = np.repeat(np.arange(2, dtype=np.uint16), _LENGTH)
-    training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         alone, packed, joint = (
             _last_rows(model, *inputs) for inputs in ((both[_LENGTH:], None), (both, segments), (both, None))
         )
-    finally:
-        model.train(training)
     # Another batch shape rounds differently, by how much depends on dtype and depth; reading across is far more.
     return not bool((packed - alone).abs().mean() > 0.25 * (joint - alone).abs().mean())
 

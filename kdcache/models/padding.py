@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.models.bodies import Logits
+from kdcache.models.trying import in_eval_mode
 from kdcache.tasks.base import padded_inputs
 
 #: Tokens of the longest text that a classifier is tried on; the shortest has three.
@@ -35,12 +36,8 @@ def depends_on_padding(model: Any) -> bool:
         states: Tensor = body(**fed).last_hidden_state
         return states
 
-    training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         alone, together = [answers([text]) for text in texts], answers(texts)
-    finally:
-        model.train(training)
     pairs = [(a.float()[0], t.float()[: a.shape[1]]) for a, t in zip(alone, together, strict=True)]
     size = max(float(a.abs().max()) for a, _ in pairs)
     eps = torch.finfo(alone[0].dtype).eps

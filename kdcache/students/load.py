@@ -28,6 +28,7 @@ from kdcache.models.loading import load_config, load_model, load_tokenizer, pars
 from kdcache.models.packing import keeps_documents_apart
 from kdcache.models.padding import depends_on_padding
 from kdcache.models.tokenizer import describe_difference, pad_id_of
+from kdcache.models.trying import in_eval_mode
 from kdcache.schema import Manifest
 from kdcache.students.config import StudentConfig
 from kdcache.students.fresh import build_fresh, head_settings, max_length
@@ -107,12 +108,8 @@ class Student:
 
         Raises `StudentError` where the architecture does not give its states.
         """
-        training = self.model.training
-        self.model.eval()
-        try:
+        with in_eval_mode(self.model):
             output = self.parts.body(**probe_inputs(self.model), output_hidden_states=True)
-        finally:
-            self.model.train(training)
         states = getattr(output, "hidden_states", None)
         if not states:
             raise StudentError(
@@ -295,12 +292,8 @@ def _is_causal(model: Any, body: Any, vocab_size: int) -> bool:
     device = next(model.parameters()).device
     tokens = torch.arange(6, device=device).remainder(vocab_size).repeat(2, 1)
     tokens[1, -1] = (tokens[1, -1] + 1) % vocab_size
-    training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         first, second = body(input_ids=tokens).last_hidden_state
-    finally:
-        model.train(training)
     # Rounding aside, what reads ahead moves earlier positions by a share of what the last one moves: the smaller, the
     # smaller the weights, and those of a fresh student are small.
     moved = (first - second).abs().float()
