@@ -59,7 +59,7 @@ it by hand.
   shuffled*: the same for the paired differences from the shuffled order, same seed and start; below 0 is better.
 - All students make the same number of steps on forward KL alone, at temperature 1 unless the row says otherwise.
 - *easy to hard* begins with the fifth of the sequences that the teacher finds easiest (mean loss per token) and has all
-  of them at half of the steps, at a falling rate (`pacing: root`). In one epoch every row but the last draws every
+  of them at half of the steps, at a falling rate (`pacing: root`). In one epoch every row but the last samples every
   sequence once, so that only the order differs. *strictly sorted* leaves nothing to the seed: for a student that was
   trained before, its runs are one and the same.
 - *without the hardest*: a filter on the teacher's loss; the rest is drawn more often, for the same steps.

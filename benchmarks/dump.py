@@ -19,16 +19,17 @@ import torch
 
 from benchmarks import report
 from benchmarks.teacher import gguf_path, write_corpus
-from kdcache.cache import CacheWriter, Folder
+from kdcache.cache import CacheWriter
 from kdcache.corpus import CorpusConfig, SequenceConfig, load_corpus, plan_sequences
 from kdcache.dump import DumpConfig, TargetsConfig, dump
 from kdcache.dump.plan import make_plan
 from kdcache.models.batching import batches_by_length
 from kdcache.models.loading import load_tokenizer
 from kdcache.models.tokenizer import TextEncoder, tokenizer_files, tokenizer_record
+from kdcache.storage.folder import Folder
 from kdcache.tasks import task_of
 from kdcache.teachers import TeacherConfig, load_teacher
-from kdcache.teachers.keep import TargetKeeper
+from kdcache.teachers.reduce import TargetReducer
 
 #: A dump overlaps writing one shard with the teacher's work on the next, so there must be several.
 _SHARDS = 4
@@ -85,7 +86,7 @@ def run(options, directory: Path) -> None:
         }
     )
     inputs = [model_inputs(batch, teacher.device) for batch in batches]
-    keeper = TargetKeeper(plan.targets)
+    keeper = TargetReducer(plan.targets)
 
     def bare() -> None:
         with torch.inference_mode():

@@ -22,8 +22,8 @@ from benchmarks import fidelity_page, report
 from benchmarks.peers import PEERS, PeerRows, SampledPeer, TeacherSample, TopLogprobs
 from kdcache.cache import Cache, open_cache
 from kdcache.cache.shard_file import pack, unpack
-from kdcache.codecs import HIDDEN_CODECS, hidden_codec, targets_codec
-from kdcache.codecs.hidden import relative_error
+from kdcache.codecs import VECTOR_CODECS, targets_codec, vector_codec
+from kdcache.codecs.vectors import relative_error
 from kdcache.config import build, merge
 from kdcache.dump import DumpConfig
 from kdcache.errors import CacheError, ConfigError, KdcacheError, TeacherError
@@ -34,8 +34,8 @@ from kdcache.estimate.storage import best_of_two
 from kdcache.models.lm_head import head_from_bytes
 from kdcache.presets import PRESETS
 from kdcache.progress import bar, reporter
-from kdcache.schema import STATISTICS_COLUMNS, Draws, Plan, Sequence, Targets, TargetsRecord
-from kdcache.students.run_record import finite
+from kdcache.schema import STATISTICS_COLUMNS, Plan, Samples, Sequence, Targets, TargetsRecord
+from kdcache.train.run_record import finite
 
 #: The largest k of a published layout.
 _PEER_TOP_K = 128
@@ -69,10 +69,10 @@ def run(options: Any) -> None:
         step = reporter(meter)
         total = 2 * sample.num_positions
         measured = measure(sample, plans, also=(for_peers,), report=lambda done: step(done, total))
-    top, draws = measured.kept[for_peers].targets, measured.kept[plans["sampled"].targets].targets.draws
-    assert draws is not None
+    top, samples = measured.kept[for_peers].targets, measured.kept[plans["sampled"].targets].targets.samples
+    assert samples is not None
     presets = {name: preset_row(name, measured) for name in PRESETS}
-    layouts = presets | peer_rows(sample, top, draws, measured)
+    layouts = presets | peer_rows(sample, top, samples, measured)
     result = {
         "options": {"positions": options.positions},
         "num_positions": sample.num_positions,
@@ -142,9 +142,9 @@ def preset_row(name: str, measured: Measured) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------- published layouts
 
 
-def peer_rows(sample: Sample, top: Targets, draws: Draws, measured: Measured) -> dict[str, dict[str, Any]]:
-    """Measure every published layout on the same rows, and on the very draws that the preset ``sampled`` stores."""
-    whole = TeacherSample(sample.vocab_size, TopLogprobs(top.ids_PK, top.logprobs_PK), every_draw(draws))
+def peer_rows(sample: Sample, top: Targets, samples: Samples, measured: Measured) -> dict[str, dict[str, Any]]:
+    """Measure every published layout on the same rows, and on the very samples that the preset ``sampled`` stores."""
+    whole = TeacherSample(sample.vocab_size, TopLogprobs(top.ids_PK, top.logprobs_PK), every_draw(samples))
     rows = {}
     for name, peer in PEERS.items():
         try:
@@ -153,7 +153,7 @@ def peer_rows(sample: Sample, top: Targets, draws: Draws, measured: Measured) ->
             print(f"{name} is left out: {error}")
             continue
         decoded, decode_s = best_of_two(encoded.decode)
-        distances = drawn_distances if isinstance(peer, SampledPeer) else kept_distances
+        distances = sampled_distances if isinstance(peer, SampledPeer) else kept_distances
         rows[name] = {
             "source": peer.source,
             "is_preset": False,
@@ -165,17 +165,17 @@ def peer_rows(sample: Sample, top: Targets, draws: Draws, measured: Measured) ->
     return rows
 
 
-def every_draw(draws: Draws) -> np.ndarray:
+def every_draw(samples: Samples) -> np.ndarray:
     """Return each draw by itself, [P, N], of rows that all have N."""
-    flat = np.repeat(draws.ids_PJ.reshape(-1), draws.counts_PJ.reshape(-1))
-    return flat.reshape(len(draws.ids_PJ), -1)
+    flat = np.repeat(samples.ids_PJ.reshape(-1), samples.counts_PJ.reshape(-1))
+    return flat.reshape(len(samples.ids_PJ), -1)
 
 
-def drawn_distances(sample: Sample, top: Targets, decoded: PeerRows, measured: Measured) -> dict[str, Any]:
+def sampled_distances(sample: Sample, top: Targets, decoded: PeerRows, measured: Measured) -> dict[str, Any]:
     rows = rows_of(decoded, np.full(sample.num_positions, -np.inf), sample)
     error = batch_mean_error(rows, measured.reference.means_QV)
     nothing = {"kept_mass": None, "codec_kl": None, "within_tail_kl": None, "full_kl": {}}
-    return {**nothing, "batch_mean_error": {"draws": error}}
+    return {**nothing, "batch_mean_error": {"samples": error}}
 
 
 def kept_distances(sample: Sample, top: Targets, decoded: PeerRows, measured: Measured) -> dict[str, Any]:
@@ -253,9 +253,9 @@ def layer_errors(cache: Cache) -> dict[str, dict[str, float | None]]:
     found: dict[str, dict[str, float | None]] = {}
     for name in names:
         found[name] = {}
-        for codec in HIDDEN_CODECS:
+        for codec in VECTOR_CODECS:
             try:
-                found[name][codec] = relative_error(hidden_codec({"name": codec}), batch.hidden[name])
+                found[name][codec] = relative_error(vector_codec({"name": codec}), batch.hidden[name])
             except TeacherError:  # float16 cannot hold it
                 found[name][codec] = None
     return found

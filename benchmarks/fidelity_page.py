@@ -36,7 +36,7 @@ the same format loses nothing on this page (and has no place on the logarithmic 
   sides renormalised.
 - *full KL*: from the teacher to the decoded row completed to a distribution over the vocabulary, by a flat tail and by
   the tail prior, which was estimated on the other half of the positions. Renormalised rows give 0 to ids that the
-  teacher gives mass to, so theirs is infinite; a row of draws likewise.
+  teacher gives mass to, so theirs is infinite; a row of samples likewise.
 - *batch-mean error*: L2 norm of the mean over {batch:,} positions of target - teacher, with the best treatment of the
   tail. Unbiased targets lose it in larger batches, biased ones do not.
 - *encode* and *decode*: tokens per second of one core's own time, compression and checksums included, the faster of
@@ -127,7 +127,7 @@ def _with_whole_numbers(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _tail_rows(layouts: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
-    treatments = ("uniform", "prior", "renormalise", "drop", "draws", "full")
+    treatments = ("uniform", "prior", "renormalise", "drop", "samples", "full")
     return [
         {
             "layout": name,

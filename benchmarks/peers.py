@@ -22,7 +22,7 @@ Megatron-LM offline distillation (NVIDIA/Megatron-LM)
     which still gives every 17th bit a byte): zstd level 3 over all arrays of an iteration, [positions, k] in rows.
     k has no default on main and is 128 in the user guide; 64 is chosen here to match kdcache's.
 Sparse Logit Sampling (Anshumann et al., ACL 2025, arXiv 2503.16870; no code published)
-    24 bits for each distinct drawn token, 17 for its id and 7 for how often it was drawn; N = 50 draws at temperature
+    24 bits for each distinct drawn token, 17 for its id and 7 for how often it was drawn; N = 50 samples at temperature
     1. The number of entries of a position, one byte here, is not described. With zstd level 9 as a variant.
 
 All decoders return what is stored. None stores a tail: that the Megatron-LM student adds a ghost token of mass
@@ -74,14 +74,14 @@ class TopLogprobs:
 
 @dataclass(frozen=True)
 class TeacherSample:
-    """What a real teacher said at P positions: its top-k, and N independent draws from its whole distribution."""
+    """What a real teacher said at P positions: its top-k, and N independent samples from its whole distribution."""
 
     vocab_size: int
     top: TopLogprobs | None = None
-    draws_PN: IntArray | None = None
+    samples_PN: IntArray | None = None
 
     def __post_init__(self) -> None:
-        for ids in (self.top.ids_PK if self.top else None, self.draws_PN):
+        for ids in (self.top.ids_PK if self.top else None, self.samples_PN):
             if ids is not None and not ids.size:
                 raise ConfigError(f"a sample must have at least one position and one id, found shape {ids.shape}")
             if ids is not None and not 0 <= ids.min() <= ids.max() < self.vocab_size:
@@ -252,7 +252,7 @@ class SampledPeer(Peer):
 
     def encode(self, sample: TeacherSample) -> Encoded:
         _check_vocabulary(sample.vocab_size)
-        num_distinct_P, ids_E, counts_E = count_draws(_checked_draws(sample.draws_PN))
+        num_distinct_P, ids_E, counts_E = count_samples(_checked_samples(sample.samples_PN))
         entries_E = (ids_E | counts_E << ID_BITS).astype("<u4")
         parts = [num_distinct_P.astype(np.uint8).tobytes(), _bytes_of_rows(entries_E)[:, :3].tobytes()]
         payload = parts if self.zstd_level is None else [Zstd(self.zstd_level).encode(part) for part in parts]
@@ -271,21 +271,21 @@ class SampledPeer(Peer):
         return PeerRows(ids_PJ, counts_PJ / counts_PJ.sum(axis=1, keepdims=True))
 
 
-def count_draws(draws_PN: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+def count_samples(samples_PN: IntArray) -> tuple[IntArray, IntArray, IntArray]:
     """Return how many distinct ids every row has, [P], and all rows' distinct ids and their counts, row by row, [E]."""
-    ordered_PN = np.sort(draws_PN, axis=1).astype(np.int64)
+    ordered_PN = np.sort(samples_PN, axis=1).astype(np.int64)
     is_new_PN = np.ones(ordered_PN.shape, bool)
     is_new_PN[:, 1:] = ordered_PN[:, 1:] != ordered_PN[:, :-1]
     counts_E = np.diff(np.flatnonzero(is_new_PN), append=is_new_PN.size)
     return is_new_PN.sum(axis=1), ordered_PN[is_new_PN], counts_E
 
 
-def _checked_draws(draws_PN: IntArray | None) -> IntArray:
+def _checked_samples(samples_PN: IntArray | None) -> IntArray:
     most = (1 << COUNT_BITS) - 1
-    if draws_PN is None or draws_PN.ndim != 2 or not 1 <= draws_PN.shape[1] <= most:
-        found = "none" if draws_PN is None else f"draws of shape {draws_PN.shape}"
-        raise ConfigError(f"this layout stores draws [positions, 1 to {most}] (counts have 7 bits), found {found}")
-    return draws_PN
+    if samples_PN is None or samples_PN.ndim != 2 or not 1 <= samples_PN.shape[1] <= most:
+        found = "none" if samples_PN is None else f"samples of shape {samples_PN.shape}"
+        raise ConfigError(f"this layout stores samples [positions, 1 to {most}] (counts have 7 bits), found {found}")
+    return samples_PN
 
 
 _DISTILLKIT = "DistillKit a61c2e7, README"

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks import report
 from kdcache.cache import open_cache
 from kdcache.config import build, merge
-from kdcache.evaluation import evaluate
+from kdcache.evaluate import evaluate_students
 from kdcache.sweep.pool import run_jobs
 from kdcache.sweep.results import Failure, Outcome, StudentResult
 from kdcache.sweep.table import estimate
@@ -120,7 +120,7 @@ def interval(values: list[float]) -> str:
 
 def finish(options: Any, rows: list[dict[str, Any]], results: Results, page: str, name: str) -> None:
     """Show the rows; write JSON and, filling in the template ``page``, ``name`` in the directory of the docs."""
-    teacher = evaluate(options.held_out, [], progress=False).teacher
+    teacher = evaluate_students(options.held_out, [], progress=False).teacher
     title = f"Held-out loss of the teacher: {teacher.loss:.4f}; students after {_epochs(options)}"
     runs = {f"{variant}, seed {seed}": value for (variant, seed), value in results.items()}
     report.show(title, rows, {"runs": runs, "teacher": json.loads(teacher.model_dump_json())}, options.json)
@@ -161,7 +161,7 @@ def _epochs(options: Any) -> str:
 def _origin(options: Any) -> str:
     if not options.student:
         return f"{options.student_size}, fresh"
-    before = evaluate(options.held_out, [options.student], device="cpu", progress=False).students[0]
+    before = evaluate_students(options.held_out, [options.student], device="cpu", progress=False).students[0]
     return f"trained before, held-out loss {before.loss:.4f} and KL {before.kl:.4f}"
 
 

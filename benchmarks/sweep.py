@@ -24,8 +24,8 @@ from kdcache.cache import Cache, open_cache
 from kdcache.config import build
 from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.losses import TeacherRows
+from kdcache.models.batches import to_tensors
 from kdcache.students import StudentConfig, load_student
-from kdcache.students.batches import to_tensors
 from kdcache.sweep import SweepConfig, plan_sweep, sweep
 from kdcache.sweep.pool import run_jobs
 from kdcache.sweep.results import Failure

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from kdcache.cache import CacheWriter, Folder, ShardData, layout, targets_field
+from kdcache.cache import CacheWriter, ShardData, layout, targets_field
 from kdcache.codecs import targets_codec
 from kdcache.schema import Plan, Targets, TargetsRecord, token_hash
+from kdcache.storage.folder import Folder
 from tests.synthetic import corpus_record, teacher_record, tokenizer_record
 
 

@@ -7,7 +7,7 @@
     kdcache.dump_teacher(kdcache.DumpConfig(
         output="cache", teacher={"model": "HuggingFaceTB/SmolLM2-135M"}, corpus={"paths": ["texts/"]}))
     kdcache.train_student(kdcache.TrainConfig(cache="cache", student={"size": "small"}, output="run"))
-    print(kdcache.evaluate("held-out-cache", ["run"]).table())
+    print(kdcache.evaluate_students("held-out-cache", ["run"]).table())
 
     batch = kdcache.open_cache("cache").read([0, 1, 2])   # numpy: tokens, targets, masks
 
@@ -21,19 +21,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdcache.cache import Cache, VerifyReport, open_cache, verify
+    from kdcache.cache import Cache, open_cache
     from kdcache.cache.arrow import to_arrow, to_arrow_reader
     from kdcache.cache.hf_dataset import to_hf_dataset
     from kdcache.dump import DumpConfig, dump_teacher, estimate_dump
     from kdcache.errors import KdcacheError
-    from kdcache.evaluation import evaluate
+    from kdcache.evaluate import evaluate_students
     from kdcache.losses import Objective, ObjectiveConfig, TeacherRows
+    from kdcache.losses.from_cache import context_of
+    from kdcache.peek import peek_cache
     from kdcache.students import StudentConfig, load_student
-    from kdcache.students.torch_data import to_torch
-    from kdcache.teaching import context_of
     from kdcache.train import TrainConfig, plan_training, train_student
+    from kdcache.train.torch_data import to_torch
     from kdcache.transcode import TranscodeConfig, transcode_cache
-    from kdcache.viewer import peek
+    from kdcache.verify.stored import VerifyReport, verify_cache
 
 __version__ = "0.1.0"
 
@@ -47,22 +48,22 @@ _HOMES = {
     "TeacherRows": "kdcache.losses",
     "TrainConfig": "kdcache.train",
     "TranscodeConfig": "kdcache.transcode",
-    "VerifyReport": "kdcache.cache",
-    "context_of": "kdcache.teaching",
+    "VerifyReport": "kdcache.verify.stored",
+    "context_of": "kdcache.losses.from_cache",
     "dump_teacher": "kdcache.dump",
     "estimate_dump": "kdcache.dump",
-    "evaluate": "kdcache.evaluation",
+    "evaluate_students": "kdcache.evaluate",
     "load_student": "kdcache.students",
     "open_cache": "kdcache.cache",
-    "peek": "kdcache.viewer",
+    "peek_cache": "kdcache.peek",
     "plan_training": "kdcache.train",
     "to_arrow": "kdcache.cache.arrow",
     "to_arrow_reader": "kdcache.cache.arrow",
     "to_hf_dataset": "kdcache.cache.hf_dataset",
-    "to_torch": "kdcache.students.torch_data",
+    "to_torch": "kdcache.train.torch_data",
     "train_student": "kdcache.train",
     "transcode_cache": "kdcache.transcode",
-    "verify": "kdcache.cache",
+    "verify_cache": "kdcache.verify.stored",
 }
 
 __all__ = [
@@ -79,10 +80,10 @@ __all__ = [
     "context_of",
     "dump_teacher",
     "estimate_dump",
-    "evaluate",
+    "evaluate_students",
     "load_student",
     "open_cache",
-    "peek",
+    "peek_cache",
     "plan_training",
     "to_arrow",
     "to_arrow_reader",
@@ -90,7 +91,7 @@ __all__ = [
     "to_torch",
     "train_student",
     "transcode_cache",
-    "verify",
+    "verify_cache",
 ]
 
 

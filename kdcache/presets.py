@@ -24,7 +24,7 @@ def _top_k(top_k: int, codec: str = "compact", **more: Any) -> dict[str, Any]:
         "targets": {
             "kind": "top-k",
             "top_k": top_k,
-            "num_draws": 0,
+            "num_samples": 0,
             "tail_prior": True,
             "codec": {"name": codec},
             "min_prob": 0.0,
@@ -33,12 +33,12 @@ def _top_k(top_k: int, codec: str = "compact", **more: Any) -> dict[str, Any]:
     }
 
 
-def _draws(kind: str, top_k: int, num_draws: int) -> dict[str, Any]:
-    return {"targets": {"kind": kind, "top_k": top_k, "num_draws": num_draws, "tail_prior": False}}
+def _samples(kind: str, top_k: int, num_samples: int) -> dict[str, Any]:
+    return {"targets": {"kind": kind, "top_k": top_k, "num_samples": num_samples, "tail_prior": False}}
 
 
 def _hidden(codec: str) -> dict[str, Any]:
-    targets = {"kind": "hidden", "top_k": 1, "num_draws": 0, "tail_prior": False}
+    targets = {"kind": "hidden", "top_k": 1, "num_samples": 0, "tail_prior": False}
     return {"targets": targets, "hidden_states": {"codec": {"name": codec}}}
 
 
@@ -47,9 +47,11 @@ PRESETS: dict[str, Preset] = {
     "compact": Preset("top 64 and the exact tail; the default", _top_k(64)),
     "compact-32": Preset("top 32 and the exact tail", _top_k(32)),
     "ragged": Preset("of the top 64 those with p >= 0.001", _top_k(64, min_prob=0.001)),
-    "sampled": Preset("50 draws: fewest bytes, unbiased, T = 1 only", _draws("sampled", 0, 50)),
-    "hybrid": Preset("top 4 exactly and 16 draws from the rest, T = 1 only", _draws("hybrid", 4, 16)),
-    "hybrid-16": Preset("top 16 exactly and 48 draws from the rest: less noise, T = 1 only", _draws("hybrid", 16, 48)),
+    "sampled": Preset("50 samples: fewest bytes, unbiased, T = 1 only", _samples("sampled", 0, 50)),
+    "hybrid": Preset("top 4 exactly and 16 samples from the rest, T = 1 only", _samples("hybrid", 4, 16)),
+    "hybrid-16": Preset(
+        "top 16 exactly and 48 samples from the rest: less noise, T = 1 only", _samples("hybrid", 16, 48)
+    ),
     "hidden": Preset("last hidden state in bfloat16: exact at any T", _hidden("bf16")),
     "hidden-int8": Preset("last hidden state in 8 bits: any T, half the bytes", _hidden("int8")),
     "fp16": Preset("top 64 as float16, for comparison", _top_k(64, "fp16")),

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from kdcache.codecs import HIDDEN_CODECS, TOPK_CODECS
+from kdcache.codecs import TOPK_CODECS, VECTOR_CODECS
 from kdcache.config import Config, build
 from kdcache.errors import ConfigError, did_you_mean
 from kdcache.schema import TargetsRecord
@@ -38,25 +38,25 @@ def _codec_settings(value: Any, table: Mapping[str, type[Config]], default: str)
 #: What a kind of targets keeps unless told otherwise.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "top-k": {"top_k": 64, "tail_prior": True},
-    "sampled": {"top_k": 0, "num_draws": 50},
-    "hybrid": {"top_k": 4, "num_draws": 16},
+    "sampled": {"top_k": 0, "num_samples": 50},
+    "hybrid": {"top_k": 4, "num_samples": 16},
     "hidden": {"top_k": 1},
     "outputs": {"top_k": 0},
 }
 #: Memory of a dump grows with it; long before, kept ids or hidden states say more for their bytes.
-_MOST_DRAWS = 4096
-_CAN_DRAW = ("sampled", "hybrid")
+_MOST_SAMPLES = 4096
+_CAN_SAMPLE = ("sampled", "hybrid")
 _KEEP_NO_IDS = ("sampled", "outputs")
 
 
 class TargetsConfig(TargetsRecord):
     """What is kept of the teacher's distribution at every position, and how the kept ids are stored.
 
-    Numbers that are not given depend on ``kind``: 64 ids and the tail prior for top-k; 50 draws for sampled; 4 ids and
-    16 draws for hybrid; for hidden the single most probable id, beside the state that holds everything.
+    Numbers that are not given depend on ``kind``: 64 ids and the tail prior for top-k; 50 samples for sampled; 4 ids and
+    16 samples for hybrid; for hidden the single most probable id, beside the state that holds everything.
     """
 
-    num_draws: int = Field(default=0, ge=0, le=_MOST_DRAWS)
+    num_samples: int = Field(default=0, ge=0, le=_MOST_SAMPLES)
     codec: dict[str, Any] = Field(default={"name": _CODEC}, validate_default=True)
     """A codec's name, or a mapping of its settings, in which ``name`` may be left out for the default codec."""
 
@@ -94,7 +94,7 @@ class TargetsConfig(TargetsRecord):
         return self
 
     def _contradictions(self) -> Iterator[tuple[bool, str]]:
-        draws = self.kind in _CAN_DRAW
+        samples = self.kind in _CAN_SAMPLE
         yield (
             (self.top_k > 0) is (self.kind in _KEEP_NO_IDS),
             (
@@ -104,8 +104,8 @@ class TargetsConfig(TargetsRecord):
             ),
         )
         yield (
-            (self.num_draws > 0) is not draws,
-            ("need num_draws of 1 or more" if draws else "take no draws (the kinds sampled and hybrid do)"),
+            (self.num_samples > 0) is not samples,
+            ("need num_samples of 1 or more" if samples else "take no samples (the kinds sampled and hybrid do)"),
         )
         top_k_only = (self.is_ragged, "min_prob and min_mass"), (self.tail_prior, "tail prior")
         for given, name in (*top_k_only, (bool(self.temperatures), "temperatures of the tail")):
@@ -135,7 +135,7 @@ class OutputsConfig(Config):
     @field_validator("codec", mode="before")
     @classmethod
     def _known_codec(cls, value: Any) -> Any:
-        return _codec_settings(value, HIDDEN_CODECS, "exact")
+        return _codec_settings(value, VECTOR_CODECS, "exact")
 
 
 class HiddenStatesConfig(Config):
@@ -159,4 +159,4 @@ class HiddenStatesConfig(Config):
     @field_validator("codec", mode="before")
     @classmethod
     def _known_codec(cls, value: Any) -> Any:
-        return _codec_settings(value, HIDDEN_CODECS, _HIDDEN_CODEC)
+        return _codec_settings(value, VECTOR_CODECS, _HIDDEN_CODEC)

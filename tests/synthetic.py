@@ -9,22 +9,23 @@ import numpy as np
 import pyarrow as pa
 from safetensors.numpy import save
 
-from kdcache.cache import CacheWriter, Folder, ShardData, targets_field
+from kdcache.cache import CacheWriter, ShardData, targets_field
 from kdcache.cache.fields import SEGMENT_IDS
 from kdcache.cache.layout import sha256, table_to_parquet
 from kdcache.cache.tail_prior import TailSum
-from kdcache.codecs import hidden_codec, targets_codec
+from kdcache.codecs import targets_codec, vector_codec
 from kdcache.schema import (
     CorpusRecord,
-    Draws,
     FieldRecord,
     Plan,
+    Samples,
     Targets,
     TargetsRecord,
     TeacherRecord,
     TokenizerRecord,
     token_hash,
 )
+from kdcache.storage.folder import Folder
 from tests import causal as causal_lm
 
 WIDTH = 6
@@ -55,8 +56,8 @@ def targets_of(logits_PV: np.ndarray, labels_P: np.ndarray, record: TargetsRecor
     if record.temperatures:
         kept = np.full(len(ids), top_k) if targets.num_kept_P is None else targets.num_kept_P
         targets.log_tails_PG = _tails(ordered, kept, record.temperatures)
-    if record.num_draws:
-        targets.draws = _draw(ids, ordered, record, np.random.default_rng(seed))
+    if record.num_samples:
+        targets.samples = _draw(ids, ordered, record, np.random.default_rng(seed))
     return targets
 
 
@@ -80,16 +81,16 @@ def _tails(ordered: np.ndarray, num_kept: np.ndarray, temperatures: tuple[float,
     return np.stack(logs, axis=1).astype(np.float32)
 
 
-def _draw(ids: np.ndarray, ordered: np.ndarray, record: TargetsRecord, generator: np.random.Generator) -> Draws:
+def _draw(ids: np.ndarray, ordered: np.ndarray, record: TargetsRecord, generator: np.random.Generator) -> Samples:
     tail = np.exp(ordered)
     tail[:, : record.top_k] = 0
     counts = np.zeros(tail.shape, dtype=int)
     for row, p in enumerate(tail):
         if p.sum() > 0:
-            counts[row] = generator.multinomial(record.num_draws, p / p.sum())
+            counts[row] = generator.multinomial(record.num_samples, p / p.sum())
     order = np.argsort(-counts, axis=1, kind="stable")[:, : max(int((counts > 0).sum(axis=1).max(initial=0)), 1)]
     counts = np.take_along_axis(counts, order, axis=1)
-    return Draws(np.where(counts > 0, np.take_along_axis(ids, order, axis=1), 0), counts)
+    return Samples(np.where(counts > 0, np.take_along_axis(ids, order, axis=1), 0), counts)
 
 
 def random_targets(
@@ -111,7 +112,7 @@ class SyntheticCache:
         vocab_size: int = 50,
         codec: str = "exact",
         record: TargetsRecord | None = None,
-        hidden_codec: str = "exact",
+        vector_codec: str = "exact",
         shard_sequences: int = 4,
         packed: bool = False,
         hidden: tuple[str, ...] = (),
@@ -122,7 +123,7 @@ class SyntheticCache:
         if self.record.kind == "hidden":
             hidden = (*hidden, "hidden-2")
         self.vocab_size, self.codec, self.hidden_names = vocab_size, {"name": codec}, hidden
-        self.top_k, self.hidden_codec = self.record.top_k, {"name": hidden_codec}
+        self.top_k, self.vector_codec = self.record.top_k, {"name": vector_codec}
         self.lengths = generator.integers(1, 9, num_sequences)
         self.tokens = [generator.integers(0, vocab_size, n + 1).astype(np.uint32) for n in self.lengths]
         self.masks = [(generator.random(n) < 0.8).astype(np.uint8) for n in self.lengths]
@@ -141,7 +142,7 @@ class SyntheticCache:
 
     def fields(self) -> tuple[FieldRecord, ...]:
         codec = targets_codec(self.codec, self.record, self.vocab_size)
-        states = hidden_codec(self.hidden_codec)
+        states = vector_codec(self.vector_codec)
         return (
             targets_field(codec, codec.vocab_size, (SEGMENT_IDS,) if self.packed else ()),
             *(
@@ -181,7 +182,7 @@ class SyntheticCache:
 
     def shard(self, index: int) -> ShardData:
         members = range(self.starts[index], self.starts[index + 1])
-        states = hidden_codec(self.hidden_codec)
+        states = vector_codec(self.vector_codec)
         return ShardData(
             index=index,
             tokens_T=np.concatenate([self.tokens[n] for n in members]),

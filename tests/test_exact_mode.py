@@ -15,9 +15,9 @@ from kdcache.config import build
 from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.losses import Objective, ObjectiveConfig, TeacherRows
+from kdcache.losses.from_cache import context_of
+from kdcache.models.batches import to_tensors
 from kdcache.models.lm_head import LMHead, split_model
-from kdcache.students.batches import to_tensors
-from kdcache.teaching import context_of
 from tests.families import SPLITTABLE
 from tests.tiny import bpe_tokenizer, llama
 
@@ -121,7 +121,7 @@ def test_a_teacher_without_a_head_of_its_own_is_refused(tmp_path, teacher_dir, c
 def test_contradictions_are_named(tmp_path):
     values = {"output": "x", "teacher": {"model": "m"}, "corpus": {"paths": ["c"]}}
     for targets, words in (
-        ({"kind": "hidden", "num_draws": 5}, "take no draws"),
+        ({"kind": "hidden", "num_samples": 5}, "take no samples"),
         ({"kind": "hidden", "temperatures": [2]}, "no temperatures of the tail"),
         ({"kind": "hiden"}, "hiden"),
     ):

@@ -8,19 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.cache import open_cache, verify
+from kdcache.cache import open_cache
 from kdcache.config import build
-from kdcache.evaluation import evaluate
+from kdcache.evaluate import evaluate_students
+from kdcache.models.batches import to_tensors
 from kdcache.models.loading import load_tokenizer
 from kdcache.models.tokenizer import true_vocab_size
 from kdcache.schema import OUTPUTS_FIELD
 from kdcache.students import load_student
-from kdcache.students.batches import to_tensors
 from kdcache.tasks import TASKS, task_of
-from kdcache.teachers import TeacherConfig, keep_top_k, load_teacher
+from kdcache.teachers import TeacherConfig, load_teacher, reduce_top_k
 from kdcache.train import TrainConfig, train_student
 from kdcache.train.module import Distiller, fit_terms
 from kdcache.train.prepare import training_objective
+from kdcache.verify.stored import verify_cache
 from tests.task_models import TINY_TASKS
 from tests.train_runs import Recorder, relative_difference, settings, train, train_distributed
 
@@ -41,7 +42,7 @@ def test_every_task_has_a_tiny_one() -> None:
 
 @pytest.mark.parametrize("task", NAMES)
 def test_a_cache_of_the_task_is_whole(task: str, caches: dict[str, dict[str, str]]) -> None:
-    report = verify(caches[task]["cache"], deep=True)
+    report = verify_cache(caches[task]["cache"], deep=True)
     assert report.problems == []
     cache = open_cache(caches[task]["cache"])
     assert cache.manifest.num_shards > 1
@@ -58,7 +59,7 @@ def live_batch(task: str, found: dict[str, str], indices: list[int], pad_id: int
     teacher = load_teacher(config, vocab_size, task_of(task), cache.manifest.outputs)
     output = teacher.run(stored.sequences())
     if stored.targets.top_k:
-        stored.targets = keep_top_k(output.logits, output.labels_P, cache.manifest.top_k)
+        stored.targets = reduce_top_k(output.logits, output.labels_P, cache.manifest.top_k)
     if raw:
         assert output.outputs_PC is not None
         stored.hidden[OUTPUTS_FIELD] = output.outputs_PC.numpy()
@@ -104,7 +105,7 @@ def test_a_student_trains_and_is_judged(task: str, caches: dict[str, dict[str, s
     }
     result = train_student(build(TrainConfig, config), progress=True)
     assert np.isfinite(list(result.losses.values())).all()
-    before, after = evaluate(
+    before, after = evaluate_students(
         found["cache"], [found["student"], str(tmp_path / "run")], device="cpu", progress=False
     ).students
     assert after.num_parameters == before.num_parameters

@@ -12,10 +12,11 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kdcache.cache import CacheWriter, Folder, ShardData, targets_field
+from kdcache.cache import CacheWriter, ShardData, targets_field
 from kdcache.codecs import targets_codec
 from kdcache.models.tokenizer import tokenizer_record
 from kdcache.schema import CorpusRecord, Plan, Targets, TargetsRecord, TeacherRecord
+from kdcache.storage.folder import Folder
 from tests.causal import pad_batch
 
 SENTENCES = [

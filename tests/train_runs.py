@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from kdcache.config import build
-from kdcache.students.trainer import Distillation
 from kdcache.train import Distiller, TrainConfig, TrainResult, train_student
+from kdcache.train.trainer import Distillation
 
 ROOT = Path(__file__).parent.parent
 

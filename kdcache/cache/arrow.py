@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from kdcache.cache.reader import Cache
 from kdcache.corpus import assign_shards
-from kdcache.schema import OUTPUTS_FIELD, Draws, SequenceBatch
+from kdcache.schema import OUTPUTS_FIELD, Samples, SequenceBatch
 
 #: Positions that are decoded at once, about.
 BATCH_POSITIONS = 8192
@@ -47,8 +47,8 @@ def to_arrow_reader(
 
     Columns are those of the per-sequence table, then ``tokens`` [T], and per position ``loss_mask``, ``ids`` [K],
     ``logprobs`` [K], ``log_tail``, ``gold_logprob`` (NaN: no label), ``entropy``; where the cache has them
-    ``segment_ids`` [T], ``labels`` (int64, `NO_LABEL` for none, or float32, NaN for none), ``places``, ``num_kept``,
-    ``log_tails`` [G], ``draw_ids`` and ``draw_counts``; and the ``hidden`` fields [D] under their names. Where the
+    ``segment_ids`` [T], ``labels`` (int64, `NO_LABEL` for none, or float32, NaN for none), ``token_index``, ``num_kept``,
+    ``log_tails`` [G], ``sample_ids`` and ``sample_counts``; and the ``hidden`` fields [D] under their names. Where the
     teacher gives no distribution, ``outputs`` [C] takes the place of all that is about one, asked for or not.
 
     A column of the per-sequence table whose name is one of these gets ``table_`` in front. Batches hold about
@@ -103,7 +103,7 @@ def _columns(batch: SequenceBatch) -> dict[str, pa.Array]:
     per_position: dict[str, Any] = {
         "loss_mask": batch.loss_mask_P,
         "labels": batch.labels_P,
-        "places": batch.places_P,
+        "token_index": batch.token_index_P,
         "num_kept": targets.num_kept_P,
         # Where all is drawn, no ids are kept.
         "ids": targets.ids_PK.astype(np.int32) if targets.top_k else None,
@@ -111,26 +111,26 @@ def _columns(batch: SequenceBatch) -> dict[str, pa.Array]:
         "log_tails": targets.log_tails_PG,
         **batch.hidden,
     }
-    if targets.top_k or targets.draws is not None:
+    if targets.top_k or targets.samples is not None:
         per_position |= {
             "log_tail": targets.log_tail_P,
             "gold_logprob": targets.gold_logprob_P,
             "entropy": targets.entropy_P,
         }
-    if targets.draws is not None:
-        per_position |= _draws(targets.draws)
+    if targets.samples is not None:
+        per_position |= _samples(targets.samples)
     columns = {name: _lists(values, batch.token_offsets_N1) for name, values in per_token.items() if values is not None}
     return columns | {
         name: _lists(values, batch.position_offsets_N1) for name, values in per_position.items() if values is not None
     }
 
 
-def _draws(draws: Draws) -> dict[str, pa.Array]:
-    """Return the draws of every position, without the places that stand for nothing."""
-    is_drawn_PJ = draws.counts_PJ > 0
-    offsets_P1 = np.concatenate([[0], np.cumsum(is_drawn_PJ.sum(axis=1))])
-    named = {"draw_ids": draws.ids_PJ, "draw_counts": draws.counts_PJ}
-    return {name: _lists(values[is_drawn_PJ].astype(np.int32), offsets_P1) for name, values in named.items()}
+def _samples(samples: Samples) -> dict[str, pa.Array]:
+    """Return the samples of every position, without the places that stand for nothing."""
+    is_sampled_PJ = samples.counts_PJ > 0
+    offsets_P1 = np.concatenate([[0], np.cumsum(is_sampled_PJ.sum(axis=1))])
+    named = {"sample_ids": samples.ids_PJ, "sample_counts": samples.counts_PJ}
+    return {name: _lists(values[is_sampled_PJ].astype(np.int32), offsets_P1) for name, values in named.items()}
 
 
 def _lists(values: NDArray[Any] | pa.Array, offsets: NDArray[np.int64] | Sequence[int]) -> pa.Array:

@@ -1,7 +1,7 @@
 """The order of a whole run by difficulty, from the per-sequence table alone: neither teacher nor torch is needed.
 
 The sequences are ranked by a column. A *pacing* says which share of them, from the easy end, a step may draw from; it
-is a function of the progress of the run. What is available and not yet drawn is a pool: a step draws its sequences from
+is a function of the progress of the run. What is available and not yet drawn is a pool: a step samples its sequences from
 it at random, and sequences that become available join it. Only when it is empty, a new *pass* begins over all that is
 available by then. So
 
@@ -10,7 +10,7 @@ available by then. So
   before all others nor behind them. If the run ends inside a pass, the rest of that pass is not drawn, as in a plain
   run that ends inside an epoch;
 - a run of one epoch whose pacing keeps ahead of what is drawn (``linear`` and ``root`` do with ``full_at`` up to 0.5,
-  the default) draws every sequence exactly once: the same data as a plain run, in another order. In several epochs
+  the default) samples every sequence exactly once: the same data as a plain run, in another order. In several epochs
   the easy ones come more often, and every one comes if ``full_at`` is at most ``1 - 1 / epochs``;
 - the first step finds a full step's worth of sequences, however small ``start`` is.
 
@@ -153,9 +153,9 @@ class _Pool:
         # A new pass begins inside the step; those that the step has already wait until it is over.
         available_N = self._ranked_N[: self._num_available]
         self._put(available_N[~np.isin(available_N, last_N)])
-        drawn_N = np.concatenate([last_N, self._take(count - len(last_N))])
+        sampled_N = np.concatenate([last_N, self._take(count - len(last_N))])
         self._put(last_N)
-        return drawn_N
+        return sampled_N
 
     def _put(self, sequences_N: NDArray[np.int64]) -> None:
         self._left_N[self._num_left : self._num_left + len(sequences_N)] = sequences_N
@@ -164,7 +164,7 @@ class _Pool:
     def _take(self, count: int) -> NDArray[np.int64]:
         places = self._generator.choice(self._num_left, count, replace=False)
         taken_N = self._left_N[places]
-        # The holes are filled from the end, so that a draw costs no more than what it draws.
+        # The holes are filled from the end, so that a draw costs no more than what it samples.
         self._num_left -= count
         is_kept = np.ones(count, dtype=bool)
         is_kept[places[places >= self._num_left] - self._num_left] = False

@@ -14,25 +14,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache import layout
-from kdcache.cache.folder import Folder
 from kdcache.cache.gather import Piece, RowSpans
 from kdcache.cache.shards import ShardArrays, naming
-from kdcache.codecs import HiddenCodec, TargetsCodec
-from kdcache.codecs.ranks import OpenTables, open_table
+from kdcache.codecs import TargetsCodec, VectorCodec
+from kdcache.codecs.ids import OpenTables, open_table
 from kdcache.errors import CorruptCacheError
 from kdcache.schema import Manifest, SequenceBatch, Targets
+from kdcache.storage.folder import Folder
 
 #: Rows of arrays that have one row per position as soon as their shard is open.
-_PER_POSITION = ("positions", "entries", "draws")
+_PER_POSITION = ("positions", "entries", "samples")
 #: Arrays of the targets' field that its codec does not read.
-_NO_TARGETS = ("loss_mask", "labels", "places")
+_NO_TARGETS = ("loss_mask", "labels", "token_index")
 
 
 class BatchDecoder:
     """Decodes rows of the shards of one cache; has no state, so threads may share it."""
 
     def __init__(
-        self, folder: Folder, manifest: Manifest, targets: TargetsCodec, hidden: dict[str, HiddenCodec]
+        self, folder: Folder, manifest: Manifest, targets: TargetsCodec, hidden: dict[str, VectorCodec]
     ) -> None:
         self._folder = folder
         self._manifest = manifest
@@ -78,7 +78,7 @@ class BatchDecoder:
                 tokens.gather([arrays["segment_ids"] for arrays in beside]) if "segment_ids" in beside[0] else None
             ),
             labels_P=_labels(positions, beside),
-            places_P=positions.gather([a["places"] for a in beside]) if "places" in beside[0] else None,
+            token_index_P=positions.gather([a["token_index"] for a in beside]) if "token_index" in beside[0] else None,
             hidden={name: states[field] for name, field in layers.items()},
         )
 
@@ -109,7 +109,7 @@ class BatchDecoder:
             gathered[name] = OpenTables([piece.arrays.tables[name] for piece in pieces], positions.piece_starts)
         return gathered
 
-    def _alone(self, field: str, codec: TargetsCodec | HiddenCodec, piece: Piece) -> Any:
+    def _alone(self, field: str, codec: TargetsCodec | VectorCodec, piece: Piece) -> Any:
         """Decode the rows of one shard."""
         positions = RowSpans.of([piece.arrays.position_offsets_N1], [piece.local])
         arrays = piece.arrays.fields[field]

@@ -8,17 +8,17 @@ from collections.abc import Iterable
 import numpy as np
 
 from kdcache.cache import layout
-from kdcache.cache.folder import Folder
-from kdcache.codecs import HiddenCodec, TargetsCodec, hidden_codec, id_dtype, targets_codec
+from kdcache.codecs import TargetsCodec, VectorCodec, id_dtype, targets_codec, vector_codec
 from kdcache.errors import CacheError, ConfigError, CorruptCacheError
 from kdcache.schema import ArrayRecord, FieldRecord, Manifest, Plan
+from kdcache.storage.folder import Folder
 
 #: Kinds of rows that shards count.
-_COUNTED = ("positions", "tokens", "entries", "draws")
+_COUNTED = ("positions", "tokens", "entries", "samples")
 
 #: Arrays that stand beside the targets where a task needs them: what a `Sequence` may have, as it is stored.
 SEGMENT_IDS = ArrayRecord(name="segment_ids", dtype="uint16", rows="tokens")
-PLACES = ArrayRecord(name="places", dtype="uint32", rows="positions")
+PLACES = ArrayRecord(name="token_index", dtype="uint32", rows="positions")
 WHOLE_LABELS = ArrayRecord(name="labels", dtype="int32", rows="positions")
 NUMBER_LABELS = ArrayRecord(name="labels", dtype="float32", rows="positions")
 _OPTIONAL = (SEGMENT_IDS, PLACES, WHOLE_LABELS, NUMBER_LABELS)
@@ -50,12 +50,12 @@ def targets_field(codec: TargetsCodec, vocab_size: int, optional: Iterable[Array
     return FieldRecord(name=layout.TARGETS_FIELD, codec=codec.head.model_dump(), arrays=arrays)
 
 
-def build_codecs(folder: Folder, manifest: Manifest) -> tuple[TargetsCodec, dict[str, HiddenCodec]]:
+def build_codecs(folder: Folder, manifest: Manifest) -> tuple[TargetsCodec, dict[str, VectorCodec]]:
     """Return the codecs of the targets and of each hidden-state field; raises ``CacheError`` for unknown ones."""
     try:
         codec = manifest.field(layout.TARGETS_FIELD).codec
         return targets_codec(codec, manifest.targets, manifest.num_ids), {
-            name: hidden_codec(manifest.field(name).codec) for name in manifest.vector_fields
+            name: vector_codec(manifest.field(name).codec) for name in manifest.vector_fields
         }
     except ConfigError as error:
         raise CacheError(
@@ -64,12 +64,12 @@ def build_codecs(folder: Folder, manifest: Manifest) -> tuple[TargetsCodec, dict
 
 
 def check_arrays(
-    folder: Folder, manifest: Manifest, codec: TargetsCodec, hidden_codecs: dict[str, HiddenCodec]
+    folder: Folder, manifest: Manifest, codec: TargetsCodec, hidden_codecs: dict[str, VectorCodec]
 ) -> None:
     """Refuse a manifest (it may come from a stranger) whose fields lack an array that reading them needs."""
     vocab_size = manifest.tokenizer.vocab_size
     needed = {layout.TARGETS_FIELD: targets_field(codec, vocab_size, optional_arrays(manifest)).arrays}
-    needed |= {name: hidden_codec.arrays(_width(manifest, name)) for name, hidden_codec in hidden_codecs.items()}
+    needed |= {name: vector_codec.arrays(_width(manifest, name)) for name, vector_codec in hidden_codecs.items()}
     for name, arrays in needed.items():
         found = {array.name: array for array in manifest.field(name).arrays}
         for array in arrays:

@@ -110,6 +110,6 @@ def join(batches: list[SequenceBatch]) -> SequenceBatch:
         targets=Targets.concatenate([batch.targets for batch in batches]),
         segment_ids_T=join_optional("segment_ids_T"),
         labels_P=join_optional("labels_P"),
-        places_P=join_optional("places_P"),
+        token_index_P=join_optional("token_index_P"),
         hidden={name: np.concatenate([batch.hidden[name] for batch in batches]) for name in batches[0].hidden},
     )

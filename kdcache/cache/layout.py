@@ -27,7 +27,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from kdcache.cache.folder import Folder
 from kdcache.config import Config
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
 from kdcache.schema import (
@@ -40,6 +39,7 @@ from kdcache.schema import (
     ShardRecord,
     TargetsRecord,
 )
+from kdcache.storage.folder import Folder
 
 MANIFEST, PLAN, PLAN_TABLE = "manifest.json", "plan.json", "plan.parquet"
 LM_HEAD, TAIL_PRIOR = "lm_head.safetensors", "tail_prior.zarr.zip"
@@ -225,10 +225,10 @@ def _check_consistent(manifest: Manifest, folder: Folder) -> None:
         raise CorruptCacheError(f"{where}: there are no raw outputs, the field {OUTPUTS_FIELD}, which its task needs")
     for shard in manifest.shards:
         # What arrays without a row per position may make a reader allocate.
-        limits = [shard.num_positions * most for most in (targets.top_k, min(targets.num_draws, num_ids))]
-        if not (0 <= shard.num_entries <= limits[0] and 0 <= shard.num_draws <= limits[1]):
+        limits = [shard.num_positions * most for most in (targets.top_k, min(targets.num_samples, num_ids))]
+        if not (0 <= shard.num_entries <= limits[0] and 0 <= shard.num_samples <= limits[1]):
             raise CorruptCacheError(
-                f"{where}: shard {shard.index} has {shard.num_entries} entries and {shard.num_draws} draws, more than "
+                f"{where}: shard {shard.index} has {shard.num_entries} entries and {shard.num_samples} samples, more than "
                 f"{shard.num_positions} positions can have"
             )
         if set(shard.objects) != fields:
@@ -244,7 +244,7 @@ def _check_consistent(manifest: Manifest, folder: Folder) -> None:
 
 def _check_targets(targets: TargetsRecord, num_ids: int, where: str) -> None:
     """Refuse targets that contradict themselves: what losses may do with rows follows from their kind."""
-    for name, kinds in (("top_k", ("top-k", "hybrid", "hidden")), ("num_draws", ("sampled", "hybrid"))):
+    for name, kinds in (("top_k", ("top-k", "hybrid", "hidden")), ("num_samples", ("sampled", "hybrid"))):
         found = getattr(targets, name)
         if (found > 0) is not (targets.kind in kinds):
             raise CorruptCacheError(f"{where}: targets of the kind {targets.kind} cannot have a {name} of {found}")

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kdcache.cache import layout
-from kdcache.cache.folder import Folder
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.schema import Manifest
+from kdcache.storage.folder import Folder
 
 
 def read_plan_table(folder: Folder, manifest: Manifest) -> pa.Table:

@@ -18,22 +18,22 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.cache import layout
-from kdcache.cache.ahead import Ahead
 from kdcache.cache.batches import Batches, batches_of
-from kdcache.cache.cut import cut_targets, with_top_k
 from kdcache.cache.decoder import BatchDecoder
 from kdcache.cache.fields import build_codecs, check_arrays, encoded_bytes
 from kdcache.cache.filters import select_sequences
-from kdcache.cache.folder import Folder
 from kdcache.cache.gather import Piece, join, runs_of
-from kdcache.cache.local_store import LocalStore, LocalStoreConfig
 from kdcache.cache.lookup import num_tokens_of, read_plan_table, sequences_with
 from kdcache.cache.open_shards import OpenShards
 from kdcache.cache.order import NUM_STREAMS
 from kdcache.cache.shards import ShardArrays, load_shard, load_table, load_tables
 from kdcache.cache.tail_prior import read_prior
+from kdcache.cache.truncate import cut_targets, with_top_k
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.schema import Manifest, ObjectRecord, SequenceBatch
+from kdcache.storage.ahead import Ahead
+from kdcache.storage.folder import Folder
+from kdcache.storage.local_store import LocalStore, LocalStoreConfig
 
 #: Encoded shards that stay in memory take at most this much together (but one always stays).
 OPEN_BYTES = 2 << 30
@@ -198,7 +198,7 @@ class Cache:
 
         Where the last hidden state stands for the distribution (targets of the kind hidden) it always comes along.
         With ``top_k`` only that many ids of every row are kept and the others' mass goes to the tail, exactly. Raises
-        ``CacheError`` for more ids than are stored, and for targets of which draws are a part. The tail prior of the
+        ``CacheError`` for more ids than are stored, and for targets of which samples are a part. The tail prior of the
         cache stays that of the stored K; ``kdcache transcode`` makes a cache with that of a smaller one.
         """
         wanted = [int(index) for index in indices]
@@ -321,7 +321,7 @@ def open_cache(
 
     Raises ``IncompleteCacheError`` when its dump has not finished, ``CorruptCacheError`` when its manifest is damaged
     and ``CacheError`` when there is none. ``max_open_shards`` bounds how many encoded shards stay in memory.
-    Objects of a remote cache are read through ``local_store`` (see `kdcache.cache.local_store`), by default 50 GB in
+    Objects of a remote cache are read through ``local_store`` (see `kdcache.storage.local_store`), by default 50 GB in
     ``$KDCACHE_STORE`` or ``~/.cache/kdcache``. ``check_crc=False`` saves the checksum of every chunk, a few percent of
     the time, and with it nearly all chance to notice damage.
     """

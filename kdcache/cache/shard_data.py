@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kdcache.cache import layout
 from kdcache.cache.tail_prior import TailSum
-from kdcache.codecs import hidden_codec, targets_codec
+from kdcache.codecs import targets_codec, vector_codec
 from kdcache.errors import CacheError
 from kdcache.schema import FieldRecord, Plan, Statistics, Targets
 
@@ -36,7 +36,7 @@ class ShardData:
     targets: Targets
     table: pa.Table
     segment_ids_T: NDArray[np.uint16] | None = None
-    places_P: NDArray[np.uint32] | None = None
+    token_index_P: NDArray[np.uint32] | None = None
     hidden: dict[str, NDArray[Any]] = field(default_factory=dict)
     copied: dict[str, dict[str, NDArray[Any]]] = field(default_factory=dict)
     tail_sum: TailSum | None = None
@@ -47,7 +47,7 @@ def encode_field(record: FieldRecord, data: ShardData, plan: Plan) -> dict[str, 
     if record.name in data.copied:
         values = data.copied[record.name]
     elif record.name != layout.TARGETS_FIELD:
-        values = hidden_codec(record.codec).encode(data.hidden[record.name])
+        values = vector_codec(record.codec).encode(data.hidden[record.name])
     else:
         values = {
             "tokens": data.tokens_T,
@@ -57,7 +57,7 @@ def encode_field(record: FieldRecord, data: ShardData, plan: Plan) -> dict[str, 
             "labels": data.labels_P,
             **targets_codec(record.codec, plan.targets, plan.num_ids).encode(data.targets),
         }
-        optional = {"segment_ids": data.segment_ids_T, "places": data.places_P}
+        optional = {"segment_ids": data.segment_ids_T, "token_index": data.token_index_P}
         values |= {name: array for name, array in optional.items() if array is not None}
     for array in record.arrays:
         if values[array.name].shape[1:] != array.shape:
@@ -104,7 +104,7 @@ def statistics_of(data: ShardData) -> Statistics:
     """Return the sums over the positions of a shard that count."""
     valid = data.loss_mask_P.astype(bool)
     targets = data.targets
-    if not targets.top_k and targets.draws is None:
+    if not targets.top_k and targets.samples is None:
         return Statistics(num_positions=int(valid.sum()), num_unlabelled=int(valid.sum()))
     return Statistics(
         num_positions=int(valid.sum()),

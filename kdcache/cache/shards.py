@@ -14,10 +14,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.cache import layout
-from kdcache.cache.folder import Folder
 from kdcache.cache.shard_file import unpack
 from kdcache.errors import CorruptCacheError
 from kdcache.schema import FieldRecord, Manifest, ObjectRecord, ShardRecord
+from kdcache.storage.folder import Folder
 
 T = TypeVar("T")
 
@@ -101,7 +101,7 @@ def _load_field(folder: Folder, record: FieldRecord, shard: ShardRecord, check_c
         "tokens": shard.num_tokens,
         "sequences": shard.num_sequences,
         "entries": shard.num_entries,
-        "draws": shard.num_draws,
+        "samples": shard.num_samples,
         "table": None,
     }
     expected = {array.path: (array, rows[array.rows]) for array in record.arrays}

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache import layout
-from kdcache.cache.folder import Folder
 from kdcache.cache.shard_file import pack, unpack
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.schema import ArrayRecord
+from kdcache.storage.folder import Folder
 
 
 class TailSum(NamedTuple):

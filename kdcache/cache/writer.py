@@ -17,14 +17,14 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from kdcache.cache import layout
-from kdcache.cache.folder import TEMPORARY, Folder
-from kdcache.cache.lease import WATCH_S, Lease
-from kdcache.cache.outputs import LOCK, check_same_plan, differences_of, refuse_foreign
+from kdcache.cache.output_dir import LOCK, check_same_plan, differences_of, refuse_foreign
 from kdcache.cache.shard_data import ShardData, encode_field, statistics_of, with_statistics
 from kdcache.cache.shard_file import pack
 from kdcache.cache.tail_prior import TailPrior
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.schema import Manifest, ObjectRecord, Plan, ShardRecord
+from kdcache.storage.folder import TEMPORARY, Folder
+from kdcache.storage.lease import WATCH_S, Lease
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class CacheWriter:
             num_tokens=len(data.tokens_T),
             num_positions=data.targets.num_positions,
             num_entries=num_rows.get("entries", 0),
-            num_draws=num_rows.get("draws", 0),
+            num_samples=num_rows.get("samples", 0),
             objects=objects,
             statistics=statistics_of(data),
         )

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from kdcache.cli import options, settings
-from kdcache.codecs import HIDDEN_CODECS, TOPK_CODECS
+from kdcache.codecs import TOPK_CODECS, VECTOR_CODECS
 from kdcache.presets import PRESETS
 from kdcache.schema import KINDS
 from kdcache.tasks import TASKS
@@ -42,21 +42,21 @@ A dump that was interrupted goes on where it stopped when the same command runs 
 @click.option(
     "--targets",
     type=click.Choice(KINDS),
-    help="What is kept at every position: the most probable ids, draws, both, or the last hidden state.  "
+    help="What is kept at every position: the most probable ids, samples, both, or the last hidden state.  "
     "[default: top-k]",
 )
 @click.option("--top-k", type=int, help="Most token ids kept at a position.  [default: 64; hybrid 4; hidden 1]")
 @click.option("--min-prob", type=float, help="Keep only ids of at least this probability (and the first).")
 @click.option("--min-mass", type=float, help="Keep the fewest ids that together have this probability.")
-@click.option("--draws", type=int, help="Draws at every position.  [default: 50; hybrid 16]")
+@click.option("--samples", type=int, help="Samples at every position.  [default: 50; hybrid 16]")
 @click.option("--temperatures", metavar="T,T,...", help="Store the mass outside the kept ids at these too.")
 @click.option("--tail-prior/--no-tail-prior", default=None, help="Store the mean tail.  [default: for top-k]")
 @click.option("--codec", type=click.Choice(list(TOPK_CODECS)), help="How kept values are stored.  [default: compact]")
 @click.option("--hidden-states", metavar="LAYERS", help="Also store these hidden states, such as last,12.")
-@click.option("--hidden-codec", type=click.Choice(list(HIDDEN_CODECS)), help="How they are stored.  [default: bf16]")
+@click.option("--hidden-codec", type=click.Choice(list(VECTOR_CODECS)), help="How they are stored.  [default: bf16]")
 @click.option(
     "--outputs-codec",
-    type=click.Choice(list(HIDDEN_CODECS)),
+    type=click.Choice(list(VECTOR_CODECS)),
     help="How embeddings, scores and logits of classes are stored.  [default: exact]",
 )
 @click.option(
@@ -93,7 +93,7 @@ def command(
 
     For every position the cache keeps the most probable token ids with their log-probabilities, the exact mass of all
     others, the log-probability of the corpus's own token and the entropy; on request also hidden states. Instead
-    of ids, or beside them, it can hold draws from the distribution (fewest bytes) or the last hidden state and the
+    of ids, or beside them, it can hold samples from the distribution (fewest bytes) or the last hidden state and the
     teacher's LM head, which give the whole distribution back at any temperature (most bytes). kdcache estimate
     measures them all on your corpus.
     """

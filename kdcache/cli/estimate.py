@@ -17,7 +17,7 @@ Examples:
   kdcache dump-teacher --preset hybrid --teacher HuggingFaceTB/SmolLM2-135M --corpus texts/ --output cache
 
 How to read the table: KL lost is what storing the kept ids and their tail costs in nats; full KL is what is
-missing of the whole distribution when the tail is completed in the best way that the preset allows. Draws lose
+missing of the whole distribution when the tail is completed in the best way that the preset allows. Samples lose
 nothing on average, but are noisy: the batch error is the noise (or, for kept ids, the bias) of the mean target
 of a batch of 4,096 positions.
 """
@@ -108,7 +108,7 @@ def _nats(value: float | None) -> str:
 
 
 def _echo_table(rows: list[dict[str, str]]) -> None:
-    from kdcache.students.table import render_table
+    from kdcache.table import render_table
 
     if rows:
         columns = {name: (name, "s" if name == "preset" else ">s") for name in rows[0]}

@@ -57,9 +57,9 @@ def command(
     With --generate, students of task seq2seq-lm write texts for inputs spread over the cache, which chrF and ROUGE-L (0
     to 100) compare with the corpus's own targets.
     """
-    from kdcache.evaluation import evaluate
+    from kdcache.evaluate import evaluate_students
 
-    evaluation: Any = evaluate(
+    evaluation: Any = evaluate_students(
         cache,
         list(students),
         batch_tokens=batch_tokens,

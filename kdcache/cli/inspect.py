@@ -18,8 +18,9 @@ def command(cache: str, as_json: bool) -> None:
 
     Reads the manifest alone; needs neither torch nor the teacher.
     """
-    from kdcache.cache import describe, open_cache
+    from kdcache.cache import open_cache
     from kdcache.cache.layout import TARGETS_FIELD
+    from kdcache.inspect import describe
 
     opened = open_cache(cache)
     description = describe(opened)
@@ -125,7 +126,7 @@ def _targets(record: TargetsRecord) -> str:
     parts = [f"{record.kind}: " + (f"top {record.top_k}" if record.top_k else "no ids exactly")]
     parts += [f"with p >= {record.min_prob:g}"] if record.min_prob else []
     parts += [f"of mass {record.min_mass:g}"] if record.min_mass < 1 else []
-    parts += [f"{record.num_draws} draws (seed {record.seed})"] if record.num_draws else []
+    parts += [f"{record.num_samples} samples (seed {record.seed})"] if record.num_samples else []
     parts += [f"tails at T = {', '.join(f'{t:g}' for t in record.temperatures)}"] if record.temperatures else []
     parts += ["tail prior"] if record.tail_prior else []
     return ", ".join(parts)
@@ -139,7 +140,7 @@ def _created(provenance: dict[str, Any]) -> str:
 
 
 def _known(value: float | None) -> str:
-    return "unknown: draws only suggest the favourite" if value is None else f"{value:.4f}"
+    return "unknown: samples only suggest the favourite" if value is None else f"{value:.4f}"
 
 
 def _transcoded(provenance: dict[str, Any]) -> list[str]:

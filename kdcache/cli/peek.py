@@ -31,7 +31,7 @@ def command(cache: str, sequence: int, positions: str | None, select: str, count
 
     Where the teacher answers with tokens, for some positions: the text before it, the token that really follows (marked
     *), the teacher's top choices with their probabilities, the tail (probability of all ids that were not kept) and the
-    entropy in nats. Where CACHE holds draws, they come after the kept ids, each with its share of the tail. Positions
+    entropy in nats. Where CACHE holds samples, they come after the kept ids, each with its share of the tail. Positions
     of masked-lm are the places of hidden tokens in the text, those of seq2seq-lm are in the target.
 
     Otherwise the text, or texts, with the teacher's answer and the corpus's own: classes with their probabilities and
@@ -39,10 +39,10 @@ def command(cache: str, sequence: int, positions: str | None, select: str, count
     falling score (relevant ones marked *).
     """
     from kdcache.cache import open_cache
-    from kdcache.viewer import peek
+    from kdcache.peek import peek_cache
 
     chosen = _parse_positions(positions)
-    result = peek(open_cache(cache), sequence, positions=chosen, select=select, count=count, top=top)
+    result = peek_cache(open_cache(cache), sequence, positions=chosen, select=select, count=count, top=top)
     if as_json:
         options.echo_json(result.to_dict())
         return
@@ -82,10 +82,10 @@ def _echo_target(result: Any) -> None:
 
 
 def _drawn(choice: Any, gold: Any) -> str:
-    if not choice.num_draws:
+    if not choice.num_samples:
         return ""
     own = f"; its own probability {gold.probability:.4f}" if gold is not None and choice.id == gold.id else ""
-    return f"  (share of {choice.num_draws} {'draw' if choice.num_draws == 1 else 'draws'}{own})"
+    return f"  (share of {choice.num_samples} {'draw' if choice.num_samples == 1 else 'samples'}{own})"
 
 
 def _echo_position(position: Any) -> None:

@@ -27,11 +27,11 @@ TARGETS = {
     "targets.top_k": "top_k",
     "targets.min_prob": "min_prob",
     "targets.min_mass": "min_mass",
-    "targets.num_draws": "draws",
+    "targets.num_samples": "samples",
     "targets.temperatures": "temperatures",
     "targets.tail_prior": "tail_prior",
     "targets.codec": "codec",
-    "hidden_states.codec": "hidden_codec",
+    "hidden_states.codec": "vector_codec",
 }
 
 

@@ -126,7 +126,7 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _echo_report(report: TrainingReport) -> None:
     """Print a dry run: the sizes, the memory, the terms, and what to think of before starting."""
-    from kdcache.students.table import render_table
+    from kdcache.table import render_table
 
     sample, memory, speed = report.sample, report.memory, report.speed
     assert speed is not None

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from kdcache.cli import options, settings
-from kdcache.codecs import HIDDEN_CODECS, TOPK_CODECS
+from kdcache.codecs import TOPK_CODECS, VECTOR_CODECS
 from kdcache.schema import KINDS
 
 _EPILOG = """\b
@@ -18,10 +18,10 @@ Examples:
   kdcache transcode cache easy --where "teacher_loss < 5 and num_positions >= 64"
   kdcache transcode cache tenth --where "sequence % 10 == 0 and source in ['wiki', 'books']"
   kdcache transcode hidden-cache top-64 --targets top-k --temperatures 0.5,2
-  kdcache transcode hidden-cache drawn --targets sampled --draws 50
+  kdcache transcode hidden-cache drawn --targets sampled --samples 50
 
 What is not given stays as in SRC (after --targets with another kind, numbers are those of a dump of that kind). From
-kept ids fewer can be made, from draws nothing else; a cache of the kind hidden holds everything the teacher knew and
+kept ids fewer can be made, from samples nothing else; a cache of the kind hidden holds everything the teacher knew and
 becomes any kind, and then keeps its last state only if --layers names it. kdcache inspect shows what SRC holds. Tails,
 entropy and the gold token stay exact; the tail prior does unless --where or --limit-sequences chooses some sequences,
 for which that of all of them stands. A column whose name is no word stands in `backquotes` in --where.
@@ -37,13 +37,13 @@ A transcoding that was interrupted goes on where it stopped when the same comman
 @click.option("--top-k", type=int, help="Most token ids kept at a position; what is dropped goes to the tail.")
 @click.option("--min-prob", type=float, help="Keep only ids of at least this probability (and the first).")
 @click.option("--min-mass", type=float, help="Keep the fewest ids that together have this probability.")
-@click.option("--draws", type=int, help="Draws at every position (with --targets sampled or hybrid).")
+@click.option("--samples", type=int, help="Samples at every position (with --targets sampled or hybrid).")
 @click.option("--temperatures", metavar="T,T,...", help="Other temperatures at which the tail is kept; '' for none.")
 @click.option("--tail-prior/--no-tail-prior", default=None, help="Whether the mean tail is kept.")
 @click.option("--codec", type=click.Choice(list(TOPK_CODECS)), help="How kept values are stored.")
 @click.option("--layers", metavar="LAYERS", help="Keep only these of the stored hidden states, such as last,12.")
 @click.option("--drop-hidden", is_flag=True, help="Keep no hidden states (the kind hidden keeps its last one).")
-@click.option("--hidden-codec", type=click.Choice(list(HIDDEN_CODECS)), help="How hidden states are stored.")
+@click.option("--hidden-codec", type=click.Choice(list(VECTOR_CODECS)), help="How hidden states are stored.")
 @click.option("--where", metavar="FILTER", help="Keep only sequences of which this is true, such as teacher_loss < 5.")
 @click.option("--limit-sequences", type=int, help="Keep only the first ones (that --where chooses).")
 @click.option("--device", help="Of the LM head of a SRC of the kind hidden.  [default: the best there is]")

@@ -39,8 +39,8 @@ def transfer_options(function: F) -> F:
 
 def run(source: str, target: str, given: dict[str, Any]) -> None:
     """Transfer a cache with the options that were ``given``, and print what that did."""
-    from kdcache.cache.part import parse_shards
-    from kdcache.cache.transfer import transfer
+    from kdcache.transfer.copy import transfer
+    from kdcache.transfer.part import parse_shards
 
     fields, shards = given["fields"], given["shards"]
     result = transfer(

@@ -36,15 +36,16 @@ def command(
     Without options: size and SHA-256 of every file, which finds any flipped bit and names file, shard and field. Exits
     with 1 when something is wrong. Only --against-teacher needs torch.
     """
-    from kdcache.cache import open_cache, verify
+    from kdcache.cache import open_cache
     from kdcache.progress import bar, reporter
+    from kdcache.verify.stored import verify_cache
 
     with bar(0, "verify", "B", enabled=not quiet) as meter:
-        report = verify(cache, deep=deep, progress=reporter(meter))
+        report = verify_cache(cache, deep=deep, progress=reporter(meter))
     check = None
     if report.ok and against_teacher is not None:
-        from kdcache.checks import verify_against_teacher
         from kdcache.teachers import TeacherConfig
+        from kdcache.verify.against_teacher import verify_against_teacher
 
         opened = open_cache(cache)
         record = opened.manifest.teacher
@@ -120,9 +121,9 @@ def _echo(report: Any, check: Any) -> None:
         parts.append(f"top-1 agreement {check.top1_agreement:.4f}")
     where = f"{check.num_sequences} sequences ({check.num_positions:,} positions)"
     click.echo(f"Teacher over {where}: {', '.join(parts)}.")
-    if check.draws_excess is not None:
+    if check.samples_excess is not None:
         click.echo(
-            f"Draws: mean surprise off by {check.draws_excess:.2e} nats (allowed {check.allowed_draws_excess:.0e})."
+            f"Samples: mean surprise off by {check.samples_excess:.2e} nats (allowed {check.allowed_samples_excess:.0e})."
         )
     if check.states_error is not None:
         click.echo(

@@ -60,7 +60,7 @@ _SETTINGS = {
 @click.option("--sample", is_flag=True, default=None, help="Draw texts from the teacher's distribution instead.")
 @click.option("--temperature", type=float, help="Of the distribution that is drawn from.  [default: 1]")
 @click.option("--top-p", type=float, help="Draw from the fewest tokens with this probability.  [default: 1]")
-@click.option("--seed", type=int, help="Of the draws.  [default: 0]")
+@click.option("--seed", type=int, help="Of the samples.  [default: 0]")
 @click.option("--max-length", type=int, help="Tokens of an input; longer ones are cut.  [default: 512]")
 @click.option("--max-target-length", type=int, help="Most tokens of a text.  [default: 128]")
 @click.option("--limit-documents", type=int, help="Use only the first documents.")

@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from kdcache.codecs.hidden import HIDDEN_CODECS, HiddenCodec
-from kdcache.codecs.ranks import id_dtype
+from kdcache.codecs.ids import id_dtype
 from kdcache.codecs.targets import TargetsCodec
 from kdcache.codecs.topk import TOPK_CODECS, TopKCodec
+from kdcache.codecs.vectors import VECTOR_CODECS, VectorCodec
 from kdcache.config import Config, build
 from kdcache.errors import ConfigError, did_you_mean
 from kdcache.schema import TargetsRecord
 
 __all__ = [
-    "HIDDEN_CODECS",
     "TOPK_CODECS",
-    "HiddenCodec",
+    "VECTOR_CODECS",
     "TargetsCodec",
     "TopKCodec",
-    "hidden_codec",
+    "VectorCodec",
     "id_dtype",
     "targets_codec",
     "topk_codec",
+    "vector_codec",
 ]
 
 C = TypeVar("C", bound=Config)
@@ -38,9 +38,9 @@ def targets_codec(parameters: Mapping[str, Any], record: TargetsRecord, vocab_si
     return TargetsCodec(topk_codec(parameters), record, vocab_size)
 
 
-def hidden_codec(parameters: Mapping[str, Any]) -> HiddenCodec:
+def vector_codec(parameters: Mapping[str, Any]) -> VectorCodec:
     """Build the codec of hidden states that ``parameters`` describe."""
-    return _from_table(HIDDEN_CODECS, parameters)
+    return _from_table(VECTOR_CODECS, parameters)
 
 
 def _from_table(table: Mapping[str, type[C]], parameters: Mapping[str, Any]) -> C:

@@ -1,7 +1,7 @@
 """The codec of a cache's targets: the kept ids, the numbers beside them, and what the kind of targets adds.
 
 Four parts, each with its arrays: scalars of every row; the head, by one of `TOPK_CODECS`; tails at other temperatures;
-draws. A ragged cache stores the head's arrays without padding. Reading is in two steps: `open` turns the arrays of
+samples. A ragged cache stores the head's arrays without padding. Reading is in two steps: `open` turns the arrays of
 a shard into rectangles of rows once, `decode` takes any rows of them.
 """
 
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.codecs.draws import count_dtype, decode_draws, draw_arrays, encode_draws, open_draws
 from kdcache.codecs.ragged import expand, flatten
+from kdcache.codecs.samples import count_dtype, decode_samples, encode_samples, open_samples, sample_arrays
 from kdcache.codecs.topk import TopKCodec
 from kdcache.errors import CacheError
 from kdcache.schema import ArrayRecord, Targets, TargetsRecord
@@ -36,7 +36,7 @@ class TargetsCodec:
         )
         if record.kind == "outputs":
             self._scalars = ()  # there is no distribution that they could be of
-        self.id_tables = (*(head.id_tables if record.top_k else ()), *(("draw_table",) if record.num_draws else ()))
+        self.id_tables = (*(head.id_tables if record.top_k else ()), *(("sample_table",) if record.num_samples else ()))
         """Tables that `decode` also takes as `OpenTables`."""
 
     def arrays(self) -> tuple[ArrayRecord, ...]:
@@ -52,8 +52,8 @@ class TargetsCodec:
         if record.temperatures:
             shape = (len(record.temperatures),)
             found.append(ArrayRecord(name="log_tails", dtype=scalar, rows="positions", shape=shape))
-        if record.num_draws:
-            found += draw_arrays(record.num_draws, self.vocab_size)
+        if record.num_samples:
+            found += sample_arrays(record.num_samples, self.vocab_size)
         return tuple(found)
 
     def encode(self, targets: Targets) -> dict[str, NDArray[Any]]:
@@ -65,8 +65,8 @@ class TargetsCodec:
             encoded |= self._encode_head(targets)
         if self.record.temperatures:
             encoded["log_tails"] = _there(targets.log_tails_PG, "log_tails").astype(scalar)
-        if self.record.num_draws:
-            encoded |= encode_draws(_there(targets.draws, "draws"), self.record.num_draws, self.vocab_size)
+        if self.record.num_samples:
+            encoded |= encode_samples(_there(targets.samples, "samples"), self.record.num_samples, self.vocab_size)
         return encoded
 
     def _encode_head(self, targets: Targets) -> dict[str, NDArray[Any]]:
@@ -84,9 +84,9 @@ class TargetsCodec:
         opened = dict(arrays)
         for name in self._ragged:
             opened[name] = expand(arrays[name], arrays["num_kept"], self.record.top_k, name)
-        # No row has more distinct draws than there are ids, whatever a stranger's file claims.
-        most = min(self.record.num_draws, self.vocab_size)
-        return open_draws(opened, most) if self.record.num_draws else opened
+        # No row has more distinct samples than there are ids, whatever a stranger's file claims.
+        most = min(self.record.num_samples, self.vocab_size)
+        return open_samples(opened, most) if self.record.num_samples else opened
 
     def decode(self, arrays: Arrays) -> Targets:
         """Decode rows of what `open` returned: any slice of the per-position arrays, with the whole of every table.
@@ -109,7 +109,7 @@ class TargetsCodec:
             entropy_P=arrays["entropy"].astype(np.float32),
             num_kept_P=num_kept_P,
             log_tails_PG=arrays["log_tails"].astype(np.float32) if self.record.temperatures else None,
-            draws=decode_draws(arrays) if self.record.num_draws else None,
+            samples=decode_samples(arrays) if self.record.num_samples else None,
         )
 
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from kdcache.codecs.floats import BF16, FP16, FP32, FloatFormat
-from kdcache.codecs.ranks import OpenTables, id_dtype, rank_ids, sorted_steps, undo_sorted_steps
+from kdcache.codecs.ids import OpenTables, id_dtype, rank_ids, sorted_steps, undo_sorted_steps
 from kdcache.config import Config
 from kdcache.schema import ArrayRecord
 

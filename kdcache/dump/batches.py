@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from kdcache.cache.tail_prior import TailSum
-from kdcache.codecs import HiddenCodec
+from kdcache.codecs import VectorCodec
 from kdcache.errors import TeacherError
-from kdcache.schema import OUTPUTS_FIELD, Draws, Sequence, Targets, TargetsRecord, TeacherRecord, layer_field
+from kdcache.schema import OUTPUTS_FIELD, Samples, Sequence, Targets, TargetsRecord, TeacherRecord, layer_field
 from kdcache.teachers import TeacherOutput
-from kdcache.teachers.draws import draw_uniforms
 from kdcache.teachers.huggingface import hidden_to_numpy
-from kdcache.teachers.keep import NonFiniteLogitsError, TargetKeeper
+from kdcache.teachers.reduce import NonFiniteLogitsError, TargetReducer
+from kdcache.teachers.samples import sample_uniforms
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +38,11 @@ class BatchRunner:
     """Runs batches through the teacher and keeps their targets; halves a batch that does not fit in memory."""
 
     def __init__(
-        self, teacher: Teacher, record: TargetsRecord, layers: SequenceOf[int], codecs: Mapping[str, HiddenCodec]
+        self, teacher: Teacher, record: TargetsRecord, layers: SequenceOf[int], codecs: Mapping[str, VectorCodec]
     ) -> None:
         self.teacher = teacher
         self.record = record
-        self._keep = TargetKeeper(record)
+        self._keep = TargetReducer(record)
         self.layers = list(layers)
         self._codecs = codecs
         self._fits: float = float("inf")
@@ -101,10 +101,10 @@ class BatchRunner:
         return None if found is None else TailSum(*found)
 
     def _uniforms(self, sequences: list[Sequence]) -> NDArray[Any] | None:
-        if not self.record.num_draws:
+        if not self.record.num_samples:
             return None
         lengths = [s.num_positions for s in sequences]
-        return draw_uniforms(self.record.seed, [s.index for s in sequences], lengths, self.record.num_draws)
+        return sample_uniforms(self.record.seed, [s.index for s in sequences], lengths, self.record.num_samples)
 
     def _states(self, name: str, states: torch.Tensor, sequences: list[Sequence]) -> NDArray[Any]:
         states_PD = hidden_to_numpy(states)
@@ -145,11 +145,11 @@ class ShardRows:
         spans = [s.index - self._first for s in sequences]
         rows = np.concatenate([np.arange(self._offsets[n], self._offsets[n + 1]) for n in spans])
         for name, values in vars(targets).items():
-            if name != "draws" and values is not None:
+            if name != "samples" and values is not None:
                 getattr(self.targets, name)[rows] = values
-        if targets.draws is not None and self.targets.draws is not None:
-            for name, values in vars(targets.draws).items():
-                getattr(self.targets.draws, name)[rows, : values.shape[1]] = values
+        if targets.samples is not None and self.targets.samples is not None:
+            for name, values in vars(targets.samples).items():
+                getattr(self.targets.samples, name)[rows, : values.shape[1]] = values
         for name, states in hidden.items():
             if name not in self.hidden:
                 self.hidden[name] = np.zeros((len(self.targets.ids_PK), states.shape[1]), dtype=states.dtype)
@@ -162,7 +162,7 @@ def _empty_targets(num_positions: int, record: TargetsRecord) -> Targets:
 
     if record.kind == "outputs":
         return Targets.nothing(num_positions)
-    top_k, num_draws = record.top_k, record.num_draws
+    top_k, num_samples = record.top_k, record.num_samples
     return Targets(
         ids_PK=zeros(top_k, dtype=np.int32),
         logprobs_PK=zeros(top_k),
@@ -171,5 +171,7 @@ def _empty_targets(num_positions: int, record: TargetsRecord) -> Targets:
         entropy_P=zeros(),
         num_kept_P=zeros(dtype=np.int32) if record.is_ragged else None,
         log_tails_PG=zeros(len(record.temperatures)) if record.temperatures else None,
-        draws=Draws(zeros(num_draws, dtype=np.int32), zeros(num_draws, dtype=np.int32)) if num_draws else None,
+        samples=Samples(zeros(num_samples, dtype=np.int32), zeros(num_samples, dtype=np.int32))
+        if num_samples
+        else None,
     )

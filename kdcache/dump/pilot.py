@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.codecs import hidden_codec
-from kdcache.codecs.hidden import relative_error
+from kdcache.codecs import vector_codec
+from kdcache.codecs.vectors import relative_error
 from kdcache.dump.batches import BatchRunner, ShardRows
 from kdcache.dump.config import DumpConfig
 from kdcache.dump.plan import LayerPilot
@@ -50,7 +50,7 @@ def layer_pilot(
     """Run a few sequences for the width of each hidden state (OPT projects its last one) and what its codec costs."""
     if not layers:
         return {}
-    codec = hidden_codec(config.hidden_states.codec)
+    codec = vector_codec(config.hidden_states.codec)
     states: dict[int, list[NDArray[np.float32]]] = {layer: [] for layer in layers}
     for index in pilot_sequences(sequences, _LAYER_POSITIONS):
         for layer, found in teacher.run([sequences.sequence(index)], layers).hidden.items():

@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.cache import layout, targets_field
-from kdcache.codecs import hidden_codec, targets_codec
+from kdcache.codecs import targets_codec, vector_codec
 from kdcache.corpus import Corpus, assign_shards
 from kdcache.dump.config import DumpConfig
 from kdcache.errors import ConfigError
@@ -65,9 +65,9 @@ def make_fields(
     codec = targets_codec(config.targets.codec, config.targets.record, num_ids)
     fields = [targets_field(codec, vocab_size, config.of_task.arrays(config.sequences, outputs))]
     if outputs is not None:
-        own = hidden_codec(config.outputs.codec)
+        own = vector_codec(config.outputs.codec)
         fields.append(FieldRecord(name=OUTPUTS_FIELD, codec=own.model_dump(), arrays=own.arrays(outputs.width)))
-    states = hidden_codec(config.hidden_states.codec)
+    states = vector_codec(config.hidden_states.codec)
     for layer in layers:
         known = pilot.get(layer, LayerPilot(teacher.hidden_size, None))
         fields.append(
@@ -88,7 +88,7 @@ def shard_positions(config: DumpConfig, sequences: Sequences | Plan, teacher: Te
     """
     if config.shard_positions is not None:
         return config.shard_positions
-    per_position = 8 * (config.targets.top_k + config.targets.num_draws) + 4 * teacher.hidden_size * num_layers + 16
+    per_position = 8 * (config.targets.top_k + config.targets.num_samples) + 4 * teacher.hidden_size * num_layers + 16
     num_fed = sequences.num_tokens - sequences.num_sequences
     wanted = min(max(num_fed // 32, 1 << 14), 1 << 19)
     if num_fed > sequences.num_positions:

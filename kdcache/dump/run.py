@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache import CacheWriter, Folder, ShardData
+from kdcache.cache import CacheWriter, ShardData
 from kdcache.dump.batches import BatchRunner, ShardRows, Teacher
 from kdcache.dump.config import DumpConfig
-from kdcache.dump.parts import load_parts, runner_of
+from kdcache.dump.loading import load_parts, runner_of
 from kdcache.models.batching import batches_by_length
 from kdcache.progress import bar
 from kdcache.schema import Manifest, Plan, ShardRecord
+from kdcache.storage.folder import Folder
 from kdcache.tasks import Sequences, Task, task_of
 
 
@@ -126,7 +127,7 @@ def _run_shard(
         runner.run(batch, rows.put)
         meter.update(sum(s.num_positions for s in batch))
     segments = [s.segment_ids_T for s in members if s.segment_ids_T is not None]
-    places = [s.places_L for s in members if s.places_L is not None]
+    places = [s.token_index_L for s in members if s.token_index_L is not None]
     return ShardData(
         index=shard,
         tokens_T=np.concatenate([s.tokens_T for s in members]),
@@ -137,7 +138,7 @@ def _run_shard(
         targets=rows.targets,
         table=sequences.sequence_table(begin, end),
         segment_ids_T=np.concatenate(segments) if segments else None,
-        places_P=np.concatenate(places) if places else None,
+        token_index_P=np.concatenate(places) if places else None,
         hidden=rows.hidden,
         tail_sum=runner.take_tail_sum(),
     )

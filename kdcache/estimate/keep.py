@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdcache.estimate.sample import Sample, split
 from kdcache.schema import Targets, TargetsRecord
-from kdcache.teachers import TargetKeeper, draw_uniforms
+from kdcache.teachers import TargetReducer, sample_uniforms
 
 
 @dataclass
@@ -36,13 +36,13 @@ class _Keeper:
     def __init__(self, record: TargetsRecord, sample: Sample) -> None:
         self.seconds = 0.0
         self.parts: list[Targets] = []
-        self._keep = TargetKeeper(record)
+        self._keep = TargetReducer(record)
         self._sums_HV: list[Any] = [0.0, 0.0]
         self._counts_H = [0, 0]
         self._uniforms_PN: NDArray[np.float64] | None = None
-        if record.num_draws:
+        if record.num_samples:
             indices = [s.index for s in sample.sequences]
-            self._uniforms_PN = draw_uniforms(record.seed, indices, sample.lengths_N, record.num_draws)
+            self._uniforms_PN = sample_uniforms(record.seed, indices, sample.lengths_N, record.num_samples)
 
     def add(self, rows: slice, half: int, logits_CV: Tensor, labels_C: Tensor) -> None:
         began = time.perf_counter()

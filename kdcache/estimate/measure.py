@@ -33,7 +33,7 @@ class Measurement:
     """What a preset costs and what is left of the teacher; means over the sample's positions, in nats.
 
     ``full_kl`` by treatment of the tail (``full`` where nothing is lost but rounding), ``batch_mean_error`` likewise
-    (``draws`` where draws stand for the tail); see `kdcache.estimate.rows`. None where a number makes no sense.
+    (``samples`` where samples stand for the tail); see `kdcache.estimate.rows`. None where a number makes no sense.
     """
 
     bytes_per_token: float
@@ -182,9 +182,9 @@ def _measurement(
     if record.kind == "hidden":
         error = float(np.mean(np.linalg.norm(reference.state_means[name] - reference.means_QV, axis=1)))
         fidelity |= {"full_kl": {"full": reference.state_kl[name]}, "batch_mean_error": {"full": error}}
-    elif record.num_draws:
+    elif record.num_samples:
         drawn = Rows.of_targets(stored.targets, sample.vocab_size)
-        fidelity |= {"full_kl": {}, "batch_mean_error": {"draws": batch_mean_error(drawn, reference.means_QV)}}
+        fidelity |= {"full_kl": {}, "batch_mean_error": {"samples": batch_mean_error(drawn, reference.means_QV)}}
     else:
         exact, decoded = (Rows.of_targets(targets, sample.vocab_size) for targets in (kept.targets, stored.targets))
         spreads = spreads_of(record, sample, kept, reference)

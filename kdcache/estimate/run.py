@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from kdcache.cache import layout
 from kdcache.cache.tail_prior import pack_prior
-from kdcache.codecs import hidden_codec
-from kdcache.codecs.hidden import relative_error
+from kdcache.codecs import vector_codec
+from kdcache.codecs.vectors import relative_error
 from kdcache.config import build, merge
 from kdcache.dump import DumpConfig, HiddenStatesConfig, TargetsConfig
 from kdcache.dump.batches import BatchRunner
-from kdcache.dump.parts import Parts, load_parts
+from kdcache.dump.loading import Parts, load_parts
 from kdcache.dump.pilot import pilot_sequences, run_rows
 from kdcache.dump.plan import LayerPilot, make_fields, shard_positions
 from kdcache.errors import ConfigError, TeacherError, did_you_mean
@@ -35,7 +35,7 @@ from kdcache.models.lm_head import LMHead, head_to_bytes
 from kdcache.presets import PRESETS, Preset
 from kdcache.progress import bar, reporter
 from kdcache.schema import Plan, TargetsRecord
-from kdcache.students.run_record import finite
+from kdcache.train.run_record import finite
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class PresetEstimate:
     unavailable: str | None = None
     measurement: Measurement | None = None
     best_tail: str | None = None
-    """The treatment of the tail with the smallest full-vocabulary KL, None where draws stand for the tail."""
+    """The treatment of the tail with the smallest full-vocabulary KL, None where samples stand for the tail."""
     total_bytes: int | None = None
     dump_s: float | None = None
     cache_files: dict[str, int] = field(default_factory=dict)
@@ -149,7 +149,7 @@ def _pilot(parts: Parts, num_positions: int, progress: bool) -> tuple[Sample, LM
     indices = pilot_sequences(sequences, num_positions)
     head = _head_of(parts)
     layers = [teacher.num_layers] if isinstance(head, LMHead) else []
-    runner = BatchRunner(teacher, _PILOT_RECORD, layers, {parts.plan.states_field: hidden_codec({"name": "exact"})})
+    runner = BatchRunner(teacher, _PILOT_RECORD, layers, {parts.plan.states_field: vector_codec({"name": "exact"})})
     with bar(1, "teacher", "run", enabled=progress) as meter:
         run_rows(indices[: max(1, len(indices) // 8)], sequences, runner, parts.batch_tokens)  # warms up
         began = time.perf_counter()
@@ -198,7 +198,7 @@ def plan_of(config: DumpConfig, base: Plan, states_PD: NDArray[np.float32] | Non
     if config.targets.kind == "hidden":
         assert states_PD is not None
         layers = [base.teacher.num_layers]
-        error = relative_error(hidden_codec(config.hidden_states.codec), states_PD)
+        error = relative_error(vector_codec(config.hidden_states.codec), states_PD)
         pilot = {layers[0]: LayerPilot(states_PD.shape[1], error)}
     return base.model_copy(
         update={

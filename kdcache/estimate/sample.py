@@ -27,7 +27,7 @@ from kdcache.schema import Sequence
 from kdcache.tasks import TASKS, Task
 from kdcache.tasks.causal_lm import CausalLM
 from kdcache.teachers import HuggingFaceTeacher
-from kdcache.teachers.keep import ChunkSizes
+from kdcache.teachers.reduce import ChunkSizes
 
 
 class Logits(Protocol):
@@ -89,7 +89,7 @@ class TeacherLogits:
 class Sample:
     """Sequences of a corpus, in order; their rows of the per-sequence table; the teacher's logits at their positions.
 
-    ``sequences`` keep their numbers in the corpus, on which draws depend.
+    ``sequences`` keep their numbers in the corpus, on which samples depend.
     """
 
     sequences: list[Sequence]

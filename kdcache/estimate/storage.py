@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from kdcache.cache import ShardData, layout
 from kdcache.cache.shard_data import encode_field, with_statistics
 from kdcache.cache.shard_file import pack, unpack
-from kdcache.codecs import hidden_codec, targets_codec
+from kdcache.codecs import targets_codec, vector_codec
 from kdcache.corpus import assign_shards
 from kdcache.estimate.sample import Sample
 from kdcache.schema import FieldRecord, Plan, Targets
@@ -108,10 +108,10 @@ def _decode(record: FieldRecord, arrays: Arrays, packed: bytes, plan: Plan) -> T
     opened = unpack(packed, expected, f"field {record.name}")
     values = {array.name: opened[array.path] for array in record.arrays}
     if record.name != layout.TARGETS_FIELD:
-        return hidden_codec(record.codec).decode(values)
+        return vector_codec(record.codec).decode(values)
     codec = targets_codec(record.codec, plan.targets, plan.tokenizer.vocab_size)
     targets = codec.decode(codec.open(values))
-    targets.merged()  # what losses see; nothing to do where there are no draws
+    targets.merged()  # what losses see; nothing to do where there are no samples
     return targets
 
 
@@ -157,4 +157,4 @@ def _staged(plan: Plan, states_PD: NDArray[np.float32] | None, rows: slice) -> A
     if not plan.hidden_layers:
         return {}
     assert states_PD is not None
-    return {name: hidden_codec(plan.field(name).codec).stage(states_PD[rows]) for name in plan.hidden_layers}
+    return {name: vector_codec(plan.field(name).codec).stage(states_PD[rows]) for name in plan.hidden_layers}

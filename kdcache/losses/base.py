@@ -60,8 +60,8 @@ class Loss(Part):
 
     needs = "the probabilities of the kept ids and of their tail"
 
-    ignores_draws: ClassVar[bool] = False
-    """Whether the loss reads no draws but only the exact kept ids before them (see ``TeacherContext.num_kept``)."""
+    ignores_samples: ClassVar[bool] = False
+    """Whether the loss reads no samples but only the exact kept ids before them (see ``TeacherContext.num_kept``)."""
 
     @abstractmethod
     def values(self, view: ChunkView) -> Tensor:
@@ -77,9 +77,9 @@ class Loss(Part):
 
         Unless a loss says otherwise it wants true probabilities: only what is linear in them may be fed estimates.
         """
-        if not context.is_drawn or (self.ignores_draws and context.num_kept):
+        if not context.is_sampled or (self.ignores_samples and context.num_kept):
             return None
-        kinds = "top-k, hybrid or hidden" if self.ignores_draws else "top-k or hidden"
+        kinds = "top-k, hybrid or hidden" if self.ignores_samples else "top-k or hidden"
         return f"it needs {self.needs}, and the cache holds {context.holds}; use a cache of {kinds} targets"
 
 

@@ -1,6 +1,6 @@
 """What all rows of a cache have in common, for the losses: facts and tensors that no row repeats.
 
-A row of the teacher (`TeacherRows`) means different things in different caches: the most probable ids, draws, or the
+A row of the teacher (`TeacherRows`) means different things in different caches: the most probable ids, samples, or the
 token that belongs to a hidden state. Losses ask this record which it is, and find here what exists once per cache: the
 tail prior and the teacher's LM head. A plain record, so that losses know nothing of caches. The default is the common
 case, a top-k cache whose rows all keep K ids.
@@ -22,8 +22,8 @@ from kdcache.schema import Kind, OutputsRecord
 
 _HOLDS: dict[Kind, str] = {
     "top-k": "the most probable ids of each position",
-    "sampled": "draws from the teacher's distribution",
-    "hybrid": "the most probable ids of each position and draws from the others",
+    "sampled": "samples from the teacher's distribution",
+    "hybrid": "the most probable ids of each position and samples from the others",
     "hidden": "the teacher's last hidden state at each position",
     "outputs": "the teacher's raw outputs at each position, no distribution",
 }
@@ -38,7 +38,7 @@ class TeacherContext:
     ``prior_V`` the mean probability of every id while it is not kept (None: not stored); ``head`` the teacher's LM
     head over V ids (None: not stored). ``num_layers`` of the teacher, and ``layer_widths`` of those layers whose
     hidden states are stored, by number (0: the embeddings, ``num_layers``: after the final norm). ``num_kept`` is how
-    many ids at the front of every row are the most probable ones, with their exact probabilities; who reads draws needs
+    many ids at the front of every row are the most probable ones, with their exact probabilities; who reads samples needs
     it (0: none, or unknown). ``outputs`` says what the raw outputs of the teacher are (None: not stored). Raises
     ``CorruptCacheError`` when prior or head are of another vocabulary.
     """
@@ -74,14 +74,14 @@ class TeacherContext:
         return f"{self.kind} targets ({_HOLDS[self.kind]})"
 
     @property
-    def is_drawn(self) -> bool:
+    def is_sampled(self) -> bool:
         """Whether rows are an unbiased estimate of the teacher's distribution rather than a part of it."""
         return self.kind in ("sampled", "hybrid")
 
     @property
     def has_pads(self) -> bool:
         """Whether rows may end in places that stand for nothing (log-probability -inf, the row's first id again)."""
-        return self.is_ragged or self.is_drawn
+        return self.is_ragged or self.is_sampled
 
     @cached_property
     def prior_terms_V(self) -> Tensor:

@@ -1,7 +1,7 @@
 """Divergences other than forward KL: each a formula over two distributions on the same outcomes.
 
 Module ``outcomes`` says which outcomes; t are the teacher's probabilities of them, p the student's, both softened where
-a temperature is set, and the value is then multiplied by a power of T (`power`). None of them is linear in t, so draws
+a temperature is set, and the value is then multiplied by a power of T (`power`). None of them is linear in t, so samples
 alone cannot estimate them: such caches are refused. There is no treatment of the tail but the bucket either. A reverse
 KL over the kept ids alone would pull every other logit down, whatever the teacher thought of it.
 
@@ -35,7 +35,7 @@ class FDivergence(TemperedLoss):
     """Base of divergences that are a function of two distributions over the same outcomes."""
 
     is_divergence = True
-    ignores_draws = True
+    ignores_samples = True
 
     power: ClassVar[int] = 2
     """The power of T that keeps the length of gradients as T grows, as in ``tempered``: T^2 for all that is smooth."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdcache.losses.context import TeacherContext
 from kdcache.losses.modes import Mode, TemperedLoss
-from kdcache.losses.tails import TAILS, drawn_kl
+from kdcache.losses.tails import TAILS, sampled_kl
 from kdcache.losses.tempered import decoupled_kl, full_kl, grid_kl
 from kdcache.losses.view import ChunkView
 
@@ -25,13 +25,13 @@ class ForwardKL(TemperedLoss):
 
     ``tail`` says what is done about ids that were not kept (see module ``tails``). ``mode`` says how a temperature
     other than 1 is made (see module ``tempered``): ``full`` compares the whole vocabulary, at temperature 1 too. By
-    default it is ``full`` where the cache has the teacher's hidden states and LM head, else ``decoupled``. With draws
+    default it is ``full`` where the cache has the teacher's hidden states and LM head, else ``decoupled``. With samples
     the value is an unbiased estimate.
     """
 
     is_divergence = True
 
-    needs = "the probabilities of the kept ids and of their tail; or draws, at temperature 1"
+    needs = "the probabilities of the kept ids and of their tail; or samples, at temperature 1"
 
     modes: ClassVar[tuple[Mode, ...]] = ("decoupled", "grid", "full")
 
@@ -42,8 +42,8 @@ class ForwardKL(TemperedLoss):
         mode = self.resolved_mode(view.context)
         if mode == "full":
             return full_kl(view, self.temperature)
-        if view.context.is_drawn:
-            return drawn_kl(view)
+        if view.context.is_sampled:
+            return sampled_kl(view)
         if self.temperature == 1.0:
             return TAILS[self.tail](view)
         return grid_kl(view, self.temperature) if mode == "grid" else decoupled_kl(view, self.temperature)
@@ -56,9 +56,9 @@ class ForwardKL(TemperedLoss):
             )
         if self.resolved_mode(context) == "full":
             return self.refusal_of_mode(context)
-        if self.tail != "bucket" and (context.is_drawn or self.temperature != 1.0):
+        if self.tail != "bucket" and (context.is_sampled or self.temperature != 1.0):
             return self._refusal_of_tail(context)
-        if context.is_drawn and self.temperature != 1.0:
+        if context.is_sampled and self.temperature != 1.0:
             return (
                 f"the cache holds {context.holds}, which estimate the teacher at temperature 1 only, found temperature "
                 f"{self.temperature:g}; use temperature 1, or a cache of top-k or hidden targets"
@@ -68,9 +68,9 @@ class ForwardKL(TemperedLoss):
         return self.refusal_of_mode(context)
 
     def _refusal_of_tail(self, context: TeacherContext) -> str:
-        if context.is_drawn:
+        if context.is_sampled:
             return (
-                f"tail {self.tail} needs the exact mass of a tail, and in the cache draws stand for it: it holds "
+                f"tail {self.tail} needs the exact mass of a tail, and in the cache samples stand for it: it holds "
                 f"{context.holds}; use tail bucket"
             )
         return (

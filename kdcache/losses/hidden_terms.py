@@ -164,7 +164,7 @@ class HiddenModule(TermModule):
 
 
 def _orthogonal(width: int, teacher_width: int, generator: torch.Generator) -> nn.Linear:
-    # Without the usual initialisation, which would draw from the generator that dropout draws from.
+    # Without the usual initialisation, which would draw from the generator that dropout samples from.
     linear = nn.utils.skip_init(nn.Linear, width, teacher_width, bias=False)
     if width == teacher_width:
         nn.init.eye_(linear.weight)

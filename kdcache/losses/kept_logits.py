@@ -1,7 +1,7 @@
 """Losses on the logits of the kept ids alone: what they say about each other, not how much mass they have together.
 
 Both are blind to the tail: a student may agree on them and still give the kept ids no mass. They are meant beside a
-cross-entropy or a divergence. What they compare are the kept ids (without the draws of a hybrid cache), or the whole
+cross-entropy or a divergence. What they compare are the kept ids (without the samples of a hybrid cache), or the whole
 vocabulary of the teacher where its logits can be made (caches of hidden targets). Ids that teacher or student rule out
 (logit -inf) have no finite difference from anything and are left out.
 
@@ -29,7 +29,7 @@ class LogitsMSE(Loss):
     """
 
     is_divergence = False
-    ignores_draws = True
+    ignores_samples = True
     needs = "the logits of the kept ids up to a constant"
 
     def values(self, view: ChunkView) -> Tensor:
@@ -47,7 +47,7 @@ class LogitsMSE(Loss):
 
 
 class Ranking(Loss):
-    """How improbable the teacher's order of ids is if the student draws them one by one without replacement.
+    """How improbable the teacher's order of ids is if the student samples them one by one without replacement.
 
     ListMLE: the mean over all places but the last of logsumexp(x of this and all later places) - x of this place, with
     the student's logits x in the teacher's order; 0 for rows of one id. At most ``top_k`` ids take part, the teacher's
@@ -56,7 +56,7 @@ class Ranking(Loss):
     """
 
     is_divergence = False
-    ignores_draws = True
+    ignores_samples = True
     needs = "the order of the kept ids"
 
     top_k: int = Field(default=64, ge=2)

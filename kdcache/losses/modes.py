@@ -68,8 +68,8 @@ class TemperedLoss(Loss):
         stored = ", ".join(f"{temperature:g}" for temperature in context.temperatures)
         found = f"stores the tail at the temperatures {stored}" if stored else "stores the tail at temperature 1 only"
         other = "mode decoupled" if "decoupled" in self.modes else "a cache of hidden targets"
-        # Draws take the place of the tail, so no dump of them stores its mass.
-        more = "" if context.is_drawn else "; a dump stores the tail at others with --temperatures"
+        # Samples take the place of the tail, so no dump of them stores its mass.
+        more = "" if context.is_sampled else "; a dump stores the tail at others with --temperatures"
         return (
             f"mode grid needs the mass of the tail at temperature {self.temperature:g}, and the cache {found}; use "
             f"temperature 1{', one of these' if stored else ''}, or {other}{more}"

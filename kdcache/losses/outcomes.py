@@ -4,7 +4,7 @@ The outcomes are the whole vocabulary where the teacher's logits can be made, ot
 everything else: an exact coarsening of both distributions. An f-divergence of a coarsened pair is a lower bound of the
 full one, and grows as ids are added.
 
-Behind the kept ids of a hybrid cache stand draws, which share the tail's mass: they go back into the bucket, so that
+Behind the kept ids of a hybrid cache stand samples, which share the tail's mass: they go back into the bucket, so that
 nothing is an estimate. Places of ragged rows that stand for nothing are outcomes of probability 0 on both sides. There
 is no bucket where the kept ids are the whole vocabulary.
 
@@ -41,8 +41,8 @@ def outcomes(view: ChunkView, mode: Mode, temperature: float) -> tuple[Tensor, T
 
 
 def num_kept(view: ChunkView) -> int:
-    """Return how many columns of the rows are kept ids: all but draws."""
-    return view.context.num_kept if view.context.is_drawn else view.teacher.top_k
+    """Return how many columns of the rows are kept ids: all but samples."""
+    return view.context.num_kept if view.context.is_sampled else view.teacher.top_k
 
 
 def log_total(log_CK: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class Select(Config):
         if self.is_share:
             raise ConfigError(
                 "select: a share of the positions has to be turned into a bound on the values of a cache first; "
-                "kdcache.teaching.resolve_selection does that"
+                "kdcache.losses.from_cache.resolve_selection does that"
             )
 
     def refusal(self, context: TeacherContext) -> str | None:

@@ -14,8 +14,8 @@ renormalise   sum t/a (log t/a - log p)                  t/a: that the tail does
 drop          sum t (log t - log p)                      t/a as well; no divergence, it can be negative
 ============= ========================================== =====================================================
 
-The last two are what many tools do and are here for comparison. Rows of draws are no part of the distribution but an
-unbiased estimate of all of it, and have a value of their own (`drawn_kl`).
+The last two are what many tools do and are here for comparison. Rows of samples are no part of the distribution but an
+unbiased estimate of all of it, and have a value of their own (`sampled_kl`).
 
 The completed target costs no array over the vocabulary: its cross-entropy needs the weighted sum of the student's
 logits outside the kept ids, one matrix-vector product, whose gradient is a rank-one update.
@@ -69,8 +69,8 @@ def completed_kl(view: ChunkView, spread: Spread) -> Tensor:
     return truncated_kl(view) + torch.where(is_known_C, tail_C, tail_term(view))
 
 
-def drawn_kl(view: ChunkView) -> Tensor:
-    """Return an unbiased estimate of the full KL from rows of draws, [C]; single positions may be negative.
+def sampled_kl(view: ChunkView) -> Tensor:
+    """Return an unbiased estimate of the full KL from rows of samples, [C]; single positions may be negative.
 
     Cross-entropy to the row minus the entropy of the teacher. The gradient is p - q for the row's frequencies q, whose
     expectation is the gradient of the full KL.

@@ -170,7 +170,7 @@ def build_terms(
 ) -> nn.ModuleDict:
     """Return the modules of ``terms`` by name; raises ``ConfigError`` naming the term that does not fit the student.
 
-    Each draws from a generator of its own, seeded with ``seed``: the same on every rank, the same when a run is
+    Each samples from a generator of its own, seeded with ``seed``: the same on every rank, the same when a run is
     resumed, and neither dropout nor the data order of a run depends on whether there are terms.
     """
     modules = nn.ModuleDict()

@@ -8,12 +8,12 @@ Two kinds of records live here. Dataclasses hold arrays in memory (`Targets`, `S
 frozen pydantic models (`Plan`, `ShardRecord`, `Manifest`) are written as JSON and describe a cache completely.
 """
 
-from kdcache.schema.arrays import (
+from kdcache.schema.batches import (
     NO_LABEL,
     Document,
-    Draws,
     FloatArray,
     IntArray,
+    Samples,
     Sequence,
     SequenceBatch,
     Targets,
@@ -50,7 +50,6 @@ __all__ = [
     "ArrayRecord",
     "CorpusRecord",
     "Document",
-    "Draws",
     "FieldRecord",
     "FloatArray",
     "IntArray",
@@ -59,6 +58,7 @@ __all__ = [
     "ObjectRecord",
     "OutputsRecord",
     "Plan",
+    "Samples",
     "Sequence",
     "SequenceBatch",
     "ShardRecord",

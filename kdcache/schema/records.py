@@ -66,8 +66,8 @@ class TargetsRecord(Config):
     """What is kept of the teacher's distribution at every position.
 
     ``top-k``: the most probable ids with their log-probabilities and the exact mass of all others. ``sampled``: counts
-    of draws from the whole distribution, an unbiased estimate of it. ``hybrid``: the most probable ids exactly, and
-    draws from the others. ``hidden``: the last hidden state, from which the teacher's LM head (once per cache) makes
+    of samples from the whole distribution, an unbiased estimate of it. ``hybrid``: the most probable ids exactly, and
+    samples from the others. ``hidden``: the last hidden state, from which the teacher's LM head (once per cache) makes
     the whole distribution again. ``outputs``: no distribution at all; the teacher's numbers (scores, an embedding) are
     in the field of that name.
     """
@@ -79,9 +79,9 @@ class TargetsRecord(Config):
     """Ids of a smaller probability are not kept (the most probable one always is)."""
     min_mass: float = Field(default=1.0, gt=0, le=1)
     """The smallest set of most probable ids that has this mass is kept."""
-    num_draws: int = Field(default=0, ge=0)
+    num_samples: int = Field(default=0, ge=0)
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Of the draws."""
+    """Of the samples."""
     temperatures: tuple[float, ...] = ()
     """Temperatures other than 1 at which the mass outside the kept ids is stored."""
     tail_prior: bool = False
@@ -111,13 +111,13 @@ class OutputsRecord(Config):
 class ArrayRecord(Config):
     """One array of a shard: ``rows`` says what its first axis counts, ``shape`` what follows it.
 
-    Rows of ``entries`` are kept ids of all positions of a ragged cache, rows of ``draws`` the distinct drawn ids of all
+    Rows of ``entries`` are kept ids of all positions of a ragged cache, rows of ``samples`` the distinct drawn ids of all
     positions; both stand column by column (the first ones of all positions, then the second ones, and so on).
     """
 
     name: str
     dtype: str
-    rows: Literal["positions", "tokens", "sequences", "table", "entries", "draws"]
+    rows: Literal["positions", "tokens", "sequences", "table", "entries", "samples"]
     shape: tuple[int, ...] = ()
 
     @property
@@ -185,7 +185,7 @@ class ShardRecord(Config):
     num_positions: int
     num_entries: int = 0
     """Kept ids of all positions, where positions keep different numbers of them."""
-    num_draws: int = 0
+    num_samples: int = 0
     """Distinct drawn ids of all positions."""
     objects: dict[str, ObjectRecord]
     """By field name; ``sequences`` is the per-sequence Arrow table."""

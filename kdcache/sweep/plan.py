@@ -18,8 +18,6 @@ from kdcache.cache import Cache, open_cache
 from kdcache.errors import ConfigError, KdcacheError
 from kdcache.losses import ObjectiveConfig
 from kdcache.students import Student, load_student
-from kdcache.students.run_record import changed_settings, check_output, read_run, settings_that_decide
-from kdcache.students.trainer import check_logger
 from kdcache.sweep.config import SweepConfig
 from kdcache.sweep.variations import Variation, expand
 from kdcache.train.module import fit_terms
@@ -31,6 +29,8 @@ from kdcache.train.prepare import (
     open_training_cache,
     training_objective,
 )
+from kdcache.train.run_record import changed_settings, check_output, read_run, settings_that_decide
+from kdcache.train.trainer import check_logger
 
 
 @dataclass(frozen=True)

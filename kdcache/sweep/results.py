@@ -10,13 +10,13 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from kdcache.config import Config
-from kdcache.students.run_record import finite
+from kdcache.train.run_record import finite
 
 RESULT_FILE = "sweep_result.json"
 
 
 class HeldOut(Config):
-    """The numbers of a student on a held-out cache (see ``kdcache.evaluation``), and the teacher's loss there.
+    """The numbers of a student on a held-out cache (see ``kdcache.evaluate``), and the teacher's loss there.
 
     Losses and KL in nats per position; None where a number is unknown or not finite.
     """

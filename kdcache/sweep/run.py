@@ -173,5 +173,5 @@ def _finish(plan: SweepPlan, outcomes: dict[str, Outcome]) -> SweepResult:
     from kdcache.sweep.plot import write_plot
 
     quality = result.rows[0].judged_by
-    is_drawn = write_plot(output / PLOT_FILE, result.rows, quality)
-    return SweepResult(plan, outcomes, output / PLOT_FILE if is_drawn else None)
+    is_sampled = write_plot(output / PLOT_FILE, result.rows, quality)
+    return SweepResult(plan, outcomes, output / PLOT_FILE if is_sampled else None)

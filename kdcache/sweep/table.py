@@ -15,10 +15,10 @@ from typing import Any
 
 import yaml
 
-from kdcache.students.table import render_table
 from kdcache.sweep.plan import SweepPlan
 from kdcache.sweep.results import Failure, HeldOut, Outcome, StudentResult
 from kdcache.sweep.variations import Variation, flatten
+from kdcache.table import render_table
 
 #: 97.5 % quantiles of Student's t distribution for 1, 2, ... degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)

@@ -24,10 +24,10 @@ import torch
 from transformers import TrainerCallback
 
 from kdcache.errors import KdcacheError
-from kdcache.evaluation import Evaluation, evaluate, weight_bytes
-from kdcache.students.run_record import finite, read_run
+from kdcache.evaluate import Evaluation, evaluate_students, weight_bytes
 from kdcache.sweep.results import Failure, HeldOut, Outcome, StudentResult, read_result, write_result
 from kdcache.train import Distiller, TrainConfig, TrainResult, train_student
+from kdcache.train.run_record import finite, read_run
 
 #: Least time between two messages about how far a student is.
 _TELL_EVERY_S = 0.5
@@ -102,7 +102,7 @@ def train_and_judge(job: Job, tell: Callable[[int], None] = lambda steps: None) 
     trained = train_student(config, resume=True, progress=False, callbacks=[steps], module=module)
     judged = None
     if job.held_out is not None:
-        judged = evaluate(job.held_out[0], [config.output], device=config.device, progress=False)
+        judged = evaluate_students(job.held_out[0], [config.output], device=config.device, progress=False)
     record = read_run(config.output)
     assert record is not None
     result = StudentResult(

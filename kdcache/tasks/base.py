@@ -141,7 +141,7 @@ class Task(ABC):
 
         Beside what models are fed: ``labels`` [P] int64, ``loss_mask`` [P] bool, ``teacher_ids`` [P, K] int64,
         ``teacher_logprobs`` [P, K] float32, ``teacher_log_tail``, ``teacher_gold_logprob`` and ``teacher_entropy`` [P]
-        float32, and each stored field of vectors under its name, [P, D] float32. Draws stand among the ids
+        float32, and each stored field of vectors under its name, [P, D] float32. Samples stand among the ids
         (`Targets.merged`). Where the batch has them: ``teacher_log_tails`` [P, G] float32, the tails at other
         temperatures, and ``teacher_hidden`` [P, D] float32, the teacher's last hidden state
         (``batch.hidden["last"]``). Where the teacher gives no distribution: ``label_values`` [P] float32, labels that

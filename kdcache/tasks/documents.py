@@ -34,7 +34,7 @@ class Made:
     tokens_T: NDArray[np.uint32]
     segment_ids_T: NDArray[np.uint16] | None = None
     labels_L: NDArray[Any] | None = None
-    places_L: NDArray[np.uint32] | None = None
+    token_index_L: NDArray[np.uint32] | None = None
     num_rows: int = 1
     token_offset: int = 0
     """Of the sequence's first token in its document, where a document becomes several sequences."""
@@ -43,14 +43,14 @@ class Made:
     is_truncated: bool = False
 
     def __post_init__(self) -> None:
-        rows = [len(array) for array in (self.labels_L, self.places_L) if array is not None]
+        rows = [len(array) for array in (self.labels_L, self.token_index_L) if array is not None]
         if len(set(rows)) > 1:  # all rows behind it would be wrong
             raise ValueError(f"a sequence has as many labels as places, found {rows[0]} and {rows[1]}")
 
     @property
     def num_positions(self) -> int:
         """Number of rows."""
-        arrays = [array for array in (self.labels_L, self.places_L) if array is not None]
+        arrays = [array for array in (self.labels_L, self.token_index_L) if array is not None]
         return len(arrays[0]) if arrays else self.num_rows
 
 
@@ -180,8 +180,8 @@ class _Kept:
         for parts, array in ((self.segments, made.segment_ids_T), (self.labels, made.labels_L)):
             if array is not None:
                 parts.append(array)
-        if made.places_L is not None:
-            self.places.append(made.places_L)
+        if made.token_index_L is not None:
+            self.places.append(made.token_index_L)
         self.num_truncated += made.is_truncated
 
 

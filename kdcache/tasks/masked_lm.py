@@ -6,7 +6,7 @@ holds a seventh of the positions that a causal one would. A document with severa
 masks of their own. Of the chosen tokens 80% are replaced by the mask token, 10% by a random id and 10% stay as they are
 (Devlin et al., "BERT", 2019, section 3.1).
 
-Special tokens are neither chosen nor drawn. Draws depend on the seed, the document's id, the piece and the replica, so
+Special tokens are neither chosen nor drawn. Samples depend on the seed, the document's id, the piece and the replica, so
 a document gets the same masks whatever else the corpus holds, and further replicas leave the first ones as they are.
 """
 
@@ -68,7 +68,7 @@ class MaskedLM(Task):
         """Return ``input_ids`` and ``attention_mask`` [B, L], and ``rows`` [P]: the chosen tokens."""
         inputs = padded_inputs([sequence.tokens_T for sequence in sequences], pad_id)
         longest = inputs["input_ids"].shape[1]
-        places = [np.asarray(s.places_L, np.int64) + n * longest for n, s in enumerate(sequences)]
+        places = [np.asarray(s.token_index_L, np.int64) + n * longest for n, s in enumerate(sequences)]
         return {**inputs, "rows": np.concatenate(places)}
 
 

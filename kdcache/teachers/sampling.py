@@ -1,6 +1,6 @@
 """Sampling texts so that each depends on the seed and its own number alone, in whatever batch it is written.
 
-A token is drawn by inverting the cumulative sum at a uniform number of (seed, document, place), as draws for a cache
+A token is drawn by inverting the cumulative sum at a uniform number of (seed, document, place), as samples for a cache
 are. The generators of torch cannot do that: they are shared by a batch. Which tokens may be drawn is decided before:
 the logits are divided by the temperature, and of ids in falling order the fewest that reach ``top_p`` stay (nucleus
 sampling: Holtzman et al., "The curious case of neural text degeneration", 2020).
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdcache.teachers.draws import draw_ids, draw_uniforms
+from kdcache.teachers.samples import sample_ids, sample_uniforms
 
 
 class Sampler:
@@ -24,7 +24,7 @@ class Sampler:
     def __init__(
         self, seed: int, documents: Sequence[int], max_tokens: int, *, temperature: float = 1.0, top_p: float = 1.0
     ) -> None:
-        uniforms_BL = draw_uniforms(seed, documents, [1] * len(documents), max_tokens)
+        uniforms_BL = sample_uniforms(seed, documents, [1] * len(documents), max_tokens)
         self._uniforms_BL = torch.from_numpy(uniforms_BL)
         self._temperature, self._top_p = temperature, top_p
 
@@ -34,7 +34,7 @@ class Sampler:
         if self._top_p < 1:
             weights_BV = nucleus(weights_BV, self._top_p)
         uniforms_B1 = self._uniforms_BL[:, place : place + 1].to(logits_BV.device)
-        return draw_ids(weights_BV, uniforms_B1)[:, 0]
+        return sample_ids(weights_BV, uniforms_B1)[:, 0]
 
 
 def nucleus(weights_BV: Tensor, top_p: float) -> Tensor:

@@ -2,8 +2,8 @@
 
 from kdcache.train.config import TrainConfig
 from kdcache.train.module import Distiller
-from kdcache.train.plan import plan_training
 from kdcache.train.prepare import leave_processes
+from kdcache.train.preview import plan_training
 from kdcache.train.report import TrainingReport
 from kdcache.train.run import TrainResult, train_student
 

@@ -7,10 +7,10 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from kdcache.cache.curriculum import Curriculum
-from kdcache.cache.local_store import LocalStoreConfig
 from kdcache.cache.order import NUM_STREAMS
 from kdcache.config import Config
 from kdcache.losses import ObjectiveConfig
+from kdcache.storage.local_store import LocalStoreConfig
 from kdcache.students import StudentConfig
 
 

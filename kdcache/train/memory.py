@@ -36,8 +36,8 @@ from kdcache.cache.reader import OPEN_BYTES
 from kdcache.config import Config
 from kdcache.losses import Objective
 from kdcache.losses.chunked import default_chunk_positions
-from kdcache.students.trainer import Distillation
 from kdcache.train.sample import Batch, Probe, mode_of
+from kdcache.train.trainer import Distillation
 
 _PROBE_TOKENS = 128
 
@@ -119,7 +119,7 @@ def estimate_memory(
     ``probe`` are some positions of the cache, on that device; ``hidden`` the fields of hidden states that are read.
     The largest micro-batch has ``batch_sequences`` sequences, the longest of them ``max_length`` positions. Where rows
     are not the tokens of a sequence, ``longest`` makes a batch of that many copies of the longest one.
-    ``autocast`` makes the context of the forward pass. Leaves weights and gradients as they are, and draws random
+    ``autocast`` makes the context of the forward pass. Leaves weights and gradients as they are, and samples random
     numbers only for dropout.
     """
     parameters = list(module.parameters())

@@ -13,7 +13,7 @@ from kdcache.losses.output_terms import OutputTerm
 from kdcache.losses.schedules import highest
 from kdcache.students import Student
 from kdcache.students.sentence_model import check_width
-from kdcache.students.trainer import Distillation
+from kdcache.train.trainer import Distillation
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 
 from kdcache.cache import Cache, open_cache
-from kdcache.cache.ahead import largest_shard_bytes, required_bytes
 from kdcache.cache.batches import MicroBatches
 from kdcache.cache.curriculum import PacedOrder
 from kdcache.cache.order import Order, ShuffledOrder
@@ -20,13 +19,14 @@ from kdcache.cache.reader import OPEN_BYTES
 from kdcache.config import build
 from kdcache.errors import ConfigError
 from kdcache.losses import Objective, ObjectiveConfig
+from kdcache.losses.from_cache import context_of, resolve_selection
+from kdcache.storage.ahead import largest_shard_bytes, required_bytes
 from kdcache.students import Student, load_student
 from kdcache.students.sentence_model import fit_widths
-from kdcache.students.trainer import check_logger
 from kdcache.tasks import task_of
-from kdcache.teaching import context_of, resolve_selection
 from kdcache.train.config import TrainConfig
 from kdcache.train.module import fit_terms
+from kdcache.train.trainer import check_logger
 
 log = logging.getLogger(__name__)
 

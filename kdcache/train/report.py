@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from kdcache.config import Config
-from kdcache.students.run_record import finite
 from kdcache.train.memory import MemoryReport
+from kdcache.train.run_record import finite
 from kdcache.train.sample import SampleReport
 from kdcache.train.timing import SpeedReport
 
@@ -32,7 +32,7 @@ class TermReport(Config):
     ``weight`` and ``temperature`` at the first step, with ``_end`` at the last (they differ where there is a schedule);
     ``is_trained`` says whether the weight is above 0 at any time.
     ``kept_mass`` is the teacher's mass on the ids that the term compares one by one, at its temperature and lowest over
-    the run; None where draws stand for the teacher or the teacher plays no part. ``selected`` is the share of the
+    the run; None where samples stand for the teacher or the teacher plays no part. ``selected`` is the share of the
     sample's positions that the term looks at, None where that is all; ``value`` the mean per position on the sample,
     unweighted; ``ms_per_1000_positions`` the time that the term adds to the others, where it was measured.
     """
@@ -171,12 +171,12 @@ def _about_kept_mass(report: TrainingReport) -> Iterator[str]:
         if term.tail in ("renormalise", "drop") and mass < LOW_MASS_WITHOUT_TAIL:
             yield (
                 f"{kept}, and tail {term.tail} teaches that there is nothing else; use tail bucket (or prior), or a "
-                "cache with more ids, draws (hybrid) or hidden targets"
+                "cache with more ids, samples (hybrid) or hidden targets"
             )
         elif mass < LOW_MASS_WITH_TAIL:
             yield (
                 f"{kept}; of the rest the student learns its sum and not which ids it is made of. Use {cooler}a "
-                "cache with more ids, draws (hybrid) or hidden targets"
+                "cache with more ids, samples (hybrid) or hidden targets"
             )
 
 

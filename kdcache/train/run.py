@@ -26,27 +26,27 @@ from transformers import TrainerCallback, TrainingArguments
 from kdcache.cache import Cache
 from kdcache.cache.batches import MicroBatches
 from kdcache.losses import Objective, TermModule
+from kdcache.models.batches import training_batches
 from kdcache.students import Student
-from kdcache.students.batches import training_batches
-from kdcache.students.run_record import RunRecord, check_output, settings_that_decide
-from kdcache.students.term_file import TERMS_FILE, save_terms
-from kdcache.students.trainer import (
-    STATE_FILE,
-    Distillation,
-    DistillationTrainer,
-    ProgressBar,
-    last_checkpoint,
-    save_student,
-)
 from kdcache.train.config import TrainConfig
 from kdcache.train.module import Distiller
-from kdcache.train.plan import report_start
 from kdcache.train.prepare import (
     check_processes,
     micro_batches,
     num_steps,
     prepare,
     uses_cpu,
+)
+from kdcache.train.preview import report_start
+from kdcache.train.run_record import RunRecord, check_output, settings_that_decide
+from kdcache.train.term_file import TERMS_FILE, save_terms
+from kdcache.train.trainer import (
+    STATE_FILE,
+    Distillation,
+    DistillationTrainer,
+    ProgressBar,
+    last_checkpoint,
+    save_student,
 )
 
 

@@ -22,7 +22,7 @@ from kdcache.cache import Cache
 from kdcache.cache.batches import MicroBatches
 from kdcache.config import Config
 from kdcache.losses import LayerStates, Objective, Select, TeacherRows, score_positions
-from kdcache.students.trainer import Distillation
+from kdcache.train.trainer import Distillation
 
 #: Positions of the sample, at least (fewer where the cache has fewer).
 SAMPLE_POSITIONS = 2048

@@ -18,8 +18,8 @@ from torch import nn
 
 from kdcache.config import Config
 from kdcache.losses import Objective
-from kdcache.students.trainer import Distillation
 from kdcache.train.sample import Batch, Probe
+from kdcache.train.trainer import Distillation
 
 #: Seconds after which no further measurement of a kind begins.
 _BUDGET_S = 1.0

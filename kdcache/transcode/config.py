@@ -1,7 +1,7 @@
 """The configuration of a transcoding: only what is to change; whatever is not given stays as the source has it.
 
 What a source can become follows from what it holds. Kept ids can only become fewer: their mass goes to the tail
-exactly. Draws stay as they were drawn. The last hidden state with the teacher's LM head is the whole distribution, so
+exactly. Samples stay as they were drawn. The last hidden state with the teacher's LM head is the whole distribution, so
 a cache of the kind hidden can become any other.
 """
 
@@ -84,8 +84,8 @@ def _not_held(held: TargetsRecord, wanted: TargetsRecord) -> Iterator[str]:
     if wanted.kind != held.kind:
         yield f"it holds targets of the kind {held.kind}, and only those of the kind hidden can become {wanted.kind}"
         return
-    if held.num_draws:
-        yield from _changed_draws(held, wanted)
+    if held.num_samples:
+        yield from _changed_samples(held, wanted)
         return
     if wanted.top_k > held.top_k:
         yield f"top_k {wanted.top_k} is more than the {held.top_k} ids that it keeps"
@@ -101,11 +101,11 @@ def _not_held(held: TargetsRecord, wanted: TargetsRecord) -> Iterator[str]:
         yield "it holds no tail prior"
 
 
-def _changed_draws(held: TargetsRecord, wanted: TargetsRecord) -> Iterator[str]:
+def _changed_samples(held: TargetsRecord, wanted: TargetsRecord) -> Iterator[str]:
     before, after = held.model_dump(), wanted.model_dump(include=set(TargetsRecord.model_fields))
     changed = [f"{name} {before[name]!r} to {after[name]!r}" for name in before if before[name] != after[name]]
     if changed:
         yield (
-            f"{', '.join(changed)} would be other draws than its {held.kind} targets hold; what can change is the "
+            f"{', '.join(changed)} would be other samples than its {held.kind} targets hold; what can change is the "
             "codec, the hidden states and the sequences"
         )

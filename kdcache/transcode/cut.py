@@ -1,6 +1,6 @@
 """Targets of a transcoding that keeps fewer ids, and the tail prior that belongs to them.
 
-The ids are cut by `kdcache.cache.cut`, whose dropped probabilities are what the tail prior grows by. Shape suffixes: V
+The ids are cut by `kdcache.cache.truncate`, whose dropped probabilities are what the tail prior grows by. Shape suffixes: V
 vocabulary.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache.cut import cut_targets
 from kdcache.cache.tail_prior import TailSum
+from kdcache.cache.truncate import cut_targets
 from kdcache.errors import CorruptCacheError
 from kdcache.schema import SequenceBatch, Targets, TargetsRecord
 

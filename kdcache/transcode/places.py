@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from kdcache.cache import Folder, layout
-from kdcache.cache.outputs import check_same_plan, differences_of
+from kdcache.cache import layout
+from kdcache.cache.output_dir import check_same_plan, differences_of
 from kdcache.errors import CacheError, ConfigError
 from kdcache.schema import Plan
+from kdcache.storage.folder import Folder
 from kdcache.transcode.config import TranscodeConfig
 from kdcache.transcode.plan import origin_of
 

@@ -21,8 +21,8 @@ from kdcache.cache import Cache, layout, targets_field
 from kdcache.cache.fields import optional_arrays
 from kdcache.cache.filters import select_sequences
 from kdcache.cache.lookup import num_tokens_of
-from kdcache.codecs import hidden_codec, targets_codec
-from kdcache.codecs.hidden import relative_error
+from kdcache.codecs import targets_codec, vector_codec
+from kdcache.codecs.vectors import relative_error
 from kdcache.corpus import assign_shards
 from kdcache.errors import ConfigError
 from kdcache.schema import OUTPUTS_FIELD, STATISTICS_COLUMNS, FieldRecord, Manifest, Plan, layer_field
@@ -136,7 +136,7 @@ def _hidden_field(
     """Describe a field of hidden states; where it is encoded again, with what that costs beside what it had cost."""
     record = cache.manifest.field(name)
     asked = name != OUTPUTS_FIELD and "codec" in config.hidden_states.model_fields_set
-    codec = hidden_codec(config.hidden_states.codec if asked else record.codec)
+    codec = vector_codec(config.hidden_states.codec if asked else record.codec)
     if everything and codec.model_dump() == record.codec:
         return record
     pilot = max(1, int(np.searchsorted(np.cumsum(lengths_N), _PILOT_POSITIONS)))

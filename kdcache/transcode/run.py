@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdcache.cache import CacheWriter, Folder, layout, open_cache, verify
-from kdcache.cache.outputs import refuse_foreign
+from kdcache.cache import CacheWriter, layout, open_cache
+from kdcache.cache.output_dir import refuse_foreign
 from kdcache.errors import CorruptCacheError
 from kdcache.progress import bar, reporter
 from kdcache.schema import Manifest, ShardRecord
+from kdcache.storage.folder import Folder
 from kdcache.transcode.config import TranscodeConfig
 from kdcache.transcode.places import refuse_another_origin, refuse_same_place
 from kdcache.transcode.plan import Transcoding, plan_transcoding
 from kdcache.transcode.shards import TargetsMaker, copied_fields, make_shard, targets_maker
+from kdcache.verify.stored import verify_cache
 
 
 @dataclass
@@ -113,7 +115,7 @@ def _cache_files(job: Transcoding) -> dict[str, bytes]:
 
 def _check_written(output: str, progress: bool) -> None:
     with bar(0, "verify", "B", enabled=progress) as meter:
-        report = verify(output, progress=reporter(meter))
+        report = verify_cache(output, progress=reporter(meter))
     if not report.ok:
         raise CorruptCacheError(
             f"{output} is not what was written: {'; '.join(report.problems[:3])}. The disk may be at fault; delete it "

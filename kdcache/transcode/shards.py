@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kdcache.cache import ShardData, layout
 from kdcache.cache.shards import load_shard
 from kdcache.cache.tail_prior import TailSum
-from kdcache.codecs import hidden_codec
+from kdcache.codecs import vector_codec
 from kdcache.corpus import assign_shards
 from kdcache.schema import SequenceBatch, Targets
 from kdcache.tasks import task_of
@@ -55,14 +55,14 @@ def make_shard(
         batch = job.cache.read(job.chosen_N[members][first:last], hidden=encoded_again)
         batch.targets = maker(batch)
         for name in encoded_again:
-            staged[name].append(hidden_codec(job.plan.field(name).codec).stage(batch.hidden[name]))
+            staged[name].append(vector_codec(job.plan.field(name).codec).stage(batch.hidden[name]))
         batch.hidden = {}
         batches.append(batch)
         if meter is not None:
             meter.update(batch.targets.num_positions)
     sequences = [sequence for batch in batches for sequence in batch.sequences()]
     segments = [batch.segment_ids_T for batch in batches if batch.segment_ids_T is not None]
-    places = [batch.places_P for batch in batches if batch.places_P is not None]
+    places = [batch.token_index_P for batch in batches if batch.token_index_P is not None]
     return ShardData(
         index=shard,
         tokens_T=np.concatenate([batch.tokens_T for batch in batches]),
@@ -73,7 +73,7 @@ def make_shard(
         targets=Targets.concatenate([batch.targets for batch in batches]),
         table=job.sequence_table.slice(members.start, members.stop - members.start).combine_chunks(),
         segment_ids_T=np.concatenate(segments) if segments else None,
-        places_P=np.concatenate(places) if places else None,
+        token_index_P=np.concatenate(places) if places else None,
         hidden={name: np.concatenate(parts) for name, parts in staged.items()},
         tail_sum=maker.take_tail_sum(),
     )

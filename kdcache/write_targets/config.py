@@ -32,9 +32,9 @@ class WritingConfig(Config):
     def _beams_or_draws(self) -> WritingConfig:
         if self.sample and self.beams is not None:
             raise ValueError("beams belong to beam search; leave them out, or leave out sample")
-        of_draws = sorted({"temperature", "top_p", "seed"} & self.model_fields_set)
-        if not self.sample and of_draws:
-            raise ValueError(f"{of_draws[0]} is for texts that are drawn; add sample, or leave it out")
+        of_samples = sorted({"temperature", "top_p", "seed"} & self.model_fields_set)
+        if not self.sample and of_samples:
+            raise ValueError(f"{of_samples[0]} is for texts that are drawn; add sample, or leave it out")
         return self
 
     @property

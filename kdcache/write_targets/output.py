@@ -16,8 +16,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from kdcache.cache.folder import Folder
 from kdcache.errors import ConfigError
+from kdcache.storage.folder import Folder
 
 _CHUNK_BYTES = 1 << 20
 

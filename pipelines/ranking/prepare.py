@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="where train.jsonl and test.jsonl are written")
     parser.add_argument("--data", type=Path, required=True, help="folder with scifact.zip, queries.tsv and qrels.tsv")
-    parser.add_argument("--seed", type=int, default=0, help="draws the negatives of the training claims")
+    parser.add_argument("--seed", type=int, default=0, help="samples the negatives of the training claims")
     arguments = parser.parse_args()
     corpus = read_corpus(arguments.data / "scifact.zip")
     ids, search, rng = list(corpus), BM25(list(corpus.values())), random.Random(arguments.seed)

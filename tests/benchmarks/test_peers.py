@@ -7,7 +7,7 @@ import torch
 from benchmarks.peers import PEERS, Encoded, PeerRows, PolynomialPeer, TeacherSample, TopLogprobs
 from kdcache.errors import ConfigError
 
-NUM_POSITIONS, VOCAB_SIZE, NUM_DRAWS = 300, 49_152, 50
+NUM_POSITIONS, VOCAB_SIZE, NUM_SAMPLES = 300, 49_152, 50
 FITTED = {"distillkit": 16, "distillkit-normalised": 16, "distillkit-budget": 1}
 
 
@@ -21,8 +21,8 @@ def make_sample(num_positions: int = NUM_POSITIONS, vocab_size: int = VOCAB_SIZE
     # Distinct ids of the whole range: an arithmetic progression modulo V from a start of each row's own.
     starts = generator.integers(0, vocab_size, (num_positions, 1))
     ids = ((starts + 12_345 * np.arange(128)) % vocab_size).astype(np.int32)
-    draws = ids[np.arange(num_positions)[:, None], generator.geometric(0.1, (num_positions, NUM_DRAWS)) % 128]
-    return TeacherSample(vocab_size, TopLogprobs(ids, logprobs.astype(np.float32)), draws)
+    samples = ids[np.arange(num_positions)[:, None], generator.geometric(0.1, (num_positions, NUM_SAMPLES)) % 128]
+    return TeacherSample(vocab_size, TopLogprobs(ids, logprobs.astype(np.float32)), samples)
 
 
 SAMPLE = make_sample()
@@ -45,10 +45,10 @@ def dense(rows: PeerRows, vocab_size: int = VOCAB_SIZE) -> np.ndarray:
 
 
 def assert_draws_are_kept(encoded: Encoded) -> None:
-    assert SAMPLE.draws_PN is not None
+    assert SAMPLE.samples_PN is not None
     expected = np.zeros((NUM_POSITIONS, VOCAB_SIZE), np.float32)
-    np.add.at(expected, (np.arange(NUM_POSITIONS)[:, None], SAMPLE.draws_PN), 1)
-    np.testing.assert_array_equal(dense(encoded.decode()), expected / np.float32(NUM_DRAWS))
+    np.add.at(expected, (np.arange(NUM_POSITIONS)[:, None], SAMPLE.samples_PN), 1)
+    np.testing.assert_array_equal(dense(encoded.decode()), expected / np.float32(NUM_SAMPLES))
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -135,16 +135,16 @@ def test_draws_come_back_exactly(name: str) -> None:
 
 
 def test_sampling_takes_three_bytes_for_a_distinct_id() -> None:
-    assert SAMPLE.draws_PN is not None
-    num_distinct = sum(len(set(row)) for row in SAMPLE.draws_PN.tolist())
+    assert SAMPLE.samples_PN is not None
+    num_distinct = sum(len(set(row)) for row in SAMPLE.samples_PN.tolist())
     encoded = PEERS["sampling"].encode(SAMPLE)
     assert encoded.num_bytes == 3 * num_distinct + NUM_POSITIONS
     assert PEERS["sampling-zstd"].encode(SAMPLE).num_bytes < encoded.num_bytes
 
 
 def test_sampling_holds_the_extremes() -> None:
-    draws = np.stack([np.full(127, 131_071), np.arange(127)])
-    rows = PEERS["sampling"].encode(TeacherSample(131_072, draws_PN=draws)).decode()
+    samples = np.stack([np.full(127, 131_071), np.arange(127)])
+    rows = PEERS["sampling"].encode(TeacherSample(131_072, samples_PN=samples)).decode()
     assert rows.ids_PJ.shape == (2, 127)
     assert rows.ids_PJ[0, 0] == 131_071
     np.testing.assert_array_equal(rows.probs_PJ[0], [1, *[0] * 126])
@@ -183,6 +183,6 @@ def test_bad_samples_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"\[0, 3\), found 1 to 3"):
         TeacherSample(3, TopLogprobs(ids, falling))
     with pytest.raises(ConfigError, match=r"at least one position.*found shape \(0, 50\)"):
-        TeacherSample(VOCAB_SIZE, draws_PN=np.zeros((0, 50), np.int32))
+        TeacherSample(VOCAB_SIZE, samples_PN=np.zeros((0, 50), np.int32))
     with pytest.raises(ConfigError, match="7 bits"):
-        PEERS["sampling"].encode(TeacherSample(VOCAB_SIZE, draws_PN=np.zeros((2, 128), np.int32)))
+        PEERS["sampling"].encode(TeacherSample(VOCAB_SIZE, samples_PN=np.zeros((2, 128), np.int32)))

@@ -103,9 +103,9 @@ def test_fidelity_writes_its_page_and_plot(hidden_cache: Path, tmp_path: Path) -
     layouts = result["layouts"]
     assert layouts["exact"]["codec_kl"] == 0
     assert layouts["hidden"]["full_kl"]["full"] < 1e-3
-    # The same draws, so the same target.
-    assert layouts["sampling"]["batch_mean_error"]["draws"] == pytest.approx(
-        layouts["sampled"]["batch_mean_error"]["draws"], rel=1e-3
+    # The same samples, so the same target.
+    assert layouts["sampling"]["batch_mean_error"]["samples"] == pytest.approx(
+        layouts["sampled"]["batch_mean_error"]["samples"], rel=1e-3
     )
     assert layouts["megatron"]["full_kl"]["uniform"] == pytest.approx(layouts["fp16"]["full_kl"]["uniform"], rel=0.01)
 

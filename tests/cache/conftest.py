@@ -20,9 +20,9 @@ RECORDS = {
     "temperatures": TargetsRecord(top_k=4, temperatures=(0.5, 2.0)),
     "tail prior": TargetsRecord(top_k=4, tail_prior=True),
     "all of top-k": TargetsRecord(top_k=9, min_prob=0.02, temperatures=(2.0,), tail_prior=True),
-    "sampled": TargetsRecord(kind="sampled", top_k=0, num_draws=12),
-    "sampled, 300 draws": TargetsRecord(kind="sampled", top_k=0, num_draws=300),
-    "hybrid": TargetsRecord(kind="hybrid", top_k=2, num_draws=7),
+    "sampled": TargetsRecord(kind="sampled", top_k=0, num_samples=12),
+    "sampled, 300 samples": TargetsRecord(kind="sampled", top_k=0, num_samples=300),
+    "hybrid": TargetsRecord(kind="hybrid", top_k=2, num_samples=7),
     "hidden": TargetsRecord(kind="hidden", top_k=1),
 }
 KINDS = {kind: SyntheticCache(record=record) for kind, record in RECORDS.items()}

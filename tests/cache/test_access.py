@@ -36,7 +36,7 @@ def test_fewer_ids_are_those_of_a_cache_with_fewer(kind, written, tmp_path) -> N
 def test_as_many_ids_as_there_are_changes_nothing(kind, written) -> None:
     cache = kdcache.open_cache(str(written(kind)))
     found, expected = (cache.read(ORDER, top_k=k).targets for k in (cache.manifest.top_k, None))
-    compare(dataclasses.replace(found, draws=None), dataclasses.replace(expected, draws=None), atol=0)
+    compare(dataclasses.replace(found, samples=None), dataclasses.replace(expected, samples=None), atol=0)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_as_many_ids_as_there_are_changes_nothing(kind, written) -> None:
         ("temperatures", 2.0, r"top_k 2\.0 was asked for; it must be a whole number"),
         ("temperatures", True, r"must be a whole number"),
         ("sampled", 1, r"kind sampled keep no ids with their probabilities"),
-        ("hybrid", 1, r"its 7 draws are from the mass outside the 2 kept ids"),
+        ("hybrid", 1, r"its 7 samples are from the mass outside the 2 kept ids"),
         ("hybrid", 3, r"top_k 3 was asked for, but it keeps at most 2"),
     ],
 )

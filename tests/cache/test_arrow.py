@@ -35,7 +35,7 @@ def assert_equal(row: dict, cache: kdcache.Cache, index: int, **reading) -> None
         "segment_ids": batch.segment_ids_T,
         "loss_mask": batch.loss_mask_P,
         "labels": batch.labels_P,
-        "places": batch.places_P,
+        "token_index": batch.token_index_P,
         "num_kept": targets.num_kept_P,
         "ids": targets.ids_PK if targets.top_k else None,
         "logprobs": targets.logprobs_PK if targets.top_k else None,
@@ -48,14 +48,14 @@ def assert_equal(row: dict, cache: kdcache.Cache, index: int, **reading) -> None
     if gives_numbers:
         expected |= dict.fromkeys(("log_tail", "gold_logprob", "entropy"))
     names = {name for name, values in expected.items() if values is not None}
-    names |= {"draw_ids", "draw_counts"} if targets.draws is not None else set()
+    names |= {"sample_ids", "sample_counts"} if targets.samples is not None else set()
     assert names | set(cache.sequence_table().column_names) == set(row)
-    for name in names - {"draw_ids", "draw_counts"}:
+    for name in names - {"sample_ids", "sample_counts"}:
         np.testing.assert_array_equal(np.array(row[name]), expected[name], err_msg=name)
-    if targets.draws is not None:
-        pairs = zip(targets.draws.ids_PJ, targets.draws.counts_PJ, strict=True)
+    if targets.samples is not None:
+        pairs = zip(targets.samples.ids_PJ, targets.samples.counts_PJ, strict=True)
         drawn = [(ids[counts > 0].tolist(), counts[counts > 0].tolist()) for ids, counts in pairs]
-        assert list(zip(row["draw_ids"], row["draw_counts"], strict=True)) == drawn
+        assert list(zip(row["sample_ids"], row["sample_counts"], strict=True)) == drawn
     assert cache.metadata(index) == {name: row[name] for name in cache.sequence_table().column_names}
 
 

@@ -12,14 +12,14 @@ from kdcache.cache import open_cache
 from kdcache.cache.shard_file import pack
 from kdcache.codecs import TargetsCodec
 from kdcache.errors import CorruptCacheError
-from kdcache.schema import Draws
+from kdcache.schema import Samples
 from tests.cache.conftest import KINDS, RECORDS
 from tests.cache.test_stranger import change_manifest, set_at
-from tests.contracts.matching import check_draws
+from tests.contracts.matching import check_samples
 from tests.synthetic import SyntheticCache
 
 CODECS = ("compact", "fp16", "bf16", "exact")
-HIDDEN_CODECS = ("int8", "fp16", "bf16", "exact")
+VECTOR_CODECS = ("int8", "fp16", "bf16", "exact")
 #: Neighbours, one of each shard (of 4, 4, 4 and 1), there and back, the same twice in a row and apart.
 READS = ([0, 1, 2], [0, 4, 8, 12], [12, 3, 9, 4, 8, 0], [5, 5, 11, 5], range(13), range(12, -1, -1), [3, 4, 7, 8])
 
@@ -36,8 +36,8 @@ def check_same(batch, alone):
         for name, expected in vars(one.targets).items():
             found = getattr(batch.targets, name)
             assert (found is None) is (expected is None), name
-            if isinstance(expected, Draws):
-                check_draws(Draws(found.ids_PJ[rows], found.counts_PJ[rows]), expected)
+            if isinstance(expected, Samples):
+                check_samples(Samples(found.ids_PJ[rows], found.counts_PJ[rows]), expected)
             elif expected is not None:
                 assert found.dtype == expected.dtype
                 np.testing.assert_array_equal(found[rows], expected, err_msg=name)
@@ -64,9 +64,9 @@ def test_every_kind_and_codec(tmp_path, kind, codec):
     check_reads(tmp_path, READS)
 
 
-@pytest.mark.parametrize("hidden_codec", HIDDEN_CODECS)
-def test_every_codec_of_hidden_states(tmp_path, hidden_codec):
-    SyntheticCache(codec="compact", hidden=("hidden-1", "hidden-2"), hidden_codec=hidden_codec).write(tmp_path)
+@pytest.mark.parametrize("vector_codec", VECTOR_CODECS)
+def test_every_codec_of_hidden_states(tmp_path, vector_codec):
+    SyntheticCache(codec="compact", hidden=("hidden-1", "hidden-2"), hidden_codec=vector_codec).write(tmp_path)
     check_reads(tmp_path, READS, ("hidden-2", "hidden-1"))
 
 
@@ -100,13 +100,13 @@ def test_who_changes_what_was_read_does_not_change_the_next_read(tmp_path, codec
 
 def test_shards_whose_rows_have_different_numbers_of_draws(written):
     cache = open_cache(str(written("sampled")))
-    widths = {cache.read([index]).targets.draws.ids_PJ.shape[1] for index in (0, 4, 8, 12)}
+    widths = {cache.read([index]).targets.samples.ids_PJ.shape[1] for index in (0, 4, 8, 12)}
     assert len(widths) > 1
     batch = cache.read([12, 0, 4, 8])
-    assert batch.targets.draws.ids_PJ.shape[1] == max(widths)
+    assert batch.targets.samples.ids_PJ.shape[1] == max(widths)
 
 
-@pytest.mark.parametrize(("kind", "table"), [("min_prob", "id_table"), ("sampled", "draw_table")])
+@pytest.mark.parametrize(("kind", "table"), [("min_prob", "id_table"), ("sampled", "sample_table")])
 def test_damage_names_its_shard_among_several(tmp_path, kind, table):
     SyntheticCache(record=RECORDS[kind], codec="compact").write(tmp_path)
     cut_table(tmp_path, 2, table)

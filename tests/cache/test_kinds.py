@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.cache import describe, open_cache, verify
+from kdcache.cache import open_cache
 from kdcache.errors import CacheError, CorruptCacheError
+from kdcache.inspect import describe
 from kdcache.schema import Targets
+from kdcache.verify.stored import verify_cache
 from tests.cache.conftest import KINDS
 from tests.cache.test_reader import check_batch, check_targets
-from tests.contracts.matching import check_draws, check_merged, in_order_of
+from tests.contracts.matching import check_merged, check_samples, in_order_of
 from tests.synthetic import WIDTH, SyntheticCache
 
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -48,7 +50,7 @@ def test_records_say_how_many_entries_and_draws_a_shard_has(written, kind):
     for shard, start, stop in zip(manifest.shards, source.starts, source.starts[1:], strict=False):
         targets = Targets.concatenate(source.targets[start:stop])
         assert shard.num_entries == (0 if targets.num_kept_P is None else targets.num_kept_P.sum())
-        assert shard.num_draws == (0 if targets.draws is None else (targets.draws.counts_PJ > 0).sum())
+        assert shard.num_samples == (0 if targets.samples is None else (targets.samples.counts_PJ > 0).sum())
 
 
 @kinds
@@ -60,7 +62,7 @@ def test_compressed_too_every_sequence_decodes_alone_as_in_company(tmp_path, kin
     whole = cache.read(range(13))
     expected = Targets.concatenate(source.targets)
     in_order_of(expected.ids_PK, whole.targets.ids_PK, whole.targets.logprobs_PK)
-    check_draws(whole.targets.draws, expected.draws)
+    check_samples(whole.targets.samples, expected.samples)
     check_merged(whole.targets)
     for index in (0, 5, 12):
         rows = slice(whole.position_offsets_N1[index], whole.position_offsets_N1[index + 1])
@@ -69,7 +71,7 @@ def test_compressed_too_every_sequence_decodes_alone_as_in_company(tmp_path, kin
 
 @kinds
 def test_every_kind_verifies(written, kind):
-    report = verify(str(written(kind)), deep=True)
+    report = verify_cache(str(written(kind)), deep=True)
     assert report.problems == []
     assert describe(open_cache(str(written(kind))))["targets"]["kind"] == KINDS[kind].record.kind
 
@@ -86,7 +88,7 @@ def test_the_last_state_comes_along_and_by_its_name_if_asked_for(written):
 def test_the_last_state_in_every_codec(tmp_path, codec):
     source = SyntheticCache(record=KINDS["hidden"].record, hidden_codec=codec, hidden=("hidden-1",))
     source.write(tmp_path)
-    assert verify(str(tmp_path), deep=True).problems == []
+    assert verify_cache(str(tmp_path), deep=True).problems == []
     cache = open_cache(str(tmp_path))
     order = [12, 3, 3, 0, 1, 7]
     batch = cache.read(order, hidden=["hidden-1"])
@@ -116,7 +118,7 @@ def chunks_of(path: Path, array: str) -> list[tuple[int, int]]:
 
 ARRAYS = {
     "all of top-k": ["entries/topk_ids", "entries/topk_logprobs", "positions/num_kept", "positions/log_tails"],
-    "hybrid": ["positions/num_drawn", "draws/draw_counts", "draws/draw_ranks", "table/draw_table"],
+    "hybrid": ["positions/num_sampled", "samples/sample_counts", "samples/sample_ranks", "table/sample_table"],
 }
 
 
@@ -128,7 +130,7 @@ def test_a_flipped_byte_in_a_chunk_is_found_and_named(copy_of, kind, array):
     [(offset, size)] = chunks_of(path / item.path, array)
     data[offset + size // 2] ^= 1
     (path / item.path).write_bytes(data)
-    [problem] = verify(str(path), deep=True).problems
+    [problem] = verify_cache(str(path), deep=True).problems
     assert problem == f"shard 1, field targets: file {item.path} is damaged (its sha256 is not the recorded one)"
     with pytest.raises(CorruptCacheError) as caught:
         open_cache(str(path)).read([5])
@@ -145,7 +147,7 @@ def test_a_flipped_byte_of_int8_states(tmp_path, array):
     [(offset, size)] = chunks_of(tmp_path / item.path, array)
     data[offset + size // 2] ^= 1
     (tmp_path / item.path).write_bytes(data)
-    assert "shard 0, field hidden-2" in "".join(verify(str(tmp_path)).problems)
+    assert "shard 0, field hidden-2" in "".join(verify_cache(str(tmp_path)).problems)
     with pytest.raises(CorruptCacheError, match=rf"shard 0, field hidden-2, file .*, array {array} .*chunk 0"):
         open_cache(str(tmp_path)).read([0])
 
@@ -157,4 +159,4 @@ def test_a_store_that_is_no_disk():
     cache = open_cache("memory://kinds/cache")
     check_batch(cache.read([12, 0, 5]), source, [12, 0, 5])
     assert cache.tail_prior_V.shape == (50,)
-    assert verify("memory://kinds/cache", deep=True).problems == []
+    assert verify_cache("memory://kinds/cache", deep=True).problems == []

@@ -5,18 +5,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.cache import describe, open_cache
+from kdcache.cache import open_cache
 from kdcache.errors import CacheError, CorruptCacheError
+from kdcache.inspect import describe
 from tests.cache.conftest import SOURCE
-from tests.contracts.matching import check_draws, in_order_of
+from tests.contracts.matching import check_samples, in_order_of
 from tests.synthetic import SyntheticCache
 
 
 def check_targets(found, expected):
-    """The same to the bit, but for the order of draws."""
-    check_draws(found.draws, expected.draws)
+    """The same to the bit, but for the order of samples."""
+    check_samples(found.samples, expected.samples)
     for name, values in vars(expected).items():
-        if name != "draws":
+        if name != "samples":
             assert (getattr(found, name) is None) is (values is None), name
             if values is not None:
                 np.testing.assert_array_equal(getattr(found, name), values, err_msg=name)

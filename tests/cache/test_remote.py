@@ -8,8 +8,9 @@ import fsspec
 import numpy as np
 import pytest
 
-from kdcache.cache import open_cache, verify
+from kdcache.cache import open_cache
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
+from kdcache.verify.stored import verify_cache
 from tests.cache.conftest import SOURCE
 from tests.cache.test_reader import check_batch
 from tests.cache.test_writer import content_of
@@ -28,7 +29,7 @@ def test_write_resume_read_verify(url, sound):
         open_cache(url)
     SOURCE.write(url)
     assert content_of(url) == content_of(sound)
-    assert verify(url, deep=True).problems == []
+    assert verify_cache(url, deep=True).problems == []
     indices = [12, 0, 7, 7]
     check_batch(open_cache(url).read(indices, hidden=["hidden-1"]), SOURCE, indices, ["hidden-1"])
     np.testing.assert_array_equal(open_cache(url).lengths_N, SOURCE.lengths)
@@ -49,10 +50,10 @@ def test_damage_is_found(url):
     damaged = bytearray(store.cat_file(f"{url}/{path}"))
     damaged[100] ^= 1
     store.pipe_file(f"{url}/{path}", bytes(damaged))
-    [problem] = verify(url).problems
+    [problem] = verify_cache(url).problems
     assert problem.startswith(f"shard 1, field hidden-2: file {path} is damaged")
     store.rm_file(f"{url}/{path}")
-    [problem] = verify(url).problems
+    [problem] = verify_cache(url).problems
     assert f"file {path} is missing" in problem
     with pytest.raises(CorruptCacheError, match="shard 1, field hidden-2"):
         open_cache(url).read([6], hidden=["hidden-2"])

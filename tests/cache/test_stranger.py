@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from kdcache.cache import Folder, layout, open_cache, verify
+from kdcache.cache import layout, open_cache
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
+from kdcache.storage.folder import Folder
+from kdcache.verify.stored import verify_cache
 from tests.synthetic import SyntheticCache
 
 
@@ -117,7 +119,7 @@ def test_lies_in_the_manifest(copy, lie, forbid_large_arrays):
         use(copy)
     assert str(copy) in str(caught.value)
     assert "cannot be decoded" not in str(caught.value)
-    report = verify(str(copy), deep=True)
+    report = verify_cache(str(copy), deep=True)
     assert report.problems
 
 
@@ -208,7 +210,7 @@ def test_half_a_cache(tmp_path):
     ):
         open_cache(str(tmp_path))
     with pytest.raises(IncompleteCacheError):
-        verify(str(tmp_path))
+        verify_cache(str(tmp_path))
 
 
 @pytest.mark.parametrize("change", ["no shapes", "no max_length"])

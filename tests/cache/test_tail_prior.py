@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdcache.cache import CacheWriter, Folder, layout, open_cache, verify
+from kdcache.cache import CacheWriter, layout, open_cache
 from kdcache.cache.shard_file import pack
 from kdcache.cache.tail_prior import pack_prior
 from kdcache.errors import CacheError, CorruptCacheError
+from kdcache.storage.folder import Folder
+from kdcache.verify.stored import verify_cache
 from tests.cache.conftest import KINDS
 from tests.cache.test_writer import content_of, snapshot
 
@@ -58,7 +60,7 @@ def test_a_killed_writer_goes_on_to_the_same_bytes(written, tmp_path, monkeypatc
     SOURCE.write(tmp_path)
     assert (tmp_path / PRIOR).read_bytes() == (written("tail prior") / PRIOR).read_bytes()
     assert content_of(tmp_path) == content_of(written("tail prior"))
-    assert verify(str(tmp_path), deep=True).problems == []
+    assert verify_cache(str(tmp_path), deep=True).problems == []
 
 
 def test_a_shard_that_is_made_again_adds_nothing(copy_of):
@@ -67,7 +69,7 @@ def test_a_shard_that_is_made_again_adds_nothing(copy_of):
     (path / "commits" / "000002.json").unlink()
     SOURCE.write(path)
     assert (path / PRIOR).read_bytes() == before
-    assert verify(str(path), deep=True).problems == []
+    assert verify_cache(str(path), deep=True).problems == []
 
 
 def test_a_prior_without_shards_is_begun_anew(written, tmp_path, monkeypatch):
@@ -135,7 +137,7 @@ def test_a_prior_that_is_none(copy_of, wrong):
         f'"num_bytes": {record.num_bytes},\n   "path": "{PRIOR}"', f'"num_bytes": {len(data)},\n   "path": "{PRIOR}"'
     )
     (path / "manifest.json").write_text(manifest)
-    [problem] = verify(str(path)).problems
+    [problem] = verify_cache(str(path)).problems
     assert PRIOR in problem
     assert words in problem
 
@@ -147,14 +149,14 @@ def test_verify_finds_damage_of_both(copy_of, kind, name, damage):
     data = (path / name).read_bytes()
     if damage == "missing":
         (path / name).unlink()
-        found = verify(str(path)).problems
+        found = verify_cache(str(path)).problems
         assert len(found) == 1
         assert name in found[0]
         return
     for byte in np.linspace(0, len(data) - 1, 20 if damage == "flipped" else 1).astype(int).tolist():
         flipped = data[:byte] + bytes([data[byte] ^ 4]) + data[byte + 1 :]
         (path / name).write_bytes({"cut short": data[:-1], "longer": data + b"\0", "flipped": flipped}[damage])
-        [problem] = verify(str(path)).problems
+        [problem] = verify_cache(str(path)).problems
         assert name in problem, byte
 
 
@@ -171,7 +173,7 @@ def test_a_lost_head_is_written_again(tmp_path, damage, finished):
     else:
         (tmp_path / HEAD).write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     if finished:
-        report = verify(str(tmp_path))
+        report = verify_cache(str(tmp_path))
         assert (len(report.problems), report.num_rewritable) == (1, 1)
         with pytest.raises(CorruptCacheError, match=f"{HEAD}"):
             open_cache(str(tmp_path)).lm_head_file()
@@ -179,7 +181,7 @@ def test_a_lost_head_is_written_again(tmp_path, damage, finished):
     HIDDEN.write(tmp_path)
     assert (tmp_path / HEAD).read_bytes() == good
     assert manifest in (None, (tmp_path / "manifest.json").read_bytes())
-    assert verify(str(tmp_path), deep=True).problems == []
+    assert verify_cache(str(tmp_path), deep=True).problems == []
 
 
 def test_another_head_never_becomes_the_recorded_one(copy_of, caplog):
@@ -195,7 +197,7 @@ def test_another_head_never_becomes_the_recorded_one(copy_of, caplog):
     assert f"{HEAD} is damaged, and other versions of the libraries made it" in caplog.text
     assert (path / HEAD).read_bytes() == b"damaged"
     assert (path / "manifest.json").read_bytes() == manifest
-    assert not verify(str(path)).ok
+    assert not verify_cache(str(path)).ok
 
 
 def test_a_cache_without_its_head_is_not_finished(tmp_path):
@@ -216,7 +218,7 @@ def test_a_start_that_was_cut_short_after_the_head_begins_again(tmp_path, monkey
     assert not (tmp_path / "plan.json").exists()
     KINDS["sampled"].write(tmp_path)
     assert not (tmp_path / HEAD).exists()
-    assert verify(str(tmp_path), deep=True).problems == []
+    assert verify_cache(str(tmp_path), deep=True).problems == []
 
 
 @pytest.mark.parametrize("last", ["first shard", "prior", "commit"])
@@ -232,7 +234,7 @@ def test_a_dump_without_a_shard_gives_way_to_another(tmp_path, monkeypatch, last
         (tmp_path / "commits" / "000000.json.1234.tmp").write_text("{")
     other = KINDS["min_prob"]
     other.write(tmp_path)
-    assert verify(str(tmp_path), deep=True).problems == []
+    assert verify_cache(str(tmp_path), deep=True).problems == []
     records = [record.path for shard in open_cache(str(tmp_path)).manifest.shards for record in shard.objects.values()]
     beside = {"manifest.json", "plan.json", "plan.parquet", "tokenizer/tokenizer.json"}
     commits = {layout.commit_name(shard) for shard in range(4)}
@@ -249,5 +251,5 @@ def test_whoever_comes_after_a_kill_while_one_gives_way_can_go_on(tmp_path, monk
     chosen.write(tmp_path)
     chosen.write(tmp_path.parent / "fresh")
     assert content_of(tmp_path) == content_of(tmp_path.parent / "fresh")
-    assert verify(str(tmp_path), deep=True).problems == []
+    assert verify_cache(str(tmp_path), deep=True).problems == []
     shutil.rmtree(tmp_path.parent / "fresh")

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from kdcache.cache import CacheWriter, Folder, open_cache, verify
+from kdcache.cache import CacheWriter, open_cache
 from kdcache.errors import CacheError, IncompleteCacheError
 from kdcache.schema import TeacherRecord
+from kdcache.storage.folder import Folder
+from kdcache.verify.stored import verify_cache
 from tests.cache.conftest import SOURCE
 from tests.synthetic import SyntheticCache
 
@@ -29,7 +31,7 @@ def test_shards_in_any_order_give_the_same_content(sound, tmp_path):
     for shard in (2, 0, 1):
         SOURCE.write(tmp_path, shards=range(shard, shard + 1), finish=shard == 1)
     assert content_of(tmp_path) == content_of(sound)
-    assert verify(str(tmp_path), deep=True).ok
+    assert verify_cache(str(tmp_path), deep=True).ok
 
 
 def test_a_finished_cache_is_left_as_it_is(copy):
@@ -73,7 +75,7 @@ def test_only_the_damaged_shard_is_made_again(copy, damage, caplog):
     assert {name: after.get(name) for name in untouched} == {name: before[name] for name in untouched}
     assert content_of(copy) == content
     assert len(after) == len(before)  # the first attempt's objects were removed
-    assert verify(str(copy), deep=True).ok
+    assert verify_cache(str(copy), deep=True).ok
 
 
 def test_finishing_refuses_holes(tmp_path):
@@ -127,7 +129,7 @@ def test_a_start_that_was_cut_short_begins_again(tmp_path):
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("half")
     (tmp_path / "plan.parquet.1234.tmp").write_text("half")
     SOURCE.write(tmp_path)
-    assert verify(str(tmp_path)).ok
+    assert verify_cache(str(tmp_path)).ok
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -137,7 +139,7 @@ def test_garbage_of_an_attempt_that_lost_is_removed(tmp_path):
         (tmp_path / name).write_bytes(b"half")
     (tmp_path / "commits" / "000001.json.5678.tmp").write_text("{")
     SOURCE.write(tmp_path)
-    assert verify(str(tmp_path), deep=True).ok
+    assert verify_cache(str(tmp_path), deep=True).ok
     assert not [name for name in snapshot(tmp_path) if "dead" in name or name.endswith(".tmp")]
 
 
@@ -151,7 +153,8 @@ def test_output_is_a_file(tmp_path):
 
 HOLD = """
 import sys
-from kdcache.cache import CacheWriter, Folder
+from kdcache.cache import CacheWriter
+from kdcache.storage.folder import Folder
 with CacheWriter(Folder(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -170,7 +173,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
         holder.kill()
         holder.wait()
     SOURCE.write(tmp_path)  # the lock died with the process
-    assert verify(str(tmp_path)).ok
+    assert verify_cache(str(tmp_path)).ok
 
 
 @pytest.mark.parametrize("failing", ["shards/", "fields/hidden-1/", "sequences/", "commits/", "manifest.json"])
@@ -189,7 +192,7 @@ def test_a_full_disk_is_a_message_and_loses_nothing(tmp_path, monkeypatch, faili
     assert not list(tmp_path.rglob("*.tmp"))
     before = snapshot(tmp_path)
     SOURCE.write(tmp_path)
-    assert verify(str(tmp_path), deep=True).ok
+    assert verify_cache(str(tmp_path), deep=True).ok
     committed = {name for name in before if "000000" in name}
     assert len(committed) == 5
     assert {name: snapshot(tmp_path).get(name) for name in committed} == {name: before[name] for name in committed}
@@ -221,7 +224,7 @@ def test_damaged_tokenizer_files_are_made_good_and_never_recorded(copy):
     SOURCE.write(path)
     assert file.read_bytes() == good
     assert (path / "manifest.json").read_bytes() == manifest
-    assert verify(str(path)).problems == []
+    assert verify_cache(str(path)).problems == []
 
 
 def test_a_stray_file_beside_the_tokenizer_does_not_change_the_fingerprint(copy):
@@ -243,7 +246,7 @@ def test_a_lost_plan_table_is_written_again(copy, damage):
         table.write_bytes(good[:-1] + b"?")
     SOURCE.write(path)
     assert table.read_bytes() == good
-    assert verify(str(path)).problems == []
+    assert verify_cache(str(path)).problems == []
 
 
 def test_a_damaged_manifest_is_written_again(copy):
@@ -267,4 +270,4 @@ def test_a_dump_that_wrote_nothing_does_not_forbid_another(tmp_path):
     other = SyntheticCache(seed=9)
     other.write(tmp_path)
     assert len(open_cache(str(tmp_path))) == len(other.tokens)
-    assert verify(str(tmp_path), deep=True).problems == []
+    assert verify_cache(str(tmp_path), deep=True).problems == []

@@ -10,9 +10,10 @@ import pytest
 import torch
 import transformers
 
-from kdcache.cache import Folder, open_cache
+from kdcache.cache import open_cache
 from kdcache.config import build
 from kdcache.dump import DumpConfig, dump_teacher
+from kdcache.storage.folder import Folder
 from tests.cli.conftest import run_process
 from tests.tiny import bpe_tokenizer, llama, word_tokenizer
 

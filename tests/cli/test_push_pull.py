@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from kdcache.cache import open_cache, verify
+from kdcache.cache import open_cache
+from kdcache.verify.stored import verify_cache
 from tests.cache.test_writer import snapshot
 from tests.cli.test_commands import SCRIPT
 
@@ -52,7 +53,7 @@ def test_json_and_a_part(run, dumped, url, tmp_path):
     manifest = open_cache(url).manifest
     assert (manifest.num_shards, manifest.hidden_layers) == (3, ("hidden-1",))
     assert manifest.num_sequences == sum(s.num_sequences for s in open_cache(str(dumped)).manifest.shards[:3])
-    assert verify(url, deep=True).problems == []
+    assert verify_cache(url, deep=True).problems == []
     assert "a part of it, a cache of its own" in run("pull", dumped, tmp_path / "x", "--shards", 0, "--quiet").out
 
 
@@ -72,4 +73,4 @@ def test_no_torch(dumped, tmp_path):
     arguments = ["push", str(dumped), str(tmp_path / "x"), "--quiet"]
     result = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, timeout=60)
     assert result.stdout.splitlines()[-1] == "0 []", result.stderr
-    assert verify(str(tmp_path / "x")).ok
+    assert verify_cache(str(tmp_path / "x")).ok

@@ -8,8 +8,9 @@ import shutil
 import numpy as np
 import pytest
 
-from kdcache.cache import open_cache, verify
+from kdcache.cache import open_cache
 from kdcache.train import TrainResult
+from kdcache.verify.stored import verify_cache
 
 
 def parse(outcome) -> dict:
@@ -74,7 +75,7 @@ def test_every_option_of_dump_teacher_reaches_the_cache(run, options, tmp_path):
     assert manifest.sequences["max_length"] == 16
     assert manifest.corpus.num_documents == 5
     assert manifest.teacher.dtype == "bfloat16"
-    assert verify(str(tmp_path / "cache"), deep=True).problems == []
+    assert verify_cache(str(tmp_path / "cache"), deep=True).problems == []
 
 
 def test_settings_from_a_file_options_and_set(run, tmp_path, teacher_dir, corpus_file):
@@ -149,7 +150,7 @@ def test_verify_against_the_teacher(run, dumped, teacher_dir):
 
 @pytest.mark.parametrize(
     ("kind", "words", "no_words"),
-    [("sampled", "Draws: mean surprise off by", "KL"), ("hidden", "Last hidden states: relative", "Draws")],
+    [("sampled", "Samples: mean surprise off by", "KL"), ("hidden", "Last hidden states: relative", "Samples")],
 )
 def test_verify_other_kinds_against_the_teacher(run, tmp_path, teacher_dir, corpus_file, kind, words, no_words):
     cache, common = tmp_path / "cache", ["--teacher", teacher_dir, "--device", "cpu", "--quiet"]
@@ -199,15 +200,15 @@ def dump_kind(run, tmp_path, teacher_dir, corpus_file, *options):
 
 
 def test_peek_shows_draws_after_kept_ids_and_as_draws(run, tmp_path, teacher_dir, corpus_file):
-    options = ["--targets", "hybrid", "--top-k", 3, "--draws", 6]
+    options = ["--targets", "hybrid", "--top-k", 3, "--samples", 6]
     cache = dump_kind(run, tmp_path, teacher_dir, corpus_file, *options)
     result = parse(run("peek", cache, "--sequence", 2, "--at", "0,3,5", "--top", 9, "--json"))
     targets = open_cache(str(cache)).read([2]).targets
     for position in result["positions"]:
         row, top = position["position"], position["top"]
         assert [choice["id"] for choice in top[:3]] == targets.ids_PK[row].tolist()
-        assert [choice["num_draws"] for choice in top[:3]] == [0, 0, 0]
-        drawn = [choice["num_draws"] for choice in top[3:]]
+        assert [choice["num_samples"] for choice in top[:3]] == [0, 0, 0]
+        drawn = [choice["num_samples"] for choice in top[3:]]
         assert drawn == sorted(drawn, reverse=True)
         assert sum(drawn) == 6
         share = sum(choice["probability"] for choice in top[3:])
@@ -218,7 +219,7 @@ def test_peek_shows_draws_after_kept_ids_and_as_draws(run, tmp_path, teacher_dir
 def test_inspect_does_not_guess_the_favourite_from_draws(run, tmp_path, teacher_dir, corpus_file):
     cache = dump_kind(run, tmp_path, teacher_dir, corpus_file, "--targets", "sampled")
     assert parse(run("inspect", cache, "--json"))["totals"]["teacher_top1_accuracy"] is None
-    assert "unknown: draws only suggest the favourite" in run("inspect", cache).out
+    assert "unknown: samples only suggest the favourite" in run("inspect", cache).out
 
 
 @pytest.mark.parametrize("select", ["spread", "entropy", "loss"])

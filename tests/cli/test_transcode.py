@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from kdcache.cache import open_cache, verify
+from kdcache.cache import open_cache
+from kdcache.verify.stored import verify_cache
 from tests.cli.test_commands import SCRIPT
 
 
@@ -23,7 +24,7 @@ def test_fewer_ids(run, dumped, tmp_path):
     assert "Every byte was read again and is as written." in outcome.out
     assert (manifest.top_k, manifest.hidden_layers) == (3, ())
     assert manifest.field("targets").codec["name"] == "compact"
-    assert verify(str(out), deep=True).ok
+    assert verify_cache(str(out), deep=True).ok
     again = run("transcode", dumped, out, "--top-k", 3, "--codec", "compact", "--drop-hidden", "--quiet", "--no-verify")
     assert again.out == f"{out} is complete already; nothing was written.\n"
 
@@ -89,7 +90,7 @@ def test_places(run, dumped, tmp_path):
 
 
 def test_wrong_usage(run, dumped, tmp_path):
-    for options in (["--drop-hidden", "--layers", "1"], ["--codec", "zip"], ["--targets", "topk"], ["--draws", "x"]):
+    for options in (["--drop-hidden", "--layers", "1"], ["--codec", "zip"], ["--targets", "topk"], ["--samples", "x"]):
         outcome = run("transcode", dumped, tmp_path / "made", *options)
         assert outcome.code == 2
         assert outcome.out == ""

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.codecs.ranks import id_dtype, ids_of_ranks, rank_ids, sorted_steps, undo_sorted_steps
+from kdcache.codecs.ids import id_dtype, ids_of_ranks, rank_ids, sorted_steps, undo_sorted_steps
 from kdcache.errors import CorruptCacheError
 
 ids_of_some_size = st.sampled_from([1, 7, 300, 65_536, 65_537, 262_144]).flatmap(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kdcache.codecs import TopKCodec
-from kdcache.schema import Draws, Targets
+from kdcache.schema import Samples, Targets
 
 #: What each codec of kept ids states: the largest error of a kept log-probability before re-normalisation, in nats,
 #: absolute and relative to its size.
@@ -59,17 +59,17 @@ def scalar_error(codec: TopKCodec) -> float:
     return 0.0 if codec.scalar_dtype == "float32" else 2**-11
 
 
-def check_draws(found: Draws | None, expected: Draws | None) -> None:
+def check_samples(found: Samples | None, expected: Samples | None) -> None:
     """The same ids as often in every row, whatever their order."""
     assert (found is None) is (expected is None)
     if found is not None and expected is not None:
         assert as_counts(found) == as_counts(expected)
 
 
-def as_counts(draws: Draws) -> list[dict[int, int]]:
+def as_counts(samples: Samples) -> list[dict[int, int]]:
     """Each row as id -> count; an id that stands twice would be lost, so that is refused."""
     rows = []
-    for ids, counts in zip(draws.ids_PJ.tolist(), draws.counts_PJ.tolist(), strict=True):
+    for ids, counts in zip(samples.ids_PJ.tolist(), samples.counts_PJ.tolist(), strict=True):
         drawn = [(i, c) for i, c in zip(ids, counts, strict=True) if c > 0]
         rows.append(dict(drawn))
         assert len(rows[-1]) == len(drawn)

@@ -5,16 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from kdcache.codecs import HIDDEN_CODECS, hidden_codec
-from kdcache.codecs.hidden import relative_error
+from kdcache.codecs import VECTOR_CODECS, vector_codec
+from kdcache.codecs.vectors import relative_error
 from kdcache.errors import ConfigError, CorruptCacheError, TeacherError
 
 #: Largest relative error of a value in the normal range of codecs that store every value by itself.
 ERRORS = {"bf16": 2**-8, "fp16": 2**-11, "exact": 0.0}
 #: Largest relative error of a row of Gaussian states of width 64 or more, as `relative_error` measures it.
 ROW_ERRORS = {"bf16": 2e-3, "fp16": 3e-4, "int8": 0.012, "exact": 0.0}
-codecs = pytest.mark.parametrize("codec", [hidden_codec({"name": n}) for n in HIDDEN_CODECS], ids=list(HIDDEN_CODECS))
-INT8 = hidden_codec({"name": "int8"})
+codecs = pytest.mark.parametrize("codec", [vector_codec({"name": n}) for n in VECTOR_CODECS], ids=list(VECTOR_CODECS))
+INT8 = vector_codec({"name": "int8"})
 
 
 def states(num_positions: int = 20, width: int = 7, scale: float = 10.0, seed: int = 0) -> np.ndarray:
@@ -38,8 +38,8 @@ def with_sinks(values: np.ndarray, rows: list[int]) -> np.ndarray:
 
 
 def test_every_codec_is_here():
-    assert list(HIDDEN_CODECS) == ["bf16", "fp16", "int8", "exact"]
-    assert set(ROW_ERRORS) == set(HIDDEN_CODECS) == {*ERRORS, "int8"}
+    assert list(VECTOR_CODECS) == ["bf16", "fp16", "int8", "exact"]
+    assert set(ROW_ERRORS) == set(VECTOR_CODECS) == {*ERRORS, "int8"}
 
 
 @codecs
@@ -71,7 +71,7 @@ def test_any_rows_decode_like_the_whole(codec):
 @pytest.mark.parametrize("num_positions", [0, 1, 20])
 def test_values_that_are_stored_one_by_one(name, num_positions):
     values = states(num_positions)
-    found = through(hidden_codec({"name": name}), values)
+    found = through(vector_codec({"name": name}), values)
     np.testing.assert_allclose(found, values, rtol=ERRORS[name], atol=1e-7)
 
 
@@ -114,16 +114,16 @@ def test_a_channel_of_zeros_stays_zero(codec):
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_attention_sinks_of_half_precision(name):
-    codec = hidden_codec({"name": name})
+    codec = vector_codec({"name": name})
     values = np.array([[0.0, -0.0, 5e4, -5e4]], np.float32)
     np.testing.assert_allclose(through(codec, values), values, rtol=ERRORS[name])
 
 
 def test_float16_refuses_what_it_cannot_hold():
     with pytest.raises(TeacherError, match=r"7e\+04.*60000.*bf16"):
-        hidden_codec({"name": "fp16"}).stage(np.array([[1.0, -7e4]], np.float32))
+        vector_codec({"name": "fp16"}).stage(np.array([[1.0, -7e4]], np.float32))
     for name in ("bf16", "int8", "exact"):
-        found = through(hidden_codec({"name": name}), np.array([[-7e4]], np.float32))
+        found = through(vector_codec({"name": name}), np.array([[-7e4]], np.float32))
         assert found[0, 0] == pytest.approx(-7e4, rel=2**-8)
 
 
@@ -180,9 +180,9 @@ def test_scales_of_another_width_are_damage():
 
 @codecs
 def test_configuration_goes_through_json(codec):
-    assert hidden_codec(json.loads(json.dumps(codec.model_dump()))) == codec
+    assert vector_codec(json.loads(json.dumps(codec.model_dump()))) == codec
 
 
 def test_wrong_names_are_explained():
     with pytest.raises(ConfigError, match=r"'bf61', did you mean 'bf16'"):
-        hidden_codec({"name": "bf61"})
+        vector_codec({"name": "bf61"})

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kdcache.codecs import TOPK_CODECS, TargetsCodec, topk_codec
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.schema import Targets, TargetsRecord
-from tests.contracts.matching import as_counts, check_draws, check_head, check_merged, scalar_error
+from tests.contracts.matching import as_counts, check_head, check_merged, check_samples, scalar_error
 from tests.synthetic import random_targets, targets_of
 
 RECORDS = {
@@ -22,12 +22,12 @@ RECORDS = {
     "one id each": TargetsRecord(top_k=8, min_prob=0.999),
     "temperatures": TargetsRecord(top_k=8, temperatures=(0.5, 2.0, 4.0)),
     "ragged with a temperature": TargetsRecord(top_k=8, min_mass=0.9, temperatures=(2.0,)),
-    "sampled": TargetsRecord(kind="sampled", top_k=0, num_draws=20),
-    "one draw": TargetsRecord(kind="sampled", top_k=0, num_draws=1),
-    "counts above 255": TargetsRecord(kind="sampled", top_k=0, num_draws=300),
-    "counts above 65,535": TargetsRecord(kind="sampled", top_k=0, num_draws=70_000),
-    "hybrid": TargetsRecord(kind="hybrid", top_k=3, num_draws=10),
-    "hybrid, 300 draws": TargetsRecord(kind="hybrid", top_k=2, num_draws=300),
+    "sampled": TargetsRecord(kind="sampled", top_k=0, num_samples=20),
+    "one draw": TargetsRecord(kind="sampled", top_k=0, num_samples=1),
+    "counts above 255": TargetsRecord(kind="sampled", top_k=0, num_samples=300),
+    "counts above 65,535": TargetsRecord(kind="sampled", top_k=0, num_samples=70_000),
+    "hybrid": TargetsRecord(kind="hybrid", top_k=3, num_samples=10),
+    "hybrid, 300 samples": TargetsRecord(kind="hybrid", top_k=2, num_samples=300),
     "hidden": TargetsRecord(kind="hidden", top_k=1),
 }
 #: Rows, vocabulary, spread of the logits; K = V where 12 ids are kept of 12.
@@ -44,7 +44,7 @@ CASES = {
 codecs = pytest.mark.parametrize("name", TOPK_CODECS)
 kinds = pytest.mark.parametrize("kind", RECORDS)
 cases = pytest.mark.parametrize("case", CASES)
-TABLES = {"id_table", "draw_table"}
+TABLES = {"id_table", "sample_table"}
 
 
 def prepare(name: str, record: TargetsRecord, case: str) -> tuple[TargetsCodec, Targets]:
@@ -56,7 +56,7 @@ def prepare(name: str, record: TargetsRecord, case: str) -> tuple[TargetsCodec, 
 def check_same(codec: TargetsCodec, decoded: Targets, targets: Targets) -> None:
     error = scalar_error(codec.head)
     check_head(codec.head, decoded, targets)
-    check_draws(decoded.draws, targets.draws)
+    check_samples(decoded.samples, targets.samples)
     for part in ("log_tail_P", "gold_logprob_P", "entropy_P", "log_tails_PG"):
         found, expected = getattr(decoded, part), getattr(targets, part)
         assert (found is None) is (expected is None), part
@@ -79,7 +79,7 @@ def test_encoded_arrays_are_the_described_ones(name, kind, case):
     num_rows = {
         "positions": targets.num_positions,
         "entries": 0 if targets.num_kept_P is None else targets.num_kept_P.sum(),
-        "draws": 0 if targets.draws is None else (targets.draws.counts_PJ > 0).sum(),
+        "samples": 0 if targets.samples is None else (targets.samples.counts_PJ > 0).sum(),
     }
     for array in described.values():
         assert encoded[array.name].dtype == array.dtype, array
@@ -110,7 +110,7 @@ def test_all_ids_of_the_vocabulary_kept(name, kind):
     check_merged(decoded)
     if record.top_k and not record.is_ragged:
         assert np.isneginf(decoded.log_tail_P).all()
-        assert targets.draws is None or not targets.draws.counts_PJ.any()
+        assert targets.samples is None or not targets.samples.counts_PJ.any()
 
 
 @codecs
@@ -123,9 +123,9 @@ def test_any_rows_decode_like_the_whole(name, kind):
         part = codec.decode({n: v if n in TABLES else v[rows] for n, v in opened.items()})
         expected = whole.take(rows)
         for field, values in vars(part).items():
-            if field == "draws" and values is not None:
-                np.testing.assert_array_equal(values.ids_PJ, expected.draws.ids_PJ)
-                np.testing.assert_array_equal(values.counts_PJ, expected.draws.counts_PJ)
+            if field == "samples" and values is not None:
+                np.testing.assert_array_equal(values.ids_PJ, expected.samples.ids_PJ)
+                np.testing.assert_array_equal(values.counts_PJ, expected.samples.counts_PJ)
             elif values is None:
                 assert getattr(expected, field) is None
             else:
@@ -160,10 +160,10 @@ def test_ragged_rows_keep_what_they_kept_and_repeat_the_first_id_behind_it(name)
 def test_rows_without_a_tail_have_no_draws(name):
     logits = np.random.default_rng(0).normal(size=(6, 30))
     logits[[0, 3], 3:] = -np.inf
-    record = TargetsRecord(kind="hybrid", top_k=3, num_draws=10)
+    record = TargetsRecord(kind="hybrid", top_k=3, num_samples=10)
     codec, targets = TargetsCodec(topk_codec({"name": name}), record, 30), targets_of(logits, np.zeros(6, int), record)
     decoded = codec.decode(codec.open(codec.encode(targets)))
-    assert [sum(row.values()) for row in as_counts(decoded.draws)] == [0, 10, 10, 0, 10, 10]
+    assert [sum(row.values()) for row in as_counts(decoded.samples)] == [0, 10, 10, 0, 10, 10]
     check_same(codec, decoded, targets)
     check_merged(decoded)
     alone = codec.decode({n: v if n in TABLES else v[:1] for n, v in codec.open(codec.encode(targets)).items()})
@@ -176,21 +176,21 @@ def test_draws_share_the_tail_by_their_counts(kind):
     decoded = codec.decode(codec.open(codec.encode(targets)))
     ids, logprobs, log_tail = decoded.merged()
     assert np.isneginf(log_tail).all()
-    top_k, num_draws = RECORDS[kind].top_k, RECORDS[kind].num_draws
+    top_k, num_samples = RECORDS[kind].top_k, RECORDS[kind].num_samples
     np.testing.assert_array_equal(logprobs[:, :top_k], targets.logprobs_PK)
-    for row, counts in enumerate(as_counts(targets.draws)):
+    for row, counts in enumerate(as_counts(targets.samples)):
         drawn = zip(ids[row, top_k:].tolist(), logprobs[row, top_k:].tolist(), strict=True)
         places = {token_id: logprob for token_id, logprob in drawn if logprob > -np.inf}
         assert set(places) == set(counts)
         for token_id, count in counts.items():
-            expected = np.exp(targets.log_tail_P[row]) * count / num_draws
+            expected = np.exp(targets.log_tail_P[row]) * count / num_samples
             assert np.exp(places[token_id]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_favourite_of_a_sampled_row_is_drawn_most_often():
     codec, targets = prepare("compact", RECORDS["counts above 255"], "usual")
     decoded = codec.decode(codec.open(codec.encode(targets)))
-    for favourite, counts in zip(decoded.top1_ids_P.tolist(), as_counts(targets.draws), strict=True):
+    for favourite, counts in zip(decoded.top1_ids_P.tolist(), as_counts(targets.samples), strict=True):
         assert counts[favourite] == max(counts.values())
 
 
@@ -202,7 +202,7 @@ def test_the_favourite_of_a_sampled_row_is_drawn_most_often():
     [
         ("min_prob", "num_kept_P", "num_kept"),
         ("temperatures", "log_tails_PG", "log_tails"),
-        ("sampled", "draws", "draws"),
+        ("sampled", "samples", "samples"),
     ],
 )
 def test_targets_without_what_the_plan_stores(kind, part, words):
@@ -223,8 +223,8 @@ def a_row_too_long(values):
 DAMAGE = {
     ("min_prob", "num_kept", one_row_more): r"topk_\w+ has \d+ entries for rows of",
     ("min_prob", "num_kept", a_row_too_long): "the longest 255, at most 8",
-    ("sampled", "num_drawn", one_row_more): r"draw_counts has \d+ entries for rows of",
-    ("sampled", "num_drawn", a_row_too_long): "the longest 255, at most 20",
+    ("sampled", "num_sampled", one_row_more): r"sample_counts has \d+ entries for rows of",
+    ("sampled", "num_sampled", a_row_too_long): "the longest 255, at most 20",
 }
 
 
@@ -237,7 +237,7 @@ def test_numbers_of_entries_that_contradict_each_other(kind, array, change):
         codec.open(encoded)
 
 
-@pytest.mark.parametrize(("kind", "table"), [("min_prob", "id_table"), ("sampled", "draw_table")])
+@pytest.mark.parametrize(("kind", "table"), [("min_prob", "id_table"), ("sampled", "sample_table")])
 @pytest.mark.parametrize("length", [0, 2])
 def test_a_rank_outside_its_table(kind, table, length):
     codec, targets = prepare("compact", RECORDS[kind], "usual")
@@ -248,12 +248,12 @@ def test_a_rank_outside_its_table(kind, table, length):
 
 
 def test_no_row_can_have_more_draws_than_there_are_ids():
-    record = TargetsRecord(kind="sampled", top_k=0, num_draws=10**6)
+    record = TargetsRecord(kind="sampled", top_k=0, num_samples=10**6)
     codec = TargetsCodec(topk_codec({"name": "compact"}), record, 50)
-    encoded = codec.encode(random_targets(3, record.model_copy(update={"num_draws": 5}), 50))
-    encoded["num_drawn"] = np.array([10**6, 0, 0], np.uint32)
-    encoded["draw_counts"] = np.ones(10**6, np.uint32)
-    encoded["draw_ranks"] = np.zeros(10**6, np.uint16)
+    encoded = codec.encode(random_targets(3, record.model_copy(update={"num_samples": 5}), 50))
+    encoded["num_sampled"] = np.array([10**6, 0, 0], np.uint32)
+    encoded["sample_counts"] = np.ones(10**6, np.uint32)
+    encoded["sample_ranks"] = np.zeros(10**6, np.uint16)
     with pytest.raises(CorruptCacheError, match="the longest 1000000, at most 50"):
         codec.open(encoded)
 
@@ -275,8 +275,8 @@ def test_any_ragged_targets(num_positions, top_k, min_prob, min_mass, seed, scal
 
 
 @given(st.integers(1, 30), st.integers(0, 4), st.integers(1, 400), st.integers(0, 2**20), st.floats(0, 9))
-def test_any_draws(num_positions, top_k, num_draws, seed, scale):
-    record = TargetsRecord(kind="hybrid" if top_k else "sampled", top_k=top_k, num_draws=num_draws)
+def test_any_draws(num_positions, top_k, num_samples, seed, scale):
+    record = TargetsRecord(kind="hybrid" if top_k else "sampled", top_k=top_k, num_samples=num_samples)
     targets = random_targets(num_positions, record, 12, seed=seed, scale=scale)
     codec = TargetsCodec(topk_codec({"name": "compact"}), record, 12)
     decoded = codec.decode(codec.open(codec.encode(targets)))

@@ -13,7 +13,7 @@ import torch
 
 from kdcache.cache.curriculum import PACINGS
 from kdcache.cli import COMMANDS
-from kdcache.codecs import HIDDEN_CODECS, TOPK_CODECS, TargetsCodec
+from kdcache.codecs import TOPK_CODECS, VECTOR_CODECS, TargetsCodec
 from kdcache.corpus.sources import FORMATS
 from kdcache.errors import ConfigError
 from kdcache.losses import LOSSES, MEASURES, SCHEDULES, TERMS, ChunkView, Loss, TeacherContext, allowed
@@ -36,7 +36,7 @@ TABLES = {
     "MEASURES": MEASURES,
     "PACINGS": PACINGS,
     "TOPK_CODECS": TOPK_CODECS,
-    "HIDDEN_CODECS": HIDDEN_CODECS,
+    "VECTOR_CODECS": VECTOR_CODECS,
     "TASKS": TASKS,
     "BODIES": BODIES,
     "FORMATS": FORMATS,
@@ -83,7 +83,7 @@ def test_codec_of_the_page_decodes_any_slice(namespace: dict[str, Any]) -> None:
     [
         TargetsRecord(top_k=6, min_prob=0.05),
         TargetsRecord(top_k=6, min_mass=0.6, temperatures=(2.0,)),
-        TargetsRecord(kind="hybrid", top_k=3, num_draws=9),
+        TargetsRecord(kind="hybrid", top_k=3, num_samples=9),
         TargetsRecord(kind="hidden", top_k=1),
     ],
     ids=lambda record: record.kind,

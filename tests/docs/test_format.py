@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from kdcache.cache import CacheWriter, open_cache, token_arrays, verify
+from kdcache.cache import CacheWriter, open_cache, token_arrays
 from kdcache.cache.fields import NUMBER_LABELS, PLACES, SEGMENT_IDS, WHOLE_LABELS
 from kdcache.cache.shard_file import pack, unpack
-from kdcache.codecs import HIDDEN_CODECS, TOPK_CODECS, TopKCodec, targets_codec
+from kdcache.codecs import TOPK_CODECS, VECTOR_CODECS, TopKCodec, targets_codec
 from kdcache.config import build
 from kdcache.corpus import SequenceConfig
 from kdcache.dump import DumpConfig, dump_teacher
@@ -34,6 +34,7 @@ from kdcache.schema import (
     TeacherRecord,
     TokenizerRecord,
 )
+from kdcache.verify.stored import verify_cache
 from tests.docs.pages import DOCS, blocks, rows, sections
 from tests.tiny import SENTENCES, bpe_tokenizer, llama
 
@@ -137,7 +138,7 @@ def test_reference_decoder_agrees_with_the_reader(
         assert len(tokens) == len(ids) + 1
 
 
-@pytest.mark.parametrize(("targets", "words"), [({"codec": "exact"}, "exact"), ({"kind": "hybrid"}, "or draws")])
+@pytest.mark.parametrize(("targets", "words"), [({"codec": "exact"}, "exact"), ({"kind": "hybrid"}, "or samples")])
 def test_reference_decoder_refuses_what_it_cannot_read(
     teacher: Path, tmp_path: Path, targets: dict[str, Any], words: str
 ) -> None:
@@ -166,7 +167,7 @@ def test_page_lists_how_sequences_are_made() -> None:
 
 
 def documented_arrays() -> dict[str, list[str]]:
-    names = ("Field `targets`: tokens", "Field `targets`: the teacher", "Draws", "Fields `hidden-<layer>`")
+    names = ("Field `targets`: tokens", "Field `targets`: the teacher", "Samples", "Fields `hidden-<layer>`")
     return {name: cells for title in names for name, cells in rows(SECTIONS[title]).items()}
 
 
@@ -175,9 +176,9 @@ TARGETS = [
     TargetsRecord(top_k=300, min_prob=0.1, temperatures=(2.0,)),
     TargetsRecord(top_k=8, min_mass=0.9),
     TargetsRecord(top_k=70_000, min_mass=0.9),
-    TargetsRecord(kind="sampled", top_k=0, num_draws=50),
-    TargetsRecord(kind="sampled", top_k=0, num_draws=300),
-    TargetsRecord(kind="hybrid", top_k=4, num_draws=70_000),
+    TargetsRecord(kind="sampled", top_k=0, num_samples=50),
+    TargetsRecord(kind="sampled", top_k=0, num_samples=300),
+    TargetsRecord(kind="hybrid", top_k=4, num_samples=70_000),
     TargetsRecord(kind="hidden", top_k=1),
     TargetsRecord(kind="outputs", top_k=0),
 ]
@@ -194,7 +195,7 @@ def stored_arrays() -> list[tuple[str, ArrayRecord]]:
         for name, record, dtype in itertools.product(TOPK_CODECS, TARGETS, ("float16", "float32")):
             codec = targets_codec({"name": name, "scalar_dtype": dtype}, record, vocab_size)
             found += [(name, array) for array in codec.arrays()]
-    return found + [(name, array) for name, codec in HIDDEN_CODECS.items() for array in codec().arrays(16)]
+    return found + [(name, array) for name, codec in VECTOR_CODECS.items() for array in codec().arrays(16)]
 
 
 def test_page_lists_every_array() -> None:
@@ -210,7 +211,7 @@ def test_page_lists_every_array() -> None:
             assert codec in rest[0].split(", "), (codec, array)
 
 
-@pytest.mark.parametrize("codec", [*TOPK_CODECS.values(), *HIDDEN_CODECS.values()], ids=lambda codec: codec.__name__)
+@pytest.mark.parametrize("codec", [*TOPK_CODECS.values(), *VECTOR_CODECS.values()], ids=lambda codec: codec.__name__)
 def test_page_names_every_codec_with_its_parameters_and_defaults(codec: type[Any]) -> None:
     name = codec().name
     text = SECTIONS["Encoding" if issubclass(codec, TopKCodec) else "Fields `hidden-<layer>`"]
@@ -321,7 +322,7 @@ def test_manifest_does_not_outlive_its_shards(teacher: Path, cache: Path, tmp_pa
         dump(teacher, path)
     assert seen == [False]
     second = open_cache(str(path)).manifest
-    assert verify(str(path), deep=True).ok
+    assert verify_cache(str(path), deep=True).ok
     assert second.shards[0] == first.shards[0]
     assert second.shards[1].attempt != first.shards[1].attempt
     assert second.shards[1].objects["targets"].sha256 == first.shards[1].objects["targets"].sha256

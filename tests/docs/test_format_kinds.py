@@ -57,14 +57,14 @@ def table_of(steps: np.ndarray) -> list[int]:
 
 
 @pytest.mark.parametrize("vocab_size", [50, 70_000])
-def test_draws(tmp_path, vocab_size):
-    record = TargetsRecord(kind="hybrid", top_k=2, num_draws=300)
+def test_samples(tmp_path, vocab_size):
+    record = TargetsRecord(kind="hybrid", top_k=2, num_samples=300)
     manifest, batch = write(tmp_path, record, vocab_size=vocab_size)
     arrays = arrays_of(tmp_path, manifest)
-    lengths, table = arrays["num_drawn"].tolist(), table_of(arrays["draw_table"])
-    assert manifest["shards"][0]["num_draws"] == sum(lengths) == len(arrays["draw_ranks"])
+    lengths, table = arrays["num_sampled"].tolist(), table_of(arrays["sample_table"])
+    assert manifest["shards"][0]["num_samples"] == sum(lengths) == len(arrays["sample_ranks"])
     modulus = 1 << (16 if vocab_size == 50 else 32)
-    counts, steps = (by_position(arrays[name].tolist(), lengths) for name in ("draw_counts", "draw_ranks"))
+    counts, steps = (by_position(arrays[name].tolist(), lengths) for name in ("sample_counts", "sample_ranks"))
     ids, logprobs, log_tail = batch.targets.merged()
     num_steps = 0
     for row, (row_counts, row_steps) in enumerate(zip(counts, steps, strict=True)):
@@ -112,7 +112,7 @@ def test_kept_ids_of_ragged_rows(tmp_path):
 
 
 def test_sampled_rows_have_no_kept_ids_and_no_tail(tmp_path):
-    manifest, batch = write(tmp_path, TargetsRecord(kind="sampled", top_k=0, num_draws=20))
+    manifest, batch = write(tmp_path, TargetsRecord(kind="sampled", top_k=0, num_samples=20))
     assert not {"log_tail", "topk_ranks", "id_table"} & set(arrays_of(tmp_path, manifest))
     assert batch.targets.ids_PK.shape[1] == 0
     assert not batch.targets.log_tail_P.any()

@@ -42,7 +42,7 @@ def test_the_table_says_what_a_task_stores(task: Task) -> None:
     cells, arrays = TABLE[task.name], arrays_of(task)
     assert (cells[SEGMENTS] != "no") == ("segment_ids" in arrays)
     assert cells[LABELS] == arrays.get("labels", "no")
-    assert (cells[PLACES] == "yes") == ("places" in arrays)
+    assert (cells[PLACES] == "yes") == ("token_index" in arrays)
     assert cells[IDS] == {"tokens": "tokens", "classes": "classes", "outputs": ""}[task.gives]
     assert (cells[OUTPUTS] == "no") == (task.gives == "tokens")
     assert (cells[KIND] == "`outputs`") == (task.gives == "outputs")
@@ -89,7 +89,7 @@ def test_arrays_are_as_the_table_says(task: str, task_caches: dict[str, Path]) -
         num_rows = len(arrays["loss_mask"])
         assert arrays["loss_mask"].all()
         assert ("segment_ids" in arrays) == (cells[SEGMENTS] == "yes")
-        assert ("places" in arrays) == (cells[PLACES] == "yes")
+        assert ("token_index" in arrays) == (cells[PLACES] == "yes")
         assert ("labels" in arrays) == (cells[LABELS] != "no")
         if "labels" in arrays:
             assert arrays["labels"].dtype == cells[LABELS]
@@ -105,7 +105,7 @@ def test_masked_lm(task_caches: dict[str, Path]) -> None:
     texts: dict[str, set[bytes]] = {}
     ids = open_cache(str(task_caches["masked-lm"])).sequence_table(["sequence_id"])["sequence_id"].to_pylist()
     for sequence_id, arrays in zip(ids, sequences, strict=True):
-        places = arrays["places"]
+        places = arrays["token_index"]
         assert len(places) >= 1
         assert (np.diff(places.astype(int)) > 0).all()
         assert 0 < places.min() <= places.max() < len(arrays["tokens"]) - 1

@@ -30,7 +30,7 @@ def test_a_row_says_which_caches_serve_the_loss(name):
         assert said in ("yes", "no", "exact", "estimate", "kept ids")
         assert (allowed(LOSSES[name](weight=1.0), context) is None) is (said != "no")
         assert (said == "exact") <= (context.kind == "hidden")
-        assert (said == "kept ids") is (context.kind == "hybrid" and LOSSES[name].ignores_draws)
+        assert (said == "kept ids") is (context.kind == "hybrid" and LOSSES[name].ignores_samples)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -8,8 +8,8 @@ import yaml
 
 from kdcache.config import Config, build
 from kdcache.losses import MEASURES, SCHEDULES, TERMS, Objective, ObjectiveConfig, TeacherContext
+from kdcache.losses.from_cache import SAMPLE_POSITIONS
 from kdcache.losses.schedules import Schedule
-from kdcache.teaching import SAMPLE_POSITIONS
 from tests.docs.pages import DOCS, blocks, rows, sections
 
 PAGE = (DOCS / "objective.md").read_text()

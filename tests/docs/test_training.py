@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from kdcache.cache.ahead import THREADS
 from kdcache.cache.curriculum import PACINGS, Curriculum
-from kdcache.cache.local_store import LocalStoreConfig
 from kdcache.config import build
+from kdcache.storage.ahead import THREADS
+from kdcache.storage.local_store import LocalStoreConfig
 from kdcache.students import StudentConfig
 from kdcache.students.config import LoraConfig
 from kdcache.students.sizes import SIZES

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from kdcache.cache import folder
+from kdcache.storage import folder
 from kdcache.teachers import TeacherOutput
 from tests.dump.fake import BigramTeacher, run_dump
 

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache.cache import CacheWriter, Folder
+from kdcache.cache import CacheWriter
 from kdcache.config import build
 from kdcache.corpus import load_corpus, plan_sequences
 from kdcache.dump import DumpConfig, DumpResult, dump
 from kdcache.dump.plan import make_plan
 from kdcache.models.lm_head import LMHead, head_to_bytes
+from kdcache.storage.folder import Folder
 from kdcache.teachers import TeacherOutput
 from tests import causal as causal_lm
 from tests.synthetic import teacher_record, tokenizer_record

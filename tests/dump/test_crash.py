@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kdcache.cache import open_cache, verify
+from kdcache.cache import open_cache
 from kdcache.errors import KdcacheError
+from kdcache.verify.stored import verify_cache
 from tests.cache.test_writer import content_of
 from tests.dump.fake import BigramTeacher, run_dump
 
@@ -45,7 +46,7 @@ def check_attempts(attempts: list[dict], output: Path, uninterrupted: Path) -> N
         # What was committed is never touched again: same names, same bytes.
         assert before["committed"].items() <= after["committed"].items()
     assert sum(attempt["killed"] for attempt in killed) >= len(killed) // 2
-    assert verify(str(output), deep=True).problems == []
+    assert verify_cache(str(output), deep=True).problems == []
     assert content_of(output) == content_of(uninterrupted)
     names = {str(p.relative_to(output)) for p in output.rglob("*") if p.is_file()}
     expected = {record.path for shard in open_cache(str(output)).manifest.shards for record in shard.objects.values()}
@@ -80,7 +81,7 @@ def test_a_killed_dump_is_no_cache_yet(tmp_path, corpus_file):
         arguments = [sys.executable, "-c", command, str(corpus_file), str(output), str(num_kills)]
         result = subprocess.run(arguments, cwd=ROOT, capture_output=True, timeout=60)
         assert result.returncode == -9, result.stderr
-        for use in (open_cache, verify):
+        for use in (open_cache, verify_cache):
             with pytest.raises(KdcacheError, match=words):
                 use(str(output))
         assert list(output.rglob("*.tmp"))

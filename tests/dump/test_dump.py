@@ -7,10 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from kdcache.cache import open_cache, verify
-from kdcache.codecs import HIDDEN_CODECS, TOPK_CODECS
+from kdcache.cache import open_cache
+from kdcache.codecs import TOPK_CODECS, VECTOR_CODECS
 from kdcache.errors import CacheError, ConfigError, CorpusError, TeacherError
 from kdcache.models.batching import batches_by_length
+from kdcache.verify.stored import verify_cache
 from tests.cache.test_writer import content_of, snapshot
 from tests.conftest import TEXTS
 from tests.dump.fake import BigramTeacher, run_dump
@@ -56,7 +57,7 @@ def test_every_token_is_predicted_once_in_the_order_of_the_corpus(tmp_path, corp
     assert manifest.num_positions == result.num_positions_written == position == sum(len(d) - 1 for d in DOCUMENTS)
     assert (manifest.corpus.num_documents, manifest.corpus.num_empty, manifest.corpus.num_too_short) == (10, 1, 1)
     assert table["source"][0] == "page 0"
-    assert verify(str(tmp_path), deep=True).problems == []
+    assert verify_cache(str(tmp_path), deep=True).problems == []
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 50, 10_000])
@@ -78,11 +79,11 @@ def test_hidden_states_stand_at_their_rows(tmp_path, corpus_file):
 
 
 @pytest.mark.parametrize("codec", TOPK_CODECS)
-@pytest.mark.parametrize("states", HIDDEN_CODECS)
+@pytest.mark.parametrize("states", VECTOR_CODECS)
 def test_every_codec_can_be_dumped(tmp_path, corpus_file, codec, states):
     settings = {"targets": {"top_k": 5, "codec": codec}, "hidden_states": {"codec": states}}
     run_dump(corpus_file, tmp_path, BigramTeacher(), layers=(1,), **settings)
-    assert verify(str(tmp_path), deep=True).problems == []
+    assert verify_cache(str(tmp_path), deep=True).problems == []
     fields = {field.name: field.codec["name"] for field in open_cache(str(tmp_path)).manifest.fields}
     assert fields == {"targets": codec, "hidden-1": states}
 
@@ -92,7 +93,7 @@ def test_all_ids_can_be_kept(tmp_path, corpus_file):
     run_dump(corpus_file, tmp_path, teacher, targets={"top_k": 257, "codec": "exact"})
     cache, _ = check_targets(tmp_path, teacher)
     assert (cache.read([0]).targets.log_tail_P == -np.inf).all()
-    assert verify(str(tmp_path), deep=True).problems == []
+    assert verify_cache(str(tmp_path), deep=True).problems == []
 
 
 def test_more_ids_than_there_are(tmp_path, corpus_file):

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.cache import Cache, open_cache, verify
+from kdcache.cache import Cache, open_cache
 from kdcache.codecs import TOPK_CODECS
 from kdcache.errors import CacheError
 from kdcache.models.lm_head import head_from_bytes
 from kdcache.schema import SequenceBatch
-from kdcache.teachers.draws import draw_uniforms
+from kdcache.teachers.samples import sample_uniforms
+from kdcache.verify.stored import verify_cache
 from tests.cache.test_writer import content_of, snapshot
 from tests.contracts.matching import as_counts, check_merged
 from tests.dump.fake import VOCAB_SIZE, BigramTeacher, LinearTeacher, run_dump
@@ -24,9 +25,9 @@ KINDS = {
     "both": {"top_k": 20, "min_prob": 0.01, "min_mass": 0.6, "temperatures": [0.5, 3.0]},
     "temperatures": {"top_k": 5, "temperatures": [2.0, 4.0]},
     "all ids": {"top_k": VOCAB_SIZE, "temperatures": [2.0]},
-    "sampled": {"kind": "sampled", "num_draws": 25},
-    "sampled, 400 draws": {"kind": "sampled", "num_draws": 400, "seed": 9},
-    "hybrid": {"kind": "hybrid", "top_k": 4, "num_draws": 25},
+    "sampled": {"kind": "sampled", "num_samples": 25},
+    "sampled, 400 samples": {"kind": "sampled", "num_samples": 400, "seed": 9},
+    "hybrid": {"kind": "hybrid", "top_k": 4, "num_samples": 25},
     "hidden": {"kind": "hidden"},
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -63,14 +64,14 @@ def test_every_row_is_what_the_teacher_says(tmp_path, corpus_file, kind):
     teacher = dump_kind(corpus_file, tmp_path, kind)
     cache, _ = check_targets(tmp_path, teacher)
     check_merged(cache.read(range(len(cache))).targets)
-    assert verify(str(tmp_path), deep=True).problems == []
+    assert verify_cache(str(tmp_path), deep=True).problems == []
 
 
 @kinds
 @pytest.mark.parametrize("codec", [name for name in TOPK_CODECS if name != "exact"])
 def test_every_kind_in_every_codec(tmp_path, corpus_file, kind, codec):
     dump_kind(corpus_file, tmp_path, kind, codec=codec, hidden_states={"codec": "int8"})
-    assert verify(str(tmp_path), deep=True).problems == []
+    assert verify_cache(str(tmp_path), deep=True).problems == []
     _, batch = whole(tmp_path)
     check_merged(batch.targets)
 
@@ -95,20 +96,20 @@ def test_draws_do_not_depend_on_halved_batches_either(tmp_path, corpus_file):
     assert content_of(tmp_path / "a") == content_of(tmp_path / "b")
 
 
-@pytest.mark.parametrize("kind", ["sampled", "sampled, 400 draws", "hybrid"])
+@pytest.mark.parametrize("kind", ["sampled", "sampled, 400 samples", "hybrid"])
 def test_draws_are_those_of_the_uniform_numbers(tmp_path, corpus_file, kind):
     teacher = dump_kind(corpus_file, tmp_path, kind)
     cache, batch = whole(tmp_path)
     record = cache.manifest.targets
     lengths = np.diff(batch.position_offsets_N1)
-    uniforms = draw_uniforms(record.seed, list(range(len(cache))), lengths, record.num_draws)
+    uniforms = sample_uniforms(record.seed, list(range(len(cache))), lengths, record.num_samples)
     tail_PV = outside(probabilities(teacher, batch), batch)
     ends_PV = tail_PV.cumsum(axis=1) / tail_PV.sum(axis=1, keepdims=True)
     different = 0
-    for row, found in enumerate(as_counts(batch.targets.draws)):
+    for row, found in enumerate(as_counts(batch.targets.samples)):
         ids = np.searchsorted(ends_PV[row], uniforms[row], side="right")
         expected = dict(zip(*(part.tolist() for part in np.unique(ids, return_counts=True)), strict=True))
-        assert sum(found.values()) == record.num_draws
+        assert sum(found.values()) == record.num_samples
         assert all(tail_PV[row, token_id] > 0 for token_id in found)
         different += sum(abs(found.get(i, 0) - expected.get(i, 0)) for i in {*found, *expected}) // 2
     # A number that falls on the edge of two ids may go to either: the teacher's sums are float32.
@@ -119,7 +120,7 @@ def test_another_seed_draws_others(tmp_path, corpus_file):
     for seed in (0, 1):
         targets = {**KINDS["sampled"], "seed": seed}
         run_dump(corpus_file, tmp_path / str(seed), BigramTeacher(), targets=targets)
-    first, second = (as_counts(whole(tmp_path / str(seed))[1].targets.draws) for seed in (0, 1))
+    first, second = (as_counts(whole(tmp_path / str(seed))[1].targets.samples) for seed in (0, 1))
     assert sum(a != b for a, b in zip(first, second, strict=True)) > 0.9 * len(first)
 
 
@@ -148,14 +149,14 @@ def test_the_last_state_and_the_head_say_everything_again(tmp_path, corpus_file)
 def test_packed_windows_of_draws(tmp_path, corpus_file):
     teacher = dump_kind(corpus_file, tmp_path, "hybrid", sequences={"max_length": 32, "packing": "window"})
     check_targets(tmp_path, teacher)
-    assert verify(str(tmp_path), deep=True).problems == []
+    assert verify_cache(str(tmp_path), deep=True).problems == []
 
 
 def test_an_id_that_the_teacher_rules_out_is_never_drawn(tmp_path, corpus_file):
     teacher = BigramTeacher()
     teacher.logits_VV[:, 100:] = -torch.inf
-    run_dump(corpus_file, tmp_path, teacher, targets={"kind": "sampled", "num_draws": 200})
-    assert max(max(row) for row in as_counts(whole(tmp_path)[1].targets.draws)) < 100
+    run_dump(corpus_file, tmp_path, teacher, targets={"kind": "sampled", "num_samples": 200})
+    assert max(max(row) for row in as_counts(whole(tmp_path)[1].targets.samples)) < 100
 
 
 @pytest.mark.parametrize(
@@ -180,9 +181,9 @@ def test_other_codecs_or_layers_are_named(tmp_path, corpus_file, changes, words)
 @pytest.mark.parametrize(
     ("first", "second", "words"),
     [
-        ("sampled", {"kind": "sampled", "num_draws": 24}, "targets.num_draws is 25 there and 24 here"),
-        ("sampled", {"kind": "sampled", "num_draws": 25, "seed": 1}, "targets.seed is 0 there and 1 here"),
-        ("hybrid", {"kind": "sampled", "num_draws": 25}, "targets.kind is 'hybrid' there and 'sampled' here"),
+        ("sampled", {"kind": "sampled", "num_samples": 24}, "targets.num_samples is 25 there and 24 here"),
+        ("sampled", {"kind": "sampled", "num_samples": 25, "seed": 1}, "targets.seed is 0 there and 1 here"),
+        ("hybrid", {"kind": "sampled", "num_samples": 25}, "targets.kind is 'hybrid' there and 'sampled' here"),
         ("min_prob", {"top_k": 20, "min_prob": 0.02}, "targets.min_prob is 0.01 there and 0.02 here"),
         ("default", {"top_k": 64, "tail_prior": False}, "targets.tail_prior is True there and False here"),
         ("temperatures", {"top_k": 5, "temperatures": [2.0, 3.0]}, "targets.temperatures"),

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import yaml
 
-from kdcache.cache import Folder, open_cache, verify
-from kdcache.cache.lease import LEASE
-from kdcache.cache.transfer import transfer
+from kdcache.cache import open_cache
 from kdcache.config import build
 from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.errors import CacheError, IncompleteCacheError
+from kdcache.storage.folder import Folder
+from kdcache.storage.lease import LEASE
 from kdcache.train import TrainConfig, train_student
 from kdcache.transcode import TranscodeConfig, transcode_cache
+from kdcache.transfer.copy import transfer
+from kdcache.verify.stored import verify_cache
 from tests.cache.test_writer import content_of
 from tests.conftest import dump_settings
 from tests.train_runs import settings
@@ -24,7 +26,7 @@ from tests.train_runs import settings
 #: ``kdcache dump-teacher``, killed where it is about to commit its third shard.
 KILLED = """
 import os, signal, sys
-from kdcache.cache import Folder
+from kdcache.storage.folder import Folder
 from kdcache.cli import main
 
 write = Folder.write
@@ -61,7 +63,7 @@ def test_killed_and_finished(config, dumped, tmp_path):
     assert made.num_shards_written == made.manifest.num_shards - 2
     assert content_of(url) == content_of(dumped)
     assert {name: Folder(url).read(name) for name in before} == before
-    assert verify(url, deep=True).problems == []
+    assert verify_cache(url, deep=True).problems == []
     assert not Folder(url).exists(LEASE)
     named = {record.path for shard in made.manifest.shards for record in shard.objects.values()}
     there = {
@@ -81,7 +83,7 @@ def test_killed_and_finished(config, dumped, tmp_path):
 
     part = str(tmp_path / "part")
     transfer(url, part, shards=[0, 2], fields=["targets"], progress=False)
-    assert verify(part, deep=True).problems == []
+    assert verify_cache(part, deep=True).problems == []
     assert np.isfinite(_train(part, tmp_path / "of the part")["loss"])
 
     smaller = f"{url}-small"

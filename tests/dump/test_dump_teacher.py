@@ -11,17 +11,18 @@ import pytest
 import torch
 import transformers
 
-from kdcache.cache import open_cache, verify
-from kdcache.checks import TeacherCheck, verify_against_teacher
+from kdcache.cache import open_cache
 from kdcache.codecs import TOPK_CODECS
 from kdcache.config import build
 from kdcache.dump import DumpConfig, dump_teacher, estimate_dump
 from kdcache.errors import CacheError, ConfigError, CorpusError, TeacherError
+from kdcache.losses.from_cache import head_of
 from kdcache.models.lm_head import head_to_bytes
 from kdcache.models.loading import load_tokenizer
 from kdcache.teachers import TeacherConfig
-from kdcache.teaching import head_of
 from kdcache.transcode import TranscodeConfig, transcode_cache
+from kdcache.verify.against_teacher import TeacherCheck, verify_against_teacher
+from kdcache.verify.stored import verify_cache
 from tests.families import SPLITTABLE
 from tests.synthetic import targets_of
 from tests.tiny import bpe_tokenizer, llama
@@ -86,7 +87,7 @@ def check_cache(path: Path, teacher: Path, *, atol: float = 5e-5) -> None:
 def test_the_shared_cache(dumped, teacher_dir):
     check_cache(dumped, teacher_dir)
     assert open_cache(str(dumped)).manifest.hidden_layers == ("hidden-1", "hidden-2")
-    assert verify(str(dumped), deep=True).problems == []
+    assert verify_cache(str(dumped), deep=True).problems == []
 
 
 @pytest.mark.parametrize("packing", ["none", "window"])
@@ -103,7 +104,7 @@ def test_targets_and_states_of_every_family(tmp_path, corpus_file, family, packi
     dump_teacher(config, progress=False)
     check_cache(tmp_path / "cache", teacher)
     assert open_cache(config.output).manifest.hidden_layers == ("hidden-0", "hidden-1", "hidden-2")
-    assert verify(config.output, deep=True).problems == []
+    assert verify_cache(config.output, deep=True).problems == []
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 100_000])
@@ -136,7 +137,7 @@ def test_a_bfloat16_teacher_agrees_with_itself(tmp_path, corpus_file, teacher_di
     config = config_for(teacher_dir, corpus_file, tmp_path, teacher={"model": str(teacher_dir), "dtype": "bfloat16"})
     manifest = dump_teacher(config, progress=False).manifest
     assert manifest.teacher.dtype == "bfloat16"
-    assert verify(str(tmp_path), deep=True).problems == []
+    assert verify_cache(str(tmp_path), deep=True).problems == []
     assert again(tmp_path, teacher_dir, 5).ok
 
 
@@ -195,42 +196,42 @@ def test_the_right_weights_with_wrong_values_are_found_out(tmp_path, corpus_file
     teacher = {"model": str(teacher_dir), "dtype": dtype}
     dump_teacher(config_for(teacher_dir, corpus_file, tmp_path, teacher=teacher), progress=False)
     monkeypatch.undo()
-    assert verify(str(tmp_path), deep=True).ok  # each row makes sense by itself
+    assert verify_cache(str(tmp_path), deep=True).ok  # each row makes sense by itself
     check = again(tmp_path, teacher_dir)
     assert check.same_weights
     assert not check.ok
 
 
-DRAWN = {"sampled": {"kind": "sampled"}, "hybrid": {"kind": "hybrid"}}
+SAMPLED = {"sampled": {"kind": "sampled"}, "hybrid": {"kind": "hybrid"}}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", DRAWN)
+@pytest.mark.parametrize("kind", SAMPLED)
 def test_draws_are_checked_too(tmp_path, corpus_file, teacher_dir, kind, dtype):
-    changes = {"targets": DRAWN[kind], "teacher": {"model": str(teacher_dir), "dtype": dtype}}
+    changes = {"targets": SAMPLED[kind], "teacher": {"model": str(teacher_dir), "dtype": dtype}}
     dump_teacher(config_for(teacher_dir, corpus_file, tmp_path, **changes), progress=False)
     check = again(tmp_path, teacher_dir, 7)
     assert check.ok
-    assert check.draws_excess != 0
-    assert abs(check.draws_excess) < check.allowed_draws_excess < 0.4
+    assert check.samples_excess != 0
+    assert abs(check.samples_excess) < check.allowed_samples_excess < 0.4
     if kind == "sampled":
         assert (check.mean_kl, check.top1_agreement) == (None, None)
     else:
         assert check.top1_agreement > 0.99
 
 
-@pytest.mark.parametrize("kind", DRAWN)
+@pytest.mark.parametrize("kind", SAMPLED)
 def test_draws_from_something_else_are_found_out(tmp_path, corpus_file, teacher_dir, monkeypatch, kind):
-    import kdcache.teachers.keep as keep
+    import kdcache.teachers.reduce as keep
 
-    real = keep.draw_ids
-    monkeypatch.setattr(keep, "draw_ids", lambda weights_CV, uniforms_CN: real(weights_CV.sqrt(), uniforms_CN))
-    changes = {"targets": {**DRAWN[kind], "num_draws": 100}}
+    real = keep.sample_ids
+    monkeypatch.setattr(keep, "sample_ids", lambda weights_CV, uniforms_CN: real(weights_CV.sqrt(), uniforms_CN))
+    changes = {"targets": {**SAMPLED[kind], "num_samples": 100}}
     dump_teacher(config_for(teacher_dir, corpus_file, tmp_path, **changes), progress=False)
     monkeypatch.undo()
-    assert verify(str(tmp_path), deep=True).ok
+    assert verify_cache(str(tmp_path), deep=True).ok
     check = again(tmp_path, teacher_dir, 20)
-    assert check.draws_excess > check.allowed_draws_excess
+    assert check.samples_excess > check.allowed_samples_excess
     assert not check.ok
 
 
@@ -239,7 +240,7 @@ def test_draws_where_every_id_is_kept(tmp_path, corpus_file, teacher_dir):
     dump_teacher(config_for(teacher_dir, corpus_file, tmp_path, **changes), progress=False)
     check = again(tmp_path, teacher_dir)
     assert check.ok
-    assert check.draws_excess == 0
+    assert check.samples_excess == 0
 
 
 def test_another_lm_head_is_found_out(tmp_path, corpus_file, teacher_dir):
@@ -392,7 +393,7 @@ def test_a_last_state_of_another_width(tmp_path, corpus_file):
     cache = open_cache(str(tmp_path / "cache"))
     batch = cache.read([0], hidden=cache.manifest.hidden_layers)
     assert {name: states.shape[1] for name, states in batch.hidden.items()} == {"hidden-1": 16, "hidden-2": 8}
-    assert verify(str(tmp_path / "cache"), deep=True).problems == []
+    assert verify_cache(str(tmp_path / "cache"), deep=True).problems == []
 
 
 def test_a_mixture_of_experts_is_causal(tmp_path, corpus_file):

@@ -11,7 +11,7 @@ from kdcache.schema import KINDS, TargetsRecord
 from kdcache.targets_config import TargetsConfig
 from tests.dump.test_dump_config import configure
 
-#: What each kind keeps where nothing else is said: top_k, num_draws, tail_prior.
+#: What each kind keeps where nothing else is said: top_k, num_samples, tail_prior.
 DEFAULTS = {
     "top-k": (64, 0, True),
     "sampled": (0, 50, False),
@@ -29,11 +29,11 @@ def test_every_kind_is_here():
 def test_defaults_of_a_kind(kind):
     # Outputs belong to tasks without distributions, whose dumps choose them by themselves.
     targets = build(TargetsConfig, {"kind": kind}) if kind == "outputs" else configure(f"targets.kind={kind}").targets
-    assert (targets.top_k, targets.num_draws, targets.tail_prior) == DEFAULTS[kind]
+    assert (targets.top_k, targets.num_samples, targets.tail_prior) == DEFAULTS[kind]
     assert (targets.min_prob, targets.min_mass, targets.temperatures, targets.seed) == (0, 1, (), 0)
     assert targets.codec["name"] == "compact"
     assert targets.record == TargetsRecord(
-        kind=kind, top_k=targets.top_k, num_draws=targets.num_draws, tail_prior=targets.tail_prior
+        kind=kind, top_k=targets.top_k, num_samples=targets.num_samples, tail_prior=targets.tail_prior
     )
 
 
@@ -44,9 +44,9 @@ def test_without_a_kind_it_is_top_k():
 def test_what_is_given_replaces_a_default():
     assert configure("targets.top_k=8", "targets.tail_prior=false").targets.record == TargetsRecord(top_k=8)
     hybrid = configure("targets.kind=hybrid", "targets.top_k=3").targets
-    assert (hybrid.top_k, hybrid.num_draws) == (3, 16)
-    sampled = configure("targets.kind=sampled", "targets.num_draws=300", "targets.seed=7").targets
-    assert (sampled.top_k, sampled.num_draws, sampled.seed) == (0, 300, 7)
+    assert (hybrid.top_k, hybrid.num_samples) == (3, 16)
+    sampled = configure("targets.kind=sampled", "targets.num_samples=300", "targets.seed=7").targets
+    assert (sampled.top_k, sampled.num_samples, sampled.seed) == (0, 300, 7)
 
 
 CONTRADICTIONS = {
@@ -54,10 +54,10 @@ CONTRADICTIONS = {
     "kind=top-k,top_k=0": "targets of the kind top-k need a top_k of 1 or more",
     "kind=hybrid,top_k=0": "targets of the kind hybrid need a top_k of 1 or more",
     "kind=hidden,top_k=0": "targets of the kind hidden need a top_k of 1 or more",
-    "kind=sampled,num_draws=0": "targets of the kind sampled need num_draws of 1 or more",
-    "kind=hybrid,num_draws=0": "targets of the kind hybrid need num_draws of 1 or more",
-    "num_draws=50": "targets of the kind top-k take no draws (the kinds sampled and hybrid do)",
-    "kind=hidden,num_draws=50": "targets of the kind hidden take no draws (the kinds sampled and hybrid do)",
+    "kind=sampled,num_samples=0": "targets of the kind sampled need num_samples of 1 or more",
+    "kind=hybrid,num_samples=0": "targets of the kind hybrid need num_samples of 1 or more",
+    "num_samples=50": "targets of the kind top-k take no samples (the kinds sampled and hybrid do)",
+    "kind=hidden,num_samples=50": "targets of the kind hidden take no samples (the kinds sampled and hybrid do)",
     "kind=sampled,min_prob=0.001": "targets of the kind sampled have no min_prob and min_mass (the kind top-k has)",
     "kind=hybrid,min_mass=0.9": "targets of the kind hybrid have no min_prob and min_mass (the kind top-k has)",
     "kind=hidden,tail_prior=true": "targets of the kind hidden have no tail prior (the kind top-k has)",
@@ -107,11 +107,11 @@ def test_temperatures_that_are_none_are_refused(text):
         ("min_prob=-0.1", "targets.min_prob"),
         ("min_mass=0", "targets.min_mass"),
         ("min_mass=1.1", "targets.min_mass"),
-        ("num_draws=-1", "targets.num_draws"),
-        ("num_draws=1000000000", "targets.num_draws': Input should be less than or equal to 4096"),
+        ("num_samples=-1", "targets.num_samples"),
+        ("num_samples=1000000000", "targets.num_samples': Input should be less than or equal to 4096"),
         ("seed=-1", "targets.seed"),
         ("seed=4294967296", "targets.seed"),
-        ("num_draw=5", "did you mean 'num_draws'?"),
+        ("num_draw=5", "did you mean 'num_samples'?"),
     ],
 )
 def test_values_out_of_range_name_the_setting(setting, words):
@@ -141,4 +141,4 @@ def test_an_option_changes_the_kind_of_the_file(tmp_path):
     path = tmp_path / "dump.yaml"
     path.write_text("targets:\n  kind: sampled\n  seed: 3\n")
     found = configure(file=str(path), options={"targets": {"kind": "hybrid"}}).targets
-    assert (found.kind, found.top_k, found.num_draws, found.seed) == ("hybrid", 4, 16, 3)
+    assert (found.kind, found.top_k, found.num_samples, found.seed) == ("hybrid", 4, 16, 3)

@@ -27,13 +27,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "codec": "compact",
         "record": TargetsRecord(top_k=6, temperatures=(0.5, 2.0, 4.0), tail_prior=True),
     },
-    "sampled": {"codec": "compact", "record": TargetsRecord(kind="sampled", top_k=0, num_draws=30, seed=3)},
-    "hybrid": {"codec": "compact", "record": TargetsRecord(kind="hybrid", top_k=4, num_draws=300)},
+    "sampled": {"codec": "compact", "record": TargetsRecord(kind="sampled", top_k=0, num_samples=30, seed=3)},
+    "hybrid": {"codec": "compact", "record": TargetsRecord(kind="hybrid", top_k=4, num_samples=300)},
     "hidden-int8": {
         "codec": "compact",
         "record": TargetsRecord(kind="hidden", top_k=1),
         "hidden": ("hidden-1",),
-        "hidden_codec": "int8",
+        "vector_codec": "int8",
     },
 }
 
@@ -49,19 +49,19 @@ def decoded(cache: Cache) -> dict[str, np.ndarray]:
     """Everything that a reader hands out, by name."""
     batch = cache.read(range(len(cache)), hidden=cache.manifest.vector_fields)
     targets = vars(batch.targets)
-    draws = {} if batch.targets.draws is None else vars(batch.targets.draws)
+    samples = {} if batch.targets.samples is None else vars(batch.targets.samples)
     arrays = {
         "tokens": batch.tokens_T,
         "token_offsets": batch.token_offsets_N1,
         "position_offsets": batch.position_offsets_N1,
         "loss_mask": batch.loss_mask_P,
-        **{name: values for name, values in targets.items() if name != "draws"},
-        **{f"draws_{name}": values for name, values in draws.items()},
+        **{name: values for name, values in targets.items() if name != "samples"},
+        **{f"draws_{name}": values for name, values in samples.items()},
         **dict(zip(("merged_ids", "merged_logprobs", "merged_log_tail"), batch.targets.merged(), strict=True)),
         **batch.hidden,
         "segment_ids": batch.segment_ids_T,
         "labels": batch.labels_P,
-        "places": batch.places_P,
+        "token_index": batch.token_index_P,
         "tail_prior": cache.tail_prior_V,
     }
     if cache.manifest.targets.kind == "hidden":

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.cache import open_cache, verify
+from kdcache.cache import open_cache
 from kdcache.codecs import TOPK_CODECS
 from kdcache.models.lm_head import head_from_bytes
 from kdcache.schema import FORMAT_VERSION, KINDS, ArrayRecord
+from kdcache.verify.stored import verify_cache
 from tests.golden.make import ROOT, VARIANTS, decoded
 
 CACHES = sorted(path.parent for path in ROOT.glob("*/decoded.npz"))
@@ -26,7 +27,7 @@ def test_variants_cover_every_codec_and_every_kind_of_targets() -> None:
     assert {field.codec["name"] for field in fields} >= {"exact", "int8"}
     assert {manifest.targets.kind for manifest in caches} == set(KINDS)
     arrays = {(array.name, array.dtype) for field in fields for array in field.arrays if field.name == "targets"}
-    assert {("labels", "int32"), ("labels", "float32"), ("places", "uint32"), ("segment_ids", "uint16")} <= arrays
+    assert {("labels", "int32"), ("labels", "float32"), ("token_index", "uint32"), ("segment_ids", "uint16")} <= arrays
     rows = {array.rows for field in fields for array in field.arrays}
     assert rows == set(get_args(ArrayRecord.model_fields["rows"].annotation))
     for has in (lambda t: t.is_ragged, lambda t: t.temperatures, lambda t: t.tail_prior):
@@ -48,9 +49,9 @@ def test_golden_cache_decodes_as_it_did(path) -> None:
     with np.load(path / "decoded.npz") as expected:
         assert set(found) == set(expected.files)
         for name in expected.files:
-            if name == "draws_ids_PJ":
+            if name == "samples_ids_PJ":
                 # Where an id was drawn no times, it stands for nothing.
-                was_drawn = expected["draws_counts_PJ"] > 0
+                was_drawn = expected["samples_counts_PJ"] > 0
                 np.testing.assert_array_equal(found[name][was_drawn], expected[name][was_drawn], err_msg=name)
                 continue
             if expected[name].dtype.kind == "f":
@@ -62,6 +63,6 @@ def test_golden_cache_decodes_as_it_did(path) -> None:
 
 @pytest.mark.parametrize("path", CACHES, ids=lambda path: path.name)
 def test_golden_cache_verifies(path) -> None:
-    report = verify(str(path / "cache"), deep=True)
+    report = verify_cache(str(path / "cache"), deep=True)
     assert report.problems == []
     assert report.num_objects > 0

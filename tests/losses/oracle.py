@@ -141,24 +141,26 @@ def ragged_case(num_kept_P: Tensor, top_k: int = 8, **settings: Any) -> Case:
     return replace(case, rows=rows, context=replace(case.context, is_ragged=True))
 
 
-def hybrid_case(top_k: int = 4, num_draws: int = 9, **settings: Any) -> Case:
-    """A case whose rows keep ``top_k`` ids and draws of the tail, which share its mass; the last row drew nothing."""
+def hybrid_case(top_k: int = 4, num_samples: int = 9, **settings: Any) -> Case:
+    """A case whose rows keep ``top_k`` ids and samples of the tail, which share its mass; the last row drew nothing."""
     case = make_case(top_k=top_k, **settings)
     rows = case.rows
     random = torch.Generator().manual_seed(4)
     outside_PV = case.teacher_logits_PV.softmax(1).scatter(1, rows.ids_PK, 0.0)
-    drawn_PN = outside_PV.multinomial(num_draws, replacement=True, generator=random)
-    counts_PV = torch.zeros_like(outside_PV).scatter_add(1, drawn_PN, torch.ones_like(drawn_PN, dtype=torch.float64))
-    counts_PJ, ids_PJ = counts_PV.topk(num_draws)
+    sampled_PN = outside_PV.multinomial(num_samples, replacement=True, generator=random)
+    counts_PV = torch.zeros_like(outside_PV).scatter_add(
+        1, sampled_PN, torch.ones_like(sampled_PN, dtype=torch.float64)
+    )
+    counts_PJ, ids_PJ = counts_PV.topk(num_samples)
     counts_PJ[-1] = 0
-    drawn_PJ = rows.log_tail_P[:, None] + (counts_PJ / num_draws).log()
+    sampled_PJ = rows.log_tail_P[:, None] + (counts_PJ / num_samples).log()
     assert bool((counts_PJ == 0).any()), "there are pads"
     ids_PJ = torch.where(counts_PJ > 0, ids_PJ, rows.ids_PK[:, :1])
     log_tail_P = torch.where(counts_PJ.sum(1) > 0, -torch.inf, rows.log_tail_P)
     rows = replace(
         rows,
         ids_PK=torch.cat([rows.ids_PK, ids_PJ], 1),
-        logprobs_PK=torch.cat([rows.logprobs_PK, drawn_PJ], 1),
+        logprobs_PK=torch.cat([rows.logprobs_PK, sampled_PJ], 1),
         log_tail_P=log_tail_P,
     )
     return replace(case, rows=rows, context=replace(case.context, kind="hybrid", num_kept=top_k))
@@ -244,14 +246,14 @@ def _dense_pair(case: Case, loss: Any, logits_V: Tensor, row: int) -> tuple[Tens
         assert rows.log_tails_PG is not None
         tail_t, t_K = rows.log_tails_PG[row, GRID.index(temperature)].exp(), t_K ** (1 / temperature)
         t_K = t_K / t_K.sum() * (1 - tail_t)
-    elif not case.context.is_drawn:
+    elif not case.context.is_sampled:
         tail_t = rows.log_tail_P[row].exp()
     return torch.cat([t_K, tail_t[None]]), torch.cat([p_V[ids], p_V[outside].sum()[None]])
 
 
 def _kept_ids(case: Case, row: int) -> Tensor:
     rows = case.rows
-    if case.context.is_drawn:
+    if case.context.is_sampled:
         return rows.ids_PK[row, : case.context.num_kept]
     return rows.ids_PK[row][rows.logprobs_PK[row] > -torch.inf] if case.context.has_pads else rows.ids_PK[row]
 

@@ -55,11 +55,11 @@ REFUSED = [
     (
         "sampled",
         {"temperature": 2},
-        "holds sampled targets .draws from the teacher's distribution., which estimate the "
+        "holds sampled targets .samples from the teacher's distribution., which estimate the "
         "teacher at temperature 1 only, found temperature 2; use temperature 1, or a cache of top-k or hidden targets",
     ),
     ("hybrid", {"temperature": 2, "mode": "grid"}, "holds hybrid targets .* at temperature 1 only"),
-    ("hybrid", {"tail": "prior"}, "tail prior needs the exact mass of a tail, and in the cache draws stand for it"),
+    ("hybrid", {"tail": "prior"}, "tail prior needs the exact mass of a tail, and in the cache samples stand for it"),
     ("sampled", {"tail": "renormalise"}, "it holds sampled targets .*; use tail bucket"),
     ("sampled", {"mode": "full"}, "the cache holds sampled targets"),
     ("hidden", {"tail": "uniform", "mode": "full"}, "the whole tail is known, so tail uniform makes no sense"),

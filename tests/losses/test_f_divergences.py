@@ -82,8 +82,8 @@ def name_of(loss: Loss) -> str:
 
 
 def possible(loss: Loss, case: Case) -> bool:
-    """Hybrid caches cannot store tails at other temperatures; nor can the oracle temper what draws share."""
-    return not (case.context.is_drawn and getattr(loss, "mode", None) == "grid")
+    """Hybrid caches cannot store tails at other temperatures; nor can the oracle temper what samples share."""
+    return not (case.context.is_sampled and getattr(loss, "mode", None) == "grid")
 
 
 # --------------------------------------------------------------------------------------------- against the oracle
@@ -366,7 +366,7 @@ def test_extreme_and_impossible_students_are_finite_in_float32(name, kind, tempe
     losses = [loss]
     if isinstance(loss, FDivergence):
         context = replace(case.context, temperatures=(temperature, 2.5))
-        modes = [mode for mode in loss.modes if not case.context.is_drawn or mode != "grid"]
+        modes = [mode for mode in loss.modes if not case.context.is_sampled or mode != "grid"]
         losses += [loss.model_copy(update={"temperature": temperature, "mode": mode}) for mode in modes]
         case = replace(case, context=context)
     logits_PV = 60.0 * dense_logits(case).float().detach()

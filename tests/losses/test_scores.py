@@ -52,7 +52,7 @@ def test_the_teachers_favourite_comes_from_the_best_there_is():
     rounded = replace(case.rows, hidden_PD=case.teacher_logits_PV.flip(1))
     head = LMHead(torch.eye(31, dtype=torch.float64))
     assert torch.equal(top1(TeacherContext("hidden", head=head), rounded), favourites_P)
-    # Draws come in any order; a tail draw may seem more probable than a kept id.
+    # Samples come in any order; a tail draw may seem more probable than a kept id.
     flipped = replace(case.rows, ids_PK=case.rows.ids_PK.flip(1), logprobs_PK=case.rows.logprobs_PK.flip(1))
     assert torch.equal(top1(TeacherContext("sampled"), flipped), favourites_P)
     assert torch.equal(top1(TeacherContext("hybrid"), flipped), flipped.ids_PK[:, 0])

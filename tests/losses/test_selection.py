@@ -228,7 +228,7 @@ def test_an_objective_resolves_its_own_shares_alone():
 
 def test_a_share_that_is_no_bound_yet_is_refused():
     config = objective_of({"by": "teacher_entropy", "top": 0.25}, None)
-    with pytest.raises(ConfigError, match=r"turned into a bound .*kdcache.teaching.resolve_selection"):
+    with pytest.raises(ConfigError, match=r"turned into a bound .*kdcache.losses.from_cache.resolve_selection"):
         Objective(config)
     for share, end in (("top", "highest"), ("bottom", "lowest")):
         config = objective_of({"by": "teacher_entropy", share: 0.25}, None)
@@ -252,7 +252,7 @@ def test_draws_alone_do_not_tell_the_confidence(by, kind):
     elif (by, kind) == ("confidence", "sampled"):
         assert reason is not None
         with pytest.raises(
-            ConfigError, match=r"^cross_entropy: select by confidence needs .* cache holds .*draws from"
+            ConfigError, match=r"^cross_entropy: select by confidence needs .* cache holds .*samples from"
         ):
             Objective(config, context=context)
     else:

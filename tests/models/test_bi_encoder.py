@@ -16,12 +16,12 @@ from kdcache.cache import Cache, open_cache
 from kdcache.config import build
 from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.errors import ConfigError
-from kdcache.evaluation import evaluate
+from kdcache.evaluate import evaluate_students
+from kdcache.models.batches import to_tensors
 from kdcache.models.bi_encoder import BiEncoder, is_bi_encoder, mark_bi_encoder
 from kdcache.models.pooling import pool
 from kdcache.models.tokenizer import TextEncoder
 from kdcache.students import StudentConfig, load_student
-from kdcache.students.batches import to_tensors
 from kdcache.tasks import task_of
 from kdcache.tasks.documents import joined
 from kdcache.train import TrainConfig, train_student
@@ -177,7 +177,9 @@ def run(found: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_a_bi_encoder_learns_the_teachers_order(found: dict[str, str], run: str, tmp_path: Path) -> None:
     train_student(train_config(found, tmp_path / "start", max_steps=1, learning_rate=1e-9), progress=False)
-    before, after = evaluate(found["cache"], [str(tmp_path / "start"), run], device="cpu", progress=False).students
+    before, after = evaluate_students(
+        found["cache"], [str(tmp_path / "start"), run], device="cpu", progress=False
+    ).students
     assert after.metrics["teacher_spearman"] > before.metrics["teacher_spearman"] + 0.2
 
 

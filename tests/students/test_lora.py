@@ -13,10 +13,10 @@ from kdcache.cache import open_cache
 from kdcache.config import build
 from kdcache.errors import ConfigError, StudentError
 from kdcache.losses import Objective, ObjectiveConfig, TeacherRows
+from kdcache.models.batches import to_tensors
 from kdcache.students import StudentConfig, load_student
-from kdcache.students.batches import to_tensors
-from kdcache.students.term_file import TERMS_FILE
 from kdcache.train import TrainConfig, plan_training
+from kdcache.train.term_file import TERMS_FILE
 from tests.tiny import bpe_tokenizer, llama, make_cache, random_sequences
 from tests.train_runs import Recorder, settings, train
 

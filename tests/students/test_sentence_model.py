@@ -16,7 +16,7 @@ from kdcache.cache import open_cache
 from kdcache.config import build
 from kdcache.dump import dump_teacher
 from kdcache.errors import ConfigError, StudentError, TeacherError
-from kdcache.evaluation import evaluate
+from kdcache.evaluate import evaluate_students
 from kdcache.schema import OUTPUTS_FIELD
 from kdcache.students import StudentConfig, load_student
 from kdcache.train import TrainConfig, train_student
@@ -125,7 +125,9 @@ def test_a_projection_starts_with_the_angles_of_the_pooled_states_and_is_trained
 
 def test_training_brings_students_of_another_width_closer_to_the_teacher(found, projected, reduced, tmp_path):
     before = train(found, tmp_path / "before", {"projection": True}, max_steps=1, learning_rate=1e-12)
-    rows = evaluate(found["cache"], [str(p) for p in (before, projected, reduced)], device="cpu", progress=False)
+    rows = evaluate_students(
+        found["cache"], [str(p) for p in (before, projected, reduced)], device="cpu", progress=False
+    )
     first, projected_row, reduced_row = (row.metrics for row in rows.students)
     assert projected_row["teacher_cosine"] > first["teacher_cosine"] + 0.05
     assert reduced_row["teacher_cosine"] > 0.1
@@ -133,7 +135,7 @@ def test_training_brings_students_of_another_width_closer_to_the_teacher(found, 
 
 
 def test_a_student_that_cannot_be_compared_has_no_cosine_to_the_teacher(found):
-    row = evaluate(found["cache"], [found["narrow"]], device="cpu", progress=False).students[0]
+    row = evaluate_students(found["cache"], [found["narrow"]], device="cpu", progress=False).students[0]
     assert row.metrics["teacher_cosine"] is None
     assert row.metrics["spearman"] is not None
 

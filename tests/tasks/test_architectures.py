@@ -18,12 +18,12 @@ from kdcache.config import build
 from kdcache.corpus import CorpusConfig, load_corpus
 from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.errors import ConfigError, CorpusError, StudentError, TeacherError
-from kdcache.evaluation import evaluate
+from kdcache.evaluate import evaluate_students
+from kdcache.models.batches import to_tensors
 from kdcache.models.generation import write_texts
 from kdcache.models.tokenizer import TextEncoder
 from kdcache.schema import OUTPUTS_FIELD
 from kdcache.students import StudentConfig, load_student
-from kdcache.students.batches import to_tensors
 from kdcache.tasks import task_of
 from kdcache.tasks.documents import Made
 from kdcache.tasks.seq2seq_lm import Seq2SeqSettings
@@ -182,7 +182,7 @@ def test_classes_of_a_corpus_are_the_teachers_by_name(names, tmp_path):
     numbers = [lower.index(NAMES[n]) if "neutral" in names else n for n in own]
     corpus = classes_corpus(tmp_path, names, numbers)
     path = dump(tmp_path, model, SINGLES, corpus={"paths": [corpus]})
-    assert evaluate(path, [], progress=False).teacher.top1_accuracy == 1
+    assert evaluate_students(path, [], progress=False).teacher.top1_accuracy == 1
 
 
 def test_classes_that_are_called_like_others_of_the_teacher_are_refused(tmp_path):

@@ -6,7 +6,7 @@ import torch
 
 from kdcache.cache import open_cache
 from kdcache.losses import TeacherRows
-from kdcache.schema import Draws, SequenceBatch, Targets
+from kdcache.schema import Samples, SequenceBatch, Targets
 from kdcache.tasks import TASKS
 from tests import causal as causal_lm
 from tests.synthetic import SyntheticCache
@@ -85,8 +85,8 @@ def targets_of(probs_PK: list[list[float]], tail_P: list[float], **more: object)
 
 
 def test_draws_stand_among_the_ids_of_a_batch():
-    draws = Draws(np.array([[7, 8], [9, 0], [0, 0]], np.uint16), np.array([[3, 1], [4, 0], [0, 0]], np.uint8))
-    targets = targets_of([[0.5, 0.3], [0.6, 0.2], [0.75, 0.25]], [0.2, 0.2, 0.0], draws=draws)
+    samples = Samples(np.array([[7, 8], [9, 0], [0, 0]], np.uint16), np.array([[3, 1], [4, 0], [0, 0]], np.uint8))
+    targets = targets_of([[0.5, 0.3], [0.6, 0.2], [0.75, 0.25]], [0.2, 0.2, 0.0], samples=samples)
     batch = causal_lm.collate(batch_of(targets), pad_id=0)
     assert batch["teacher_ids"].tolist() == [[0, 1, 7, 8], [0, 1, 9, 0], [0, 1, 0, 0]]
     assert batch["teacher_ids"].dtype == np.int64
@@ -98,8 +98,8 @@ def test_draws_stand_among_the_ids_of_a_batch():
 
 
 def test_sampled_targets_have_nothing_but_draws():
-    draws = Draws(np.array([[7, 8], [9, 0], [3, 4]], np.int32), np.array([[3, 1], [4, 0], [2, 2]], np.int32))
-    targets = targets_of([[], [], []], [1.0, 1.0, 1.0], draws=draws)
+    samples = Samples(np.array([[7, 8], [9, 0], [3, 4]], np.int32), np.array([[3, 1], [4, 0], [2, 2]], np.int32))
+    targets = targets_of([[], [], []], [1.0, 1.0, 1.0], samples=samples)
     batch = causal_lm.collate(batch_of(targets), pad_id=0)
     assert batch["teacher_ids"].tolist() == [[7, 8], [9, 9], [3, 4]]
     np.testing.assert_allclose(np.exp(batch["teacher_logprobs"]), [[0.75, 0.25], [1, 0], [0.5, 0.5]], rtol=1e-6)

@@ -34,21 +34,21 @@ def all_of(sequences: Any) -> list[Any]:
 def restored(sequence: Any) -> list[int]:
     """The tokens with the hidden ones put back."""
     tokens = sequence.tokens_T.copy()
-    tokens[sequence.places_L] = sequence.labels_L
+    tokens[sequence.token_index_L] = sequence.labels_L
     return tokens.tolist()
 
 
 def test_labels_and_places_give_the_text_back(tmp_path):
     for sequence, text in zip(all_of(plan(tmp_path, SENTENCES, mask_prob=0.4)), SENTENCES, strict=True):
         assert restored(sequence) == TOKENIZER(text)["input_ids"]
-        assert 0 < len(sequence.places_L) == len(sequence.labels_L) == sequence.num_positions
-        assert (np.diff(sequence.places_L.astype(int)) > 0).all()
+        assert 0 < len(sequence.token_index_L) == len(sequence.labels_L) == sequence.num_positions
+        assert (np.diff(sequence.token_index_L.astype(int)) > 0).all()
 
 
 def test_of_the_chosen_tokens_80_percent_are_hidden_10_random_10_kept(tmp_path):
     long = " ".join(np.random.default_rng(0).choice(WORDS.split(), 40_000))
     sequences = all_of(plan(tmp_path, [long], max_length=1000))
-    fed = np.concatenate([s.tokens_T[s.places_L] for s in sequences]).astype(int)
+    fed = np.concatenate([s.tokens_T[s.token_index_L] for s in sequences]).astype(int)
     labels = np.concatenate([s.labels_L for s in sequences])
     assert abs(len(labels) / 40_000 - 0.15) < 0.01  # five standard deviations are 0.009
     assert abs((fed == MASK).mean() - 0.8) < 0.027
@@ -57,14 +57,14 @@ def test_of_the_chosen_tokens_80_percent_are_hidden_10_random_10_kept(tmp_path):
     assert abs((fed == labels).mean() - (0.1 + 0.1 / num_words)) < 0.021
     is_random = (fed != MASK) & (fed != labels)
     assert set(fed[is_random]) == set(range(5, 5 + num_words)), "every word is drawn, no special token is"
-    others = np.concatenate([np.delete(s.tokens_T, s.places_L) for s in sequences])
+    others = np.concatenate([np.delete(s.tokens_T, s.token_index_L) for s in sequences])
     assert MASK not in others
 
 
 @pytest.mark.parametrize(("random_share", "kept_share", "fed"), [(0.0, 0.0, "mask"), (0.0, 0.5, "mask or label")])
 def test_shares_are_settings(tmp_path, random_share, kept_share, fed):
     for s in all_of(plan(tmp_path, SENTENCES, mask_prob=0.9, random_share=random_share, kept_share=kept_share)):
-        tokens = s.tokens_T[s.places_L]
+        tokens = s.tokens_T[s.token_index_L]
         is_kept = tokens == s.labels_L
         assert (is_kept | (tokens == MASK)).all()
         assert not is_kept.any() or fed == "mask or label"
@@ -88,7 +88,7 @@ def test_a_text_of_unknown_words_has_nothing_to_learn(tmp_path):
 
 def test_a_single_word_has_one_row(tmp_path):
     [sequence] = all_of(plan(tmp_path, ["cat"], mask_prob=0.01))
-    assert sequence.places_L.tolist() == [1]
+    assert sequence.token_index_L.tolist() == [1]
     assert sequence.labels_L.tolist() == TOKENIZER("cat", add_special_tokens=False)["input_ids"]
 
 
@@ -111,7 +111,7 @@ def test_masks_do_not_depend_on_the_rest_of_the_corpus(tmp_path):
     among = all_of(plan(other, [*SENTENCES, "the red moon"]))
     for mine, theirs in zip(alone, among[1:-1], strict=True):
         assert mine.tokens_T.tolist() == theirs.tokens_T.tolist()
-        assert mine.places_L.tolist() == theirs.places_L.tolist()
+        assert mine.token_index_L.tolist() == theirs.token_index_L.tolist()
 
 
 def test_replicas_differ_and_the_first_stays_the_same(tmp_path):
@@ -127,7 +127,8 @@ def test_replicas_differ_and_the_first_stays_the_same(tmp_path):
         assert mine[0].tokens_T.tolist() == first.tokens_T.tolist()
         assert restored(mine[0]) == restored(mine[1]) == restored(mine[2])
     different = [
-        replicas[3 * n].places_L.tolist() != replicas[3 * n + 1].places_L.tolist() for n in range(len(ids) // 3)
+        replicas[3 * n].token_index_L.tolist() != replicas[3 * n + 1].token_index_L.tolist()
+        for n in range(len(ids) // 3)
     ]
     assert np.mean(different) > 0.7
 
@@ -142,7 +143,7 @@ def test_rows_are_the_chosen_places_of_the_padded_grid(tmp_path):
     batch = TASK.pad_batch(sequences, PAD)
     longest = max(len(s.tokens_T) for s in sequences)
     assert batch["input_ids"].shape == (len(sequences), longest)
-    expected = np.concatenate([s.tokens_T[s.places_L] for s in sequences])
+    expected = np.concatenate([s.tokens_T[s.token_index_L] for s in sequences])
     np.testing.assert_array_equal(batch["input_ids"].reshape(-1)[batch["rows"]], expected)
     assert batch["attention_mask"].sum() == sum(len(s.tokens_T) for s in sequences)
 

@@ -12,17 +12,18 @@ import pytest
 import torch
 import transformers
 
-from kdcache.cache import open_cache, verify
+from kdcache.cache import open_cache
 from kdcache.cache.reader import Cache
 from kdcache.config import build
 from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.errors import ConfigError, CorpusError
+from kdcache.models.batches import to_tensors
 from kdcache.models.bodies import split_for
 from kdcache.models.lm_head import head_from_bytes
 from kdcache.schema import OUTPUTS_FIELD, Sequence, layer_field
 from kdcache.students import StudentConfig, load_student
-from kdcache.students.batches import to_tensors
 from kdcache.tasks import task_of
+from kdcache.verify.stored import verify_cache
 from tests.task_models import SENTENCES, t5, t5_tokenizer
 
 TASK = task_of("seq2seq-lm")
@@ -109,7 +110,7 @@ def logits_of(model: Any, sequence: Sequence) -> torch.Tensor:
 def test_cache_holds_what_the_model_says_of_every_target(family: str, tmp_path: Path) -> None:
     model = FAMILIES[family]().eval()
     cache = dump(write(tmp_path, model, ROWS))
-    assert verify(str(tmp_path / "cache"), deep=True).problems == []
+    assert verify_cache(str(tmp_path / "cache"), deep=True).problems == []
     for index in range(len(cache)):
         batch = cache[index]
         expected_PV = logits_of(model, batch.sequences()[0]).log_softmax(1)
@@ -136,11 +137,11 @@ def test_student_is_run_as_the_model_is(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["sampled", "hybrid", "hidden"])
 def test_every_kind_of_targets(family: str, kind: str, tmp_path: Path) -> None:
     model = FAMILIES[family]().eval()
-    targets = {"kind": kind, **({"codec": "exact", "num_draws": 20} if kind != "hidden" else {})}
+    targets = {"kind": kind, **({"codec": "exact", "num_samples": 20} if kind != "hidden" else {})}
     cache = dump(
         write(tmp_path, model, ROWS), targets=targets, hidden_states={"codec": "fp16"} if kind == "hidden" else {}
     )
-    assert verify(str(tmp_path / "cache"), deep=True).problems == []
+    assert verify_cache(str(tmp_path / "cache"), deep=True).problems == []
     batch = cache.read(range(len(cache)))
     expected_PV = torch.cat([logits_of(model, sequence) for sequence in batch.sequences()])
     if kind == "hidden":
@@ -149,17 +150,17 @@ def test_every_kind_of_targets(family: str, kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(head.logits(states_PD), expected_PV, rtol=1e-2, atol=2e-2)
         return
     logprobs_PV = expected_PV.log_softmax(1).numpy()
-    draws = batch.targets.draws
-    assert draws is not None
+    samples = batch.targets.samples
+    assert samples is not None
     if kind == "hybrid":
         found_PK = np.take_along_axis(logprobs_PV, batch.targets.ids_PK.astype(np.int64), 1)
         np.testing.assert_allclose(batch.targets.logprobs_PK, found_PK, rtol=1e-4, atol=1e-4)
         return
     # On average the log-probability of what is drawn is minus the entropy.
-    drawn_PJ = np.take_along_axis(logprobs_PV, draws.ids_PJ.astype(np.int64), 1) * draws.counts_PJ
-    assert (draws.counts_PJ.sum(1) == 20).all()
+    sampled_PJ = np.take_along_axis(logprobs_PV, samples.ids_PJ.astype(np.int64), 1) * samples.counts_PJ
+    assert (samples.counts_PJ.sum(1) == 20).all()
     entropy = -(np.exp(logprobs_PV) * logprobs_PV).sum(1).mean()
-    assert -drawn_PJ.sum() / draws.counts_PJ.sum() == pytest.approx(entropy, rel=0.1)
+    assert -sampled_PJ.sum() / samples.counts_PJ.sum() == pytest.approx(entropy, rel=0.1)
 
 
 @families

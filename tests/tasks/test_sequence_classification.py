@@ -17,17 +17,17 @@ from kdcache.corpus import CorpusConfig, load_corpus
 from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.errors import ConfigError, CorpusError, TeacherError
 from kdcache.losses import ForwardKL, TeacherRows, score_positions
+from kdcache.losses.from_cache import context_of
+from kdcache.models.batches import to_tensors
 from kdcache.models.bodies import split_for
 from kdcache.models.lm_head import LMHead
 from kdcache.models.tokenizer import TextEncoder
 from kdcache.schema import NO_LABEL, OUTPUTS_FIELD, OutputsRecord
 from kdcache.students import StudentConfig, load_student
-from kdcache.students.batches import to_tensors
 from kdcache.tasks import TaskSettings, task_of
 from kdcache.tasks.labels import class_label, number_label
 from kdcache.teachers import TeacherConfig
 from kdcache.teachers.outputs import outputs_record
-from kdcache.teaching import context_of
 from tests.task_models import SENTENCES, TINY_TASKS, bert, bert_tokenizer
 
 TASK = task_of("sequence-classification")

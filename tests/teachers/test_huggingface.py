@@ -8,7 +8,7 @@ import transformers
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.models.loading import load_tokenizer
 from kdcache.schema import Sequence
-from kdcache.teachers import HuggingFaceTeacher, TeacherConfig, keep_top_k, load_teacher, parse_layers
+from kdcache.teachers import HuggingFaceTeacher, TeacherConfig, load_teacher, parse_layers, reduce_top_k
 from kdcache.teachers.huggingface import hidden_to_numpy, teacher_logits
 from tests.families import FAMILIES, SPLITTABLE
 from tests.synthetic import targets_of
@@ -39,7 +39,7 @@ def test_targets_equal_the_dense_softmax_over_the_true_vocabulary(family):
     teacher = HuggingFaceTeacher(FAMILIES[family](HEAD_ROWS), family, VOCAB_SIZE)
     tokens = random_tokens(9, 3, 17, 2)
     output = teacher.run([sequence(t) for t in tokens])
-    targets = keep_top_k(output.logits, output.labels_P, 5)
+    targets = reduce_top_k(output.logits, output.labels_P, 5)
     labels = np.concatenate([t[1:] for t in tokens])
     np.testing.assert_array_equal(output.labels_P, labels)
     logits = torch.cat([dense(teacher.model, t)[0] for t in tokens])[:, :VOCAB_SIZE]

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from kdcache.cache.cut import cut_targets
+from kdcache.cache.truncate import cut_targets
 from kdcache.errors import CorruptCacheError
 from kdcache.schema import SequenceBatch, Targets, TargetsRecord
 from kdcache.transcode.cut import TargetsCutter
@@ -87,13 +87,13 @@ def test_thresholds_that_hold_already_are_not_applied_to_rounded_numbers():
 
 def test_draws_stay_as_they_are():
     for record in (
-        TargetsRecord(kind="sampled", top_k=0, num_draws=9),
-        TargetsRecord(kind="hybrid", top_k=3, num_draws=5),
+        TargetsRecord(kind="sampled", top_k=0, num_samples=9),
+        TargetsRecord(kind="hybrid", top_k=3, num_samples=5),
     ):
         targets = random_targets(40, record, V)
         found, _ = cut_targets(targets, record, record)
-        np.testing.assert_array_equal(found.draws.ids_PJ, targets.draws.ids_PJ)
-        compare(dataclasses.replace(found, draws=None), dataclasses.replace(targets, draws=None), atol=0)
+        np.testing.assert_array_equal(found.samples.ids_PJ, targets.samples.ids_PJ)
+        compare(dataclasses.replace(found, samples=None), dataclasses.replace(targets, samples=None), atol=0)
 
 
 def batch_of(targets: Targets) -> SequenceBatch:

@@ -24,8 +24,8 @@ KINDS = {
     "top-k": {"kind": "top-k", "top_k": 9},
     "grid and prior": {"kind": "top-k", "top_k": 5, "temperatures": [0.5, 4.0], "tail_prior": True},
     "ragged": {"kind": "top-k", "top_k": 20, "min_prob": 0.01, "tail_prior": False},
-    "sampled": {"kind": "sampled", "num_draws": 20, "seed": 3},
-    "hybrid": {"kind": "hybrid", "top_k": 4, "num_draws": 7},
+    "sampled": {"kind": "sampled", "num_samples": 20, "seed": 3},
+    "hybrid": {"kind": "hybrid", "top_k": 4, "num_samples": 7},
     "more ids": {"kind": "hidden", "top_k": 6},
 }
 
@@ -64,13 +64,13 @@ def test_equal_to_a_dump(tmp_path, dump_of, kind, packing):
     assert made.manifest.field("targets") == expected.manifest.field("targets")
     before, after = (c.read(range(len(c))) for c in (expected, made))
     np.testing.assert_array_equal(before.tokens_T, after.tokens_T)
-    drawn = [batch.targets.draws for batch in (before, after)]
+    drawn = [batch.targets.samples for batch in (before, after)]
     if drawn[0] is not None:
         np.testing.assert_array_equal(
             drawn[0].ids_PJ * (drawn[0].counts_PJ > 0), drawn[1].ids_PJ * (drawn[1].counts_PJ > 0)
         )
         np.testing.assert_array_equal(drawn[0].counts_PJ, drawn[1].counts_PJ)
-    before.targets.draws = after.targets.draws = None
+    before.targets.samples = after.targets.samples = None
     compare(after.targets, before.targets, atol=2e-5)
     if made.manifest.targets.tail_prior:
         np.testing.assert_allclose(made.tail_prior_V, expected.tail_prior_V, atol=1e-6)
@@ -96,7 +96,7 @@ def test_draws_of_a_sequence_do_not_depend_on_the_filter(tmp_path, dump_of):
     transcode(source, tmp_path / "some", targets=KINDS["sampled"], where="num_positions > 9 and sequence > 2")
     chosen = np.flatnonzero(open_cache(str(source)).lengths_N > 9)
     every, some = opened(tmp_path / "all"), opened(tmp_path / "some")
-    before, after = every.read(chosen[chosen > 2]).targets.draws, some.read(range(len(some))).targets.draws
+    before, after = every.read(chosen[chosen > 2]).targets.samples, some.read(range(len(some))).targets.samples
     np.testing.assert_array_equal(before.counts_PJ.sum(1), 20)
     for n in range(len(after.ids_PJ)):
         pairs = [sorted(zip(d.ids_PJ[n], d.counts_PJ[n], strict=True)) for d in (before, after)]
@@ -144,7 +144,7 @@ def test_a_dry_run_from_hidden_states(tmp_path, dump_of):
     assert not (tmp_path / "made").exists()
     manifest = transcode_cache(config, progress=False).manifest
     assert estimate.bytes_per_token == pytest.approx(manifest.bytes_per_token, rel=0.05)
-    assert estimate.targets["num_draws"] == 50
+    assert estimate.targets["num_samples"] == 50
 
 
 def test_more_ids_than_there_are(tmp_path, dump_of):

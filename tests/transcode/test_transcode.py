@@ -15,11 +15,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from kdcache.cache import Cache, CacheWriter, open_cache, verify
+from kdcache.cache import Cache, CacheWriter, open_cache
 from kdcache.config import build
 from kdcache.errors import CacheError, ConfigError, CorruptCacheError, IncompleteCacheError
 from kdcache.schema import TargetsRecord
 from kdcache.transcode import TranscodeConfig, TranscodeResult, estimate_transcode, transcode_cache
+from kdcache.verify.stored import verify_cache
 from tests.cache.test_writer import content_of, snapshot
 from tests.dump.fake import BigramTeacher, run_dump
 from tests.synthetic import SyntheticCache
@@ -37,7 +38,7 @@ def transcode(source: Path | str, output: Path | str, **changes: Any) -> Transco
 
 
 def opened(path: Path | str) -> Cache:
-    assert verify(str(path), deep=True).problems == []
+    assert verify_cache(str(path), deep=True).problems == []
     return open_cache(str(path))
 
 
@@ -99,10 +100,10 @@ def test_the_tail_identity_of_two_steps(tmp_path, rich):
     np.testing.assert_allclose(steps.tail_prior_V, direct.tail_prior_V, atol=1e-6)
 
 
-@pytest.mark.parametrize("hidden_codec", ["exact", "bf16", "fp16", "int8"])
+@pytest.mark.parametrize("vector_codec", ["exact", "bf16", "fp16", "int8"])
 @pytest.mark.parametrize("codec", ["exact", "compact", "bf16", "fp16"])
-def test_a_copy_has_the_same_content(tmp_path, codec, hidden_codec):
-    source = SyntheticCache(record=RICH, packed=True, hidden=("hidden-1",), codec=codec, hidden_codec=hidden_codec)
+def test_a_copy_has_the_same_content(tmp_path, codec, vector_codec):
+    source = SyntheticCache(record=RICH, packed=True, hidden=("hidden-1",), codec=codec, hidden_codec=vector_codec)
     source.write(tmp_path / "source")
     transcode(tmp_path / "source", tmp_path / "copy")
     before, after = opened(tmp_path / "source"), opened(tmp_path / "copy")
@@ -114,7 +115,7 @@ def test_a_copy_has_the_same_content(tmp_path, codec, hidden_codec):
 
 @pytest.mark.parametrize("kind", ["sampled", "hybrid"])
 def test_draws_change_their_codec_and_nothing_else(tmp_path, kind):
-    record = TargetsRecord(kind=kind, top_k=3 if kind == "hybrid" else 0, num_draws=11)
+    record = TargetsRecord(kind=kind, top_k=3 if kind == "hybrid" else 0, num_samples=11)
     SyntheticCache(record=record, hidden=("hidden-1",)).write(tmp_path / "source")
     changes = {"targets": {"codec": "compact"}, "hidden_states": {"layers": []}, "where": "num_positions >= 3"}
     transcode(tmp_path / "source", tmp_path / "made", **changes)
@@ -122,7 +123,7 @@ def test_draws_change_their_codec_and_nothing_else(tmp_path, kind):
     chosen = np.flatnonzero(source.lengths_N >= 3)
     before, after = source.read(chosen).targets, made.read(range(len(made))).targets
     for ids_before, counts_before, ids, counts in zip(
-        before.draws.ids_PJ, before.draws.counts_PJ, after.draws.ids_PJ, after.draws.counts_PJ, strict=True
+        before.samples.ids_PJ, before.samples.counts_PJ, after.samples.ids_PJ, after.samples.counts_PJ, strict=True
     ):
         drawn = [dict(zip(i[c > 0], c[c > 0], strict=True)) for i, c in ((ids_before, counts_before), (ids, counts))]
         assert drawn[0] == drawn[1]
@@ -372,7 +373,7 @@ def test_a_dry_run_writes_nothing_and_tells_the_truth(tmp_path, corpus_file):
         ({"targets": {"codec": "compct"}}, "no such codec, did you mean 'compact'"),
         ({"targets": {"codec": {"grid": 8}}}, "codec exact: unknown setting 'grid'"),
         ({"targets": {"codec": 3}}, "expected a codec's name"),
-        ({"targets": {"num_draws": 3}}, "take no draws"),
+        ({"targets": {"num_samples": 3}}, "take no samples"),
         ({"where": "teacher_los < 3"}, "did you mean 'teacher_loss'"),
         ({"where": "__import__('os').getcwd() == 'x'"}, "which no filter may"),
         ({"where": "num_positions > 99"}, "chooses none of the 40 sequences"),
@@ -396,9 +397,13 @@ def test_what_cannot_be(tmp_path, rich, changes, words):
         ({"top_k": 4}, {"temperatures": 2}, "no tails at temperature 2, but at no temperature but 1"),
         ({"top_k": 4, "min_prob": 0.01}, {"min_prob": 0}, "min_prob 0 is below 0.01, under which it keeps no ids"),
         ({"top_k": 4, "min_mass": 0.8}, {"min_mass": 0.9}, "min_mass 0.9 is above 0.8"),
-        ({"kind": "sampled", "top_k": 0, "num_draws": 5}, {"num_draws": 3}, "num_draws 5 to 3 would be other draws"),
-        ({"kind": "hybrid", "top_k": 3, "num_draws": 5}, {"top_k": 2}, "top_k 3 to 2 .*what can change is the codec"),
-        ({"kind": "sampled", "top_k": 0, "num_draws": 5}, {"seed": 1}, "seed 0 to 1 would be other draws"),
+        (
+            {"kind": "sampled", "top_k": 0, "num_samples": 5},
+            {"num_samples": 3},
+            "num_samples 5 to 3 would be other samples",
+        ),
+        ({"kind": "hybrid", "top_k": 3, "num_samples": 5}, {"top_k": 2}, "top_k 3 to 2 .*what can change is the codec"),
+        ({"kind": "sampled", "top_k": 0, "num_samples": 5}, {"seed": 1}, "seed 0 to 1 would be other samples"),
     ],
     ids=str,
 )
@@ -468,7 +473,7 @@ def test_what_is_written_is_checked(tmp_path, rich, monkeypatch):
 
 
 def test_a_second_process_is_refused(tmp_path, rich):
-    from kdcache.cache import Folder
+    from kdcache.storage.folder import Folder
 
     with CacheWriter(Folder(str(tmp_path))), pytest.raises(CacheError, match="another process is writing"):
         transcode(rich, tmp_path)

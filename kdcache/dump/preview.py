@@ -1,0 +1,107 @@
+"""A dry run of a dump: plan it, time a pilot of it, and write nothing."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from kdcache.cache import layout
+from kdcache.cache.output_dir import check_same_plan
+from kdcache.cache.shard_file import pack
+from kdcache.codecs import id_dtype, targets_codec, vector_codec
+from kdcache.dump.batches import ShardRows
+from kdcache.dump.config import DumpConfig
+from kdcache.dump.loading import load_parts, runner_of
+from kdcache.dump.pilot import pilot_sequences, run_rows
+from kdcache.schema import Plan
+from kdcache.storage.folder import Folder
+
+#: Positions that are sent through the teacher, after a quarter as many for warming up.
+_PILOT_POSITIONS = 2048
+
+
+@dataclass
+class DumpEstimate:
+    """What a dump would do, from its plan and a timed pilot."""
+
+    output: str
+    num_documents: int
+    num_empty: int
+    num_too_short: int
+    num_sequences: int
+    num_positions: int
+    num_shards: int
+    num_shards_committed: int
+    bytes_per_token: float
+    total_bytes: int
+    tokens_per_s: float
+    eta_s: float
+    kept_mass: float | None
+    """None where the teacher gives no distribution."""
+    teacher_loss: float | None
+    """None also where the corpus has no answers of its own."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return asdict(self)
+
+
+def estimate_dump(config: DumpConfig, *, progress: bool = True) -> DumpEstimate:
+    """Plan the dump of ``config`` and time the teacher on a few batches; writes nothing.
+
+    Raises what `dump_teacher` raises, also when the output holds another cache.
+    """
+    parts = load_parts(config, progress)
+    plan, sequences = parts.plan, parts.sequences
+    committed = _committed(config.output, plan)
+    runner = runner_of(parts.teacher, plan, parts.layers)
+    chosen = pilot_sequences(sequences, _PILOT_POSITIONS)
+    warm = chosen[: max(1, len(chosen) // 4)]
+    run_rows(warm, sequences, runner, parts.batch_tokens)
+    began = time.perf_counter()
+    rows, picked = run_rows(chosen, sequences, runner, parts.batch_tokens)
+    elapsed = time.perf_counter() - began
+    count = rows.targets.num_positions
+    num_bytes = _encoded_bytes(rows, picked, plan)
+    has_distribution = plan.targets.kind != "outputs"
+    has_labels = has_distribution and not np.isnan(rows.targets.gold_logprob_P).all()
+    left = plan.num_positions * (1 - committed / max(plan.num_shards, 1))
+    return DumpEstimate(
+        output=config.output,
+        num_documents=plan.corpus.num_documents,
+        num_empty=plan.corpus.num_empty,
+        num_too_short=plan.corpus.num_too_short,
+        num_sequences=plan.num_sequences,
+        num_positions=plan.num_positions,
+        num_shards=plan.num_shards,
+        num_shards_committed=committed,
+        bytes_per_token=num_bytes / count,
+        total_bytes=int(plan.num_positions * num_bytes / count),
+        tokens_per_s=count / elapsed,
+        eta_s=left * elapsed / count,
+        kept_mass=float(-np.expm1(rows.targets.log_tail_P).mean()) if has_distribution else None,
+        teacher_loss=float(-np.nanmean(rows.targets.gold_logprob_P)) if has_labels else None,
+    )
+
+
+def _encoded_bytes(rows: ShardRows, picked: list[Any], plan: Plan) -> int:
+    vocab_size = plan.tokenizer.vocab_size
+    encoded = targets_codec(plan.field("targets").codec, plan.targets, plan.num_ids).encode(rows.targets)
+    tokens = np.concatenate([s.tokens_T for s in picked])
+    size = len(pack({**encoded, "tokens": tokens.astype(id_dtype(vocab_size))}))
+    return size + sum(
+        len(pack(vector_codec(plan.field(name).codec).encode(staged))) for name, staged in rows.hidden.items()
+    )
+
+
+def _committed(output: str, wanted: Plan) -> int:
+    """Return how many shards of the ``wanted`` cache exist; raises ``CacheError`` when ``output`` holds another."""
+    folder = Folder(output)
+    plan = layout.read_plan(folder)
+    if plan is None:
+        return 0
+    check_same_plan(plan, wanted, folder)
+    return layout.num_commits(folder, plan)

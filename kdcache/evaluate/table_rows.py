@@ -1,0 +1,89 @@
+"""What came of judging models: the teacher's row, one row per student, and what they were measured on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from kdcache.config import Config
+from kdcache.table import render_table
+from kdcache.train.run_record import finite
+
+
+class ModelRow(Config):
+    """The numbers of one model; losses, KL and entropy in nats, None where they make no sense or are unknown."""
+
+    model: str
+    num_parameters: int
+    loss: float | None = None
+    """Mean negative log-likelihood of the corpus's own answers."""
+    perplexity: float | None = None
+    top1_accuracy: float | None = None
+    ece: float | None = None
+    kl: float | None = None
+    agreement: float | None = None
+    """Share of positions where teacher and student favour the same token or class."""
+    entropy: float | None = None
+    kept_mass: float | None = None
+    metrics: dict[str, float | None] = Field(default_factory=dict)
+    """What the task is judged by besides, by the names of ``kdcache.evaluate.measures``."""
+    num_bytes: int | None = None
+    tokens_per_s: float | None = None
+    warnings: tuple[str, ...] = ()
+
+
+class Evaluation(Config):
+    """The teacher's row, one row per student, and what they were measured on."""
+
+    cache: str
+    fingerprint: str
+    num_sequences: int
+    num_targets: int
+    """Positions that count."""
+    teacher: ModelRow
+    students: tuple[ModelRow, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the reader of the numbers must know."""
+        return tuple(warning for row in self.students for warning in row.warnings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON types; None for a perplexity beyond all numbers."""
+        data: dict[str, Any] = finite(self.model_dump(mode="json"))
+        return data
+
+    def table(self, *, markdown: bool = False) -> str:
+        """Return the rows as an aligned text table, or in Markdown; warnings follow below."""
+        rows = [self.teacher, *self.students]
+        names = dict.fromkeys(name for row in rows for name in row.metrics)
+        columns = {**_COLUMNS, **{name: (name.replace("_", " "), ".4f") for name in names}, **_LAST_COLUMNS}
+        lines = [render_table(columns, [_Cells(row) for row in rows], markdown=markdown)]
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
+
+
+_COLUMNS: dict[str, tuple[str, str]] = {
+    "model": ("model", "s"),
+    "num_parameters": ("parameters", ",d"),
+    "num_bytes": ("bytes", ",d"),
+    "loss": ("loss", ".4f"),
+    "perplexity": ("perplexity", ".3f"),
+    "kl": ("KL", ".4f"),
+    "agreement": ("agreement", ".4f"),
+    "top1_accuracy": ("top-1", ".4f"),
+    "ece": ("ECE", ".4f"),
+    "entropy": ("entropy", ".4f"),
+    "kept_mass": ("kept mass", ".4f"),
+}
+_LAST_COLUMNS: dict[str, tuple[str, str]] = {"tokens_per_s": ("tokens/s", ",.0f")}
+
+
+class _Cells:
+    """A row with its metrics as attributes, as tables want them."""
+
+    def __init__(self, row: ModelRow) -> None:
+        self._row = row
+
+    def __getattr__(self, name: str) -> Any:
+        return self._row.metrics.get(name) if name not in ModelRow.model_fields else getattr(self._row, name)

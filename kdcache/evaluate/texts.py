@@ -1,0 +1,141 @@
+"""Judging what students write: texts for the inputs of a cache, against the corpus's own targets.
+
+chrF (Popović, "chrF: character n-gram F-score for automatic MT evaluation", 2015; by sacrebleu) and the mean F-measure
+of ROUGE-L over stemmed words (Lin, "ROUGE: a package for automatic evaluation of summaries", 2004; by rouge-score),
+both from 0 to 100. Neither knows whether a text is true; they tell students of one teacher apart.
+
+References are the cache's targets. Where these are the teacher's own texts (``kdcache write-targets``), the corpus's
+stand beside them in the column ``reference``: then all are judged by those, and the teacher's texts with them. Else
+nothing is known of what the teacher would write, and its row has no such numbers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from kdcache.cache import Cache
+from kdcache.errors import CacheError, ConfigError
+from kdcache.evaluate.measures import Metrics
+from kdcache.models.generation import write_all
+from kdcache.models.loading import load_tokenizer
+from kdcache.schema import Sequence
+from kdcache.students import Student
+from kdcache.tasks.seq2seq_lm import Seq2SeqLM, source_of, target_of
+
+_REFERENCE = "reference"
+_PACKAGES = ("sacrebleu", "rouge_score")
+#: The metrics.
+NAMES = ("chrf", "rouge_l")
+#: Texts between two steps of the progress bar.
+_STEP = 64
+
+
+def check_texts(cache: Cache, num_texts: int, beams: int) -> None:
+    """Raise ``ConfigError`` when texts cannot be written or judged; cheap, to be called before models are loaded."""
+    if cache.manifest.task != Seq2SeqLM.name:
+        raise ConfigError(
+            f"texts are written by students of task {Seq2SeqLM.name}, and the cache is of task {cache.manifest.task}; "
+            "leave out generate"
+        )
+    for name, value in (("generate", num_texts), ("beams", beams)):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, found {value}")
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"texts are judged by packages that are not installed ({', '.join(missing)}): pip install 'kdcache[text]'"
+        )
+
+
+def judge_texts(
+    cache: Cache,
+    students: Mapping[str, Student],
+    num_texts: int,
+    *,
+    beams: int,
+    batch_tokens: int,
+    device: torch.device,
+    progress: bool,
+) -> tuple[Metrics, dict[str, Metrics]]:
+    """Return the metrics of the teacher's texts and of each student's, for ``num_texts`` inputs spread over the cache.
+
+    Inputs whose corpus has no target are left out.
+    """
+    indices = np.linspace(0, len(cache) - 1, min(num_texts, len(cache))).round().astype(np.int64).tolist()
+    written_for = []
+    if _REFERENCE in cache.manifest.corpus.metadata_columns:
+        known = [(n, text) for n in indices if (text := _reference(cache, n))]
+        if not known:
+            raise ConfigError("no chosen input has a reference to judge texts by; leave out generate")
+        indices, written_for = [n for n, _ in known], [text for _, text in known]
+    sequences = cache.read(indices).sequences()
+    inputs = [source_of(sequence) for sequence in sequences]
+    targets = _targets(cache, sequences)
+    references = written_for or targets
+    found = {}
+    for name, student in students.items():
+        texts = _write(student, cache, inputs, beams, batch_tokens, device, f"{name}: texts", progress)
+        found[name] = scores(texts, references)
+    return scores(targets, references) if written_for else dict.fromkeys(NAMES), found
+
+
+def scores(texts: SequenceOf[str], references: SequenceOf[str]) -> Metrics:
+    """Return chrF of all ``texts`` together and their mean ROUGE-L, both from 0 to 100."""
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    rouge_N = [scorer.score(right, text)["rougeL"].fmeasure for text, right in zip(texts, references, strict=True)]
+    chrf = float(sacrebleu.corpus_chrf(list(texts), [list(references)]).score)
+    return dict(zip(NAMES, (chrf, 100 * float(np.mean(rouge_N))), strict=True))
+
+
+def _write(
+    student: Student,
+    cache: Cache,
+    inputs: list[Any],
+    beams: int,
+    batch_tokens: int,
+    device: torch.device,
+    title: str,
+    progress: bool,
+) -> list[str]:
+    student.model.to(device)
+    texts: list[str] = []
+    for start in tqdm(range(0, len(inputs), _STEP), desc=title, unit="step", disable=not progress):
+        written = write_all(
+            student.model,
+            student.tokenizer,
+            student.vocab_size,
+            inputs[start : start + _STEP],
+            max_tokens=int(cache.manifest.sequences["max_target_length"]),
+            batch_tokens=batch_tokens,
+            beams=beams,
+        )
+        texts += [item.text for item in written]
+    student.model.to("cpu")
+    return texts
+
+
+def _targets(cache: Cache, sequences: list[Sequence]) -> list[str]:
+    """Return the targets of the cache as texts."""
+    tokenizer = load_tokenizer(str(cache.tokenizer_dir()), error=CacheError)
+    tokens = [target_of(sequence).tolist() for sequence in sequences]
+    return [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in tokens]
+
+
+def _reference(cache: Cache, index: int) -> str | None:
+    found = cache.metadata(index).get(_REFERENCE)
+    if found is None or isinstance(found, str):
+        return found
+    raise ConfigError(
+        f"the column {_REFERENCE!r} of the cache holds {type(found).__name__}, expected texts to judge by; write the "
+        "targets again with --column target=NAME of a column of texts"
+    )

@@ -1,0 +1,218 @@
+"""What flows between the layers in memory: documents, sequences, targets and batches, as arrays."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.integer[Any]]
+FloatArray = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of the corpus; ``id`` is stable between runs, ``metadata`` are its other columns."""
+
+    id: str
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+#: Stands for a label that there is not, among whole numbers; among other numbers that is NaN.
+NO_LABEL = -1
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One training sequence: what models are fed, T tokens, and L rows that the teacher answers; the task says which.
+
+    ``loss_mask_L`` is 0 where a row must not be learnt (the first token of another document in a packed window).
+    ``segment_ids_T`` numbers the parts of a sequence (documents of a packed window, text and second text, input and
+    target), None where there is one. ``labels_L`` are the corpus's own answers where they are not tokens that follow:
+    int64 classes or ids (`NO_LABEL`: none), or float32 numbers (NaN: none). ``token_index_L`` are the tokens, by their
+    places in the sequence, that the rows belong to, where only some tokens have rows.
+    """
+
+    index: int
+    tokens_T: NDArray[np.uint32]
+    loss_mask_L: NDArray[np.uint8]
+    segment_ids_T: NDArray[np.uint16] | None = None
+    labels_L: NDArray[Any] | None = None
+    token_index_L: NDArray[np.uint32] | None = None
+
+    @property
+    def num_positions(self) -> int:
+        """Number of rows."""
+        return len(self.loss_mask_L)
+
+    @property
+    def num_fed(self) -> int:
+        """Tokens that a model has to read, about: a causal one never sees the last."""
+        return max(len(self.tokens_T) - 1, 1)
+
+
+def token_hash(tokens_T: IntArray) -> str:
+    """Return the hash of a sequence's ids: 16 hexadecimal digits of BLAKE2b over them as little-endian uint32."""
+    return hashlib.blake2b(np.ascontiguousarray(tokens_T, dtype="<u4").tobytes(), digest_size=8).hexdigest()
+
+
+@dataclass
+class Samples:
+    """Tokens drawn with replacement from the teacher's distribution outside the kept ids (all of it where K is 0).
+
+    ``ids_PJ`` are distinct in a row, ``counts_PJ`` say how often each was drawn. Rows have different numbers of
+    distinct ids: what follows them has count 0 and stands for nothing.
+    """
+
+    ids_PJ: IntArray
+    counts_PJ: IntArray
+
+
+@dataclass
+class Targets:
+    """What the teacher knows at P positions, as float32 natural logarithms.
+
+    ``ids_PK`` are the K most probable ids, most probable first; ``logprobs_PK`` their log-probabilities over
+    the true vocabulary; ``log_tail_P`` the log of the mass outside them (-inf when K = V); ``gold_logprob_P`` the
+    log-probability of the corpus's own answer; ``entropy_P`` the entropy of the full distribution.
+
+    Three parts are there only if the cache was made so. ``num_kept_P``: rows keep different numbers of ids, the
+    first ``num_kept_P[p]`` of row p; its further columns repeat the row's first id with log-probability -inf.
+    ``log_tails_PG``: log of the mass outside the kept ids at each of G temperatures. ``samples``: samples of the tail.
+
+    Where the corpus has no answer of its own, ``gold_logprob_P`` is NaN. Ids are those of tokens, or of classes where
+    the task is about classes; rows of the kind outputs hold nothing here (see `Targets.nothing`).
+    """
+
+    ids_PK: IntArray
+    logprobs_PK: NDArray[np.float32]
+    log_tail_P: NDArray[np.float32]
+    gold_logprob_P: NDArray[np.float32]
+    entropy_P: NDArray[np.float32]
+    num_kept_P: IntArray | None = None
+    log_tails_PG: NDArray[np.float32] | None = None
+    samples: Samples | None = None
+
+    @property
+    def num_positions(self) -> int:
+        """Number of rows."""
+        return int(self.ids_PK.shape[0])
+
+    @property
+    def top_k(self) -> int:
+        """Largest number of kept ids of a row, K."""
+        return int(self.ids_PK.shape[1])
+
+    @property
+    def top1_ids_P(self) -> IntArray:
+        """The teacher's favourite token; where no ids are kept, the one that was drawn most often."""
+        if self.top_k or self.samples is None:
+            return self.ids_PK[:, 0]
+        best_P1 = self.samples.counts_PJ.argmax(axis=1)[:, None]
+        return np.take_along_axis(self.samples.ids_PJ, best_P1, axis=1)[:, 0]
+
+    @staticmethod
+    def nothing(num_positions: int) -> Targets:
+        """Return rows of a teacher that gives no distribution: no ids, nothing outside them, no answer."""
+        zeros_P = np.zeros(num_positions, np.float32)
+        return Targets(
+            ids_PK=np.zeros((num_positions, 0), np.int32),
+            logprobs_PK=np.zeros((num_positions, 0), np.float32),
+            log_tail_P=zeros_P,
+            gold_logprob_P=np.full(num_positions, np.nan, np.float32),
+            entropy_P=zeros_P,
+        )
+
+    def merged(self) -> tuple[IntArray, NDArray[np.float32], NDArray[np.float32]]:
+        """Return ids [P, K + J], log-probabilities [P, K + J] and log tail [P] with the tail shared out to its samples.
+
+        An id that was drawn c times of N has c / N of the mass outside the kept ids, whose expectation is its own
+        probability. The ids of a row are distinct; places that stand for nothing repeat its first id with -inf.
+        """
+        if self.samples is None:
+            return self.ids_PK, self.logprobs_PK, self.log_tail_P
+        counts_PJ = self.samples.counts_PJ.astype(np.float32)
+        num_P = counts_PJ.sum(axis=1)
+        with np.errstate(divide="ignore"):
+            share_PJ = np.log(counts_PJ) - np.log(np.maximum(num_P, 1))[:, None]
+        sampled_PJ = np.where(counts_PJ > 0, self.log_tail_P[:, None] + share_PJ, np.float32(-np.inf))
+        ids = np.concatenate([self.ids_PK, self.samples.ids_PJ.astype(self.ids_PK.dtype)], axis=1)
+        logprobs = np.concatenate([self.logprobs_PK, sampled_PJ.astype(np.float32)], axis=1)
+        ids = np.where(np.isneginf(logprobs), ids[:, :1], ids)
+        return ids, logprobs, np.where(num_P > 0, np.float32(-np.inf), self.log_tail_P)
+
+    def take(self, rows: NDArray[np.int64] | slice) -> Targets:
+        """Return some rows."""
+        return Targets(**{name: _map(value, lambda array: array[rows]) for name, value in vars(self).items()})
+
+    @staticmethod
+    def concatenate(parts: list[Targets]) -> Targets:
+        """Return the rows of all ``parts``, one after another; narrower samples are filled up with count 0."""
+        joined: dict[str, Any] = {}
+        for name in vars(parts[0]):
+            values = [getattr(part, name) for part in parts]
+            if values[0] is None:
+                joined[name] = None
+            elif isinstance(values[0], Samples):
+                joined[name] = Samples(
+                    *(_join_padded([getattr(v, a) for v in values]) for a in ("ids_PJ", "counts_PJ"))
+                )
+            else:
+                joined[name] = np.concatenate(values)
+        return Targets(**joined)
+
+
+def _map(value: Any, change: Callable[[NDArray[Any]], NDArray[Any]]) -> Any:
+    if value is None:
+        return None
+    return Samples(change(value.ids_PJ), change(value.counts_PJ)) if isinstance(value, Samples) else change(value)
+
+
+def _join_padded(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    width = max(array.shape[1] for array in arrays)
+    return np.concatenate([np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in arrays])
+
+
+@dataclass
+class SequenceBatch:
+    """Some sequences of a cache, decoded, flat and without padding (sequence n owns a slice of every array).
+
+    Sequence n has tokens ``tokens_T[token_offsets_N1[n]:token_offsets_N1[n + 1]]`` and rows
+    ``[position_offsets_N1[n]:position_offsets_N1[n + 1]]`` of every per-position array. ``hidden`` maps the name of a
+    layer to float32 [P, D]; ``last`` is the state that stands for the distribution (targets of the kind hidden).
+    ``labels_P`` and ``token_index_P`` are those of `Sequence`, where the task stores them.
+    """
+
+    indices: list[int]
+    tokens_T: NDArray[np.uint32]
+    token_offsets_N1: NDArray[np.int64]
+    position_offsets_N1: NDArray[np.int64]
+    loss_mask_P: NDArray[np.uint8]
+    targets: Targets
+    segment_ids_T: NDArray[np.uint16] | None = None
+    hidden: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    labels_P: NDArray[Any] | None = None
+    token_index_P: NDArray[np.uint32] | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def sequences(self) -> list[Sequence]:
+        """Return the sequences one by one (views), as the dump had them."""
+
+        def split(array: NDArray[Any] | None, offsets_N1: NDArray[np.int64]) -> list[Any]:
+            return [None] * len(self) if array is None else np.split(array, offsets_N1[1:-1])
+
+        parts = (
+            split(self.tokens_T, self.token_offsets_N1),
+            split(self.loss_mask_P, self.position_offsets_N1),
+            split(self.segment_ids_T, self.token_offsets_N1),
+            split(self.labels_P, self.position_offsets_N1),
+            split(self.token_index_P, self.position_offsets_N1),
+        )
+        return [Sequence(index, *arrays) for index, *arrays in zip(self.indices, *parts, strict=True)]

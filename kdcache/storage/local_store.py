@@ -1,0 +1,296 @@
+"""A bounded store of downloaded objects, which every process of a machine and every cache may share.
+
+::
+
+    <directory>/
+      objects/ab/<sha256>               whole, checked objects, under the hash of their content
+      partial/<sha256>.<num_bytes>      downloads under way; never used
+      lock                              held for moments, by whoever changes what is in the store
+
+All coordination is by locks of the operating system (flock), which vanish with the process that held them; so there
+are no counts to go wrong and nothing to repair. A reader holds a *shared* lock on the object that it reads or has
+downloaded ahead, and what cannot be locked *exclusively* is not evicted. A download holds an exclusive lock on its
+partial file: whoever wants the same object waits for it, and a partial file that nobody has locked is the remains of a
+killed process. Before a download starts its full size is reserved by that file's name, so the bound holds at every
+moment. What was used least recently goes first (its modification time is the time of its last use).
+
+What the manifest records with a hash goes through the store: objects of shards, the tokenizer, an LM head. Caches on a
+local path never do. When other processes hold so much that an object cannot get in, it is read without being stored:
+slow, but nobody waits for anybody. Not for a directory on a network file system whose flock is not that of all its
+clients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Annotated, Any, NamedTuple
+
+from pydantic import BeforeValidator, Field
+
+from kdcache.config import Config
+from kdcache.errors import CacheError
+from kdcache.schema import ObjectRecord
+from kdcache.storage.download import download, file_sha256
+from kdcache.storage.folder import Folder
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def parse_bytes(value: Any) -> Any:
+    """Turn a size such as ``"20GB"``, ``"1.5 TB"`` or ``"512MiB"`` into bytes; numbers pass as they are.
+
+    Raises ``ValueError`` for any other text.
+    """
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", value.lower())
+    if found is None or (found[3] and not found[2]):
+        raise ValueError("a size is a number with a unit (B, kB, MB, GB, TB, or KiB, MiB, GiB, TiB), such as 20GB")
+    return int(float(found[1]) * (_BINARY if found[3] else _UNITS)[found[2]])
+
+
+class LocalStoreConfig(Config):
+    """Where and how much of remote caches is kept on this machine."""
+
+    directory: str | None = None
+    """Default: ``$KDCACHE_STORE``, else ``~/.cache/kdcache``."""
+    max_bytes: Annotated[int, BeforeValidator(parse_bytes)] = Field(default=50 * 10**9, ge=1)
+    """Bytes, or a size such as ``20GB``; never more than the disk has room for."""
+    num_processes: int = Field(default=1, ge=1)
+    """Processes that will read through the store at the same time; each downloads ahead into its share of it."""
+
+    @property
+    def path(self) -> Path:
+        """The directory of the store."""
+        return Path(self.directory or os.environ.get("KDCACHE_STORE") or "~/.cache/kdcache").expanduser()
+
+
+class _Stored(NamedTuple):
+    last_use_s: float
+    num_bytes: int
+    path: Path
+
+
+class LocalStore:
+    """The store in ``config.directory``. Safe to use from any number of threads and processes."""
+
+    def __init__(self, config: LocalStoreConfig) -> None:
+        if fcntl is None:
+            raise CacheError("this system has no flock, which the local store needs; fetch the cache with kdcache pull")
+        self.directory, self.max_bytes = config.path, config.max_bytes
+        self.share_bytes = config.max_bytes // config.num_processes
+        self.give_way: Callable[[], None] = lambda: None
+        """Called when an object that is needed now does not fit: lets go of what this process holds ahead."""
+        self._has_warned = False
+        self._objects, self._partial = self.directory / "objects", self.directory / "partial"
+        try:
+            for directory in (self._objects, self._partial):
+                directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CacheError(
+                f"cannot make the local store in {self.directory}: {error.strerror}; remote caches are read through "
+                "one, give it another directory with local_store.directory or KDCACHE_STORE"
+            ) from None
+
+    def read(self, folder: Folder, record: ObjectRecord, where: str) -> bytes:
+        """Return the bytes of an object, from the store or else downloaded into it.
+
+        Raises ``CorruptCacheError`` for an object that is missing or damaged at its source, and ``CacheError`` when it
+        cannot be downloaded or is larger than the whole store or the room on its disk; ``where`` names its place.
+        """
+        held = self.hold(folder, record, where)
+        if held is None:
+            self.give_way()
+            held = self.hold(folder, record, where)
+        if held is None:
+            return self._read_past(folder, record, where)
+        with held:
+            return held.read()
+
+    def hold(
+        self, folder: Folder, record: ObjectRecord, where: str, cancelled: Callable[[], bool] = lambda: False
+    ) -> IO[bytes] | None:
+        """Return an object as an open file that is not evicted until it is closed; None when there is no room for it.
+
+        Waits where another thread or process is downloading it. Raises what `read` raises, and
+        ``DownloadCancelledError`` once ``cancelled`` says so.
+        """
+        while True:
+            held = self._held(record)
+            if held is not None:
+                return held
+            with self._locked():
+                if self._path(record).exists():  # since a moment ago
+                    continue
+                partial, is_mine = self._reserve(record)
+            if partial is None:
+                return None
+            with partial:
+                if is_mine:
+                    self._fill(partial, folder, record, where, cancelled)
+                else:
+                    fcntl.flock(partial, fcntl.LOCK_SH)  # returns when the other download ends, however it does
+
+    def drop_damaged(self, record: ObjectRecord) -> bool:
+        """Remove an object of the store if its content has changed since it was downloaded; return whether it had."""
+        path = self._path(record)
+        try:
+            if file_sha256(path) == record.sha256:
+                return False
+        except FileNotFoundError:
+            return False
+        log.warning("%s has changed since it was downloaded, and is downloaded again", path)
+        with self._locked():
+            path.unlink(missing_ok=True)
+        return True
+
+    def _held(self, record: ObjectRecord) -> IO[bytes] | None:
+        """Return an object that is in the store, locked and marked as used."""
+        path = self._path(record)
+        try:
+            file = open(path, "rb")  # noqa: SIM115 - it is the lock that is returned
+        except FileNotFoundError:
+            return None
+        fcntl.flock(file, fcntl.LOCK_SH)
+        status = os.fstat(file.fileno())
+        if status.st_nlink and status.st_size == record.num_bytes:
+            os.utime(file.fileno())
+            return file
+        file.close()
+        if status.st_nlink:  # not what was put here: a damaged disk, or somebody's hand
+            with self._locked():
+                path.unlink(missing_ok=True)
+        return None
+
+    def _reserve(self, record: ObjectRecord) -> tuple[IO[bytes] | None, bool]:
+        """Return the partial file to fill, locked, and True; that of a download under way, and False; None if full."""
+        path = self._partial / f"{record.sha256}.{record.num_bytes}"
+        used, unwritten = self._under_way()
+        if path.exists():
+            return open(path, "rb"), False
+        if not self._make_room(record.num_bytes, used, unwritten):
+            return None, False
+        file = open(path, "w+b")  # noqa: SIM115 - it stays locked while it is filled
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return file, True
+
+    def _fill(
+        self, file: IO[bytes], folder: Folder, record: ObjectRecord, where: str, cancelled: Callable[[], bool]
+    ) -> None:
+        """Download into a reserved partial file and put it where it can be used."""
+        partial, target = Path(file.name), self._path(record)
+        try:
+            download(folder, record, partial, where, cancelled)
+            os.fsync(file.fileno())
+            with self._locked():
+                target.parent.mkdir(exist_ok=True)
+                os.replace(partial, target)
+        except BaseException:
+            with self._locked():
+                partial.unlink(missing_ok=True)
+            raise
+
+    def _under_way(self) -> tuple[int, int]:
+        """Return the bytes that downloads have reserved, and how many of them are not written yet; remove remains."""
+        used = unwritten = 0
+        for path in self._partial.iterdir():
+            with open(path, "rb") as file:
+                if _try_lock(file):
+                    path.unlink()
+                    continue
+                num_bytes = int(path.name.rpartition(".")[2])
+                used += num_bytes
+                unwritten += max(num_bytes - os.fstat(file.fileno()).st_size, 0)
+        return used, unwritten
+
+    def _make_room(self, num_bytes: int, under_way: int, unwritten: int) -> bool:
+        """Evict what was used least recently until ``num_bytes`` more fit; return whether they do."""
+        stored = self._stored()
+        used = under_way + sum(item.num_bytes for item in stored)
+        excess = max(used + num_bytes - self.max_bytes, num_bytes + unwritten - self._free_bytes())
+        for item in sorted(stored):
+            if excess <= 0:
+                break
+            if _evict(item.path):
+                excess -= item.num_bytes
+        return excess <= 0
+
+    def _stored(self) -> list[_Stored]:
+        found = []
+        for entry in (entry for directory in os.scandir(self._objects) for entry in os.scandir(directory)):
+            status = entry.stat()
+            found.append(_Stored(status.st_mtime, status.st_size, Path(entry.path)))
+        return found
+
+    def _free_bytes(self) -> int:
+        return shutil.disk_usage(self.directory).free
+
+    def _read_past(self, folder: Folder, record: ObjectRecord, where: str) -> bytes:
+        """Return the bytes of an object for which other processes leave no room, without storing it."""
+        free = self._free_bytes()
+        if record.num_bytes > self.max_bytes or record.num_bytes > free:
+            raise CacheError(
+                f"{where}: file {record.path} has {record.num_bytes:,} bytes, and the local store {self.directory} has "
+                f"no room for it (at most {self.max_bytes:,} bytes, {free:,} free on its disk); raise "
+                "local_store.max_bytes, free some of the disk, or give another directory with local_store.directory"
+            )
+        level, self._has_warned = logging.DEBUG if self._has_warned else logging.WARNING, True
+        log.log(
+            level,
+            "the local store %s (%.1f GB) is filled by what other processes hold; %s is read without being stored. "
+            "Raise local_store.max_bytes",
+            self.directory,
+            self.max_bytes / 1e9,
+            record.path,
+        )
+        with tempfile.TemporaryDirectory(prefix="kdcache-") as directory:
+            target = Path(directory, "object")
+            download(folder, record, target, where)
+            return target.read_bytes()
+
+    def _path(self, record: ObjectRecord) -> Path:
+        if re.fullmatch("[0-9a-f]{64}", record.sha256) is None:  # it becomes a path, and may come from a stranger
+            raise CacheError(f"file {record.path}: the manifest's sha256 {record.sha256!r} is none")
+        return self._objects / record.sha256[:2] / record.sha256
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with open(self.directory / "lock", "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _try_lock(file: IO[bytes]) -> bool:
+    """Return whether nobody else has the file locked; it is locked for the caller then."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _evict(path: Path) -> bool:
+    """Remove an object unless somebody holds it; return whether it is gone."""
+    try:
+        with open(path, "rb") as file:
+            if not _try_lock(file):
+                return False
+            path.unlink()
+    except FileNotFoundError:
+        return True
+    return True

@@ -1,0 +1,261 @@
+"""Look at a training run before its first step: how good student and teacher are, what it will cost, what is wrong.
+
+`plan_training` does it for a run that is not made (a dry run): it loads the student, times it and throws it away.
+`report_start` does it for a run that is about to begin, and leaves no trace: weights, gradients, the state of the
+random numbers and the order of the data are what they were, so the run ends with the same weights, bit for bit. It
+times nothing, because the bar of the run will do better.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdcache.cache import Cache
+from kdcache.cache.batches import MicroBatches
+from kdcache.losses import Loss, Objective, Part
+from kdcache.losses.modes import TemperedLoss
+from kdcache.losses.schedules import highest
+from kdcache.models.batches import to_tensors
+from kdcache.models.loading import pick_device
+from kdcache.students import Student
+from kdcache.tasks import Task, task_of
+from kdcache.train.config import TrainConfig
+from kdcache.train.memory import estimate_memory
+from kdcache.train.module import Distiller
+from kdcache.train.prepare import (
+    chosen_sequences,
+    micro_batches,
+    num_steps,
+    prepare,
+    started_processes,
+)
+from kdcache.train.report import TermReport, TrainingReport
+from kdcache.train.sample import SAMPLE_POSITIONS, Batch, Measured, Probe, first_batches, measure
+from kdcache.train.timing import SpeedReport, loss_s, optimiser_s, position_s
+from kdcache.train.trainer import Distillation
+
+#: Positions of one batch of the sample, by device type: a forward pass of it should be short, and fill the device.
+_BATCH_POSITIONS = {"cpu": 1024}
+_BATCH_POSITIONS_ELSEWHERE = 16_384
+#: Micro-batches that are timed at most, and positions that the loss is timed on.
+_TIMED_BATCHES = 4
+_LOSS_POSITIONS = {"cpu": 256}
+_LOSS_POSITIONS_ELSEWHERE = 4096
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The parts of a run, on the device that it uses."""
+
+    config: TrainConfig
+    cache: Cache
+    student: Student
+    objective: Objective
+    module: Distillation
+    batches: MicroBatches
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.module.parameters())).device
+
+    @property
+    def task(self) -> Task:
+        return task_of(self.cache.manifest.task)
+
+    @property
+    def autocast(self) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+        return partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def longest(self, chosen_N: NDArray[np.int64] | None) -> Callable[[int], Batch]:
+        """Return what makes a batch of so many copies of the longest sequence that is trained on."""
+        sizes_N = self.cache.sizes_N if chosen_N is None else self.cache.sizes_N[chosen_N]
+        index = int(np.argmax(sizes_N) if chosen_N is None else chosen_N[np.argmax(sizes_N)])
+        return lambda count: self._read([index] * count)
+
+    def read(self, num_positions: int) -> Iterator[Batch]:
+        """Yield the first batches of the training order, on the device."""
+        size = _BATCH_POSITIONS.get(self.device.type, _BATCH_POSITIONS_ELSEWHERE)
+        chosen = first_batches(self.cache, self.batches, num_positions=num_positions, batch_positions=size)
+        yield from map(self._read, chosen)
+
+    def _read(self, indices: list[int]) -> Batch:
+        read = self.cache.read(indices, hidden=self.module.hidden_fields)
+        tensors = to_tensors(read, self.student.pad_id, self.task)
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+
+
+def plan_training(config: TrainConfig) -> TrainingReport:
+    """Return what `train_student` would do, with what it would cost and what is wrong with it; writes nothing.
+
+    Loads the student and times a few micro-batches. Raises what `train_student` raises before its first step, unless
+    it is about the output.
+    """
+    cache, student, objective = prepare(config)
+    module = Distiller(student, objective).to(pick_device(config.device))
+    run = _Run(config, cache, student, objective, module, micro_batches(config, cache, num_ranks=started_processes()))
+    return _report(run, is_timed=True)
+
+
+def report_start(
+    config: TrainConfig, cache: Cache, module: Distillation, objective: Objective, batches: MicroBatches
+) -> TrainingReport:
+    """Return the report of a run that is about to begin with ``batches``, and leave no trace in it."""
+    run = _Run(config, cache, module.student, objective, module, batches)
+    devices = [run.device] if run.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        return _report(run, is_timed=False)
+
+
+def _report(run: _Run, is_timed: bool) -> TrainingReport:
+    config, manifest, batches = run.config, run.cache.manifest, run.batches
+    sample = list(run.read(SAMPLE_POSITIONS))
+    measured = measure(run.module, run.objective, sample, run.autocast)
+    probe = Probe.of(run.module, run.objective, sample[0], run.autocast)
+    chosen_N = chosen_sequences(config, run.cache)
+    lengths_N = run.cache.lengths_N if chosen_N is None else run.cache.lengths_N[chosen_N]
+    steps = num_steps(config, batches.steps_per_epoch)
+    positions = int(lengths_N.sum())
+    tokens_per_step = round(positions * min(batches.sequences_per_step / batches.num_sequences, 1.0))
+    teacher_loss, kept_mass = _statistics(run.cache, chosen_N)
+    memory = estimate_memory(
+        run.module,
+        run.objective,
+        probe,
+        run.cache,
+        hidden=run.module.hidden_fields,
+        batch_sequences=batches.largest,
+        max_length=int(lengths_N.max()),
+        autocast=run.autocast,
+        longest=None if run.task.is_causal else run.longest(chosen_N),
+    )
+    speed, costs_s = _timed(run, probe, steps, tokens_per_step) if is_timed else (None, {})
+    return TrainingReport(
+        student=type(run.student.model).__name__,
+        num_parameters=run.student.num_parameters,
+        num_trainable_parameters=sum(p.numel() for p in run.module.parameters() if p.requires_grad),
+        teacher=manifest.teacher.name,
+        num_sequences=batches.num_sequences,
+        num_positions=positions,
+        sequences_per_step=batches.sequences_per_step,
+        tokens_per_step=tokens_per_step,
+        unit=run.task.unit,
+        steps_per_epoch=batches.steps_per_epoch,
+        steps=steps,
+        epochs=round(steps / batches.steps_per_epoch, 3),
+        learning_rate=config.peak_learning_rate,
+        objective={name: part.model_dump() for name, part in run.objective.config.parts.items()},
+        output=config.output,
+        vocab_size=run.cache.manifest.num_ids,
+        teacher_loss=teacher_loss,
+        kept_mass=kept_mass,
+        sample=measured.report,
+        terms=tuple(
+            _term(run, name, part, kept_mass, measured, costs_s.get(name))
+            for name, part in run.objective.config.parts.items()
+        ),
+        memory=memory,
+        speed=speed,
+    )
+
+
+def _statistics(cache: Cache, chosen_N: NDArray[np.int64] | None) -> tuple[float | None, float | None]:
+    """Return the teacher's loss and the kept mass, means over the positions that count of ``chosen_N`` (None: all).
+
+    None for what is not known: the loss where the corpus has no answers, both where there are no distributions.
+    """
+    if cache.manifest.targets.kind == "outputs":
+        return None, None
+    if chosen_N is None:
+        sums = cache.manifest.statistics
+        num_labelled = sums.num_positions - sums.num_unlabelled
+        loss = sums.teacher_loss_sum / num_labelled if num_labelled or not sums.num_positions else None
+        return loss, sums.kept_mass_sum / max(sums.num_positions, 1)
+    table = cache.sequence_table(["num_targets", "teacher_loss", "kept_mass"])
+    counts, losses, masses = (column.to_numpy()[chosen_N].astype(float) for column in table.columns)
+    return _weighted_mean(losses, counts), _weighted_mean(masses, counts)
+
+
+def _weighted_mean(values_N: NDArray[np.float64], counts_N: NDArray[np.float64]) -> float | None:
+    # A sequence without positions that count has no value, and one without answers has no loss.
+    is_known_N = (counts_N > 0) & ~np.isnan(values_N)
+    if counts_N.sum() and not is_known_N.any():
+        return None
+    return float((counts_N * values_N)[is_known_N].sum() / max(counts_N[is_known_N].sum(), 1.0))
+
+
+def _term(
+    run: _Run, name: str, part: Part, kept_mass: float | None, measured: Measured, cost_s: float | None
+) -> TermReport:
+    first, last = part.at(0.0), part.at(1.0)
+    mode = _mode(first, run)
+    # Whole distributions and samples have no tail that something is to be done about.
+    has_tail = mode != "full" and not run.objective.context.is_sampled
+    masses = [_kept_mass(part.at(progress), run, kept_mass, measured) for progress in part.moments()]
+    known = [mass for mass in masses if mass is not None]
+    return TermReport(
+        name=name,
+        weight=first.weight,
+        weight_end=last.weight,
+        temperature=getattr(first, "temperature", None),
+        temperature_end=getattr(last, "temperature", None),
+        mode=mode,
+        tail=getattr(first, "tail", None) if has_tail else None,
+        needs="the teacher's last hidden state and LM head" if mode == "full" else part.needs,
+        uses_teacher=part.uses_teacher,
+        is_trained=highest(part.weight) > 0,
+        kept_mass=min(known) if known else None,
+        selected=None if part.select is None else measured.mean(measured.selected_sums[name]),
+        value=measured.mean(measured.term_sums[name]),
+        ms_per_1000_positions=None if cost_s is None else 1e6 * cost_s,
+    )
+
+
+def _mode(part: Part, run: _Run) -> str | None:
+    """Return the mode in which a loss gets to its temperature; None where it has no such setting or needs none."""
+    if not isinstance(part, TemperedLoss):
+        return None
+    mode = part.resolved_mode(run.objective.context)
+    return mode if mode == "full" or part.temperature != 1.0 else None
+
+
+def _kept_mass(part: Part, run: _Run, at_one: float | None, measured: Measured) -> float | None:
+    """Return the teacher's mass on the ids that the term compares one by one; None where that says nothing.
+
+    Modes: ``full`` compares all ids, ``grid`` the kept ones at its temperature, whose tail was stored; ``decoupled``
+    compares kept ids with the tail at temperature 1 and only softens what is among the kept ids.
+    """
+    context = run.objective.context
+    if not isinstance(part, Loss) or not part.uses_teacher or context.is_sampled:
+        return None
+    # Where there is a head, losses without a mode make the teacher's logits too.
+    if context.head is not None and (not isinstance(part, TemperedLoss) or part.resolved_mode(context) == "full"):
+        return 1.0
+    temperature = getattr(part, "temperature", 1.0)
+    if temperature == 1.0 or _mode(part, run) != "grid":
+        return at_one
+    column = context.grid_index(temperature)
+    assert column is not None
+    return 1 - measured.mean(measured.tail_sums_G[column])
+
+
+def _timed(run: _Run, probe: Probe, steps: int, tokens_per_step: int) -> tuple[SpeedReport, dict[str, float]]:
+    """Return the times of the run and the seconds per position that each term adds; the student is spoilt by it."""
+    run.objective.progress = 0.5  # where schedules have begun, and nothing is off that will be on
+    size = _LOSS_POSITIONS.get(run.device.type, _LOSS_POSITIONS_ELSEWHERE)
+    whole_s, costs_s = loss_s(run.module, run.objective, probe.first(size), run.autocast)
+    per_position_s = position_s(run.module, run.read(_TIMED_BATCHES * SAMPLE_POSITIONS), run.autocast)
+    step_s = per_position_s * tokens_per_step / run.batches.num_ranks + optimiser_s(run.module.parameters())
+    return SpeedReport(
+        tokens_per_s=1 / per_position_s,
+        step_s=step_s,
+        eta_s=steps * step_s,
+        loss_share=min(whole_s / per_position_s, 1.0),
+    ), costs_s

@@ -1,0 +1,78 @@
+"""A cache as a PyTorch data set, for training loops that are not ours.
+
+It gives out the batches that the Trainer gets, as dicts of CPU tensors, and passes ``state_dict`` and
+``load_state_dict`` on, which is all that PyTorch's stateful loaders ask for. Reading is ahead of its use already, by
+threads that share one copy of the open shards. Worker processes would each open shards of their own and send decoded
+batches, which are larger than encoded ones; and what they have read ahead is not what the loop has used, so a saved
+state would skip batches. They are therefore refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from kdcache.cache import Cache
+from kdcache.cache.batches import Batches
+from kdcache.errors import ConfigError
+from kdcache.models.batches import training_batches
+
+
+class TorchBatches(IterableDataset[dict[str, Tensor]]):
+    """Batches of a cache as dicts of tensors, an epoch each time they are iterated. Make one with `to_torch`."""
+
+    def __init__(self, batches: Batches[dict[str, Tensor]]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        if get_worker_info() is not None:
+            raise ConfigError(
+                "a cache is read by threads, not by the worker processes of a DataLoader: use num_workers=0, and "
+                "threads=2 or more in to_torch() where one does not keep up"
+            )
+        return iter(self._batches)
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that whoever iterated has waited for data so far."""
+        return self._batches.wait_s
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make ``epoch`` the next one, from its beginning, unless a state within it was loaded."""
+        self._batches.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return where a run that has used every batch given out so far goes on."""
+        return self._batches.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` says; raises ``ConfigError`` when it is none of this data."""
+        self._batches.load_state_dict(state)
+
+
+def to_torch(
+    cache: Cache,
+    batch_sequences: int = 8,
+    *,
+    pad_id: int = 0,
+    hidden: Sequence[str] = (),
+    top_k: int | None = None,
+    threads: int = 1,
+    ahead: int = 2,
+    **order: Any,
+) -> TorchBatches:
+    """Return a cache as an iterable data set of collated batches, as CPU tensors (pinned where there is CUDA).
+
+    Settings are those of `Cache.batches`; ``pad_id`` fills ``input_ids`` up to the longest sequence. Names and shapes
+    of the tensors are told by `kdcache.tasks.Task.collate`. A ``DataLoader`` around it needs ``batch_size=None``
+    and ``num_workers=0``; with workers its iteration raises ``ConfigError``.
+    """
+    dealt = cache.batches(batch_sequences, **order).micro_batches
+    batches = training_batches(cache, dealt, pad_id, hidden=hidden, top_k=top_k, threads=threads, ahead=ahead)
+    return TorchBatches(batches)

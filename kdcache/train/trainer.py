@@ -1,0 +1,309 @@
+"""The Hugging Face Trainer, made to keep one promise: the gradient of a step does not depend on how it is split.
+
+What the stock Trainer would do otherwise, and what is overridden for it:
+
+- it counts labels to find the loss's denominator, wrongly for some models and not at all for those whose ``forward``
+  takes no keyword arguments: here the loss masks of all micro-batches and ranks are summed;
+- distributed data parallelism *averages* gradients over ranks, so the loss is multiplied by their number;
+- its samplers repeat or drop sequences at the end of an epoch, and accelerate re-shards them: here `Batches` already
+  yields this rank's share;
+- it resumes by running through what was used: here the data begin at the sample that follows from the steps done;
+- several visible GPUs without a launcher would mean ``nn.DataParallel``, which splits a batch of flat rows at the wrong
+  places: here one process uses one device;
+- checkpoints are those of the *student* alone, plain Hugging Face directories that load without kdcache; of a student
+  with adapters they are the adapters, in peft's format. What is trained beside the student lies beside it
+  (``kdcache.train.term_file``).
+
+The module it trains is any ``forward(batch, num_valid) -> (loss, sums, count)`` with the model under ``.student``:
+distributed wrappers then see one forward, whatever the loss is made of.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from kdcache.cache.batches import Batches
+from kdcache.errors import ConfigError, StudentError, did_you_mean
+from kdcache.models.batches import count_tokens
+from kdcache.models.loading import first_line, quiet
+from kdcache.models.pooling import drop_pooler, load_projection, without_projection
+from kdcache.students.load import Student
+from kdcache.students.lora import ADAPTER_DIR, load_adapter, merge_adapter, save_adapter
+from kdcache.students.sentence_model import save_sentence_files
+from kdcache.train.term_file import load_terms, save_terms
+
+STATE_FILE = "trainer_state.json"
+
+
+class Distillation(nn.Module):
+    """Base of what a `DistillationTrainer` trains: a student, and a forward that returns its loss on a batch."""
+
+    #: For the Trainer: the loss is already divided by the number of positions of the whole step.
+    accepts_loss_kwargs = True
+
+    hidden_fields: tuple[str, ...] = ()
+    """Names of the cache's fields of hidden states that a batch must hold."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.model = student.model
+        self.student = student
+
+    def forward(self, batch: Mapping[str, Tensor], num_valid: Tensor) -> tuple[Tensor, dict[str, Tensor], int]:
+        """Return the loss, each term's unweighted sum over the valid positions (detached), and their number."""
+        raise NotImplementedError
+
+    def set_progress(self, progress: float) -> None:
+        """Take note, before an optimiser step, of how far the run is: 0 at its first step, 1 at its last."""
+
+    def logged(self) -> dict[str, float]:
+        """Return what else is to be logged beside the means of the terms, at this moment."""
+        return {}
+
+
+class DistillationTrainer(Trainer):
+    """A Trainer over `Distillation`, whose loader yields this rank's micro-batches."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        module: Distillation,
+        args: TrainingArguments,
+        batches: Batches[dict[str, Tensor]],
+        **kwargs: Any,
+    ) -> None:
+        args._n_gpu = min(args.n_gpu, 1)
+        args.ignore_data_skip = True  # the batches begin where they should
+        super().__init__(model=module, args=args, **kwargs)
+        self.model_accepts_loss_kwargs = True
+        self.student = module.student
+        self._batches = batches
+        self.meter = _Meter(batches)
+        self.remove_callback(PrinterCallback)
+        self.module = module
+        self.add_callback(_Flow(module, batches))
+
+    def get_train_dataloader(self) -> Any:
+        return self._batches
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        if not batch_samples:
+            return None  # of a resumed epoch, in which the Trainer asks as often as in a whole one
+        count = torch.stack([batch["loss_mask"].sum() for batch in batch_samples]).sum().to(device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, sums, count = model(inputs, num_items_in_batch)
+        self.meter.add(sums, count, count_tokens(inputs))
+        loss = loss * self.accelerator.num_processes
+        return (loss, sums) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # The Trainer also logs a summary at the end, which repeats what has been said.
+        if "loss" in logs:
+            super().log({**logs, **self.meter.read(self.accelerator), **self.module.logged()}, start_time)
+            self._check_loss(logs["loss"])
+
+    def _check_loss(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise StudentError(
+                f"the run has diverged: the loss at step {self.state.global_step} is {loss}. No student was saved; "
+                "begin a new run in another directory with a lower learning_rate, longer warm-up or smaller "
+                "max_grad_norm"
+            )
+
+    @property
+    def data_wait_s(self) -> float:
+        """Seconds that this process has waited for data."""
+        return self._batches.wait_s
+
+    # ----------------------------------------------------------------------------------------------- checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
+            _save_checkpoint(self.student, output_dir or self.args.output_dir)
+            save_terms(self.module, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_terms(self.module, resume_from_checkpoint)
+        if self.student.adapter is not None:
+            load_adapter(self.student.adapter, resume_from_checkpoint)
+            return
+        model = self.student.model
+        with quiet():
+            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        if self.student.sentence is not None:
+            load_projection(saved, resume_from_checkpoint, error=StudentError)
+        if getattr(model, "pooler", None) is None:
+            drop_pooler(saved)  # a model of embeddings was loaded without it
+        model.load_state_dict(saved.state_dict())
+
+    def load_checkpoint(self, checkpoint: Path, state: TrainerState) -> None:
+        """Take over the student and the state of a finished run's last checkpoint."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+
+
+def check_logger(name: str) -> None:
+    """Raise ``ConfigError`` unless the Trainer knows a logger called ``name`` and its package is installed."""
+    if name in ("none", "all"):
+        return
+    if name not in INTEGRATION_TO_CALLBACK:
+        hint = did_you_mean(name, ["none", "all", *INTEGRATION_TO_CALLBACK])
+        raise ConfigError(f"report_to: there is no logger {name!r}, {hint}")
+    try:
+        INTEGRATION_TO_CALLBACK[name]()  # there is no other way to ask that all of them answer
+    except (RuntimeError, ImportError) as error:
+        raise ConfigError(f"report_to: {name} cannot be used: {first_line(error)}") from None
+
+
+def save_student(student: Student, output: str | Path) -> None:
+    """Write a trained student, model and tokenizer, as a plain Hugging Face directory.
+
+    Adapters are written to ``adapter`` under it and merged into the model, which ends their training.
+    """
+    if student.adapter is not None:
+        save_adapter(student.adapter, Path(output) / ADAPTER_DIR)
+        merge_adapter(student.adapter)
+    with quiet(), without_projection(student.model):
+        student.model.save_pretrained(output)
+    student.tokenizer.save_pretrained(output)
+    if student.sentence is not None:
+        save_sentence_files(student.model, student.sentence, output)
+
+
+def _save_checkpoint(student: Student, output: str | Path) -> None:
+    if student.adapter is None:
+        save_student(student, output)
+    else:
+        save_adapter(student.adapter, output)
+
+
+def last_checkpoint(output: str | Path) -> Path | None:
+    """Return the newest *complete* checkpoint under ``output``: its state is written last, so it must be readable."""
+    numbered = []
+    for path in Path(output).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        suffix = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if suffix.isdigit() and _readable(path / STATE_FILE):
+            numbered.append((int(suffix), path))
+    return max(numbered)[1] if numbered else None
+
+
+def _readable(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+class _Meter:
+    """Sums of each loss term and of tokens since it was last read; ``total_tokens`` since it was made."""
+
+    def __init__(self, batches: Batches[dict[str, Tensor]]) -> None:
+        self.total_tokens = 0
+        self._batches = batches
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._num_valid = 0
+        self._num_tokens: int | Tensor = 0
+        self._since_s = time.perf_counter()
+        self._waited_s = self._batches.wait_s
+
+    def add(self, sums: Mapping[str, Tensor], num_valid: int, num_tokens: int | Tensor) -> None:
+        """Add a micro-batch; sums stay on the device, so nothing waits for it."""
+        for name, value in sums.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._num_valid += num_valid
+        self._num_tokens = self._num_tokens + num_tokens
+
+    def read(self, accelerator: Any) -> dict[str, float]:
+        """Return each term's mean per valid position, tokens per second and waiting for data, and start anew.
+
+        ``data_wait`` is this process's share of the time, 0 to 1.
+        """
+        names = list(self._sums)
+        counts = [self._num_valid, float(self._num_tokens)]
+        local = torch.tensor([*(self._sums[name].item() for name in names), *counts], dtype=torch.float64)
+        total = accelerator.reduce(local.to(accelerator.device)) if accelerator.num_processes > 1 else local
+        *sums, num_valid, num_tokens = total.tolist()
+        self.total_tokens += int(num_tokens)
+        seconds = max(time.perf_counter() - self._since_s, 1e-9)
+        wait = (self._batches.wait_s - self._waited_s) / seconds
+        self._reset()
+        means = {name: value / max(num_valid, 1) for name, value in zip(names, sums, strict=True)}
+        return {**means, "tokens_per_s": round(num_tokens / seconds, 1), "data_wait": round(wait, 5)}
+
+
+class _Flow(TrainerCallback):
+    """Say where to go on to the batches, how far the run is to the module; log the last step.
+
+    All from the number of steps done, so that a resumed run is told what an uninterrupted one was.
+    """
+
+    def __init__(self, module: Distillation, batches: Batches[dict[str, Tensor]]) -> None:
+        self._module = module
+        self._batches = batches
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        dealt = self._batches.micro_batches
+        epoch, step = divmod(state.global_step, dealt.steps_per_epoch)
+        self._batches.load_state_dict({"epoch": epoch, "next_sample": step * dealt.sequences_per_step})
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._module.set_progress(state.global_step / max(state.max_steps - 1, 1))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The Trainer counts the steps of a resumed epoch from its beginning.
+        state.epoch = state.global_step / self._batches.micro_batches.steps_per_epoch
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with steps, their rate, the time left, and the latest loss of every term."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not state.is_world_process_zero,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        hidden = ("epoch", "learning_rate", "grad_norm", "step", "tokens_per_s", "data_wait")
+        shown = {name: f"{value:.4g}" for name, value in logs.items() if name not in hidden}
+        flow = {"tokens/s": f"{logs.get('tokens_per_s', 0):,.0f}", "data wait": f"{logs.get('data_wait', 0):.1%}"}
+        self._bar.set_postfix(shown | flow)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.close()

@@ -1,0 +1,276 @@
+"""Moving a finished cache, or a part of it, to another place: what ``kdcache push`` and ``kdcache pull`` do.
+
+It is one function, whichever side is far away. The plan goes first, so that the target says what it will be; the
+manifest goes last, so that nobody takes half a cache for a whole one. What is there already stays: local files are
+compared by hash; an object of a shard by name and size, because its name has a random attempt in it that no other
+content ever had. Every file is checked against its hash before it gets its name.
+
+Files move whole, several at once, and only so many that they fit into `IN_FLIGHT_BYTES` of memory.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kdcache.cache import layout
+from kdcache.cache.output_dir import refuse_foreign
+from kdcache.cache.writer import CacheWriter
+from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
+from kdcache.progress import bar
+from kdcache.schema import Plan
+from kdcache.storage.download import file_sha256
+from kdcache.storage.folder import Folder
+from kdcache.transfer.part import Contents, Item, contents_of
+
+#: Bytes of files that are in memory at once (a larger file goes alone).
+IN_FLIGHT_BYTES = 2 << 30
+#: How often a request to a place that is not local is made, and how long the first pause is.
+_ATTEMPTS, _PAUSE_S = 5, 0.5
+
+T = TypeVar("T")
+
+
+@dataclass
+class TransferResult:
+    """What a transfer did, or, as a dry run, would do."""
+
+    source: str
+    target: str
+    fingerprint: str
+    is_part: bool
+    num_shards: int
+    num_files: int
+    num_bytes: int
+    num_files_moved: int
+    num_bytes_moved: int
+    elapsed_s: float
+    dry_run: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return asdict(self)
+
+
+def transfer(
+    source: str,
+    target: str,
+    *,
+    fields: Sequence[str] | None = None,
+    shards: Sequence[int] | None = None,
+    jobs: int = 8,
+    check: bool = False,
+    dry_run: bool = False,
+    progress: bool = True,
+) -> TransferResult:
+    """Copy the finished cache at ``source`` to ``target`` (local paths or URLs), or go on with that.
+
+    ``fields`` and ``shards`` choose a part, which becomes a cache of its own. With ``check`` also what is trusted by
+    name and size is read again. Raises ``CacheError`` for a target that holds something else, and for what cannot be
+    read or written after several attempts; ``CorruptCacheError`` for a source whose bytes are not the recorded ones.
+    """
+    began = time.perf_counter()
+    places = Folder(source), Folder(target)
+    _refuse_same_place(*places)
+    contents = contents_of(places[0], fields, shards)
+    _refuse_another(places[1], contents)
+    if dry_run:
+        missing = _Mover(*places, jobs, progress).missing(contents, check)
+    else:
+        with CacheWriter(places[1]) as writer:
+            _refuse_another(places[1], contents)  # again, now that nobody else writes
+            missing = _move(contents, _Mover(*places, jobs, progress), writer, check)
+    return TransferResult(
+        source=source,
+        target=target,
+        fingerprint=contents.fingerprint,
+        is_part=contents.is_part,
+        num_shards=contents.manifest.num_shards,
+        num_files=len(contents.items),
+        num_bytes=_bytes_of(contents.items),
+        num_files_moved=len(missing),
+        num_bytes_moved=_bytes_of(missing),
+        elapsed_s=time.perf_counter() - began,
+        dry_run=dry_run,
+    )
+
+
+def _move(contents: Contents, mover: _Mover, writer: CacheWriter, check: bool) -> list[Item]:
+    """Bring everything to the writer's folder, the manifest last; return what was not there."""
+    target = writer.folder
+    missing = mover.missing(contents, check)
+    if missing:  # a manifest must not outlive its shards
+        target.remove(layout.MANIFEST)
+    mover.write_records({layout.PLAN: layout.to_json(contents.manifest.plan)})
+    writer.remove_garbage(contents.manifest, {shard.index: shard for shard in contents.manifest.shards})
+    mover.move(missing)
+    if check:
+        wrong = mover.missing(contents, check)
+        if wrong:
+            raise CorruptCacheError(
+                f"{target}: {len(wrong)} files are not what was written, the first is {wrong[0].record.path}; the "
+                "same command writes them again"
+            )
+    writer.check_right()
+    mover.write_records({layout.commit_name(s.index): layout.to_json(s) for s in contents.manifest.shards})
+    writer.check_right()
+    mover.write_records({layout.MANIFEST: contents.manifest_data})
+    return missing
+
+
+class _Mover:
+    """Moves files from one folder to another, ``jobs`` at a time."""
+
+    def __init__(self, source: Folder, target: Folder, jobs: int, progress: bool) -> None:
+        self.source, self.target, self._jobs, self._progress = source, target, jobs, progress
+        self._memory = _Memory(IN_FLIGHT_BYTES)
+
+    def missing(self, contents: Contents, check: bool) -> list[Item]:
+        """Return the files that are not at the target as they should be."""
+        found: list[Item] = []
+        items = contents.items
+
+        def look(item: Item) -> None:
+            if not self._is_there(item, check):
+                found.append(item)
+
+        self._all(look, items, "compare")
+        order = {item.record.path: place for place, item in enumerate(items)}
+        return sorted(found, key=lambda item: order[item.record.path])
+
+    def move(self, items: Sequence[Item]) -> None:
+        """Read, check and write every file."""
+        self._all(self._move_one, items, "move")
+
+    def write_records(self, records: Mapping[str, bytes]) -> None:
+        """Write JSON records by name, those that are not there already."""
+        with ThreadPoolExecutor(self._jobs) as pool:
+            list(pool.map(self._write_record, records.items()))
+
+    def _write_record(self, pair: tuple[str, bytes]) -> None:
+        name, data = pair
+        with suppress(FileNotFoundError):
+            if _patiently(lambda: self.target.read(name), self.target) == data:
+                return
+        self._write(name, data)
+
+    def _all(self, work: Callable[[Item], None], items: Sequence[Item], title: str) -> None:
+        with bar(_bytes_of(items), title, "B", enabled=self._progress and bool(items)) as meter:
+            pool = ThreadPoolExecutor(self._jobs, thread_name_prefix=f"kdcache-{title}")
+            try:
+                futures = {pool.submit(work, item): item for item in items}
+                for future in as_completed(futures):
+                    future.result()
+                    meter.update(futures[future].record.num_bytes)
+            finally:  # the first failure ends it; files on their way arrive, or do not get their name
+                pool.shutdown(cancel_futures=True)
+
+    def _is_there(self, item: Item, check: bool) -> bool:
+        record = item.record
+        if _patiently(lambda: self.target.size(record.path), self.target) != record.num_bytes:
+            return False
+        local = self.target.local_path
+        if local is not None:
+            return file_sha256(local / record.path) == record.sha256
+        if item.is_unique and not check:
+            return True
+        with self._memory.hold(record.num_bytes):
+            data = _patiently(lambda: self.target.read(record.path), self.target)
+            return layout.sha256(data) == record.sha256
+
+    def _move_one(self, item: Item) -> None:
+        with self._memory.hold(item.record.num_bytes):
+            data = item.data if item.data is not None else _patiently(lambda: self._read(item), self.source)
+            self._write(item.record.path, data)
+
+    def _read(self, item: Item) -> bytes:
+        try:
+            data = self.source.read(item.source)
+        except FileNotFoundError:
+            data = None
+        if data is None or layout.sha256(data) != item.record.sha256:
+            what = "missing" if data is None else "damaged (its sha256 is not the recorded one)"
+            raise CorruptCacheError(f"{self.source}: file {item.source} is {what}; kdcache verify says what else is")
+        return data
+
+    def _write(self, name: str, data: bytes) -> None:
+        _patiently(lambda: self.target.write(name, data), self.target)
+
+
+class _Memory:
+    """Lets so many bytes be held at once; who asks for more than there ever are is served alone."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes, self._held = num_bytes, 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def hold(self, num_bytes: int) -> Iterator[None]:
+        wanted = min(num_bytes, self._num_bytes)
+        with self._changed:
+            self._changed.wait_for(lambda: self._held + wanted <= self._num_bytes)
+            self._held += wanted
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= wanted
+                self._changed.notify_all()
+
+
+def _patiently(action: Callable[[], T], folder: Folder) -> T:
+    """Do ``action`` again after a pause where it fails on a place that is not local, a few times."""
+    attempts = _ATTEMPTS if folder.local_path is None else 1
+    for attempt in range(1, attempts):
+        try:
+            return action()
+        except (PermissionError, FileNotFoundError):
+            raise
+        except (OSError, CacheError):
+            time.sleep(_PAUSE_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+    return action()
+
+
+def _refuse_another(target: Folder, contents: Contents) -> None:
+    """Refuse a target that holds another cache, or the beginning of one, or something else entirely."""
+    try:
+        standing = layout.read_manifest(target)[1]
+    except (CorruptCacheError, IncompleteCacheError):
+        standing = None  # the plan tells
+    except CacheError:
+        refuse_foreign(target)
+        return
+    if standing == contents.fingerprint:
+        return
+    there = f"the cache with the fingerprint {standing[:16]}" if standing else "the beginning of another cache"
+    if standing or _plan_of(target) != contents.manifest.plan:
+        raise CacheError(
+            f"{target} holds {there}, and what is to go there has {contents.fingerprint[:16]}; choose another place"
+        )
+
+
+def _plan_of(target: Folder) -> Plan | None:
+    try:
+        return layout.read_plan(target)
+    except CorruptCacheError:
+        return None
+
+
+def _refuse_same_place(source: Folder, target: Folder) -> None:
+    if source.store_kind != target.store_kind:  # a bucket of one store may be called as one of another
+        return
+    roots = [Path(os.path.realpath(p.root)) if p.local_path is not None else Path(p.root) for p in (source, target)]
+    if roots[0] == roots[1] or roots[0] in roots[1].parents or roots[1] in roots[0].parents:
+        raise CacheError(f"{target} is the source, lies inside it or holds it; choose a place beside {source}")
+
+
+def _bytes_of(items: Sequence[Item]) -> int:
+    return sum(item.record.num_bytes for item in items)

@@ -1,0 +1,242 @@
+"""Checks that need the teacher: does it, run again, say what the cache says?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdcache.cache import Cache
+from kdcache.codecs import topk_codec
+from kdcache.codecs.vectors import relative_errors
+from kdcache.errors import CacheError, ConfigError, TeacherError
+from kdcache.losses.from_cache import head_of
+from kdcache.models.lm_head import same_head
+from kdcache.progress import bar
+from kdcache.schema import OUTPUTS_FIELD, Targets
+from kdcache.tasks import task_of
+from kdcache.teachers import TeacherConfig, TeacherOutput, load_teacher, reduce_top_k
+from kdcache.teachers.huggingface import hidden_to_numpy
+
+#: Mean KL (nats) allowed between the teacher run again and the cache, beside what the codec costs: what another batch
+#: shape changes in the teacher's own arithmetic.
+_DTYPE_SLACK = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-3, "float64": 1e-5}
+#: Mean difference (nats) allowed of the gold token's log-probability. It is what finds rows of another position or
+#: another text: their few kept ids are mostly disjoint, and a KL over shared ids and one bucket then says little.
+_GOLD_SLACK = {"float32": 0.01, "bfloat16": 0.1, "float16": 0.02, "float64": 0.01}
+#: Relative error allowed of the last hidden state, beside twice what its codec cost the pilot.
+_STATES_SLACK = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.01, "float64": 1e-3}
+#: Mean KL (nats) allowed where targets were made from stored hidden states: four times what int8 costs SmolLM2.
+_STATES_KL = 2e-3
+#: Relative error of raw outputs that their codec may cost.
+_OUTPUTS_ERROR = {"bf16": 0.004, "fp16": 0.001, "int8": 0.02}
+#: Standard errors by which the mean surprise of samples may miss its expectation.
+_SAMPLES_ERRORS = 6
+#: Positions whose logits are looked at at once for their samples.
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class TeacherCheck:
+    """What came of running the teacher again over ``num_sequences`` of a cache."""
+
+    num_sequences: int
+    num_positions: int
+    same_weights: bool
+    mean_kl: float | None
+    """Mean KL over kept ids and tail, teacher run now || cache, in nats; None where no ids are kept."""
+    allowed_kl: float
+    mean_gold_difference: float | None
+    """Mean absolute difference of the gold token's log-probability; None where there are none."""
+    allowed_gold_difference: float
+    top1_agreement: float | None
+    """Share of positions with the same most probable token; None where the cache holds samples alone."""
+    states_error: float | None = None
+    """Of targets of the kind hidden: root mean square of |stored - state now| / |state now|."""
+    allowed_states_error: float | None = None
+    same_head: bool | None = None
+    """Of targets of the kind hidden: whether the stored LM head is the teacher's."""
+    samples_excess: float | None = None
+    """Of samples: their mean surprise under the teacher run now less its expectation, in nats; 0 on average."""
+    allowed_samples_excess: float | None = None
+    outputs_error: float | None = None
+    """Of raw outputs: root mean square of |stored - now| / |now|."""
+    allowed_outputs_error: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the cache is this teacher's."""
+        same_targets = (self.mean_kl or 0.0) <= self.allowed_kl
+        same_gold = (self.mean_gold_difference or 0.0) <= self.allowed_gold_difference
+        same_outputs = self.outputs_error is None or self.outputs_error <= (self.allowed_outputs_error or 0.0)
+        same_states = self.states_error is None or self.states_error <= (self.allowed_states_error or 0.0)
+        same_samples = self.samples_excess is None or abs(self.samples_excess) <= (self.allowed_samples_excess or 0.0)
+        same_teacher = self.same_weights and self.same_head is not False
+        return same_teacher and same_targets and same_gold and same_states and same_samples and same_outputs
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {**asdict(self), "ok": self.ok}
+
+
+def verify_against_teacher(
+    cache: Cache, num_sequences: int, *, teacher: TeacherConfig | None = None, progress: bool = True
+) -> TeacherCheck:
+    """Run the teacher over ``num_sequences`` sequences spread over ``cache`` and compare what it says with the cache.
+
+    ``teacher`` is where to load it from, by default the name and dtype in the manifest. Raises ``TeacherError`` when
+    it cannot be loaded.
+    """
+    record = cache.manifest.teacher
+    config = teacher or TeacherConfig(model=record.name, dtype=record.dtype, revision=record.revision)
+    if config.dtype == "auto":
+        config = config.model_copy(update={"dtype": record.dtype})
+    if num_sequences < 1:
+        raise CacheError(f"at least one sequence has to be checked, found {num_sequences}")
+    try:
+        runner = load_teacher(config, cache.vocab_size, task_of(cache.manifest.task), cache.manifest.outputs)
+    except TeacherError as error:
+        raise TeacherError(f"{error}; say where the teacher lies with --teacher") from None
+    chosen = np.unique(np.linspace(0, len(cache) - 1, num_sequences).astype(int)).tolist()
+    layer = record.num_layers if cache.manifest.targets.kind == "hidden" else None
+    divergences, gold, agree, states, surprises, outputs = [], [], [], [], [], []
+    raw = (OUTPUTS_FIELD,) if cache.manifest.outputs is not None else ()
+    with bar(len(chosen), "teacher", "seq", enabled=progress) as meter:
+        for index in chosen:
+            stored = cache.read([index], hidden=raw)
+            output = runner.run(stored.sequences(), [] if layer is None else [layer])
+            if output.outputs_PC is not None:
+                outputs.append(relative_errors(stored.hidden[OUTPUTS_FIELD], hidden_to_numpy(output.outputs_PC)))
+            meter.update()
+            if cache.manifest.targets.kind == "outputs":
+                continue
+            again = reduce_top_k(output.logits, output.labels_P, max(cache.manifest.top_k, 1))
+            if cache.manifest.top_k:
+                divergences.append(bucket_kl(again, stored.targets))
+                agree.append(again.ids_PK[:, 0] == stored.targets.top1_ids_P)
+            if layer is not None:
+                states.append(relative_errors(stored.hidden["last"], hidden_to_numpy(output.hidden[layer])))
+            if stored.targets.samples is not None:
+                surprises.append(_surprises(output, stored.targets))
+            gold.append(np.abs(again.gold_logprob_P - stored.targets.gold_logprob_P))
+    known = [values[~np.isnan(values)] for values in gold]
+    return TeacherCheck(
+        num_sequences=len(chosen),
+        num_positions=int((cache.lengths_N[chosen]).sum()),
+        same_weights=runner.record.weights_sha256 == record.weights_sha256,
+        mean_kl=_mean(divergences),
+        allowed_kl=_allowed_kl(cache),
+        mean_gold_difference=_mean(known) if any(map(len, known)) else None,
+        allowed_gold_difference=_GOLD_SLACK[record.dtype],
+        top1_agreement=_mean(agree),
+        states_error=float(np.sqrt((np.concatenate(states) ** 2).mean())) if states else None,
+        allowed_states_error=_allowed_states_error(cache) if states else None,
+        same_head=same_head(head_of(cache), runner.head) if states else None,
+        outputs_error=float(np.sqrt((np.concatenate(outputs) ** 2).mean())) if outputs else None,
+        allowed_outputs_error=_allowed_outputs_error(cache) if outputs else None,
+        **_samples_excess(surprises, _DTYPE_SLACK[record.dtype]),
+    )
+
+
+def _mean(values: list[NDArray[Any]]) -> float | None:
+    return float(np.concatenate(values).mean()) if values else None
+
+
+def _allowed_kl(cache: Cache) -> float:
+    """Return what the codec costs, and what those of the caches cost that this one was made from."""
+    manifest = cache.manifest
+    allowed = topk_codec(manifest.field("targets").codec).kl_bound + _DTYPE_SLACK[manifest.teacher.dtype]
+    links = manifest.provenance.get("transcoded")
+    for link in links if isinstance(links, list) else []:
+        kind, codec = (link.get("kind"), link.get("codec")) if isinstance(link, dict) else (None, None)
+        if kind == "hidden" and manifest.targets.kind != "hidden":
+            allowed += _STATES_KL
+        try:
+            allowed += topk_codec(codec).kl_bound if isinstance(codec, dict) else 0.0
+        except ConfigError:
+            continue  # provenance is for people and may say anything
+    return allowed
+
+
+def _allowed_states_error(cache: Cache) -> float:
+    pilot = cache.manifest.field(cache.manifest.states_field).relative_error or 0.0
+    return 2 * pilot + _STATES_SLACK[cache.manifest.teacher.dtype]
+
+
+def _allowed_outputs_error(cache: Cache) -> float:
+    codec = str(cache.manifest.field(OUTPUTS_FIELD).codec.get("name"))
+    return _OUTPUTS_ERROR.get(codec, 0.0) + _STATES_SLACK[cache.manifest.teacher.dtype]
+
+
+def _surprises(output: TeacherOutput, targets: Targets) -> NDArray[np.float64]:
+    """Return the surprise of the samples of each row less its expectation, and the variance of that, [2, P].
+
+    Surprise is the mean over the samples of -log t, t the teacher's distribution outside the kept ids, from which they
+    came. Its expectation is the entropy of t, whatever the seed; samples from anything else are more surprising.
+    """
+    assert targets.samples is not None
+    counts_PJ, ids_PJ = (
+        torch.from_numpy(a.astype(np.int64)) for a in (targets.samples.counts_PJ, targets.samples.ids_PJ)
+    )
+    kept_PK, found = torch.from_numpy(targets.ids_PK.astype(np.int64)), []
+    for start in range(0, targets.num_positions, _CHUNK):
+        rows = slice(start, min(start + _CHUNK, targets.num_positions))
+        logits_CV = output.logits(rows.start, rows.stop).cpu().double().scatter(1, kept_PK[rows], -torch.inf)
+        surprise_CV = -logits_CV.log_softmax(1)
+        probs_CV, counts_CJ = (-surprise_CV).exp(), counts_PJ[rows].double()
+        entropy_C = torch.special.entr(probs_CV).sum(1)
+        squares_C = torch.where(probs_CV > 0, probs_CV * surprise_CV**2, 0.0).sum(1)
+        sampled_C = torch.where(counts_CJ > 0, counts_CJ * surprise_CV.gather(1, ids_PJ[rows]), 0.0).sum(1)
+        num_C = counts_CJ.sum(1)
+        sums_2C = torch.stack([sampled_C / num_C - entropy_C, (squares_C - entropy_C**2).clamp(min=0) / num_C])
+        found.append(torch.where(num_C > 0, sums_2C, 0.0))  # where everything is kept there is nothing to draw
+    surprises: NDArray[np.float64] = torch.cat(found, 1).numpy()
+    return surprises
+
+
+def _samples_excess(surprises: list[NDArray[np.float64]], slack: float) -> dict[str, float]:
+    if not surprises:
+        return {}
+    excess_P, variance_P = np.concatenate(surprises, axis=1)
+    error = float(np.sqrt(variance_P.sum())) / len(excess_P)
+    return {"samples_excess": float(excess_P.mean()), "allowed_samples_excess": _SAMPLES_ERRORS * error + slack}
+
+
+def bucket_kl(first: Targets, second: Targets) -> NDArray[np.float64]:
+    """Return KL(first || second), [P] nats, over the ids that both keep and one bucket for all others.
+
+    A coarsening, hence a lower bound of the full KL; ids that only one keeps (ties at rank K) are in the bucket.
+    """
+    p_PK = np.exp(first.logprobs_PK.astype(np.float64))
+    log_q_PK, shared_PK = _look_up(first.ids_PK, second)
+    p_head = np.where(shared_PK, p_PK, 0.0)
+    q_head = np.where(shared_PK, np.exp(log_q_PK), 0.0)
+    head = np.where(p_head > 0, p_head * (first.logprobs_PK - log_q_PK), 0.0).sum(axis=1)
+    p_tail, q_tail = (_tail(mass.sum(axis=1), t, shared_PK) for mass, t in ((p_head, first), (q_head, second)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        tail = np.where(p_tail > 0, p_tail * (np.log(p_tail) - np.log(q_tail)), 0.0)
+    result: NDArray[np.float64] = head + np.nan_to_num(tail, nan=0.0, posinf=np.inf)
+    return result
+
+
+def _look_up(ids_PK: NDArray[Any], targets: Targets) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return the log-probability that ``targets`` gives to each of ``ids_PK``, and whether it keeps the id."""
+    span = int(max(ids_PK.max(), targets.ids_PK.max())) + 1
+    row = np.arange(len(ids_PK), dtype=np.int64)[:, None] * span
+    kept_PK = ~np.isneginf(targets.logprobs_PK)  # not the padding of ragged rows, which repeats an id
+    keys = (targets.ids_PK.astype(np.int64) + row)[kept_PK]
+    order = np.argsort(keys)
+    wanted = ids_PK.astype(np.int64) + row
+    place = np.minimum(np.searchsorted(keys[order], wanted), len(keys) - 1)
+    found = keys[order][place] == wanted
+    values = targets.logprobs_PK[kept_PK].astype(np.float64)[order][place]
+    return np.where(found, values, 0.0), found
+
+
+def _tail(head_P: NDArray[np.float64], targets: Targets, shared_PK: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return the mass outside the shared ids: the exact stored tail where all ids are shared, else what they leave."""
+    stored = np.exp(targets.log_tail_P.astype(np.float64))
+    return np.where(shared_PK.all(axis=1), stored, np.maximum(1 - head_P, 1e-12))

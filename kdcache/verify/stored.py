@@ -1,0 +1,261 @@
+"""Verifying a cache: first that every byte is what was written, then (deep) that what it decodes to makes sense.
+
+Hashes need no decoding and find any flipped bit; the deep pass finds what hashes cannot, a writer that wrote nonsense
+correctly. Both only collect problems, each with file, shard and field, so one run names everything that is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from kdcache.cache import layout
+from kdcache.cache.reader import Cache
+from kdcache.cache.shards import load_table
+from kdcache.cache.tail_prior import read_prior
+from kdcache.config import Config
+from kdcache.errors import CacheError, CorruptCacheError, KdcacheError
+from kdcache.schema import NO_LABEL, Manifest, ObjectRecord, SequenceBatch, ShardRecord, Targets, token_hash
+from kdcache.storage.folder import Folder
+
+Progress = Callable[[int, int], None]
+
+#: Rows decoded at once by the deep pass, fewer if their hidden states would have more numbers than this.
+_DEEP_POSITIONS = 1 << 16
+_DEEP_STATES = 1 << 26
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` found; empty ``problems`` means the cache is sound."""
+
+    path: str
+    deep: bool
+    num_objects: int = 0
+    num_bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+    num_rewritable: int = 0
+    """How many of the problems are of plan.parquet and the tokenizer's files, which a dump writes again."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify_cache(path: str, *, deep: bool = False, progress: Progress | None = None) -> VerifyReport:
+    """Check sizes and hashes of every file of the cache at ``path``; with ``deep`` also decode and check every row.
+
+    Raises ``IncompleteCacheError`` or ``CacheError`` when there is no finished cache to verify. ``progress`` is called
+    with (bytes done, bytes in all).
+    """
+    folder = Folder(path)
+    report = VerifyReport(str(path), deep)
+    try:
+        manifest, fingerprint = layout.read_manifest(folder)
+    except CorruptCacheError as error:
+        report.problems.append(str(error))
+        return report
+    report.problems.extend(_check_rewritable(folder, manifest))
+    report.num_rewritable = len(report.problems)
+    report.problems.extend(_check_records(folder, manifest))
+    report.problems.extend(_check_prior(folder, manifest))
+    cache = _open(folder, manifest, fingerprint, report) if deep else None
+    total = manifest.num_bytes * (2 if deep else 1)
+    done = 0
+    for shard in manifest.shards:
+        sound = True
+        for name, record in shard.objects.items():
+            problem = _check_object(folder, record, f"shard {shard.index}, field {name}")
+            if problem:
+                sound = False
+                report.problems.append(problem)
+            report.num_objects += 1
+            report.num_bytes += record.num_bytes
+            done += record.num_bytes
+            if progress:
+                progress(done, total)
+        if cache is not None and sound:
+            report.problems.extend(_check_content(cache, shard))
+        done += shard.num_bytes if deep else 0
+        if progress:
+            progress(done, total)
+    return report
+
+
+def _check_records(folder: Folder, manifest: Manifest) -> Iterator[str]:
+    """Compare the manifest with the plan and the commit records, of which it must be the exact sum."""
+    yield from _check_record(folder, layout.MANIFEST, manifest)
+    yield from _check_record(folder, layout.PLAN, manifest.plan)
+    for shard in manifest.shards:
+        yield from _check_record(folder, layout.commit_name(shard.index), shard)
+
+
+def _check_rewritable(folder: Folder, manifest: Manifest) -> Iterator[str]:
+    """Check the table of the plan and the tokenizer, which the dump's own command can make again."""
+    table = folder.read(layout.PLAN_TABLE) if folder.exists(layout.PLAN_TABLE) else b""
+    if layout.sha256(table) != manifest.table_sha256:
+        yield f"file {layout.PLAN_TABLE} is missing or damaged (its sha256 is not the plan's)"
+    head = [record for record in manifest.cache_files if record.path == layout.LM_HEAD]
+    for record in (*manifest.tokenizer_files, *head):
+        problem = _check_object(folder, record, f"file beside the shards, as {layout.MANIFEST} records it")
+        if problem:
+            yield problem
+
+
+def _check_prior(folder: Folder, manifest: Manifest) -> Iterator[str]:
+    for record in manifest.cache_files:
+        if record.path != layout.TAIL_PRIOR:
+            continue
+        problem = _check_object(folder, record, "tail prior")
+        if problem:
+            yield problem
+            return
+        try:
+            read_prior(folder, manifest.tokenizer.vocab_size, manifest.num_shards)
+        except CorruptCacheError as error:
+            yield str(error)
+
+
+def _check_record(folder: Folder, name: str, expected: Config) -> Iterator[str]:
+    """Check that a record says what the manifest says, in the one form that is ever written (so every byte counts)."""
+    if not folder.exists(name):
+        yield f"file {name} is missing from {folder}"
+        return
+    data = folder.read(name)
+    try:
+        record = layout.from_json(type(expected), data, f"{folder}/{name}")
+    except CacheError as error:
+        yield str(error)
+        return
+    if layout.canonical_json(json.loads(data)) != data:
+        yield f"file {name} is damaged: it is not the JSON that was written"
+    elif record != expected:
+        yield f"file {name} and {layout.MANIFEST} disagree: one of them was changed"
+
+
+def _check_object(folder: Folder, record: ObjectRecord, where: str) -> str | None:
+    try:
+        data = layout.read_object(folder, record, where)
+    except CorruptCacheError as error:
+        return str(error)
+    if layout.sha256(data) != record.sha256:
+        return f"{where}: file {record.path} is damaged (its sha256 is not the recorded one)"
+    return None
+
+
+def _open(folder: Folder, manifest: Manifest, fingerprint: str, report: VerifyReport) -> Cache | None:
+    """Open the cache for reading shard after shard; what forbids it, such as an unknown codec, is a problem."""
+    try:
+        return Cache(folder, manifest, fingerprint, max_open_shards=1)
+    except KdcacheError as error:
+        report.problems.append(str(error))
+        return None
+
+
+def _check_content(cache: Cache, shard: ShardRecord) -> Iterator[str]:
+    where = f"shard {shard.index}, field {layout.TARGETS_FIELD}, file {shard.objects[layout.TARGETS_FIELD].path}"
+    try:
+        # The same problem in several pieces of the shard is one problem.
+        yield from dict.fromkeys(f"{where}: {problem}" for problem in _content_problems(cache, shard))
+    except KdcacheError as error:
+        yield str(error)
+
+
+def _content_problems(cache: Cache, shard: ShardRecord) -> Iterator[str]:
+    begin, end = int(cache.shard_starts[shard.index]), int(cache.shard_starts[shard.index + 1])
+    table = load_table(cache.folder, shard, ("num_positions", "token_hash"))
+    lengths = np.asarray(table["num_positions"])
+    step = max(1, int(_deep_positions(cache) // max(float(lengths.mean()), 1.0))) if len(lengths) else 1
+    for first in range(begin, end, step):
+        batch = cache.read(range(first, min(first + step, end)), hidden=cache.manifest.vector_fields)
+        yield from _token_problems(cache, batch, table.slice(first - begin, step))
+        yield from _input_problems(batch)
+        if cache.manifest.targets.kind != "outputs":
+            yield from _target_problems(batch.targets, cache.manifest.num_ids, cache.manifest.targets.num_samples)
+            yield from _gold_problems(batch, cache.manifest.num_ids)
+        for name, states in batch.hidden.items():
+            if not np.isfinite(states).all():
+                yield f"field {name} holds values that are not finite"
+
+
+def _deep_positions(cache: Cache) -> int:
+    """Return how many positions are decoded at once, with the hidden states of all layers as float32."""
+    fields = [cache.manifest.field(name) for name in cache.manifest.vector_fields]
+    width = sum(math.prod(array.shape) for record in fields for array in record.arrays if array.name == "states")
+    return min(_DEEP_POSITIONS, _DEEP_STATES // max(width, 1))
+
+
+def _token_problems(cache: Cache, batch: SequenceBatch, table: pa.Table) -> Iterator[str]:
+    if batch.tokens_T.size and int(batch.tokens_T.max()) >= cache.vocab_size:
+        yield f"token id {int(batch.tokens_T.max())} is outside the vocabulary of {cache.vocab_size}"
+    if set(np.unique(batch.loss_mask_P)) - {0, 1}:
+        yield "loss_mask holds values other than 0 and 1"
+    pieces = np.split(batch.tokens_T, batch.token_offsets_N1[1:-1])
+    for index, tokens, recorded in zip(batch.indices, pieces, table["token_hash"].to_pylist(), strict=True):
+        if token_hash(tokens) != recorded:
+            yield f"sequence {index}: tokens do not match the token_hash of the per-sequence table"
+
+
+def _target_problems(targets: Targets, vocab_size: int, num_samples: int) -> Iterator[str]:
+    ids, logprobs, log_tail = targets.merged()
+    if int(ids.max(initial=0)) >= vocab_size:
+        yield f"kept id {int(ids.max())} is outside the vocabulary of {vocab_size}"
+    # Padding repeats an id; numbers that no id has tell its places apart.
+    ordered = np.sort(
+        np.where(np.isneginf(logprobs), vocab_size + np.arange(ids.shape[1]), ids.astype(np.int64)), axis=1
+    )
+    if (ordered[:, 1:] == ordered[:, :-1]).any():
+        yield "a row keeps the same id twice"
+    if not (targets.logprobs_PK[:, 1:] <= targets.logprobs_PK[:, :-1]).all():
+        yield "log-probabilities increase along a row"
+    # Codes on a half-precision grid may put a log-probability a rounding above 0.
+    tails = targets.log_tail_P if targets.log_tails_PG is None else targets.log_tails_PG
+    for name, values in (("logprobs", logprobs), ("log_tail", targets.log_tail_P), ("log_tails", tails)):
+        if np.isnan(values).any() or (values > 1e-3).any():
+            yield f"{name} holds values that are not log-probabilities"
+    mass = np.exp(logprobs.astype(np.float64)).sum(axis=1) + np.exp(log_tail.astype(np.float64))
+    if not (np.abs(mass - 1) < 1e-3).all():
+        yield f"kept mass and tail add up to {mass[np.argmax(np.abs(mass - 1))]:.6f} in a row, not to 1"
+    yield from _sample_problems(targets, num_samples)
+    if not (np.isfinite(targets.entropy_P) & (targets.entropy_P > -1e-3)).all():
+        yield "entropy holds values below 0 or not finite"
+
+
+def _gold_problems(batch: SequenceBatch, num_ids: int) -> Iterator[str]:
+    """Check the teacher's log-probabilities of the corpus's own answers, and what is stored of these."""
+    gold_P, labels_P = batch.targets.gold_logprob_P, batch.labels_P
+    is_known_P = np.ones(len(gold_P), bool)
+    if labels_P is not None and labels_P.dtype.kind == "i":
+        is_known_P = labels_P != NO_LABEL
+        if ((labels_P < 0) & is_known_P).any() or int(labels_P.max(initial=0)) >= num_ids:
+            yield f"a label is none of the {num_ids} ids that the targets are about"
+    good_P = np.where(is_known_P, np.isfinite(gold_P) & (gold_P < 1e-3), np.isnan(gold_P))
+    if not good_P.all():
+        yield "gold_logprob holds values that are not log-probabilities"
+
+
+def _input_problems(batch: SequenceBatch) -> Iterator[str]:
+    """Check the places of rows that belong to some tokens of their sequence only."""
+    if batch.token_index_P is None:
+        return
+    num_tokens_N, num_rows_N = np.diff(batch.token_offsets_N1), np.diff(batch.position_offsets_N1)
+    if (batch.token_index_P >= np.repeat(num_tokens_N, num_rows_N)).any():
+        yield "places holds a place outside its sequence"
+
+
+def _sample_problems(targets: Targets, num_samples: int) -> Iterator[str]:
+    if targets.num_kept_P is not None and int(targets.num_kept_P.min(initial=1)) < 1:
+        yield "a row keeps no id"
+    if targets.samples is None:
+        return
+    drawn = targets.samples.counts_PJ.sum(axis=1, dtype=np.int64)
+    # Where everything is kept there is nothing to draw from.
+    wrong = (drawn != num_samples) & ~((drawn == 0) & np.isneginf(targets.log_tail_P))
+    if wrong.any():
+        yield f"a row has {int(drawn[np.argmax(wrong)])} samples, the plan says {num_samples}"
