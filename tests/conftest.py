@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-#: The server and the buckets of tests on an object store.
-pytest_plugins = ["tests.object_store"]
+#: Servers and buckets of tests on an object store; synthetic caches.
+pytest_plugins = ["tests.object_store", "tests.caches"]
 
 settings.register_profile("kdcache", deadline=None, print_blob=True)
 settings.load_profile("kdcache")

@@ -112,7 +112,7 @@ class SyntheticCache:
         vocab_size: int = 50,
         codec: str = "exact",
         record: TargetsRecord | None = None,
-        vector_codec: str = "exact",
+        hidden_codec: str = "exact",
         shard_sequences: int = 4,
         packed: bool = False,
         hidden: tuple[str, ...] = (),
@@ -123,7 +123,7 @@ class SyntheticCache:
         if self.record.kind == "hidden":
             hidden = (*hidden, "hidden-2")
         self.vocab_size, self.codec, self.hidden_names = vocab_size, {"name": codec}, hidden
-        self.top_k, self.vector_codec = self.record.top_k, {"name": vector_codec}
+        self.top_k, self.hidden_codec = self.record.top_k, {"name": hidden_codec}
         self.lengths = generator.integers(1, 9, num_sequences)
         self.tokens = [generator.integers(0, vocab_size, n + 1).astype(np.uint32) for n in self.lengths]
         self.masks = [(generator.random(n) < 0.8).astype(np.uint8) for n in self.lengths]
@@ -142,7 +142,7 @@ class SyntheticCache:
 
     def fields(self) -> tuple[FieldRecord, ...]:
         codec = targets_codec(self.codec, self.record, self.vocab_size)
-        states = vector_codec(self.vector_codec)
+        states = vector_codec(self.hidden_codec)
         return (
             targets_field(codec, codec.vocab_size, (SEGMENT_IDS,) if self.packed else ()),
             *(
@@ -182,7 +182,7 @@ class SyntheticCache:
 
     def shard(self, index: int) -> ShardData:
         members = range(self.starts[index], self.starts[index + 1])
-        states = vector_codec(self.vector_codec)
+        states = vector_codec(self.hidden_codec)
         return ShardData(
             index=index,
             tokens_T=np.concatenate([self.tokens[n] for n in members]),

@@ -31,7 +31,7 @@ TARGETS = {
     "targets.temperatures": "temperatures",
     "targets.tail_prior": "tail_prior",
     "targets.codec": "codec",
-    "hidden_states.codec": "vector_codec",
+    "hidden_states.codec": "hidden_codec",
 }
 
 

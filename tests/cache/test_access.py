@@ -11,7 +11,7 @@ import pytest
 import kdcache
 from kdcache.errors import CacheError, ConfigError, CorruptCacheError
 from kdcache.schema import TargetsRecord
-from tests.cache.conftest import KINDS
+from tests.caches import KINDS
 from tests.synthetic import SyntheticCache
 from tests.transcode.test_cut import compare
 

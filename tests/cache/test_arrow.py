@@ -13,7 +13,7 @@ import pytest
 
 import kdcache
 from kdcache.errors import CacheError, CorruptCacheError
-from tests.cache.conftest import KINDS
+from tests.caches import KINDS
 from tests.synthetic import SyntheticCache
 from tests.task_models import TINY_TASKS
 

@@ -13,7 +13,7 @@ from kdcache.cache.shard_file import pack
 from kdcache.codecs import TargetsCodec
 from kdcache.errors import CorruptCacheError
 from kdcache.schema import Samples
-from tests.cache.conftest import KINDS, RECORDS
+from tests.caches import KINDS, RECORDS
 from tests.cache.test_stranger import change_manifest, set_at
 from tests.contracts.matching import check_samples
 from tests.synthetic import SyntheticCache

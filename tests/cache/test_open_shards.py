@@ -12,7 +12,7 @@ from kdcache.cache import open_cache
 from kdcache.cache.open_shards import OpenShards
 from kdcache.cache.shards import ShardArrays
 from kdcache.errors import CorruptCacheError
-from tests.cache.conftest import SOURCE
+from tests.caches import SOURCE
 from tests.cache.test_reader import check_batch
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kdcache.cache import open_cache
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.inspect import describe
-from tests.cache.conftest import SOURCE
+from tests.caches import SOURCE
 from tests.contracts.matching import check_samples, in_order_of
 from tests.synthetic import SyntheticCache
 

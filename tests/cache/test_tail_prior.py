@@ -14,7 +14,7 @@ from kdcache.cache.tail_prior import pack_prior
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.storage.folder import Folder
 from kdcache.verify.stored import verify_cache
-from tests.cache.conftest import KINDS
+from tests.caches import KINDS
 from tests.cache.test_writer import content_of, snapshot
 
 SOURCE, HIDDEN = KINDS["tail prior"], KINDS["hidden"]

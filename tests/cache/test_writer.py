@@ -13,7 +13,7 @@ from kdcache.errors import CacheError, IncompleteCacheError
 from kdcache.schema import TeacherRecord
 from kdcache.storage.folder import Folder
 from kdcache.verify.stored import verify_cache
-from tests.cache.conftest import SOURCE
+from tests.caches import SOURCE
 from tests.synthetic import SyntheticCache
 
 

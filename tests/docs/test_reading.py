@@ -11,7 +11,7 @@ import pytest
 
 import kdcache
 from kdcache.cache.order import NUM_STREAMS
-from tests.cache.conftest import KINDS, SOURCE
+from tests.caches import KINDS, SOURCE
 from tests.docs.pages import DOCS, blocks, sections
 
 PAGE = (DOCS / "reading.md").read_text()

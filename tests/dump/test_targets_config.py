@@ -111,7 +111,7 @@ def test_temperatures_that_are_none_are_refused(text):
         ("num_samples=1000000000", "targets.num_samples': Input should be less than or equal to 4096"),
         ("seed=-1", "targets.seed"),
         ("seed=4294967296", "targets.seed"),
-        ("num_draw=5", "did you mean 'num_samples'?"),
+        ("num_sample=5", "did you mean 'num_samples'?"),
     ],
 )
 def test_values_out_of_range_name_the_setting(setting, words):

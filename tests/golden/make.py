@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "codec": "compact",
         "record": TargetsRecord(kind="hidden", top_k=1),
         "hidden": ("hidden-1",),
-        "vector_codec": "int8",
+        "hidden_codec": "int8",
     },
 }
 

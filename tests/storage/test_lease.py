@@ -17,7 +17,7 @@ from kdcache.errors import CacheError
 from kdcache.storage.folder import Folder
 from kdcache.storage.lease import LEASE, Lease
 from kdcache.verify.stored import verify_cache
-from tests.cache.conftest import SOURCE
+from tests.caches import SOURCE
 from tests.cache.test_writer import content_of
 
 WATCH_S = 0.8

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from tests.tiny import bpe_tokenizer, llama, make_cache, random_sequences
 from tests.train_runs import relative_difference, settings, train
 
-RECIPE = Path(__file__).parents[1] / "pipelines" / "bare_loop" / "train.py"
+RECIPE = Path(__file__).parents[2] / "pipelines" / "bare_loop" / "train.py"
 STUDENT = {"size": "nano", "seed": 1}
 OBJECTIVE = {"forward_kl": {"weight": 0.7, "temperature": 2.0}, "cross_entropy": {"weight": 0.3}}
 STEPS = 9

@@ -21,7 +21,7 @@ from tests.tiny import bpe_tokenizer, llama, make_cache, random_sequences
 from tests.train_runs import relative_difference
 
 TOKENIZER = bpe_tokenizer()
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 LAUNCHERS = {
     "accelerate": [

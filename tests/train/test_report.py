@@ -22,7 +22,7 @@ from tests.cli.conftest import run  # noqa: F401
 from tests.tiny import bpe_tokenizer, llama, make_cache, random_sequences
 from tests.train_runs import settings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TOKENIZER = bpe_tokenizer()
 VOCAB_SIZE = len(TOKENIZER)
 

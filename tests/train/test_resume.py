@@ -20,7 +20,7 @@ from tests.tiny import bpe_tokenizer, llama, make_cache, random_sequences
 from tests.train_runs import relative_difference, settings, train, train_distributed
 
 TOKENIZER = bpe_tokenizer()
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 #: 19 sequences in steps of 4: 5 steps an epoch, the last one of 3.
 LENGTH = {"max_steps": 9, "save_steps": 2, "learning_rate": 1e-2, "schedule": "cosine", "max_grad_norm": 1.0}
 

@@ -14,20 +14,21 @@ from fsspec.implementations.memory import MemoryFileSystem
 from kdcache.cache import layout, open_cache
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
 from kdcache.storage.folder import Folder
+from kdcache.transfer import copy as transfer
 from kdcache.transfer.part import parse_shards
 from kdcache.verify.stored import verify_cache
-from tests.cache.conftest import KINDS, SOURCE
+from tests.caches import KINDS, SOURCE
 from tests.cache.test_writer import snapshot
 from tests.synthetic import SyntheticCache
 
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(copy, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(transfer, "_PAUSE_S", 0.01)
 
 
-def move(source: object, target: object, **options: object) -> copy.TransferResult:
-    return copy.transfer(str(source), str(target), progress=False, **options)
+def move(source: object, target: object, **options: object) -> transfer.TransferResult:
+    return transfer.transfer(str(source), str(target), progress=False, **options)
 
 
 def assert_same_rows(part: str, source: str, indices: list[int]) -> None:
@@ -296,7 +297,7 @@ def test_memory_is_bounded(sound, object_store, tmp_path, monkeypatch):
         held.pop(name, None)
 
     move(sound, f"{object_store}/x")
-    monkeypatch.setattr(copy, "IN_FLIGHT_BYTES", largest)
+    monkeypatch.setattr(transfer, "IN_FLIGHT_BYTES", largest)
     monkeypatch.setattr(Folder, "read", read)
     monkeypatch.setattr(Folder, "write", write)
     move(f"{object_store}/x", tmp_path / "x", jobs=16)

@@ -14,7 +14,7 @@ from kdcache.cache.shard_file import pack
 from kdcache.errors import CorruptCacheError
 from kdcache.schema import TargetsRecord
 from kdcache.verify.stored import verify_cache
-from tests.cache.conftest import KINDS
+from tests.caches import KINDS
 from tests.cache.test_stranger import change_manifest, set_at
 from tests.synthetic import SyntheticCache
 

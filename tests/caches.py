@@ -1,3 +1,5 @@
+"""Fixtures of caches that tests of several folders read, copy and damage; registered in ``tests/conftest.py``."""
+
 from __future__ import annotations
 
 import shutil
