@@ -15,6 +15,7 @@ from kdcache.cache import open_cache
 from kdcache.cache.batches import Batches, MicroBatches, read_ahead
 from kdcache.cache.order import ShuffledOrder
 from kdcache.errors import ConfigError, CorruptCacheError
+from tests.loops import loop
 
 
 class Sizes(SimpleNamespace):
@@ -127,7 +128,7 @@ def test_a_step_that_is_not_complete_is_given_out_again():
         )
 
 
-@pytest.mark.parametrize(
+@loop(
     "state",
     [
         {},
@@ -168,7 +169,7 @@ def test_the_reader_is_told_of_this_ranks_shards_in_the_order_of_their_use():
 # ------------------------------------------------------------------------------------------------- reading ahead
 
 
-@pytest.mark.parametrize(("threads", "ahead"), [(0, 2), (1, 1), (1, 4), (3, 2)])
+@loop(("threads", "ahead"), [(0, 2), (1, 1), (1, 4), (3, 2)])
 def test_results_come_in_order_and_no_more_than_allowed_is_read_ahead(threads, ahead):
     started, given_out, lock, most = [], [0], threading.Lock(), [0]
 

@@ -11,6 +11,7 @@ from kdcache.cache.curriculum import PACINGS, Curriculum, PacedOrder
 from kdcache.cache.order import ShuffledOrder, epoch_order
 from kdcache.config import build
 from kdcache.errors import ConfigError
+from tests.loops import loop
 
 
 def curriculum(**settings) -> Curriculum:
@@ -93,7 +94,7 @@ def test_a_small_pool_is_used_up_before_a_sequence_repeats():
     assert sorted(rest[90:190].tolist()) == list(range(100))
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
+@loop("epochs", [1, 2])
 def test_sorted_is_the_strict_order_once_and_shuffled_after_it(epochs):
     steps = run_of(range(22), 4, epochs=epochs, pacing="sorted")
     assert [sorted(step.tolist()) for step in steps[:6]] == [list(range(n, min(n + 4, 22))) for n in range(0, 22, 4)]
@@ -128,7 +129,7 @@ def test_an_epoch_can_be_asked_for_alone():
 # ------------------------------------------------------------------------------------------ what pacings say
 
 
-@pytest.mark.parametrize("pacing", [name for name in PACINGS if name != "sorted"])
+@loop("pacing", [name for name in PACINGS if name != "sorted"])
 def test_pacings_begin_at_start_never_fall_and_end_at_all(pacing):
     config = curriculum(pacing=pacing, start=0.1, full_at=0.6)
     found = [config.share(progress, 0.0) for progress in np.linspace(0, 1, 101)]
@@ -173,7 +174,7 @@ def test_ranking_is_of_the_chosen_sequences_alone():
     assert ranked.tolist() == [5, 3, 0], "and a value that the others lack is no mistake"
 
 
-@pytest.mark.parametrize(
+@loop(
     ("by", "message"),
     [
         ("teacher_los", "curriculum.by: there is no column 'teacher_los', did you mean 'teacher_loss'?"),
@@ -188,7 +189,7 @@ def test_columns_that_say_nothing_of_difficulty(by, message):
         curriculum(by=by).ranking(TABLE, ALL, "x")
 
 
-@pytest.mark.parametrize("column", ["grade", "`read ease`"])
+@loop("column", ["grade", "`read ease`"])
 def test_the_advice_for_missing_values_works(column):
     from kdcache.cache.filters import select_sequences
 
@@ -196,7 +197,7 @@ def test_the_advice_for_missing_values_works(column):
     assert len(curriculum(by=column.strip("`")).ranking(TABLE, chosen, "x")) == 5
 
 
-@pytest.mark.parametrize(
+@loop(
     ("settings", "message"),
     [
         ({"pacing": "liner"}, "unknown pacing 'liner', did you mean 'linear'"),

@@ -6,6 +6,7 @@ import pytest
 
 from kdcache.cache.filters import filter_mask, select_sequences
 from kdcache.errors import ConfigError
+from tests.loops import loop
 
 TABLE = pa.table(
     {
@@ -24,7 +25,7 @@ TABLE = pa.table(
 )
 
 
-@pytest.mark.parametrize(
+@loop(
     ("where", "chosen"),
     [
         ("teacher_loss < 3", [0, 1]),
@@ -103,15 +104,13 @@ def test_nothing_but_comparing_is_possible(where, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "where", ["9 ** 9 ** 9 ** 9 > 1", "good & good", "source is good", "~num_positions > 1", "1 << 9 > 1"]
-)
+@loop("where", ["9 ** 9 ** 9 ** 9 > 1", "good & good", "source is good", "~num_positions > 1", "1 << 9 > 1"])
 def test_operators_that_no_filter_has(where):
     with pytest.raises(ConfigError, match="whose operator no filter has"):
         filter_mask(TABLE, where)
 
 
-@pytest.mark.parametrize(
+@loop(
     ("where", "words"),
     [
         ("teacher_los < 3", "names the column 'teacher_los', which there is not, did you mean 'teacher_loss'?"),

@@ -13,8 +13,8 @@ from kdcache.cache.shard_file import pack
 from kdcache.codecs import TargetsCodec
 from kdcache.errors import CorruptCacheError
 from kdcache.schema import Samples
-from tests.caches import KINDS, RECORDS
 from tests.cache.test_stranger import change_manifest, set_at
+from tests.caches import KINDS, RECORDS
 from tests.contracts.matching import check_samples
 from tests.synthetic import SyntheticCache
 

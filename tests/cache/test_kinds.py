@@ -15,8 +15,8 @@ from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.inspect import describe
 from kdcache.schema import Targets
 from kdcache.verify.stored import verify_cache
-from tests.caches import KINDS
 from tests.cache.test_reader import check_batch, check_targets
+from tests.caches import KINDS
 from tests.contracts.matching import check_merged, check_samples, in_order_of
 from tests.synthetic import WIDTH, SyntheticCache
 

@@ -12,8 +12,9 @@ from kdcache.cache import open_cache
 from kdcache.cache.open_shards import OpenShards
 from kdcache.cache.shards import ShardArrays
 from kdcache.errors import CorruptCacheError
-from tests.caches import SOURCE
 from tests.cache.test_reader import check_batch
+from tests.caches import SOURCE
+from tests.loops import loop
 
 
 def shard_of(num_bytes: int) -> ShardArrays:
@@ -78,7 +79,7 @@ def test_an_error_reaches_everyone_and_is_not_kept():
     assert shards.num_bytes() == 100
 
 
-@pytest.mark.parametrize(("max_shards", "max_bytes", "expected"), [(2, 1 << 20, 2), (8, 350, 3), (8, 50, 1), (1, 0, 1)])
+@loop(("max_shards", "max_bytes", "expected"), [(2, 1 << 20, 2), (8, 350, 3), (8, 50, 1), (1, 0, 1)])
 def test_few_stay_open(max_shards, max_bytes, expected):
     loaded: list[int] = []
     shards = OpenShards(lambda shard, fields: loaded.append(shard) or shard_of(100), max_shards, max_bytes)

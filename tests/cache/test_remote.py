@@ -11,9 +11,9 @@ import pytest
 from kdcache.cache import open_cache
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
 from kdcache.verify.stored import verify_cache
-from tests.caches import SOURCE
 from tests.cache.test_reader import check_batch
 from tests.cache.test_writer import content_of
+from tests.caches import SOURCE
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from kdcache.cache import open_cache
 from kdcache.cache.shard_file import pack, unpack
 from kdcache.errors import CorruptCacheError
 from kdcache.schema import ArrayRecord
+from tests.loops import loop
 
 GENERATOR = np.random.default_rng(0)
 ARRAYS = {
@@ -122,7 +123,7 @@ SMALL = {
 SMALL_DATA = pack(SMALL)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@loop("name", SMALL)
 def test_every_flipped_bit_of_a_chunk_is_found(name):
     key = next(key for key in entries_of(SMALL_DATA) if key.startswith(f"{name}/c/"))
     size = len(entries_of(SMALL_DATA)[key])
@@ -177,8 +178,8 @@ CHUNK_CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", ["positions/a/c/1/0", "positions/half/c/1", "positions/wide/c/0/0"])
-@pytest.mark.parametrize("change", CHUNK_CHANGES)
+@loop("name", ["positions/a/c/1/0", "positions/half/c/1", "positions/wide/c/0/0"])
+@loop("change", CHUNK_CHANGES)
 def test_chunks_that_were_made_wrong(name, change):
     data = rewrite(DATA, lambda entries: entries.update({name: CHUNK_CHANGES[change](entries[name])}))
     with pytest.raises(CorruptCacheError, match=f"here, array {name.split('/c/')[0]}.* chunk {name.split('/')[3]} "):
@@ -301,7 +302,7 @@ def test_a_chunk_that_unpacks_to_more_than_it_may(forbid_large_arrays):
         unpack(data, EXPECTED, "here")
 
 
-@pytest.mark.parametrize("name", ["positions/a/c/0/0", "positions/a/c/2/0", "positions/a/zarr.json", "table/ids/c/1"])
+@loop("name", ["positions/a/c/0/0", "positions/a/c/2/0", "positions/a/zarr.json", "table/ids/c/1"])
 def test_a_missing_part_is_damage_and_not_zeros(name):
     with pytest.raises(CorruptCacheError, match="here, array " + name.split("/c/")[0].removesuffix("/zarr.json")):
         unpack(rewrite(DATA, lambda entries: entries.pop(name)), EXPECTED, "here")
@@ -325,7 +326,7 @@ def test_compressed_zip_entries_are_refused(forbid_large_arrays):
         unpack(data, EXPECTED, "here")
 
 
-@pytest.mark.parametrize("data", [b"", b"PK", b"no zip at all" * 100, DATA[: len(DATA) // 2], DATA[:-10]], ids=len)
+@loop("data", [b"", b"PK", b"no zip at all" * 100, DATA[: len(DATA) // 2], DATA[:-10]], ids=len)
 def test_no_zip(data):
     with pytest.raises(CorruptCacheError, match="here is not a readable zip"):
         unpack(data, EXPECTED, "here")

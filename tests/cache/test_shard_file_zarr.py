@@ -16,6 +16,7 @@ from kdcache.cache import shard_file
 from kdcache.cache.shard_file import pack, unpack
 from kdcache.errors import CorruptCacheError
 from tests.cache.test_shard_file import entries_of, expect, rewrite, values_of
+from tests.loops import loop
 
 ROWS = (0, 1, 4095, 4096, 4097, 20_000, 65_537)
 SHAPES = [(rows,) for rows in ROWS] + [(rows, width) for rows in ROWS for width in (1, 64)]
@@ -110,7 +111,7 @@ def test_objects_that_zarr_wrote(settings, monkeypatch):
     np.testing.assert_array_equal(unpacked["positions/a"], values, strict=True)
 
 
-@pytest.mark.parametrize(("encoding", "separator"), [("default", "."), ("v2", "."), ("v2", "/")])
+@loop(("encoding", "separator"), [("default", "."), ("v2", "."), ("v2", "/")])
 def test_other_chunk_keys_are_refused_even_beside_the_usual_ones(encoding, separator):
     values = values_of((2500, 3), "uint16")
     usual = entries_of(write_with_zarr(values))

@@ -14,8 +14,8 @@ from kdcache.cache.tail_prior import pack_prior
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.storage.folder import Folder
 from kdcache.verify.stored import verify_cache
-from tests.caches import KINDS
 from tests.cache.test_writer import content_of, snapshot
+from tests.caches import KINDS
 
 SOURCE, HIDDEN = KINDS["tail prior"], KINDS["hidden"]
 PRIOR, HEAD = "tail_prior.zarr.zip", "lm_head.safetensors"

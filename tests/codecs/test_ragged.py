@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from kdcache.codecs.ragged import expand, flatten
 from kdcache.errors import CorruptCacheError
+from tests.loops import loop
 
 
 @given(st.data(), st.integers(0, 20), st.integers(0, 7))
@@ -32,7 +33,7 @@ def test_lengths_are_not_added_up_in_their_own_dtype():
     assert expand(flatten(values, lengths), lengths, 255, "x").shape == (300, 255)
 
 
-@pytest.mark.parametrize(
+@loop(
     ("lengths", "num_entries", "words"),
     [
         ([2, 1], 4, "x has 4 entries for rows of 3"),

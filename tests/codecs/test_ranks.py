@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from kdcache.codecs.ids import id_dtype, ids_of_ranks, rank_ids, sorted_steps, undo_sorted_steps
 from kdcache.errors import CorruptCacheError
+from tests.loops import loop
 
 ids_of_some_size = st.sampled_from([1, 7, 300, 65_536, 65_537, 262_144]).flatmap(
     lambda size: st.tuples(st.just(size), st.lists(st.integers(0, size - 1), max_size=200))
@@ -56,7 +57,7 @@ def test_a_table_whose_differences_are_negative_wraps_around():
     np.testing.assert_array_equal(ids_of_ranks(ranks_V[ids], table, "x"), ids)
 
 
-@pytest.mark.parametrize("table", [[], [5], [5, 1]])
+@loop("table", [[], [5], [5, 1]])
 def test_a_rank_outside_the_table(table):
     with pytest.raises(CorruptCacheError, match=f"a rank is 2, but x has {len(table)} entries"):
         ids_of_ranks(np.array([0, 2], np.uint16), np.array(table, np.uint16), "x")

@@ -8,12 +8,13 @@ import pytest
 from kdcache.codecs import VECTOR_CODECS, vector_codec
 from kdcache.codecs.vectors import relative_error
 from kdcache.errors import ConfigError, CorruptCacheError, TeacherError
+from tests.loops import loop
 
 #: Largest relative error of a value in the normal range of codecs that store every value by itself.
 ERRORS = {"bf16": 2**-8, "fp16": 2**-11, "exact": 0.0}
 #: Largest relative error of a row of Gaussian states of width 64 or more, as `relative_error` measures it.
 ROW_ERRORS = {"bf16": 2e-3, "fp16": 3e-4, "int8": 0.012, "exact": 0.0}
-codecs = pytest.mark.parametrize("codec", [vector_codec({"name": n}) for n in VECTOR_CODECS], ids=list(VECTOR_CODECS))
+codecs = loop("codec", [vector_codec({"name": n}) for n in VECTOR_CODECS], ids=list(VECTOR_CODECS))
 INT8 = vector_codec({"name": "int8"})
 
 
@@ -43,7 +44,7 @@ def test_every_codec_is_here():
 
 
 @codecs
-@pytest.mark.parametrize("num_positions", [0, 1, 20, 4099])
+@loop("num_positions", [0, 1, 20, 4099])
 def test_encoded_arrays_are_the_described_ones(codec, num_positions):
     stored = codec.encode(codec.stage(states(num_positions)))
     described = {array.name: array for array in codec.arrays(7)}
@@ -67,8 +68,8 @@ def test_any_rows_decode_like_the_whole(codec):
         np.testing.assert_array_equal(codec.decode(part), whole[rows])
 
 
-@pytest.mark.parametrize("name", ERRORS)
-@pytest.mark.parametrize("num_positions", [0, 1, 20])
+@loop("name", ERRORS)
+@loop("num_positions", [0, 1, 20])
 def test_values_that_are_stored_one_by_one(name, num_positions):
     values = states(num_positions)
     found = through(vector_codec({"name": name}), values)
@@ -76,7 +77,7 @@ def test_values_that_are_stored_one_by_one(name, num_positions):
 
 
 @codecs
-@pytest.mark.parametrize("width", [64, 576])
+@loop("width", [64, 576])
 def test_rows_are_close(codec, width):
     values = states(600, width)
     assert relative_error(codec, values) <= ROW_ERRORS[codec.name]
@@ -112,7 +113,7 @@ def test_a_channel_of_zeros_stays_zero(codec):
     assert relative_error(codec, values) <= ROW_ERRORS[codec.name]
 
 
-@pytest.mark.parametrize("name", ERRORS)
+@loop("name", ERRORS)
 def test_attention_sinks_of_half_precision(name):
     codec = vector_codec({"name": name})
     values = np.array([[0.0, -0.0, 5e4, -5e4]], np.float32)
@@ -138,8 +139,8 @@ def test_channels_of_very_different_scale():
     assert relative_error(INT8, values) <= 0.012
 
 
-@pytest.mark.parametrize("sinks", [[0], [0, 200, 400]])
-@pytest.mark.parametrize("unequal", [False, True])
+@loop("sinks", [[0], [0, 200, 400]])
+@loop("unequal", [False, True])
 def test_attention_sinks_do_not_set_the_scale_of_other_tokens(sinks, unequal):
     values = states(600, 64)
     if unequal:

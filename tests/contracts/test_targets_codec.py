@@ -13,6 +13,7 @@ from kdcache.codecs import TOPK_CODECS, TargetsCodec, topk_codec
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.schema import Targets, TargetsRecord
 from tests.contracts.matching import as_counts, check_head, check_merged, check_samples, scalar_error
+from tests.loops import loop
 from tests.synthetic import random_targets, targets_of
 
 RECORDS = {
@@ -41,9 +42,9 @@ CASES = {
     "65,536 ids": (2, 65_536, 3.0),
     "262,144 ids": (2, 262_144, 3.0),
 }
-codecs = pytest.mark.parametrize("name", TOPK_CODECS)
-kinds = pytest.mark.parametrize("kind", RECORDS)
-cases = pytest.mark.parametrize("case", CASES)
+codecs = loop("name", TOPK_CODECS)
+kinds = loop("kind", RECORDS)
+cases = loop("case", CASES)
 TABLES = {"id_table", "sample_table"}
 
 
@@ -170,7 +171,7 @@ def test_rows_without_a_tail_have_no_draws(name):
     check_merged(alone)
 
 
-@pytest.mark.parametrize("kind", ["sampled", "hybrid"])
+@loop("kind", ["sampled", "hybrid"])
 def test_draws_share_the_tail_by_their_counts(kind):
     codec, targets = prepare("exact", RECORDS[kind], "usual")
     decoded = codec.decode(codec.open(codec.encode(targets)))
@@ -197,7 +198,7 @@ def test_the_favourite_of_a_sampled_row_is_drawn_most_often():
 # --------------------------------------------------------------------------------------------------- mistakes
 
 
-@pytest.mark.parametrize(
+@loop(
     ("kind", "part", "words"),
     [
         ("min_prob", "num_kept_P", "num_kept"),
@@ -228,7 +229,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize(("kind", "array", "change"), DAMAGE, ids=lambda v: v if isinstance(v, str) else v.__name__)
+@loop(("kind", "array", "change"), DAMAGE, ids=lambda v: v if isinstance(v, str) else v.__name__)
 def test_numbers_of_entries_that_contradict_each_other(kind, array, change):
     codec, targets = prepare("compact", RECORDS[kind], "usual")
     encoded = codec.encode(targets)
@@ -237,8 +238,8 @@ def test_numbers_of_entries_that_contradict_each_other(kind, array, change):
         codec.open(encoded)
 
 
-@pytest.mark.parametrize(("kind", "table"), [("min_prob", "id_table"), ("sampled", "sample_table")])
-@pytest.mark.parametrize("length", [0, 2])
+@loop(("kind", "table"), [("min_prob", "id_table"), ("sampled", "sample_table")])
+@loop("length", [0, 2])
 def test_a_rank_outside_its_table(kind, table, length):
     codec, targets = prepare("compact", RECORDS[kind], "usual")
     opened = codec.open(codec.encode(targets))

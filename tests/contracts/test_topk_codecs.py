@@ -9,6 +9,7 @@ from kdcache.codecs import TOPK_CODECS, TargetsCodec, topk_codec
 from kdcache.errors import ConfigError, CorruptCacheError
 from kdcache.schema import Targets, TargetsRecord
 from tests.contracts.matching import ERRORS, check_head, in_order_of, scalar_error
+from tests.loops import loop
 from tests.synthetic import random_targets, targets_of
 
 CASES = {
@@ -35,8 +36,8 @@ VOCAB_SIZES = {
     "65,536 ids": 65_536,
     "more rows than a block": 20,
 }
-codecs = pytest.mark.parametrize("codec", [topk_codec({"name": name}) for name in TOPK_CODECS], ids=list(TOPK_CODECS))
-cases = pytest.mark.parametrize("case", CASES)
+codecs = loop("codec", [topk_codec({"name": name}) for name in TOPK_CODECS], ids=list(TOPK_CODECS))
+cases = loop("case", CASES)
 
 
 def mass(targets: Targets) -> np.ndarray:
@@ -84,7 +85,7 @@ def test_round_trip_is_a_distribution_within_the_stated_error(codec, case):
         np.testing.assert_allclose(getattr(decoded, name), getattr(targets, name), rtol=scalar_error(codec), atol=1e-7)
 
 
-@pytest.mark.parametrize("name", [name for name in TOPK_CODECS if name != "compact"])
+@loop("name", [name for name in TOPK_CODECS if name != "compact"])
 @cases
 def test_codecs_of_logprobs_keep_the_order_of_ids(name, case):
     targets = CASES[case]
@@ -92,7 +93,7 @@ def test_codecs_of_logprobs_keep_the_order_of_ids(name, case):
     np.testing.assert_array_equal(decoded.ids_PK, targets.ids_PK)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 0.1, 3.0])
+@loop("scale", [1e-3, 0.1, 3.0])
 def test_compact_sorts_ids_of_one_grid_point_by_frequency(scale):
     targets = random_targets(300, 12, 40, scale=scale)
     codec = topk_codec({"name": "compact"})
@@ -107,7 +108,7 @@ def test_compact_sorts_ids_of_one_grid_point_by_frequency(scale):
 
 
 @codecs
-@pytest.mark.parametrize("gap", [15.9, 16.0, 40.0, 500.0, 1e4])
+@loop("gap", [15.9, 16.0, 40.0, 500.0, 1e4])
 def test_huge_gaps(codec, gap):
     logits = np.zeros((1, 6))
     logits[0, 2:] = -gap
@@ -131,7 +132,7 @@ def test_a_step_that_is_cut_ties_as_a_reader_sees_it():
 
 
 @codecs
-@pytest.mark.parametrize("tail", [0.0, 1e-30, 1e-6, 0.5, 1 - 1e-4, 1 - 1e-7])
+@loop("tail", [0.0, 1e-30, 1e-6, 0.5, 1 - 1e-4, 1 - 1e-7])
 def test_tails_from_nothing_to_nearly_everything(codec, tail):
     with np.errstate(divide="ignore"):
         log_tail = np.log(np.array([tail]))
@@ -174,7 +175,7 @@ def test_errors_of_the_compact_codec_do_not_add_up_along_k():
     assert np.abs(error).max() < 2 * 0.5 / 16
 
 
-@pytest.mark.parametrize("grid", [1, 8, 32, 64])
+@loop("grid", [1, 8, 32, 64])
 def test_a_finer_grid_is_closer(grid):
     targets = random_targets(50, 8, 100)
     decoded = through(topk_codec({"name": "compact", "grid": grid}), targets, 100)
@@ -201,7 +202,7 @@ def test_configuration_goes_through_json(codec):
         assert type(again) is type(codec)
 
 
-@pytest.mark.parametrize(
+@loop(
     ("settings", "words"),
     [
         ({"name": "compcat"}, ["compcat", "did you mean 'compact'"]),

@@ -10,6 +10,7 @@ from kdcache.errors import ConfigError
 from kdcache.schema import KINDS, TargetsRecord
 from kdcache.targets_config import TargetsConfig
 from tests.dump.test_dump_config import configure
+from tests.loops import loop
 
 #: What each kind keeps where nothing else is said: top_k, num_samples, tail_prior.
 DEFAULTS = {
@@ -25,7 +26,7 @@ def test_every_kind_is_here():
     assert tuple(DEFAULTS) == KINDS == get_args(TargetsRecord.model_fields["kind"].annotation)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@loop("kind", KINDS)
 def test_defaults_of_a_kind(kind):
     # Outputs belong to tasks without distributions, whose dumps choose them by themselves.
     targets = build(TargetsConfig, {"kind": kind}) if kind == "outputs" else configure(f"targets.kind={kind}").targets
@@ -65,7 +66,7 @@ CONTRADICTIONS = {
 }
 
 
-@pytest.mark.parametrize("settings", CONTRADICTIONS)
+@loop("settings", CONTRADICTIONS)
 def test_contradictions_are_named(settings):
     with pytest.raises(ConfigError) as caught:
         configure(*(f"targets.{setting}" for setting in settings.split(",")))
@@ -73,7 +74,7 @@ def test_contradictions_are_named(settings):
     assert "'targets'" in str(caught.value)
 
 
-@pytest.mark.parametrize(
+@loop(
     ("text", "found"),
     [
         ("2,4", (2.0, 4.0)),
@@ -89,13 +90,13 @@ def test_temperatures_are_a_number_a_list_or_a_text(text, found):
     assert configure(f"targets.temperatures={text}").targets.temperatures == found
 
 
-@pytest.mark.parametrize("text", ["1", "2,1", "[1.0]", "0", "-2", "[2, 0]", ".inf", ".nan"])
+@loop("text", ["1", "2,1", "[1.0]", "0", "-2", "[2, 0]", ".inf", ".nan"])
 def test_temperatures_that_are_none_are_refused(text):
     with pytest.raises(ConfigError, match="temperatures are above 0 and not 1, at which the tail is always stored"):
         configure(f"targets.temperatures={text}")
 
 
-@pytest.mark.parametrize(
+@loop(
     ("setting", "words"),
     [
         ("temperatures=warm", "targets.temperatures"),

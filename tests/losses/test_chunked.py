@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kdcache.losses import ChunkView, Loss, ObjectiveConfig, score_positions
 from kdcache.losses.chunked import Work, weighted_sum
 from kdcache.models.lm_head import LMHead
+from tests.loops import loop
 from tests.losses.oracle import Case, dense_loss, make_case, with_teacher_head
 from tests.losses.test_objective import BOTH, CONFIGS, SETTINGS, TEMPERED, gradients, loss_of
 
@@ -31,8 +32,8 @@ def plain_gradients(case: Case, config: ObjectiveConfig, cast: torch.dtype) -> l
     return gradients(dense_loss(whole, config, case.rows.num_positions), case)
 
 
-@pytest.mark.parametrize("config", [BOTH, TEMPERED], ids=["both", "tempered"])
-@pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast"])
+@loop("config", [BOTH, TEMPERED], ids=["both", "tempered"])
+@loop("mode", ["float32", "bfloat16", "autocast"])
 def test_lower_precision_is_as_good_as_a_plain_step_in_it(mode, config):
     weights = torch.bfloat16 if mode == "bfloat16" else torch.float32
     compute = torch.float32 if mode == "float32" else torch.bfloat16
@@ -121,8 +122,8 @@ class Watch(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("config", [*CONFIGS.values(), *SETTINGS.values()], ids=[*CONFIGS, *SETTINGS])
+@loop("softcap", [None, 5.0])
+@loop("config", [*CONFIGS.values(), *SETTINGS.values()], ids=[*CONFIGS, *SETTINGS])
 def test_no_array_of_positions_times_vocabulary_exists(config, softcap):
     num_positions, vocab_size, chunk = 64, 500, 8
     case = make_case(num_positions, vocab_size, masked=False, softcap=softcap).to(torch.float32)

@@ -20,6 +20,7 @@ from kdcache.losses import (
     score_positions,
 )
 from kdcache.models.lm_head import LMHead
+from tests.loops import loop
 from tests.losses.oracle import make_case
 
 HEAD = LMHead(torch.ones(9, 2))
@@ -87,7 +88,7 @@ def forward_kl(settings: dict) -> ForwardKL:
     return ForwardKL.model_validate({"weight": 1.0, **settings})
 
 
-@pytest.mark.parametrize(("name", "settings", "message"), REFUSED)
+@loop(("name", "settings", "message"), REFUSED)
 def test_what_a_cache_cannot_give_is_refused_before_training(name, settings, message):
     loss, context = forward_kl(settings), CONTEXTS[name]
     reason = allowed(loss, context)
@@ -99,7 +100,7 @@ def test_what_a_cache_cannot_give_is_refused_before_training(name, settings, mes
         score_positions(case.hidden_PD, case.head, case.rows, {"kl": loss}, context=context)
 
 
-@pytest.mark.parametrize(("name", "settings"), ALLOWED)
+@loop(("name", "settings"), ALLOWED)
 def test_what_a_cache_can_give_is_allowed(name, settings):
     loss, context = forward_kl(settings), CONTEXTS[name]
     assert allowed(loss, context) is None

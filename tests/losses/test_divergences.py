@@ -10,6 +10,7 @@ from kdcache.losses import LOSSES, ChunkView, CrossEntropy, ForwardKL, TeacherCo
 from kdcache.losses.kept_logits import LogitsMSE, Ranking
 from kdcache.losses.tails import bucket_kl
 from kdcache.losses.tempered import decoupled_kl
+from tests.loops import loop
 from tests.losses.oracle import dense_logits, dense_values, every_loss, make_case, teacher_rows
 
 FORWARD_KL = ForwardKL(weight=1.0)
@@ -24,15 +25,15 @@ def full_kl(teacher_logits_PV: Tensor, student_logits_PV: Tensor) -> Tensor:
     return (t * (t / p).log()).sum(1)
 
 
-@pytest.mark.parametrize("loss", every_loss(), ids=repr)
-@pytest.mark.parametrize("top_k", [1, 6, 30, 31])
+@loop("loss", every_loss(), ids=repr)
+@loop("top_k", [1, 6, 30, 31])
 def test_values_equal_the_dense_formula(loss, top_k):
     case = make_case(top_k=top_k)
     found = values_of(loss, dense_logits(case), case.rows, case.context_for(loss))
     torch.testing.assert_close(found, dense_values(case, loss), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@loop("temperature", [1.0, 3.0])
 def test_the_whole_vocabulary_gives_the_full_divergence(temperature):
     case = make_case(top_k=31)
     student_PV = dense_logits(case)
@@ -59,8 +60,8 @@ def test_bucket_is_below_the_full_divergence_and_grows_with_k():
     assert float((by_k[-1] - by_k[5]).mean()) > 0.01
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("top_k", [1, 6, 31])
+@loop("dtype", [torch.float32, torch.float64])
+@loop("top_k", [1, 6, 31])
 def test_a_student_equal_to_its_teacher_has_no_divergence(top_k, dtype):
     # The other tails are 0 at a completed target (see test_tails) or at no student at all.
     divergences = [
@@ -89,7 +90,7 @@ def test_gradients_keep_their_scale_as_the_temperature_grows():
     assert norms[1] == pytest.approx(norms[0], rel=0.05)
 
 
-@pytest.mark.parametrize("loss", every_loss(), ids=repr)
+@loop("loss", every_loss(), ids=repr)
 def test_an_empty_teacher_tail_contributes_nothing(loss):
     case = make_case(top_k=6)
     kept_PK = case.rows.logprobs_PK.log_softmax(1)
@@ -102,8 +103,8 @@ def test_an_empty_teacher_tail_contributes_nothing(loss):
     assert torch.isfinite(logits_PV.grad).all()
 
 
-@pytest.mark.parametrize("nothing", [-torch.inf, -1e4])
-@pytest.mark.parametrize("loss", every_loss(), ids=repr)
+@loop("nothing", [-torch.inf, -1e4])
+@loop("loss", every_loss(), ids=repr)
 def test_ids_without_probability_contribute_exactly_nothing(loss, nothing):
     case = make_case(top_k=6, masked=False)
     padded = case.rows.logprobs_PK.clone()
@@ -118,7 +119,7 @@ def test_ids_without_probability_contribute_exactly_nothing(loss, nothing):
 
 
 # In mode full such a teacher needs logits of -inf: see test_tempered.
-@pytest.mark.parametrize("loss", [loss for loss in every_loss() if getattr(loss, "mode", None) != "full"], ids=repr)
+@loop("loss", [loss for loss in every_loss() if getattr(loss, "mode", None) != "full"], ids=repr)
 def test_ids_that_the_student_rules_out_are_harmless_where_the_teacher_does_too(loss):
     # A student with fewer real ids than rows has -inf logits there, and no mass outside the teacher's ids is left.
     case = make_case(top_k=6, masked=False)
@@ -140,7 +141,7 @@ def test_ids_that_the_student_rules_out_are_harmless_where_the_teacher_does_too(
 BOUNDED = ("reverse_kl", "jensen_shannon", "total_variation", "skew_kl", "skew_reverse_kl")
 
 
-@pytest.mark.parametrize("name", BOUNDED)
+@loop("name", BOUNDED)
 def test_a_student_that_rules_out_all_kept_ids_has_a_finite_loss_and_gradient(name):
     case = make_case(top_k=3, masked=False)
     logits_PV = dense_logits(case).detach().scatter(1, case.rows.ids_PK, -torch.inf).requires_grad_()

@@ -14,6 +14,7 @@ from kdcache.losses.embedding_terms import Contrastive, LabelCosine, SimilarityM
 from kdcache.losses.terms import Outputs
 from kdcache.models.lm_head import LMHead
 from kdcache.schema import OutputsRecord
+from tests.loops import loop
 
 NAN = math.nan
 #: Rows 0 and 1 are a pair, 2 is alone, 3 and 4, 5 and 6, 7 and 8 are pairs.
@@ -52,7 +53,7 @@ def test_similarity_matrix_knows_no_scale_and_no_rotation_of_the_student():
     assert SimilarityMatrix(weight=1.0).compare(same).abs().max() < 1e-20
 
 
-@pytest.mark.parametrize("count", [0, 1])
+@loop("count", [0, 1])
 def test_a_text_alone_has_nothing_to_be_compared_with(count):
     given = outputs().each(lambda tensor: tensor[:count])
     for term in (SimilarityMatrix(weight=1.0), Contrastive(weight=1.0), LabelCosine(weight=1.0)):
@@ -61,7 +62,7 @@ def test_a_text_alone_has_nothing_to_be_compared_with(count):
         assert not values.any()
 
 
-@pytest.mark.parametrize(
+@loop(
     ("settings", "pairs"),
     [
         ({}, [(0, 1), (5, 6)]),
@@ -89,7 +90,7 @@ def test_label_cosine_is_the_error_of_the_labelled_pairs():
     torch.testing.assert_close(values, expected)
 
 
-@pytest.mark.parametrize("term", [SimilarityMatrix(weight=1.0), Contrastive(weight=1.0), LabelCosine(weight=1.0)])
+@loop("term", [SimilarityMatrix(weight=1.0), Contrastive(weight=1.0), LabelCosine(weight=1.0)])
 def test_gradients_are_those_of_the_value(term):
     given = outputs()
     assert torch.autograd.gradcheck(lambda student: term.compare(given.with_student(student)), (given.student_PC,))

@@ -32,6 +32,7 @@ from kdcache.losses.f_divergences import (
 )
 from kdcache.losses.kept_logits import LogitsMSE, Ranking
 from kdcache.models.lm_head import LMHead
+from tests.loops import loop
 from tests.losses.oracle import (
     Case,
     dense_logits,
@@ -89,8 +90,8 @@ def possible(loss: Loss, case: Case) -> bool:
 # --------------------------------------------------------------------------------------------- against the oracle
 
 
-@pytest.mark.parametrize("kind", CASES)
-@pytest.mark.parametrize("loss", other_losses(), ids=repr)
+@loop("kind", CASES)
+@loop("loss", other_losses(), ids=repr)
 def test_value_and_gradient_equal_the_dense_ones(loss, kind):
     case = CASES[kind]()
     if not possible(loss, case):
@@ -102,8 +103,8 @@ def test_value_and_gradient_equal_the_dense_ones(loss, kind):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["bucket", "ragged", "hybrid"])
-@pytest.mark.parametrize("loss", other_losses(), ids=repr)
+@loop("kind", ["bucket", "ragged", "hybrid"])
+@loop("loss", other_losses(), ids=repr)
 def test_objective_and_gradients_equal_the_dense_ones(loss, kind):
     case = CASES[kind]()
     if not possible(loss, case):
@@ -118,7 +119,7 @@ def test_objective_and_gradients_equal_the_dense_ones(loss, kind):
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("loss", other_losses(), ids=repr)
+@loop("loss", other_losses(), ids=repr)
 def test_all_masked_one_position_and_none_at_all(loss):
     config = ObjectiveConfig.model_validate({name_of(loss): loss})
     for num_positions, masked in ((1, False), (1, True), (0, False), (5, True)):
@@ -135,8 +136,8 @@ def test_all_masked_one_position_and_none_at_all(loss):
             assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("kind", ["bucket", "ragged", "hybrid"])
-@pytest.mark.parametrize("loss", other_losses(), ids=repr)
+@loop("kind", ["bucket", "ragged", "hybrid"])
+@loop("loss", other_losses(), ids=repr)
 def test_gradcheck(loss, kind):
     settings = {"vocab_size": 7, "width": 3}
     case = {
@@ -152,8 +153,8 @@ def test_gradcheck(loss, kind):
     assert torch.autograd.gradcheck(lambda x_PV: objective(x_PV, head, case.rows, 1).loss, [logits_PV])
 
 
-@pytest.mark.parametrize("kind", CASES)
-@pytest.mark.parametrize("loss", other_losses(), ids=repr)
+@loop("kind", CASES)
+@loop("loss", other_losses(), ids=repr)
 def test_float32_is_close_to_float64(loss, kind):
     case = CASES[kind]()
     if not possible(loss, case):
@@ -169,9 +170,9 @@ def test_float32_is_close_to_float64(loss, kind):
 # --------------------------------------------------------------------------------------------- what a divergence is
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", CASES)
-@pytest.mark.parametrize("loss", DIVERGENCES, ids=repr)
+@loop("dtype", [torch.float32, torch.float64])
+@loop("kind", CASES)
+@loop("loss", DIVERGENCES, ids=repr)
 def test_a_student_equal_to_its_teacher_has_no_divergence_and_no_gradient(loss, kind, dtype):
     case = CASES[kind]()
     if not possible(loss, case):
@@ -187,7 +188,7 @@ def test_a_student_equal_to_its_teacher_has_no_divergence_and_no_gradient(loss, 
     assert float(others_P.mean()) > 0.02
 
 
-@pytest.mark.parametrize("loss", AT_ONE, ids=repr)
+@loop("loss", AT_ONE, ids=repr)
 def test_the_coarsened_divergence_grows_with_k_to_the_full_one(loss):
     case = make_case(num_positions=100, masked=False)
     logits_PV = dense_logits(case).detach()
@@ -202,8 +203,8 @@ def test_the_coarsened_divergence_grows_with_k_to_the_full_one(loss):
     assert float((full_P - by_k[5]).mean()) > 1e-3
 
 
-@pytest.mark.parametrize("temperature", [0.5, 2.5])
-@pytest.mark.parametrize("divergence", [type(loss) for loss in AT_ONE])
+@loop("temperature", [0.5, 2.5])
+@loop("divergence", [type(loss) for loss in AT_ONE])
 def test_grid_is_below_full_and_equal_to_it_over_the_whole_vocabulary(divergence, temperature):
     for top_k in (6, 31):
         case = make_case(top_k=top_k, masked=False)
@@ -213,7 +214,7 @@ def test_grid_is_below_full_and_equal_to_it_over_the_whole_vocabulary(divergence
         assert bool((full_P - grid_P).max() > 1e-3) is (top_k < 31)
 
 
-@pytest.mark.parametrize("divergence", [ForwardKL, *(type(loss) for loss in AT_ONE)])
+@loop("divergence", [ForwardKL, *(type(loss) for loss in AT_ONE)])
 def test_gradients_keep_their_length_as_the_temperature_grows(divergence):
     case = make_case(masked=False)
     losses = [divergence(weight=1.0, mode="full", temperature=temperature) for temperature in (50.0, 100.0)]
@@ -221,7 +222,7 @@ def test_gradients_keep_their_length_as_the_temperature_grows(divergence):
     assert at_100 == pytest.approx(at_50, rel=0.01)
 
 
-@pytest.mark.parametrize("kind", CASES)
+@loop("kind", CASES)
 def test_decoupled_reverse_kl_near_temperature_one_is_the_bucket(kind):
     case = CASES[kind]()
     near, one = (ReverseKL(weight=1.0, temperature=t) for t in (1.0 + 1e-9, 1.0))
@@ -270,7 +271,7 @@ def two_ids(teacher: float, student: float) -> ChunkView:
     return ChunkView(p.log() + 5.0, rows)
 
 
-@pytest.mark.parametrize(
+@loop(
     ("loss", "expected"),
     [
         (ReverseKL(weight=1), 0.25 * math.log(0.25 / 0.75) + 0.75 * math.log(0.75 / 0.25)),
@@ -332,8 +333,8 @@ def test_reverse_kl_leaves_logits_outside_the_kept_ids_alone_where_their_mass_is
 # --------------------------------------------------------------------------------------------- probabilities of 0
 
 
-@pytest.mark.parametrize("mode", [None, "full"])
-@pytest.mark.parametrize("divergence", [type(loss) for loss in AT_ONE])
+@loop("mode", [None, "full"])
+@loop("divergence", [type(loss) for loss in AT_ONE])
 def test_mass_that_the_teacher_rules_out_is_finite_and_goes_down(divergence, mode):
     # A student with five more ids than the teacher; in mode full they are ids, else all of the bucket.
     case = make_case(top_k=31, masked=False)
@@ -357,9 +358,9 @@ def test_a_reverse_kl_is_at_most_what_a_probability_of_zero_counts_as():
         assert float(skewed(weight=1.0).values(view)) == pytest.approx(-math.log(0.1))
 
 
-@pytest.mark.parametrize("temperature", [0.1, 0.5, 2.5])
-@pytest.mark.parametrize("kind", CASES)
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "forward_kl"])
+@loop("temperature", [0.1, 0.5, 2.5])
+@loop("kind", CASES)
+@loop("name", [name for name in LOSSES if name != "forward_kl"])
 def test_extreme_and_impossible_students_are_finite_in_float32(name, kind, temperature):
     case = CASES[kind]()
     loss = LOSSES[name](weight=1.0)
@@ -412,7 +413,7 @@ CONTEXTS = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("forward_kl", "cross_entropy")])
+@loop("name", [name for name in LOSSES if name not in ("forward_kl", "cross_entropy")])
 def test_draws_alone_are_refused_and_every_other_cache_allowed(name):
     for where, context in CONTEXTS.items():
         reason = allowed(LOSSES[name](weight=1.0), context)
@@ -424,7 +425,7 @@ def test_draws_alone_are_refused_and_every_other_cache_allowed(name):
             assert reason is None, (where, reason)
 
 
-@pytest.mark.parametrize(
+@loop(
     ("loss", "where", "message"),
     [
         (JensenShannon(weight=1, mode="decoupled", temperature=2), "top-k", "mode decoupled needs a chain rule.*grid"),
@@ -445,7 +446,7 @@ def test_what_a_cache_cannot_give_is_refused(loss, where, message):
     assert re.search(message, reason), reason
 
 
-@pytest.mark.parametrize("loss", [type(loss) for loss in AT_ONE])
+@loop("loss", [type(loss) for loss in AT_ONE])
 def test_modes_by_default(loss):
     at_two = loss(weight=1.0, temperature=2.0)
     assert at_two.resolved_mode(CONTEXTS["hidden"]) == "full"
@@ -455,7 +456,7 @@ def test_modes_by_default(loss):
     assert allowed(loss(weight=1.0, mode="decoupled"), CONTEXTS["top-k"]) is None
 
 
-@pytest.mark.parametrize(
+@loop(
     ("loss", "settings"),
     [
         (JensenShannon, {"beta": -0.1}),

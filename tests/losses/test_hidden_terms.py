@@ -15,6 +15,7 @@ from kdcache.config import build
 from kdcache.errors import ConfigError, StudentError
 from kdcache.losses import TERMS, LayerStates, Objective, ObjectiveConfig, TeacherContext
 from kdcache.losses.hidden_terms import HiddenMSE, HiddenTerm
+from tests.loops import loop
 from tests.losses.oracle import Case, dense_loss, make_case
 
 CONTEXT = TeacherContext(num_layers=4, layer_widths={0: 6, 2: 6, 4: 6})
@@ -100,8 +101,8 @@ def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 CE = {"cross_entropy": {"weight": 0.3}}
 
 
-@pytest.mark.parametrize("num_positions", [13, 1])
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@loop("num_positions", [13, 1])
+@loop("settings", SETTINGS.values(), ids=SETTINGS)
 def test_value_and_gradients_equal_the_oracle(settings, num_positions):
     case = make_case(num_positions, masked=num_positions > 1)
     objective, states = built(config_of(settings, **CE)), states_for(case)
@@ -113,7 +114,7 @@ def test_value_and_gradients_equal_the_oracle(settings, num_positions):
         torch.testing.assert_close(mine, plain, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@loop("settings", SETTINGS.values(), ids=SETTINGS)
 def test_gradcheck(settings):
     case = make_case(4, masked=False)
     objective, states = built(config_of(settings)), states_for(case)
@@ -159,7 +160,7 @@ def test_schedules_and_selection_work_as_for_losses():
 # ------------------------------------------------------------------------------------------------------ identities
 
 
-@pytest.mark.parametrize("settings", [SETTINGS[name] for name in ("mse", "mse none", "cosine")])
+@loop("settings", [SETTINGS[name] for name in ("mse", "mse none", "cosine")])
 def test_a_student_that_is_the_teacher_has_loss_zero(settings):
     case = make_case()
     objective = built(config_of(settings), widths=(6,) * 5)
@@ -194,7 +195,7 @@ def test_states_of_zeros_have_a_finite_loss_and_gradient():
         assert all(grad.isfinite().all() for grad in gradients(loss, leaves_of(objective, case, states)))
 
 
-@pytest.mark.parametrize("name", HIDDEN_TERMS)
+@loop("name", HIDDEN_TERMS)
 def test_a_learned_map_finds_the_teacher_of_a_linear_world(name):
     random = torch.Generator().manual_seed(0)
     case = make_case(64, masked=False)
@@ -217,8 +218,8 @@ def test_a_learned_map_finds_the_teacher_of_a_linear_world(name):
 # ------------------------------------------------------------------------------- nothing to learn from, and splits
 
 
-@pytest.mark.parametrize("num_positions", [0, 1, 6])
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@loop("num_positions", [0, 1, 6])
+@loop("settings", SETTINGS.values(), ids=SETTINGS)
 def test_without_valid_positions_everything_takes_part_with_gradient_zero(settings, num_positions):
     case = make_case(num_positions)
     case = replace(case, rows=replace(case.rows, loss_mask_P=torch.zeros(num_positions, dtype=torch.bool)))
@@ -230,7 +231,7 @@ def test_without_valid_positions_everything_takes_part_with_gradient_zero(settin
     assert all(leaf.grad is not None and leaf.grad.abs().sum() == 0 for leaf in taking_part)
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@loop("settings", SETTINGS.values(), ids=SETTINGS)
 def test_masked_positions_may_hold_garbage(settings):
     case = make_case()
     objective, states = built(config_of(settings)), states_for(case)
@@ -245,7 +246,7 @@ def test_masked_positions_may_hold_garbage(settings):
         torch.testing.assert_close(mine, plain)
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@loop("settings", SETTINGS.values(), ids=SETTINGS)
 def test_splitting_and_shuffling_do_not_change_the_gradient(settings):
     case = make_case()
     objective, states = built(config_of(settings, **CE)), states_for(case)
@@ -286,7 +287,7 @@ def test_losses_of_weight_zero_beside_a_term_are_measured():
     assert case.head.weight_VD.grad.abs().sum() == 0
 
 
-@pytest.mark.parametrize("name", HIDDEN_TERMS)
+@loop("name", HIDDEN_TERMS)
 def test_bfloat16_students_and_autocast_are_reduced_in_float32(name):
     case = make_case(dtype=torch.float32)
     exact = states_for(case, dtype=torch.bfloat16)
@@ -344,7 +345,7 @@ def test_maps_depend_on_the_seed_and_on_nothing_else():
     assert not torch.equal(weights(2), first)
 
 
-@pytest.mark.parametrize(
+@loop(
     ("stored", "num_teacher_layers", "num_student_layers", "pairs"),
     [
         ([0, 10, 20, 30], 30, 3, {0: 0, 1: 10, 2: 20, 3: 30}),
@@ -370,7 +371,7 @@ def test_needs_are_what_the_pairs_name():
 # --------------------------------------------------------------------------------------------------- mistakes
 
 
-@pytest.mark.parametrize(
+@loop(
     ("settings", "context", "words"),
     [
         ({}, TeacherContext(num_layers=4), "the cache stores none; dump with --hidden-states"),
@@ -378,13 +379,13 @@ def test_needs_are_what_the_pairs_name():
         ({"layers": {1: -2, 2: 9}}, CONTEXT, "of layer 3, 9, and the cache stores"),
     ],
 )
-@pytest.mark.parametrize("name", HIDDEN_TERMS)
+@loop("name", HIDDEN_TERMS)
 def test_layers_that_the_cache_does_not_store_are_refused_before_a_student_is_loaded(name, settings, context, words):
     with pytest.raises(ConfigError, match=f"{name}: it needs the teacher's hidden states.*{words}"):
         Objective(config_of({name: settings}), context=context)
 
 
-@pytest.mark.parametrize(
+@loop(
     ("settings", "words"),
     [
         ({"layers": {3: 2}}, r"the student has no layer 3; it has 0 \(embeddings\) to 2 \(last\)"),
@@ -393,13 +394,13 @@ def test_layers_that_the_cache_does_not_store_are_refused_before_a_student_is_lo
         ({"projection": "none"}, "projection none needs equal widths, but layer 0 of the student is 3 wide and .* 6;"),
     ],
 )
-@pytest.mark.parametrize("name", HIDDEN_TERMS)
+@loop("name", HIDDEN_TERMS)
 def test_what_does_not_fit_the_student_is_refused(name, settings, words):
     with pytest.raises(ConfigError, match=f"{name}: .*{words}"):
         built(config_of({name: settings}))
 
 
-@pytest.mark.parametrize(
+@loop(
     ("settings", "words"),
     [
         ({"layer": {1: 2}}, "unknown setting 'hidden_mse.layer', did you mean 'layers'"),

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 import torch
 from torch import Tensor
 
 from kdcache.losses import ChunkView, Loss
 from kdcache.losses.kept_logits import LogitsMSE, Ranking
 from kdcache.models.lm_head import LMHead
+from tests.loops import loop
 from tests.losses.oracle import Case, dense_logits, make_case, ragged_case, with_teacher_head
 
 LOSSES = [LogitsMSE(weight=1.0), Ranking(weight=1.0), Ranking(weight=1.0, top_k=5)]
@@ -25,7 +25,7 @@ def without_head(case: Case) -> Case:
     return replace(case, context=replace(case.context, head=None))
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+@loop("loss", LOSSES, ids=repr)
 def test_a_cache_of_hidden_targets_is_one_that_keeps_the_whole_vocabulary(loss):
     hidden = with_teacher_head(make_case(top_k=1, masked=False))
     kept = without_head(with_teacher_head(make_case(top_k=31, masked=False)))
@@ -35,7 +35,7 @@ def test_a_cache_of_hidden_targets_is_one_that_keeps_the_whole_vocabulary(loss):
     assert bool((found[0] > 0).all())
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+@loop("loss", LOSSES, ids=repr)
 def test_further_ids_of_the_student_are_not_compared(loss):
     case = with_teacher_head(make_case(top_k=1, masked=False))
     logits_PV = dense_logits(case)
@@ -45,7 +45,7 @@ def test_further_ids_of_the_student_are_not_compared(loss):
     assert float(gradient_PV[:, 31:].abs().max()) == 0
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+@loop("loss", LOSSES, ids=repr)
 def test_ids_that_the_teacher_rules_out_are_not_compared(loss):
     case = make_case(masked=False)
     ruled_out = torch.tensor([3, 17, 30])
@@ -62,7 +62,7 @@ def test_ids_that_the_teacher_rules_out_are_not_compared(loss):
     assert float(gradient_PV[:, ruled_out].abs().max()) == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@loop("dtype", [torch.float32, torch.float64])
 def test_the_teachers_logits_up_to_a_constant_have_no_squared_difference(dtype):
     for case in (make_case(), ragged_case(torch.tensor([1, 5, 8])), with_teacher_head(make_case())):
         logits_PV = (case.teacher_logits_PV + 40.0).to(dtype)

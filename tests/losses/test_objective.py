@@ -17,6 +17,7 @@ from kdcache.losses import (
     TeacherRows,
 )
 from kdcache.models.lm_head import LMHead
+from tests.loops import loop
 from tests.losses.oracle import Case, dense_loss, dense_values, forward_kls, make_case
 
 BOTH = ObjectiveConfig()
@@ -44,32 +45,32 @@ def assert_same(case: Case, found: Tensor, expected: Tensor, tolerance: float = 
         torch.testing.assert_close(mine, dense, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("top_k", [1, 6, 31])
-@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 8, 13, 100])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@loop("top_k", [1, 6, 31])
+@loop("chunk", [1, 2, 3, 5, 8, 13, 100])
+@loop("config", CONFIGS.values(), ids=CONFIGS)
 def test_loss_and_gradients_equal_plain_autograd_for_any_chunk_size(config, chunk, top_k):
     case = make_case(top_k=top_k)
     assert 0 < int(case.rows.loss_mask_P.sum()) < case.rows.num_positions
     assert_same(case, loss_of(case, config, 7.0, chunk), dense_loss(case, config, 7.0))
 
 
-@pytest.mark.parametrize("top_k", [1, 6, 30, 31])
-@pytest.mark.parametrize("chunk", [3, 13])
-@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
+@loop("top_k", [1, 6, 30, 31])
+@loop("chunk", [3, 13])
+@loop("config", SETTINGS.values(), ids=SETTINGS)
 def test_every_tail_and_mode_equals_plain_autograd(config, chunk, top_k):
     case = make_case(top_k=top_k)
     assert_same(case, loss_of(case, config, 7.0, chunk), dense_loss(case, config, 7.0))
 
 
-@pytest.mark.parametrize("changes", [{"bias": False}, {"scale": 0.3}, {"softcap": 2.0}, {"scale": 3.0, "softcap": 1.5}])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@loop("changes", [{"bias": False}, {"scale": 0.3}, {"softcap": 2.0}, {"scale": 3.0, "softcap": 1.5}])
+@loop("config", CONFIGS.values(), ids=CONFIGS)
 def test_heads_of_other_families(config, changes):
     case = make_case(**changes)
     assert_same(case, loss_of(case, config), dense_loss(case, config, 7.0))
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("config", [*CONFIGS.values(), *SETTINGS.values()], ids=[*CONFIGS, *SETTINGS])
+@loop("softcap", [None, 3.0])
+@loop("config", [*CONFIGS.values(), *SETTINGS.values()], ids=[*CONFIGS, *SETTINGS])
 def test_gradcheck(config, softcap):
     case = make_case(num_positions=5, vocab_size=7, width=3, top_k=3, masked=False)
 
@@ -165,9 +166,9 @@ def test_an_infinite_loss_of_weight_zero_does_not_spoil_the_others():
 # --------------------------------------------------------------------------------------------- nothing to learn from
 
 
-@pytest.mark.parametrize("num_valid", [0, 9, torch.tensor(0), torch.tensor(9.0)], ids=repr)
-@pytest.mark.parametrize("num_positions", [0, 1, 6])
-@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
+@loop("num_valid", [0, 9, torch.tensor(0), torch.tensor(9.0)], ids=repr)
+@loop("num_positions", [0, 1, 6])
+@loop("config", SETTINGS.values(), ids=SETTINGS)
 def test_without_valid_positions_everything_is_exactly_zero(config, num_positions, num_valid):
     case = make_case(num_positions=num_positions)
     rows = replace(case.rows, loss_mask_P=torch.zeros_like(case.rows.loss_mask_P))
@@ -187,13 +188,13 @@ def test_a_denominator_of_zero_gives_zero_not_nan():
         assert all(gradient.abs().sum() == 0 for gradient in gradients(loss, case))
 
 
-@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
+@loop("config", SETTINGS.values(), ids=SETTINGS)
 def test_one_position(config):
     case = make_case(num_positions=1, masked=False)
     assert_same(case, loss_of(case, config, num_valid=1), dense_loss(case, config, 1))
 
 
-@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
+@loop("config", SETTINGS.values(), ids=SETTINGS)
 def test_masked_positions_may_hold_garbage(config):
     case = make_case()
     mask_P = case.rows.loss_mask_P
@@ -218,7 +219,7 @@ def rows_of(case: Case, indices: Tensor) -> Case:
     return replace(case, hidden_PD=case.hidden_PD[indices], rows=case.rows.select(indices))
 
 
-@pytest.mark.parametrize("num_valid", [9, torch.tensor(9)], ids=repr)
+@loop("num_valid", [9, torch.tensor(9)], ids=repr)
 def test_micro_batches_order_and_padding_do_not_change_the_gradient(num_valid):
     case = make_case()
     expected = gradients(dense_loss(case, BOTH, 9), case)

@@ -6,6 +6,7 @@ import torch
 from kdcache.config import Config, load
 from kdcache.errors import ConfigError
 from kdcache.losses import LOSSES, TERMS, ObjectiveConfig, TeacherRows
+from tests.loops import loop
 
 
 class Settings(Config):
@@ -21,7 +22,7 @@ def test_one_field_per_row_of_the_table():
     assert len(LOSSES) >= 2
 
 
-@pytest.mark.parametrize(
+@loop(
     ("assignments", "expected"),
     [
         ([], {"forward_kl": (0.9, 1.0, None, "bucket"), "cross_entropy": (0.1,)}),
@@ -49,7 +50,7 @@ def test_what_is_written_into_a_record_reads_back_the_same():
     assert ObjectiveConfig.model_validate(config.model_dump()) == config
 
 
-@pytest.mark.parametrize(
+@loop(
     ("assignments", "message"),
     [
         (["forward_kl.temprature=2"], "unknown setting 'objective.forward_kl.temprature', did you mean 'temperature'"),

@@ -14,6 +14,7 @@ from kdcache.errors import ConfigError
 from kdcache.losses import TERMS, LayerStates, Objective, ObjectiveConfig, Outputs, TeacherContext, TeacherRows
 from kdcache.models.bodies import identity_head
 from kdcache.schema import OutputsRecord
+from tests.loops import loop
 
 CONTEXT = TeacherContext(kind="outputs", outputs=OutputsRecord(width=1))
 #: Documents of each query, and what the corpus says of them (None: nothing).
@@ -77,13 +78,13 @@ def oracle_rows(case: str, found: Outputs, relevance: list[list[float | None]] =
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("case", SETTINGS)
+@loop("case", SETTINGS)
 def test_every_row_has_the_loss_of_its_query(case: str) -> None:
     found = outputs()
     torch.testing.assert_close(values(case, found), oracle_rows(case, found), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", SETTINGS)
+@loop("case", SETTINGS)
 def test_gradients_are_those_of_the_plain_loop(case: str) -> None:
     found = outputs()
     weights = torch.linspace(0.5, 2, len(found.groups_P), dtype=torch.float64)
@@ -95,8 +96,8 @@ def test_gradients_are_those_of_the_plain_loop(case: str) -> None:
     torch.testing.assert_close(mine, plain, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", SETTINGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@loop("case", SETTINGS)
+@loop("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_is_raised_to_float32(case: str, dtype: torch.dtype) -> None:
     found = outputs(dtype=dtype)
     rows = values(case, found)
@@ -108,7 +109,7 @@ def test_low_precision_is_raised_to_float32(case: str, dtype: torch.dtype) -> No
 _REST = (("teacher", "C"), ("labels", ""), ("groups", ""))
 
 
-@pytest.mark.parametrize("case", SETTINGS)
+@loop("case", SETTINGS)
 def test_a_query_with_one_document_has_no_loss(case: str) -> None:
     found = outputs([[1], [0], [None]])
     rows = values(case, found)
@@ -117,13 +118,13 @@ def test_a_query_with_one_document_has_no_loss(case: str) -> None:
     assert gradient.tolist() == [[0], [0], [0]]
 
 
-@pytest.mark.parametrize("case", SETTINGS)
+@loop("case", SETTINGS)
 def test_no_rows_have_no_loss(case: str) -> None:
     found = outputs().each(lambda tensor: tensor[:0])
     assert values(case, found).shape == (0,)
 
 
-@pytest.mark.parametrize("case", SETTINGS)
+@loop("case", SETTINGS)
 def test_splitting_a_batch_by_whole_queries_changes_nothing(case: str) -> None:
     found = outputs()
     whole = values(case, found)
@@ -172,7 +173,7 @@ def test_extreme_scores_give_finite_losses() -> None:
         assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["margin_mse", "listwise_kl", "list_cross_entropy"])
+@loop("name", ["margin_mse", "listwise_kl", "list_cross_entropy"])
 def test_vectors_and_distributions_have_no_rankings(name: str) -> None:
     term = TERMS[name](weight=1)
     wide = TeacherContext(kind="outputs", outputs=OutputsRecord(width=3, pooling="mean", normalised=True))

@@ -21,6 +21,7 @@ from kdcache.losses import (
 )
 from kdcache.models.lm_head import LMHead
 from kdcache.schema import Samples, Targets
+from tests.loops import loop
 
 NUM_SEEDS, NUM_SAMPLES, VOCAB_SIZE, TOP_K = 1000, 20, 31, 4
 FORWARD_KL = ForwardKL(weight=1.0)
@@ -108,7 +109,7 @@ def trial(kind: str, most_frequent: int | None = None) -> Trial:
     return Trial(gradients.reshape(shape), values.reshape(shape[:2]), log_p_PV.exp() - teacher_PV, full_value_P)
 
 
-@pytest.mark.parametrize("kind", ["sampled", "hybrid"])
+@loop("kind", ["sampled", "hybrid"])
 def test_the_mean_over_seeds_is_the_full_gradient_and_the_full_value(kind):
     found = trial(kind)
     # A ratio of sums over more than 100 nearly independent terms: 1 with a standard deviation of about 0.15.
@@ -116,7 +117,7 @@ def test_the_mean_over_seeds_is_the_full_gradient_and_the_full_value(kind):
     assert float(found.value_errors.abs().max()) < 4
 
 
-@pytest.mark.parametrize("kind", ["sampled", "hybrid"])
+@loop("kind", ["sampled", "hybrid"])
 def test_keeping_only_the_most_frequent_draws_would_not_pass(kind):
     assert trial(kind, most_frequent=3).surplus > 16
 
@@ -126,7 +127,7 @@ def test_exact_heads_make_the_estimate_better():
     assert float(hybrid.gradients.var(0).sum()) < 0.5 * float(sampled.gradients.var(0).sum())
 
 
-@pytest.mark.parametrize("kind", ["sampled", "hybrid"])
+@loop("kind", ["sampled", "hybrid"])
 def test_each_gradient_is_the_student_minus_the_frequencies(kind):
     teacher_PV, student_PV = models()
     rows = rows_of(draw(teacher_PV, kind)).slice(0, 6)
@@ -173,7 +174,7 @@ def test_a_tail_that_nothing_was_drawn_from_stays_a_bucket():
     assert float(value) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["sampled", "hybrid"])
+@loop("kind", ["sampled", "hybrid"])
 def test_objective_with_a_cross_entropy_and_masked_rows(kind):
     teacher_PV, student_PV = models()
     rows = rows_of(draw(teacher_PV, kind)).slice(0, 6)

@@ -13,6 +13,7 @@ from kdcache.config import Config, build, load
 from kdcache.errors import ConfigError
 from kdcache.losses import SCHEDULES, ForwardKL, Objective, ObjectiveConfig, TeacherContext, allowed, score_positions
 from kdcache.losses.schedules import Schedule
+from tests.loops import loop
 from tests.losses.oracle import Case, dense_loss, dense_values, make_case
 
 
@@ -39,7 +40,7 @@ SHORT = {"schedule": "wsd", "start": 0.0, "peak": 1.0, "end": 0.0, "warmup": 0.0
 # ------------------------------------------------------------------------------------------------ the courses
 
 
-@pytest.mark.parametrize(
+@loop(
     ("settings", "course"),
     [
         (LINEAR, {0: 0.9, 0.25: 0.7, 0.5: 0.5, 1: 0.1}),
@@ -56,7 +57,7 @@ def test_courses(settings, course):
     assert found == pytest.approx(course, abs=1e-12)
 
 
-@pytest.mark.parametrize("settings", [LINEAR, LATE, COSINE, WSD, CONSTANT, SHORT], ids=lambda s: s["schedule"])
+@loop("settings", [LINEAR, LATE, COSINE, WSD, CONSTANT, SHORT], ids=lambda s: s["schedule"])
 def test_a_schedule_starts_and_ends_exactly_and_never_leaves_the_range_of_its_values(settings):
     made = schedule(**settings)
     levels = [getattr(made, name) for name in made.levels]
@@ -100,7 +101,7 @@ def test_settings_lay_schedules_over_numbers_and_numbers_over_schedules(tmp_path
     assert loaded("objective.cross_entropy.weight.end=0.5").cross_entropy.weight == schedule(**COSINE | {"end": 0.5})
 
 
-@pytest.mark.parametrize("mode", ["python", "json"])
+@loop("mode", ["python", "json"])
 def test_what_is_written_into_a_record_reads_back_the_same(mode):
     config = build(
         ObjectiveConfig,
@@ -115,7 +116,7 @@ W = "forward_kl.weight"
 T = "forward_kl.temperature"
 
 
-@pytest.mark.parametrize(
+@loop(
     ("assignments", "message"),
     [
         (
@@ -180,9 +181,7 @@ def output_at(case: Case, config: ObjectiveConfig, progress: float) -> Any:
     return objective(case.hidden_PD, case.head, case.rows, 7.0)
 
 
-@pytest.mark.parametrize(
-    ("progress", "values"), [(0.0, (0.9, 2.0, 0.0)), (0.5, (0.5, 3.0, 0.5)), (1.0, (0.1, 4.0, 1.0))]
-)
+@loop(("progress", "values"), [(0.0, (0.9, 2.0, 0.0)), (0.5, (0.5, 3.0, 0.5)), (1.0, (0.1, 4.0, 1.0))])
 def test_at_any_moment_the_gradient_is_that_of_the_numbers(progress, values):
     case = make_case()
     found = torch.autograd.grad(output_at(case, SCHEDULED, progress).loss, case.leaves())
@@ -220,7 +219,7 @@ def test_losses_are_scored_as_at_the_end_of_a_run():
 GRID_CACHE = TeacherContext("top-k", 31, temperatures=(2.0,), prior_V=torch.full((31,), 1 / 31))
 
 
-@pytest.mark.parametrize(
+@loop(
     ("settings", "temperature", "refusal"),
     [
         ({"tail": "prior"}, {"schedule": "linear", "start": 1, "end": 1}, None),

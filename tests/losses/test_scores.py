@@ -20,13 +20,14 @@ from kdcache.losses import (
 from kdcache.models.lm_head import LMHead
 from kdcache.schema import SequenceBatch, Targets
 from tests import causal as causal_lm
+from tests.loops import loop
 from tests.losses.oracle import dense_logits, dense_values, make_case
 
 LOSSES_ASKED = {"kl": ForwardKL(weight=1.0), "tempered": ForwardKL(weight=0.0, temperature=2.0)}
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 13, None])
-@pytest.mark.parametrize("top_k", [6, 31])
+@loop("chunk", [1, 4, 13, None])
+@loop("top_k", [6, 31])
 def test_scores_equal_the_dense_ones_at_every_position(chunk, top_k):
     case = make_case(top_k=top_k, softcap=4.0)
     found = score_positions(case.hidden_PD, case.head, case.rows, LOSSES_ASKED, chunk_positions=chunk)

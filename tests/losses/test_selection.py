@@ -24,6 +24,7 @@ from kdcache.losses import (
 from kdcache.losses.chunked import Work, weighted_sum
 from kdcache.models.lm_head import LMHead
 from kdcache.schema import Kind
+from tests.loops import loop
 from tests.losses.oracle import Case, dense_values, make_case
 
 
@@ -92,7 +93,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
+@loop("config", SETTINGS.values(), ids=SETTINGS)
 def test_loss_and_gradient_equal_those_of_the_chosen_positions(config):
     output = output_of(CASE, config)
     expected = dense(CASE, config, 28.0)
@@ -109,7 +110,7 @@ def test_loss_and_gradient_equal_those_of_the_chosen_positions(config):
             assert f"{name}_selected" not in output.sums
 
 
-@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
+@loop("config", SETTINGS.values(), ids=SETTINGS)
 def test_micro_batches_do_not_change_the_gradient(config):
     expected = gradients(dense(CASE, config, 28.0), CASE)
     for size in (1, 9, 40):
@@ -176,7 +177,7 @@ def test_scores_of_a_loss_are_those_of_all_positions():
 # --------------------------------------------------------------------------------------------- bounds and shares
 
 
-@pytest.mark.parametrize("by", MEASURES)
+@loop("by", MEASURES)
 def test_measures_are_those_of_the_whole_distribution(by):
     torch.testing.assert_close(MEASURES[by](CASE.rows), measured(CASE)[by].double())
     single = replace(CASE.rows, entropy_P=CASE.rows.entropy_P.float())
@@ -191,7 +192,7 @@ def test_bounds_are_included_and_mean_the_same_in_all_precisions():
         assert Select(by="teacher_entropy", max=bound).mask(wide).sum() == 8
 
 
-@pytest.mark.parametrize("share", [0.001, 0.3, 0.5, 0.999])
+@loop("share", [0.001, 0.3, 0.5, 0.999])
 def test_a_share_becomes_a_bound_that_chooses_so_many(share):
     values_P = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     top = Select(by="teacher_loss", top=share).resolve(values_P)
@@ -239,8 +240,8 @@ def test_a_share_that_is_no_bound_yet_is_refused():
 # --------------------------------------------------------------------------------------------- caches, mistakes
 
 
-@pytest.mark.parametrize("kind", get_args(Kind))
-@pytest.mark.parametrize("by", MEASURES)
+@loop("kind", get_args(Kind))
+@loop("by", MEASURES)
 def test_draws_alone_do_not_tell_the_confidence(by, kind):
     head = LMHead(torch.eye(31)) if kind == "hidden" else None
     context = TeacherContext(kind, 31, head=head)
@@ -286,7 +287,7 @@ class Settings(Config):
     objective: ObjectiveConfig = ObjectiveConfig()
 
 
-@pytest.mark.parametrize(
+@loop(
     ("select", "message"),
     [
         ("{by: entropy, top: 0.3}", r"select.by': there is no such measure, did you mean 'teacher_entropy'"),

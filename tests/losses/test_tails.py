@@ -4,13 +4,13 @@ import itertools
 from dataclasses import replace
 from typing import get_args
 
-import pytest
 import torch
 from torch import Tensor
 
 from kdcache.losses import ChunkView, ForwardKL, Objective, ObjectiveConfig, TeacherContext, TeacherRows
 from kdcache.losses.tails import TAILS, bucket_kl, completed_kl
 from kdcache.models.lm_head import LMHead
+from tests.loops import loop
 from tests.losses.oracle import (
     Case,
     dense_logits,
@@ -45,7 +45,7 @@ def test_the_table_is_what_the_setting_offers():
     assert len(TAILS) == 5
 
 
-@pytest.mark.parametrize("tail", ["prior", "uniform", "renormalise"])
+@loop("tail", ["prior", "uniform", "renormalise"])
 def test_the_gradient_is_the_student_minus_the_target(tail):
     case = make_case(masked=False)
     logits_PV = dense_logits(case).detach()
@@ -62,8 +62,8 @@ def test_the_gradient_of_the_dropped_tail_pulls_by_the_kept_mass_only():
     torch.testing.assert_close(found_PV, kept_mass_P1 * logits_PV.softmax(1) - dense_targets(case, "drop"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("tail", COMPLETED)
+@loop("dtype", [torch.float32, torch.float64])
+@loop("tail", COMPLETED)
 def test_a_student_equal_to_the_completed_target_has_no_divergence(tail, dtype):
     case = make_case(num_positions=200, masked=False)
     same_PV = (dense_targets(case, tail).log() + 7.0).to(dtype)
@@ -83,7 +83,7 @@ def test_a_dropped_tail_is_no_divergence():
     assert float(values_and_gradient(forward_kl("drop"), sharper_PV, case.rows, case.context)[0].max()) < 0
 
 
-@pytest.mark.parametrize("tail", COMPLETED)
+@loop("tail", COMPLETED)
 def test_without_a_tail_the_completed_target_is_the_bucket(tail):
     case = make_case(top_k=31, masked=False)
     view = ChunkView(dense_logits(case), case.rows, case.context)
@@ -116,8 +116,8 @@ def test_rows_whose_tail_the_prior_does_not_know_fall_back_on_the_bucket():
     assert not torch.isclose(values_P[1:], buckets_P[1:]).any()
 
 
-@pytest.mark.parametrize("loss", forward_kls(), ids=repr)
-@pytest.mark.parametrize("top_k", [6, 31])
+@loop("loss", forward_kls(), ids=repr)
+@loop("top_k", [6, 31])
 def test_a_student_with_more_ids_than_the_teacher_learns_to_give_them_nothing(loss, top_k):
     case = make_case(top_k=top_k)
     random = torch.Generator().manual_seed(2)
@@ -144,7 +144,7 @@ def test_a_student_with_more_ids_than_the_teacher_learns_to_give_them_nothing(lo
         torch.testing.assert_close(mine, dense)
 
 
-@pytest.mark.parametrize("spread", COMPLETED)
+@loop("spread", COMPLETED)
 def test_quantities_may_be_asked_for_in_any_order(spread):
     case = make_case(masked=False)
     asks = {
@@ -181,8 +181,8 @@ def test_float32_keeps_its_digits_when_the_kept_ids_have_almost_all_of_the_prior
 RAGGED = torch.tensor([1, 8, 3, 5, 8, 2, 1, 7, 4, 31, 6])
 
 
-@pytest.mark.parametrize("top_k", [8, 31])
-@pytest.mark.parametrize("loss", forward_kls(), ids=repr)
+@loop("top_k", [8, 31])
+@loop("loss", forward_kls(), ids=repr)
 def test_padded_rows_equal_the_same_rows_without_pads(loss, top_k):
     case = ragged_case(RAGGED.clamp(max=top_k), top_k)
     logits_PV = dense_logits(case).detach()
@@ -198,7 +198,7 @@ def test_padded_rows_equal_the_same_rows_without_pads(loss, top_k):
         torch.testing.assert_close(gradient_PV[row], gradient[0], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("loss", forward_kls(), ids=repr)
+@loop("loss", forward_kls(), ids=repr)
 def test_objective_and_gradients_of_padded_rows_equal_the_dense_ones(loss):
     case = ragged_case(RAGGED.clamp(max=8))
     config = ObjectiveConfig.model_validate({"forward_kl": loss, "cross_entropy": {"weight": 0.5}})

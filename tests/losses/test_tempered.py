@@ -9,6 +9,7 @@ from torch import Tensor
 from kdcache.errors import ConfigError
 from kdcache.losses import ChunkView, ForwardKL, Objective, ObjectiveConfig, TeacherContext
 from kdcache.models.lm_head import LMHead
+from tests.loops import loop
 from tests.losses.oracle import GRID, Case, dense_logits, dense_loss, make_case, with_teacher_head
 
 TEMPERATURES = [0.5, 1.0, 2.0, 4.0]
@@ -32,8 +33,8 @@ def loss_of(case: Case, config: ObjectiveConfig, context: TeacherContext, chunk:
 # --------------------------------------------------------------------------------------------- full
 
 
-@pytest.mark.parametrize("changes", [{}, {"softcap": 3.0}, {"scale": 0.25}, {"scale": 2.0, "softcap": 5.0}])
-@pytest.mark.parametrize("temperature", TEMPERATURES)
+@loop("changes", [{}, {"softcap": 3.0}, {"scale": 0.25}, {"scale": 2.0, "softcap": 5.0}])
+@loop("temperature", TEMPERATURES)
 def test_hidden_state_and_head_are_the_live_teacher(temperature, changes):
     case = with_teacher_head(make_case(masked=False), dtype=torch.float32, **changes).to(torch.float32)
     head = case.context.head
@@ -49,8 +50,8 @@ def test_hidden_state_and_head_are_the_live_teacher(temperature, changes):
         torch.testing.assert_close(mine, live, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("temperature", TEMPERATURES)
+@loop("dtype", [torch.bfloat16, torch.float16])
+@loop("temperature", TEMPERATURES)
 def test_half_precision_heads_answer_as_the_teacher_did_in_that_precision(temperature, dtype):
     case = with_teacher_head(make_case(masked=False), dtype=dtype).to(torch.float32)
     head = case.context.head
@@ -79,7 +80,7 @@ def test_the_head_is_used_unless_another_mode_is_asked_for():
     torch.testing.assert_close(values(mode="grid"), values(mode="decoupled"))
 
 
-@pytest.mark.parametrize("top_k", [1, 5, 30])
+@loop("top_k", [1, 5, 30])
 def test_the_bucket_is_below_the_full_divergence(top_k):
     case = with_teacher_head(make_case(num_positions=200, top_k=top_k, masked=False))
     view = ChunkView(dense_logits(case), case.rows, case.context)
@@ -88,7 +89,7 @@ def test_the_bucket_is_below_the_full_divergence(top_k):
     assert bool((bucket_P <= exact_P + 1e-12).all())
 
 
-@pytest.mark.parametrize("temperature", TEMPERATURES)
+@loop("temperature", TEMPERATURES)
 def test_ids_that_the_teacher_rules_out_get_no_probability(temperature):
     case = make_case(masked=False)
     ruled_out = torch.tensor([3, 17, 30])
@@ -152,7 +153,7 @@ def test_no_two_modes_agree_at_a_temperature_other_than_one():
     assert bool((values[1] <= values[2] + 1e-12).all())  # the grid is a coarsening of the full divergence
 
 
-@pytest.mark.parametrize("temperature", GRID)
+@loop("temperature", GRID)
 def test_grid_over_the_whole_vocabulary_is_the_full_divergence(temperature):
     case = make_case(top_k=31)
     config = ObjectiveConfig(forward_kl=ForwardKL(weight=1.0, temperature=temperature, mode="grid"))
@@ -165,8 +166,8 @@ def test_grid_over_the_whole_vocabulary_is_the_full_divergence(temperature):
         torch.testing.assert_close(mine, dense)
 
 
-@pytest.mark.parametrize("temperature", GRID)
-@pytest.mark.parametrize("top_k", [1, 6, 30])
+@loop("temperature", GRID)
+@loop("top_k", [1, 6, 30])
 def test_grid_is_the_coarsened_divergence_of_both_models_at_the_temperature(temperature, top_k):
     case = make_case(top_k=top_k)
     ids_PK = case.rows.ids_PK
@@ -189,7 +190,7 @@ def test_a_stored_temperature_is_found_although_it_was_written_as_a_decimal():
     assert context.grid_index(2.001) is None
 
 
-@pytest.mark.parametrize("temperature", [0.1, 0.5, 2.5, 20.0])
+@loop("temperature", [0.1, 0.5, 2.5, 20.0])
 def test_extreme_student_logits_stay_finite_in_float32(temperature):
     case = make_case(masked=False)
     rows = replace(case.rows, log_tails_PG=(case.rows.log_tails_PG[:, :1]))

@@ -5,11 +5,11 @@ from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 
 from kdcache.cache.batches import MicroBatches
 from kdcache.cache.curriculum import Curriculum, PacedOrder
 from kdcache.cache.order import ShuffledOrder
+from tests.loops import loop
 
 
 def fake_cache(num_sequences):
@@ -56,11 +56,9 @@ def dealt_to(rank, cache, order, batch, accumulation, num_ranks, epoch):
     return mine
 
 
-@pytest.mark.parametrize("num_sequences", [1, 7, 8, 9, 24, 101])
-@pytest.mark.parametrize(
-    ("batch", "accumulation", "num_ranks"), [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]
-)
-@pytest.mark.parametrize("kind", ["shuffled", "chosen", "root", "sorted"])
+@loop("num_sequences", [1, 7, 8, 9, 24, 101])
+@loop(("batch", "accumulation", "num_ranks"), [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)])
+@loop("kind", ["shuffled", "chosen", "root", "sorted"])
 def test_steps_do_not_depend_on_how_they_are_dealt_out(num_sequences, batch, accumulation, num_ranks, kind):
     whole = steps(num_sequences, 8, 1, 1, kind=kind)
     chosen = range(0, num_sequences, 3 if kind == "chosen" else 1)
@@ -70,7 +68,7 @@ def test_steps_do_not_depend_on_how_they_are_dealt_out(num_sequences, batch, acc
     assert steps(num_sequences, batch, accumulation, num_ranks, kind=kind) == whole
 
 
-@pytest.mark.parametrize("kind", ["shuffled", "chosen", "root"])
+@loop("kind", ["shuffled", "chosen", "root"])
 def test_epochs_and_seeds_differ_and_repeat(kind):
     assert steps(40, 8, 1, 1, epoch=1, kind=kind) == steps(40, 8, 1, 1, epoch=1, kind=kind)
     assert steps(40, 8, 1, 1, epoch=1, kind=kind) != steps(40, 8, 1, 1, epoch=0, kind=kind)

@@ -25,6 +25,7 @@ from kdcache.students import StudentConfig, load_student
 from kdcache.tasks import task_of
 from kdcache.tasks.documents import joined
 from kdcache.train import TrainConfig, train_student
+from tests.loops import loop
 from tests.task_models import SENTENCES, TINY_TASKS, WORDS, bert, bert_tokenizer
 
 QUERIES = ["the cat sat", "a big dog ran near"]
@@ -84,9 +85,9 @@ def alone(model: Any, tokenizer: Any, text: str, pooling: str) -> torch.Tensor:
     return pool(states, inputs["attention_mask"], pooling)[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
-@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@loop("family", FAMILIES)
+@loop("pooling", ["mean", "cls", "last"])
+@loop("similarity", ["cosine", "dot"])
 def test_scores_are_those_of_the_texts_alone(family: str, pooling: str, similarity: str) -> None:
     make, make_tokenizer = FAMILIES[family]
     model, tokenizer = make(), make_tokenizer()

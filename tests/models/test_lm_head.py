@@ -1,16 +1,16 @@
 from __future__ import annotations
 
-import pytest
 import torch
 import transformers
 
 from kdcache.models.lm_head import LMHead, reproduces, split_model
 from tests.families import SPLITTABLE, unsplittable
+from tests.loops import loop
 from tests.tiny import llama
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", SPLITTABLE)
+@loop("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@loop("family", SPLITTABLE)
 def test_body_and_head_give_the_models_logits(family, dtype):
     model = SPLITTABLE[family](40).to(dtype)
     split = split_model(model)
@@ -25,7 +25,7 @@ def test_body_and_head_give_the_models_logits(family, dtype):
     assert head.vocab_size == 40
 
 
-@pytest.mark.parametrize("family", SPLITTABLE)
+@loop("family", SPLITTABLE)
 def test_logits_can_be_written_into_memory_that_is_there(family):
     _, head = split_model(SPLITTABLE[family](40))
     hidden = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
@@ -35,7 +35,7 @@ def test_logits_can_be_written_into_memory_that_is_there(family):
         torch.testing.assert_close(found, head.logits(hidden))
 
 
-@pytest.mark.parametrize("family", SPLITTABLE)
+@loop("family", SPLITTABLE)
 def test_a_narrow_head_never_sees_padding_rows(family):
     _, head = split_model(SPLITTABLE[family](40))
     hidden = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
@@ -51,7 +51,7 @@ def test_a_model_without_a_head_is_not_split():
     assert split_model(llama(40).model) is None
 
 
-@pytest.mark.parametrize("training", [False, True])
+@loop("training", [False, True])
 def test_splitting_leaves_the_mode_alone(training):
     model = llama(40, attention_dropout=0.5).train(training)
     assert split_model(model) is not None

@@ -9,6 +9,7 @@ import transformers
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.models.loading import load_model, load_tokenizer, parse_dtype, pick_device
 from kdcache.tasks import task_of
+from tests.loops import loop
 from tests.tiny import llama
 
 
@@ -29,7 +30,7 @@ def test_the_checkpoints_own_dtype(tmp_path):
     assert next(load(tmp_path).parameters()).dtype == torch.float16
 
 
-@pytest.mark.parametrize("name", ["/no/such/model", "./missing", "missing.gguf"])
+@loop("name", ["/no/such/model", "./missing", "missing.gguf"])
 def test_nothing_there(name):
     with pytest.raises(TeacherError, match=f"there is no model at {name}"):
         load(name)

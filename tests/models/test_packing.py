@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import pytest
 import torch
 import transformers
 
 from kdcache.models.packing import keeps_documents_apart
 from tests.families import FAMILIES
+from tests.loops import loop
 
 #: Families that read across the documents of a window, each in its own way: ALiBi, a mask of its own, recurrence.
 READ_ACROSS = {
@@ -30,15 +30,15 @@ READ_ACROSS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@loop("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@loop("family", FAMILIES)
 def test_families_that_keep_documents_apart(family, dtype):
     model = FAMILIES[family](60).to(dtype).train()
     assert keeps_documents_apart(model, 60)
     assert model.training
 
 
-@pytest.mark.parametrize("family", READ_ACROSS)
+@loop("family", READ_ACROSS)
 def test_families_that_do_not(family):
     torch.manual_seed(0)
     assert not keeps_documents_apart(READ_ACROSS[family](), 60)

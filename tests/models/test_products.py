@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import pytest
 import torch
 
 from kdcache.models import products
 from kdcache.models.products import hidden_gradient, logits_of
+from tests.loops import loop
 
 SHAPES = [(1, 1, 1), (1, 50, 7), (7, 290, 16), (128, 3000, 64), (0, 50, 8), (33, 1, 5)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -27,9 +27,9 @@ def assert_as_good(found: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor
     assert mine <= 3 * usual + torch.finfo(plain.dtype).eps * size
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("with_bias", [False, True])
+@loop("dtype", DTYPES, ids=str)
+@loop("shape", SHAPES, ids=str)
+@loop("with_bias", [False, True])
 def test_products_are_as_good_as_plain_ones(shape, dtype, with_bias):
     hidden, weight, bias, grad = make(*shape, dtype)
     bias = bias if with_bias else None

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import logging
 
-import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
 from kdcache.models.tokenizer import TextEncoder, describe_difference, tokenizer_record
+from tests.loops import loop
 from tests.tiny import SENTENCES, bpe_tokenizer, word_tokenizer
 
 
@@ -49,7 +49,7 @@ def test_another_eos_or_bos_among_the_same_ids_does_not_change_identity():
     assert describe_difference(ours, other) == []
 
 
-@pytest.mark.parametrize(
+@loop(
     ("changed", "words"),
     [
         (lambda: bpe_tokenizer(vocab_size=300), "vocabulary size 290 against 300"),

@@ -11,9 +11,9 @@ from kdcache.cache import open_cache
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.storage import download, folder
 from kdcache.storage.local_store import LocalStoreConfig
-from tests.caches import SOURCE
 from tests.cache.http_store import serving
 from tests.cache.test_reader import check_batch
+from tests.caches import SOURCE
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from kdcache.errors import CacheError
 from kdcache.storage.folder import Folder
 from kdcache.storage.lease import LEASE, Lease
 from kdcache.verify.stored import verify_cache
-from tests.caches import SOURCE
 from tests.cache.test_writer import content_of
+from tests.caches import SOURCE
 
 WATCH_S = 0.8
 

@@ -28,6 +28,7 @@ from kdcache.tasks import TaskSettings, task_of
 from kdcache.tasks.labels import class_label, number_label
 from kdcache.teachers import TeacherConfig
 from kdcache.teachers.outputs import outputs_record
+from tests.loops import loop
 from tests.task_models import SENTENCES, TINY_TASKS, bert, bert_tokenizer
 
 TASK = task_of("sequence-classification")
@@ -58,7 +59,7 @@ def labels_of(sequences: Any) -> list[float]:
 # Labels.
 
 
-@pytest.mark.parametrize(
+@loop(
     ("value", "expected"),
     [("good", 2), (1, 1), (1.0, 1), ("0", 0), (None, NO_LABEL), (math.nan, NO_LABEL), (-1, NO_LABEL), ("-1", NO_LABEL)],
 )
@@ -66,7 +67,7 @@ def test_a_class_by_name_or_number_or_none(value, expected):
     assert class_label(value, NAMES, "c.jsonl:4") == expected
 
 
-@pytest.mark.parametrize(
+@loop(
     ("value", "message"),
     [
         ("goood", "no class 'goood', did you mean 'good'"),
@@ -94,13 +95,13 @@ def test_a_number_that_may_be_two_classes_is_not_guessed():
     assert [class_label(n, ("0", "1"), "d") for n in (0, 1)] == [0, 1]
 
 
-@pytest.mark.parametrize(("value", "expected"), [(2, 2.0), ("2.5", 2.5), (True, 1.0), (None, None), (math.nan, None)])
+@loop(("value", "expected"), [(2, 2.0), ("2.5", 2.5), (True, 1.0), (None, None), (math.nan, None)])
 def test_a_number_as_label(value, expected):
     found = number_label(value, "d")
     assert math.isnan(found) if expected is None else found == expected
 
 
-@pytest.mark.parametrize("value", ["high", "", [1.0], math.inf, -math.inf, "1e99", 10**400])
+@loop("value", ["high", "", [1.0], math.inf, -math.inf, "1e99", 10**400])
 def test_what_is_no_number_is_refused(value):
     with pytest.raises(CorpusError, match=r"^c\.jsonl:7: expected a number as label, found"):
         number_label(value, "c.jsonl:7")
@@ -217,8 +218,8 @@ def decoder(kind: str, pad_id: int | None) -> Any:
     return transformers.AutoModelForSequenceClassification.from_config(config).eval()
 
 
-@pytest.mark.parametrize("pad_id", [None, 0, 30])
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@loop("pad_id", [None, 0, 30])
+@loop("kind", ["gpt2", "llama"])
 def test_a_decoder_answers_the_same_in_a_batch_as_alone(kind, pad_id):
     model = decoder(kind, pad_id)
     body = split_for(TASK.body, model, CLASSES).body

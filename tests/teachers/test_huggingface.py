@@ -11,11 +11,12 @@ from kdcache.schema import Sequence
 from kdcache.teachers import HuggingFaceTeacher, TeacherConfig, load_teacher, parse_layers, reduce_top_k
 from kdcache.teachers.huggingface import hidden_to_numpy, teacher_logits
 from tests.families import FAMILIES, SPLITTABLE
+from tests.loops import loop
 from tests.synthetic import targets_of
 from tests.tiny import llama
 
 VOCAB_SIZE, HEAD_ROWS = 50, 64
-families = pytest.mark.parametrize("family", FAMILIES)
+families = loop("family", FAMILIES)
 
 
 def sequence(tokens: np.ndarray, segments: np.ndarray | None = None, index: int = 0) -> Sequence:
@@ -51,7 +52,7 @@ def test_targets_equal_the_dense_softmax_over_the_true_vocabulary(family):
 
 
 @families
-@pytest.mark.parametrize("layers", [[2], [0], [1], [0, 1, 2]], ids=str)
+@loop("layers", [[2], [0], [1], [0, 1, 2]], ids=str)
 def test_hidden_states_equal_the_models_own(family, layers):
     teacher = HuggingFaceTeacher(FAMILIES[family](HEAD_ROWS), family, VOCAB_SIZE)
     tokens = random_tokens(9, 3, 17)
@@ -169,7 +170,7 @@ def test_dtypes(teacher_dir, dtype, found):
     assert teacher.record.dtype == found
 
 
-@pytest.mark.parametrize(
+@loop(
     ("names", "numbers"),
     [
         (["last"], [4]),
@@ -185,13 +186,13 @@ def test_layers(names, numbers):
     assert parse_layers(names, 4) == numbers
 
 
-@pytest.mark.parametrize("name", [5, -6, "99"])
+@loop("name", [5, -6, "99"])
 def test_layers_that_are_not_there(name):
     with pytest.raises(ConfigError, match=rf"no hidden state {name}; it has 0 \(embeddings\) to 4 \(last\)"):
         parse_layers([name], 4)
 
 
-@pytest.mark.parametrize("name", ["first", "1.5", ""])
+@loop("name", ["first", "1.5", ""])
 def test_layers_that_are_no_layers(name):
     with pytest.raises(ConfigError, match=f"by layer number or 'last', found '{name}'"):
         parse_layers([name], 4)

@@ -8,10 +8,11 @@ from kdcache.errors import TeacherError
 from kdcache.schema import TargetsRecord
 from kdcache.teachers import TargetReducer, reduce_top_k, sample_uniforms
 from kdcache.teachers.reduce import ChunkSizes, NonFiniteLogitsError, top_k_of
+from tests.loops import loop
 from tests.teachers.test_samples import chi_square
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+dtypes = loop("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
 #: Sizes on both sides of every block border: small, divisible by 24 and not, prime.
 SHAPES = [(7, 1, 1), (5, 3, 3), (9, 4, 50), (4, 1, 24 * 40), (4, 8, 24 * 40 + 1), (33, 8, 997), (3, 64, 24 * 256 + 23)]
 
@@ -49,7 +50,7 @@ def check(targets, logits, top_k, labels=None):
 
 
 @dtypes
-@pytest.mark.parametrize(("num_rows", "top_k", "vocab_size"), SHAPES)
+@loop(("num_rows", "top_k", "vocab_size"), SHAPES)
 def test_top_k_of_equals_topk_in_values(dtype, num_rows, top_k, vocab_size):
     logits = make_logits(num_rows, vocab_size, dtype)
     values, ids = top_k_of(logits, top_k)
@@ -58,7 +59,7 @@ def test_top_k_of_equals_topk_in_values(dtype, num_rows, top_k, vocab_size):
 
 
 @dtypes
-@pytest.mark.parametrize(("num_rows", "top_k", "vocab_size"), SHAPES)
+@loop(("num_rows", "top_k", "vocab_size"), SHAPES)
 def test_targets_equal_the_whole_softmax(dtype, num_rows, top_k, vocab_size):
     logits = make_logits(num_rows, vocab_size, dtype)
     check(keep(logits, top_k), logits, top_k)
@@ -73,7 +74,7 @@ def test_ties(dtype):
     check(keep(logits, 8), logits, 8)
 
 
-@pytest.mark.parametrize("best", [0, 1, 49, 50, 1199, 1200, 1204])
+@loop("best", [0, 1, 49, 50, 1199, 1200, 1204])
 def test_the_best_id_may_be_anywhere(best):
     logits = make_logits(3, 1205, torch.float32)
     logits[:, best] = 100
@@ -98,7 +99,7 @@ def test_all_kept_leaves_no_tail(dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("vocab_size", [50, 24 * 40 + 3])
+@loop("vocab_size", [50, 24 * 40 + 3])
 def test_ids_that_the_teacher_rules_out(dtype, vocab_size):
     logits = make_logits(5, vocab_size, dtype)
     logits[:, 5::2] = -torch.inf
@@ -119,13 +120,13 @@ def test_fewer_possible_ids_than_are_kept():
     assert -1e5 < targets.gold_logprob_P[1] < -1e3
 
 
-@pytest.mark.parametrize("shift", [-3e4, 3e4, 1e6])
+@loop("shift", [-3e4, 3e4, 1e6])
 def test_a_shift_of_all_logits_changes_nothing(shift):
     logits = make_logits(5, 1000, torch.float32).round()
     np.testing.assert_array_equal(keep(logits + shift, 8).logprobs_PK, keep(logits, 8).logprobs_PK)
 
 
-@pytest.mark.parametrize("num_positions", [1, 31, 32, 33, 256, 257, 300])
+@loop("num_positions", [1, 31, 32, 33, 256, 257, 300])
 def test_chunks_of_positions_do_not_matter(num_positions):
     logits = make_logits(300, 200, torch.float32)[:num_positions]
     whole = keep(logits, 5)
@@ -144,9 +145,9 @@ def test_the_teachers_logits_are_left_alone():
 
 
 @dtypes
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("row", [0, 5, 299])
-@pytest.mark.parametrize("vocab_size", [50, 24 * 40 + 3])
+@loop("bad", [float("nan"), float("inf")])
+@loop("row", [0, 5, 299])
+@loop("vocab_size", [50, 24 * 40 + 3])
 def test_nonsense_is_refused_with_its_row(dtype, bad, row, vocab_size):
     logits = make_logits(300, vocab_size, dtype)
     logits[row, vocab_size - 1] = bad
@@ -184,7 +185,7 @@ RECORDS = {
     "ragged whole": TargetsRecord(top_k=VOCAB, min_prob=1e-5),
     "ragged hybrid": TargetsRecord(kind="hybrid", top_k=40, min_mass=0.7, num_samples=30, tail_prior=True),
 }
-records = pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS)
+records = loop("record", RECORDS.values(), ids=RECORDS)
 
 
 def peaked_and_flat(num_rows=24, vocab_size=VOCAB, dtype=torch.float32):
@@ -235,7 +236,7 @@ def test_scalars_are_exact_whatever_is_kept(record, dtype):
     np.testing.assert_allclose(targets.entropy_P, -terms.sum(-1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@loop("dtype", DTYPES)
 def test_with_no_ids_the_tail_is_everything(dtype):
     targets = keep_as(RECORDS["sampled"], peaked_and_flat(dtype=dtype))
     assert targets.ids_PK.shape == targets.logprobs_PK.shape == (24, 0)
@@ -243,7 +244,7 @@ def test_with_no_ids_the_tail_is_everything(dtype):
     assert targets.num_kept_P is None
 
 
-@pytest.mark.parametrize("name", ["probability", "mass", "both", "ragged whole"])
+@loop("name", ["probability", "mass", "both", "ragged whole"])
 def test_thresholds_keep_a_prefix(name):
     record, logits = RECORDS[name], peaked_and_flat()
     targets, full = keep_as(record, logits), keep(logits, record.top_k, torch.ones(24, dtype=torch.int64))
@@ -292,7 +293,7 @@ def test_tails_at_other_temperatures(record, dtype):
     np.testing.assert_array_equal(plain.logprobs_PK, targets.logprobs_PK)
 
 
-@pytest.mark.parametrize("name", ["sampled", "hybrid", "ragged hybrid"])
+@loop("name", ["sampled", "hybrid", "ragged hybrid"])
 def test_draws_come_from_outside_the_kept_ids(name):
     record, logits = RECORDS[name], peaked_and_flat(24)[[2, 3, 9, 15]].repeat_interleave(600, 0)
     targets = keep_as(record, logits)
@@ -308,8 +309,8 @@ def test_draws_come_from_outside_the_kept_ids(name):
         assert abs(chi_square(counts, probs / probs.sum())) < 4
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("name", ["sampled", "hybrid", "ragged hybrid"])
+@loop("dtype", [np.float32, np.float64])
+@loop("name", ["sampled", "hybrid", "ragged hybrid"])
 def test_impossible_and_kept_ids_are_never_drawn(name, dtype):
     record, logits = RECORDS[name], peaked_and_flat(400)
     extremes = [0, 2.0**-53, 2.0**-24, 0.5, 1 - 2.0**-24, np.nextafter(dtype(1), dtype(0))]
@@ -320,7 +321,7 @@ def test_impossible_and_kept_ids_are_never_drawn(name, dtype):
     assert possible.gather(1, drawn)[torch.from_numpy(targets.samples.counts_PJ > 0)].all()
 
 
-@pytest.mark.parametrize("name", ["sampled", "hybrid", "ragged hybrid"])
+@loop("name", ["sampled", "hybrid", "ragged hybrid"])
 def test_shared_out_draws_are_the_distribution_on_average(name):
     record, logits = RECORDS[name], peaked_and_flat()[[12]].expand(4000, -1)
     ids, logprobs, log_tail = keep_as(record, logits).merged()
@@ -331,8 +332,8 @@ def test_shared_out_draws_are_the_distribution_on_average(name):
     assert (np.abs(mean - probs) < 6 * error + 1e-4).all()
 
 
-@pytest.mark.parametrize("name", ["sampled", "hybrid", "ragged hybrid"])
-@pytest.mark.parametrize("chunks", [ChunkSizes(7, 3), ChunkSizes(100, 100), None])
+@loop("name", ["sampled", "hybrid", "ragged hybrid"])
+@loop("chunks", [ChunkSizes(7, 3), ChunkSizes(100, 100), None])
 def test_draws_do_not_depend_on_the_batch(name, chunks):
     record, logits = RECORDS[name], peaked_and_flat(60)
     lengths = [25, 1, 34]
@@ -365,15 +366,15 @@ def test_a_row_with_nothing_outside_has_no_draws():
     assert whole.samples.ids_PJ.shape == (6, 0)
 
 
-@pytest.mark.parametrize("shape", [None, (23, 30), (24, 29)])
+@loop("shape", [None, (23, 30), (24, 29)])
 def test_draws_without_their_uniform_numbers_are_refused(shape):
     logits, labels = peaked_and_flat(), torch.ones(24, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"uniform numbers of shape \(24, 30\)"):
         TargetReducer(RECORDS["sampled"])(lambda a, b: logits[a:b], labels, None if shape is None else np.zeros(shape))
 
 
-@pytest.mark.parametrize("changes", [{}, {"min_prob": 0.01}, {"min_mass": 0.8}], ids=["plain", "probability", "mass"])
-@pytest.mark.parametrize("top_k", [4, VOCAB])
+@loop("changes", [{}, {"min_prob": 0.01}, {"min_mass": 0.8}], ids=["plain", "probability", "mass"])
+@loop("top_k", [4, VOCAB])
 @dtypes
 def test_tail_prior_is_the_mean_probability_while_not_kept(dtype, top_k, changes):
     keeper = TargetReducer(TargetsRecord(top_k=top_k, tail_prior=True, **changes))
@@ -412,7 +413,7 @@ def test_without_a_tail_prior_nothing_is_summed():
 
 
 @records
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@loop("bad", [float("nan"), float("inf"), -float("inf")])
 def test_nonsense_is_refused_whatever_is_kept(record, bad):
     logits = make_logits(40, VOCAB, torch.float32)
     logits[33, slice(None) if bad == -float("inf") else slice(500, 501)] = bad

@@ -3,11 +3,11 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
-import pytest
 import torch
 
 from kdcache.teachers import sample_uniforms
 from kdcache.teachers.samples import count_samples, sample_ids
+from tests.loops import loop
 
 #: On both sides of the borders of blocks of 64.
 VOCABULARIES = [1, 2, 63, 64, 65, 128, 997, 64 * 20 + 1]
@@ -36,8 +36,8 @@ def chi_square(counts, probs):
     return (((counts - expected)[used] ** 2 / expected[used]).sum() - degrees) / np.sqrt(2 * degrees)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 6.0], ids=["flat", "even", "peaked"])
-@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+@loop("scale", [0.0, 1.0, 6.0], ids=["flat", "even", "peaked"])
+@loop("vocab_size", VOCABULARIES)
 def test_draws_invert_the_cumulative_sum(vocab_size, scale):
     weights = make_weights(20, vocab_size, scale)
     weights[1::2, 1::3] = 0
@@ -51,7 +51,7 @@ def test_draws_invert_the_cumulative_sum(vocab_size, scale):
     assert (found == expected).double().mean() > 0.99
 
 
-@pytest.mark.parametrize("scale", [0.5, 3.0], ids=["even", "peaked"])
+@loop("scale", [0.5, 3.0], ids=["even", "peaked"])
 def test_draws_follow_the_distribution_in_every_block(scale):
     vocab_size = 64 * 9 + 17
     row = make_weights(1, vocab_size, scale)
@@ -70,8 +70,8 @@ def test_the_check_of_distributions_can_fail():
     assert chi_square(counts, np.where(np.arange(600) % 2, 0.95, 1.05) / 600) > 4
 
 
-@pytest.mark.parametrize("vocab_size", VOCABULARIES)
-@pytest.mark.parametrize("size", [1.0, 1e-30, 1e-43])
+@loop("vocab_size", VOCABULARIES)
+@loop("size", [1.0, 1e-30, 1e-43])
 def test_an_impossible_id_is_never_drawn(vocab_size, size):
     """Every id in turn is the only possible one; then all but one are; whatever the numbers are."""
     only = torch.eye(vocab_size) * size
@@ -82,7 +82,7 @@ def test_an_impossible_id_is_never_drawn(vocab_size, size):
         assert (sample_ids(others, sought) != torch.arange(vocab_size)[:, None]).all()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@loop("seed", range(3))
 def test_impossible_ids_between_uneven_ones(seed):
     generator = torch.Generator().manual_seed(seed)
     weights = (20 * torch.randn(80, 1000, generator=generator)).clamp(max=40).exp()
@@ -150,9 +150,7 @@ def expected_rows(ids, is_empty):
     return [sorted(row, key=lambda item: (-item[1], item[0])) for row in rows]
 
 
-@pytest.mark.parametrize(
-    ("num_rows", "num_samples", "vocab_size"), [(1, 1, 5), (40, 50, 8), (40, 50, 300_000), (7, 3, 2)]
-)
+@loop(("num_rows", "num_samples", "vocab_size"), [(1, 1, 5), (40, 50, 8), (40, 50, 300_000), (7, 3, 2)])
 def test_counts_of_distinct_ids(num_rows, num_samples, vocab_size):
     rng = np.random.default_rng(num_samples)
     ids = rng.integers(0, vocab_size, (num_rows, num_samples))

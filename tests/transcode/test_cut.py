@@ -11,6 +11,7 @@ from kdcache.cache.truncate import cut_targets
 from kdcache.errors import CorruptCacheError
 from kdcache.schema import SequenceBatch, Targets, TargetsRecord
 from kdcache.transcode.cut import TargetsCutter
+from tests.loops import loop
 from tests.synthetic import random_targets
 
 V = 60
@@ -42,9 +43,9 @@ def compare(found: Targets, expected: Targets, atol: float = 2e-6) -> None:
             np.testing.assert_allclose(getattr(found, name), value, atol=atol, rtol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("scale", [0.1, 3.0, 20.0])
-@pytest.mark.parametrize("temperatures", [(), GRID])
-@pytest.mark.parametrize("name", CUTS)
+@loop("scale", [0.1, 3.0, 20.0])
+@loop("temperatures", [(), GRID])
+@loop("name", CUTS)
 def test_equal_to_a_cut_of_the_whole_distribution(name, temperatures, scale):
     held, wanted = (r.model_copy(update={"temperatures": temperatures}) for r in CUTS[name])
     targets, expected = (random_targets(200, record, V, scale=scale) for record in (held, wanted))

@@ -17,8 +17,8 @@ from kdcache.storage.folder import Folder
 from kdcache.transfer import copy as transfer
 from kdcache.transfer.part import parse_shards
 from kdcache.verify.stored import verify_cache
-from tests.caches import KINDS, SOURCE
 from tests.cache.test_writer import snapshot
+from tests.caches import KINDS, SOURCE
 from tests.synthetic import SyntheticCache
 
 

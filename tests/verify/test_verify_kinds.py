@@ -14,8 +14,8 @@ from kdcache.cache.shard_file import pack
 from kdcache.errors import CorruptCacheError
 from kdcache.schema import TargetsRecord
 from kdcache.verify.stored import verify_cache
-from tests.caches import KINDS
 from tests.cache.test_stranger import change_manifest, set_at
+from tests.caches import KINDS
 from tests.synthetic import SyntheticCache
 
 # -------------------------------------------------------------------------- a writer that wrote nonsense correctly
