@@ -146,7 +146,11 @@ def _explain(model: type[BaseModel], problem: Mapping[str, Any], inside: str = "
     if problem["type"] == "missing":
         return f"{path!r} is required"
     message = str(problem["msg"]).removeprefix("Value error, ")
-    return f"{path!r}: {message} (found {problem.get('input')!r})" if path else message
+    if not path:
+        return message
+    found = problem.get("input")
+    is_named = isinstance(found, str) and repr(found) in message
+    return f"{path!r}: {message}" + ("" if is_named else f" (found {found!r})")
 
 
 def _fields_at(model: type[BaseModel], location: Iterable[Any]) -> list[str]:

@@ -1,31 +1,138 @@
-"""Components of other packages: rows that they add to the tables of kdcache through entry points.
+"""Tables of components that are found by name: losses, terms, tasks, codecs, pacings, and what else has names.
 
-A package names them in its metadata, such as ``[project.entry-points."kdcache.losses"] hellinger = "mine:Hellinger"``.
-They are read where a table is made, so whatever is made from the table (configuration, choices of the command line)
-knows them. What a plugin imports of kdcache must therefore be below the table: submodules, not the package around it.
+A row is an object or a string ``"module:attribute"``, which is imported when its name is first used. Installed packages
+add rows by entry points in the table's group, such as ``[project.entry-points."kdcache.losses"] hellinger =
+"mine:Hellinger"``. Listing the names imports nothing, so a package that cannot be imported breaks its own names only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
-from importlib.metadata import entry_points
-from typing import Any
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
 
 from kdcache.errors import ConfigError
 
+R = TypeVar("R")
 
-def plugins(group: str, taken: Container[str]) -> dict[str, Any]:
-    """Return the objects that installed packages name in an entry-point ``group``, by name.
 
-    Raises ``ConfigError`` for a name that is ``taken`` and for one that cannot be loaded, naming the package.
+class UnknownName(ConfigError, ValueError):
+    """A name that is not in a table. It is a ``ValueError`` too, so that pydantic's validators may raise it."""
+
+
+class Table(Mapping[str, R], Generic[R]):
+    """Rows by name; a row is imported, and plugins are read, on first use.
+
+    ``kind`` is what a row is called in errors, ``group`` the entry-point group of other packages. ``rows`` are objects
+    or strings ``"module:attribute"``. ``make`` turns what was imported into the row (default: it is the row).
+
+    ``table[name]`` raises `UnknownName` for an unknown name, and ``ConfigError``, naming the package, for a plugin that
+    cannot be imported and for a name that two packages add.
     """
-    found = {}
-    for entry in entry_points(group=group):
-        package = entry.dist.name if entry.dist is not None else "a package"
-        if entry.name in taken or entry.name in found:
-            raise ConfigError(f"{package} adds {entry.name!r} to {group}, where that is taken; rename or remove it")
+
+    def __init__(
+        self, kind: str, group: str, rows: Mapping[str, R | str], *, make: Callable[[Any], R] | None = None
+    ) -> None:
+        self.kind = kind
+        self.group = group
+        self._rows = dict(rows)
+        self._make = make
+        self._used: dict[str, R] = {}
+
+    def __getitem__(self, name: str) -> R:
+        """Return the row called ``name``, importing it if this is the first use."""
+        if name not in self._used:
+            self._used[name] = self._resolve(name)
+        return self._used[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the row called ``name``, or ``default`` for an unknown name; a broken plugin still raises."""
+        if name not in self:
+            return default
+        return self[name]
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether there is a row ``name``; imports nothing."""
+        return name in self._rows or name in self._plugins
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names, plugins last; imports nothing."""
+        yield from self._rows
+        yield from (name for name in self._plugins if name not in self._rows)
+
+    def __len__(self) -> int:
+        return len(self.names())
+
+    def __repr__(self) -> str:
+        return f"Table({self.kind!r}: {', '.join(self)})"
+
+    def names(self) -> tuple[str, ...]:
+        """Return all names, plugins last; imports nothing."""
+        return tuple(iter(self))
+
+    def check(self, name: str) -> None:
+        """Raise `UnknownName` unless there is a row ``name``; imports nothing."""
+        if name not in self:
+            raise UnknownName(unknown(self.kind, name, self))
+
+    def importable(self) -> dict[str, R]:
+        """Return all rows that can be imported, by name, and leave out the others: for lists and help texts."""
+        found = {}
+        for name in self:
+            try:
+                found[name] = self[name]
+            except ConfigError:
+                continue
+        return found
+
+    @cached_property
+    def _plugins(self) -> dict[str, list[EntryPoint]]:
+        found: dict[str, list[EntryPoint]] = {}
+        for entry in entry_points(group=self.group):
+            found.setdefault(entry.name, []).append(entry)
+        return found
+
+    def _resolve(self, name: str) -> R:
+        self.check(name)
+        entries = self._plugins.get(name, [])
+        if len(entries) + (name in self._rows) > 1:
+            owners = [*(["kdcache"] if name in self._rows else []), *map(_package, entries)]
+            raise ConfigError(
+                f"the {self.kind} {name!r} is added by {' and '.join(owners)}; uninstall or rename all but one "
+                f"(entry points in the group {self.group})"
+            )
+        if entries:
+            return self._load(name, entries[0])
+        row = self._rows[name]
+        found = import_row(row) if isinstance(row, str) else row
+        return found if self._make is None else self._make(found)
+
+    def _load(self, name: str, entry: EntryPoint) -> R:
         try:
-            found[entry.name] = entry.load()
-        except Exception as error:  # whatever a stranger's module raises
-            raise ConfigError(f"{package} adds {entry.name!r} to {group}, but it cannot be loaded: {error!r}") from None
-    return found
+            found = entry.load()
+            return found if self._make is None else self._make(found)
+        except Exception as error:  # whatever another package's module raises
+            raise ConfigError(
+                f"the {self.kind} {name!r} of {_package(entry)} cannot be imported from {entry.value}: {error!r}; "
+                "repair or uninstall that package"
+            ) from error
+
+
+def import_row(path: str) -> Any:
+    """Return the object that ``"module:attribute"`` names, importing its module."""
+    module, _, attribute = path.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> str:
+    """Return ``unknown loss 'x'; did you mean 'y'?``, or with all ``known`` names where none is close."""
+    names = list(known)
+    close = difflib.get_close_matches(str(name), names, n=1)
+    return f"unknown {kind} {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}")
+
+
+def _package(entry: EntryPoint) -> str:
+    return f"the package {entry.dist.name!r}" if entry.dist is not None else "an unnamed package"

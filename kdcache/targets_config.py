@@ -14,20 +14,20 @@ from pydantic import Field, field_validator, model_validator
 
 from kdcache.codecs import TOPK_CODECS, VECTOR_CODECS
 from kdcache.config import Config, build
-from kdcache.errors import ConfigError, did_you_mean
+from kdcache.errors import ConfigError
+from kdcache.plugins import Table
 from kdcache.schema import TargetsRecord
 
 _CODEC, _HIDDEN_CODEC = "compact", "bf16"
 
 
-def _codec_settings(value: Any, table: Mapping[str, type[Config]], default: str) -> Any:
+def _codec_settings(value: Any, table: Table[Any], default: str) -> Any:
     """Return all settings of the codec that ``value`` describes: its name, or settings with or without ``name``."""
     if not isinstance(value, str | dict):
         raise ValueError("expected a codec's name or a mapping of its settings")
     settings = {"name": value} if isinstance(value, str) else {"name": default, **value}
     name = str(settings["name"])
-    if name not in table:
-        raise ValueError(f"there is no such codec, {did_you_mean(name, table)}")
+    table.check(name)
     # The component validates its own settings and fills in its defaults, which then stand in the manifest.
     try:
         return build(table[name], settings, source=f"codec {name}").model_dump()

@@ -38,7 +38,7 @@ from pydantic import Field, model_validator
 from kdcache.cache.filters import number_column
 from kdcache.cache.order import generator_of
 from kdcache.config import Config
-from kdcache.errors import did_you_mean
+from kdcache.plugins import Table
 
 
 class Curriculum(Config):
@@ -58,8 +58,7 @@ class Curriculum(Config):
 
     @model_validator(mode="after")
     def _known_pacing(self) -> Curriculum:
-        if self.pacing not in PACINGS:
-            raise ValueError(f"unknown pacing {self.pacing!r}, {did_you_mean(self.pacing, PACINGS)}")
+        PACINGS.check(self.pacing)
         # Defaults may stand there: a record of a run writes all settings out, and has to be one that can be read.
         unused = [name for name in ("full_at", "start") if getattr(self, name) != type(self).model_fields[name].default]
         if self.pacing == "sorted" and unused:
@@ -190,9 +189,6 @@ def _sorted(start: float, elapsed: float, passes: float) -> float:
 
 
 #: Name -> share that is available, of (start, share of the time until all are, passes drawn with this step).
-PACINGS: dict[str, Callable[[float, float, float], float]] = {
-    "linear": _linear,
-    "root": _root,
-    "step": _step,
-    "sorted": _sorted,
-}
+PACINGS: Table[Callable[[float, float, float], float]] = Table(
+    "pacing", "kdcache.curricula", {"linear": _linear, "root": _root, "step": _step, "sorted": _sorted}
+)

@@ -35,7 +35,7 @@ A dump that was interrupted goes on where it stopped when the same command runs 
 @click.option(
     "--task",
     type=click.Choice(list(TASKS)),
-    help="What a row is: " + "; ".join(f"{name}: {task.summary}" for name, task in TASKS.items()) + ".  "
+    help="What a row is: " + "; ".join(f"{name}: {task.summary}" for name, task in TASKS.importable().items()) + ".  "
     "[default: causal-lm]",
 )
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="Settings that go well together (kdcache estimate).")

@@ -10,7 +10,7 @@ from kdcache.codecs.targets import TargetsCodec
 from kdcache.codecs.topk import TOPK_CODECS, TopKCodec
 from kdcache.codecs.vectors import VECTOR_CODECS, VectorCodec
 from kdcache.config import Config, build
-from kdcache.errors import ConfigError, did_you_mean
+from kdcache.plugins import Table
 from kdcache.schema import TargetsRecord
 
 __all__ = [
@@ -43,8 +43,6 @@ def vector_codec(parameters: Mapping[str, Any]) -> VectorCodec:
     return _from_table(VECTOR_CODECS, parameters)
 
 
-def _from_table(table: Mapping[str, type[C]], parameters: Mapping[str, Any]) -> C:
+def _from_table(table: Table[type[C]], parameters: Mapping[str, Any]) -> C:
     name = str(parameters.get("name"))
-    if name not in table:
-        raise ConfigError(f"there is no codec {name!r}, {did_you_mean(name, table)}")
     return build(table[name], parameters, source=f"codec {name}")

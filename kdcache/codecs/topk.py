@@ -30,6 +30,7 @@ from pydantic import Field
 from kdcache.codecs.floats import BF16, FP16, FP32, FloatFormat
 from kdcache.codecs.ids import OpenTables, id_dtype, rank_ids, sorted_steps, undo_sorted_steps
 from kdcache.config import Config
+from kdcache.plugins import Table
 from kdcache.schema import ArrayRecord
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -247,9 +248,8 @@ class ExactCodec(_LogprobCodec):
 
 
 #: Every codec of kept ids by its name on the command line.
-TOPK_CODECS: dict[str, type[TopKCodec]] = {
-    "compact": CompactCodec,
-    "bf16": Bf16Codec,
-    "fp16": Fp16Codec,
-    "exact": ExactCodec,
-}
+TOPK_CODECS: Table[type[TopKCodec]] = Table(
+    "codec",
+    "kdcache.topk_codecs",
+    {"compact": CompactCodec, "bf16": Bf16Codec, "fp16": Fp16Codec, "exact": ExactCodec},
+)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from kdcache.codecs.floats import BF16, FP16, FP32, FloatFormat
 from kdcache.config import Config
 from kdcache.errors import CorruptCacheError, TeacherError
+from kdcache.plugins import Table
 from kdcache.schema import ArrayRecord
 
 #: Largest magnitude that float16 may hold with a margin for later arithmetic (its maximum is 65,504).
@@ -143,9 +144,8 @@ def relative_errors(found_PD: NDArray[np.float32], states_PD: NDArray[np.float32
 
 
 #: Every codec of hidden states by its name on the command line.
-VECTOR_CODECS: dict[str, type[VectorCodec]] = {
-    "bf16": Bf16VectorCodec,
-    "fp16": Fp16VectorCodec,
-    "int8": Int8VectorCodec,
-    "exact": ExactVectorCodec,
-}
+VECTOR_CODECS: Table[type[VectorCodec]] = Table(
+    "codec",
+    "kdcache.vector_codecs",
+    {"bf16": Bf16VectorCodec, "fp16": Fp16VectorCodec, "int8": Int8VectorCodec, "exact": ExactVectorCodec},
+)

@@ -8,7 +8,6 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from kdcache.config import Config, build_nested
 from kdcache.corpus import CorpusConfig
-from kdcache.errors import did_you_mean
 from kdcache.schema import OutputsRecord
 from kdcache.targets_config import HiddenStatesConfig, OutputsConfig, TargetsConfig
 from kdcache.tasks import TASKS, Task, task_of
@@ -36,8 +35,7 @@ class DumpConfig(Config):
     @field_validator("task")
     @classmethod
     def _known_task(cls, value: str) -> str:
-        if value not in TASKS:
-            raise ValueError(f"there is no such task, {did_you_mean(value, TASKS)}")
+        TASKS.check(value)
         return value
 
     @field_validator("sequences", mode="before")

@@ -11,11 +11,8 @@ from torch import Tensor
 
 from kdcache.losses.base import Loss
 from kdcache.losses.context import TeacherContext
-from kdcache.losses.f_divergences import JensenShannon, ReverseKL, SkewKL, SkewReverseKL, TotalVariation
-from kdcache.losses.forward_kl import ForwardKL
-from kdcache.losses.kept_logits import LogitsMSE, Ranking
 from kdcache.losses.view import ChunkView
-from kdcache.plugins import plugins
+from kdcache.plugins import Table
 
 
 class CrossEntropy(Loss):
@@ -34,16 +31,19 @@ class CrossEntropy(Loss):
         """Return None: the teacher plays no part."""
 
 
-LOSSES: dict[str, type[Loss]] = {
-    "forward_kl": ForwardKL,
-    "cross_entropy": CrossEntropy,
-    "reverse_kl": ReverseKL,
-    "jensen_shannon": JensenShannon,
-    "total_variation": TotalVariation,
-    "skew_kl": SkewKL,
-    "skew_reverse_kl": SkewReverseKL,
-    "logits_mse": LogitsMSE,
-    "ranking": Ranking,
-}
-# Other packages add theirs in this entry-point group.
-LOSSES |= plugins("kdcache.losses", LOSSES)
+#: Every loss by its name in an objective; other packages add theirs in the entry-point group ``kdcache.losses``.
+LOSSES: Table[type[Loss]] = Table(
+    "loss",
+    "kdcache.losses",
+    {
+        "forward_kl": "kdcache.losses.forward_kl:ForwardKL",
+        "cross_entropy": "kdcache.losses.divergences:CrossEntropy",
+        "reverse_kl": "kdcache.losses.f_divergences:ReverseKL",
+        "jensen_shannon": "kdcache.losses.f_divergences:JensenShannon",
+        "total_variation": "kdcache.losses.f_divergences:TotalVariation",
+        "skew_kl": "kdcache.losses.f_divergences:SkewKL",
+        "skew_reverse_kl": "kdcache.losses.f_divergences:SkewReverseKL",
+        "logits_mse": "kdcache.losses.kept_logits:LogitsMSE",
+        "ranking": "kdcache.losses.kept_logits:Ranking",
+    },
+)

@@ -34,7 +34,7 @@ from kdcache.schema import NO_LABEL
 DEFAULT_WEIGHTS: dict[str, Any] = {"forward_kl": {"weight": 0.9}, "cross_entropy": {"weight": 0.1}}
 
 # One optional field per row of the tables; typed Any because a checker cannot follow fields that a table made.
-_FIELDS: dict[str, Any] = {name: (part | None, None) for name, part in (LOSSES | TERMS).items()}
+_FIELDS: dict[str, Any] = {name: (part | None, None) for name, part in {**LOSSES, **TERMS}.items()}
 _OneFieldPerPart: Any = create_model("_OneFieldPerPart", __base__=Config, **_FIELDS)
 
 

@@ -4,22 +4,30 @@ A new term is two classes (see ``kdcache.losses.terms``) and its row here; the c
 documentation and the tests enumerate the table.
 """
 
-from kdcache.losses.embedding_terms import Contrastive, LabelCosine, SimilarityMatrix
-from kdcache.losses.hidden_terms import HiddenCosine, HiddenMSE
-from kdcache.losses.output_terms import LabelMSE, OutputCosine, OutputMSE
-from kdcache.losses.ranking_terms import ListCrossEntropy, ListwiseKL, MarginMSE
-from kdcache.losses.terms import Term
+from __future__ import annotations
 
-TERMS: dict[str, type[Term]] = {
-    "hidden_mse": HiddenMSE,
-    "hidden_cosine": HiddenCosine,
-    "output_mse": OutputMSE,
-    "output_cosine": OutputCosine,
-    "label_mse": LabelMSE,
-    "similarity_matrix": SimilarityMatrix,
-    "contrastive": Contrastive,
-    "label_cosine": LabelCosine,
-    "margin_mse": MarginMSE,
-    "listwise_kl": ListwiseKL,
-    "list_cross_entropy": ListCrossEntropy,
-}
+from typing import TYPE_CHECKING
+
+from kdcache.plugins import Table
+
+if TYPE_CHECKING:
+    from kdcache.losses.terms import Term
+
+#: Every term by its name in an objective; other packages add theirs in the entry-point group ``kdcache.terms``.
+TERMS: Table[type[Term]] = Table(
+    "term",
+    "kdcache.terms",
+    {
+        "hidden_mse": "kdcache.losses.hidden_terms:HiddenMSE",
+        "hidden_cosine": "kdcache.losses.hidden_terms:HiddenCosine",
+        "output_mse": "kdcache.losses.output_terms:OutputMSE",
+        "output_cosine": "kdcache.losses.output_terms:OutputCosine",
+        "label_mse": "kdcache.losses.output_terms:LabelMSE",
+        "similarity_matrix": "kdcache.losses.embedding_terms:SimilarityMatrix",
+        "contrastive": "kdcache.losses.embedding_terms:Contrastive",
+        "label_cosine": "kdcache.losses.embedding_terms:LabelCosine",
+        "margin_mse": "kdcache.losses.ranking_terms:MarginMSE",
+        "listwise_kl": "kdcache.losses.ranking_terms:ListwiseKL",
+        "list_cross_entropy": "kdcache.losses.ranking_terms:ListCrossEntropy",
+    },
+)

@@ -17,7 +17,7 @@ from kdcache.peek.tokens import SELECTIONS, Choice, PeekPosition, PeekResult
 from kdcache.schema import OUTPUTS_FIELD
 from kdcache.tasks import Task, task_of
 
-__all__ = ["SELECTIONS", "VIEWS", "Choice", "PeekPosition", "PeekResult", "View", "peek"]
+__all__ = ["SELECTIONS", "VIEWS", "Choice", "PeekPosition", "PeekResult", "View", "peek_cache"]
 
 
 def peek_cache(

@@ -3,7 +3,6 @@ import os
 import re
 import subprocess
 import sys
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,10 +14,8 @@ from kdcache.cache.curriculum import PACINGS
 from kdcache.cli import COMMANDS
 from kdcache.codecs import TOPK_CODECS, VECTOR_CODECS, TargetsCodec
 from kdcache.corpus.sources import FORMATS
-from kdcache.errors import ConfigError
 from kdcache.losses import LOSSES, MEASURES, SCHEDULES, TERMS, ChunkView, Loss, TeacherContext, allowed
 from kdcache.models.bodies import BODIES
-from kdcache.plugins import plugins
 from kdcache.presets import PRESETS
 from kdcache.schema import Kind, TargetsRecord
 from kdcache.students.sizes import SIZES
@@ -192,14 +189,3 @@ def entry_points_of_the_page() -> str:
     shown = re.findall(r'    \[project\.entry-points\."([^"]+)"\]\n    (\S+) = "([^"]+)"', PAGE)
     assert len(shown) == 2
     return "".join(f"[{group}]\n{name} = {place}\n" for group, name, place in shown)
-
-
-def test_a_plugin_that_takes_a_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    point = EntryPoint("forward_kl", "tests.docs.pages:blocks", "kdcache.losses")
-    monkeypatch.setattr("kdcache.plugins.entry_points", lambda group: [point])
-    with pytest.raises(ConfigError, match=r"adds 'forward_kl' to kdcache\.losses, where that is taken"):
-        plugins("kdcache.losses", LOSSES)
-    broken = EntryPoint("mine", "no_such_module:Thing", "kdcache.losses")
-    monkeypatch.setattr("kdcache.plugins.entry_points", lambda group: [broken])
-    with pytest.raises(ConfigError, match=r"adds 'mine' to kdcache\.losses, but it cannot be loaded: ModuleNotFound"):
-        plugins("kdcache.losses", LOSSES)

@@ -55,7 +55,7 @@ def test_a_mistyped_setting_gets_a_suggestion():
 
 @pytest.mark.parametrize("codec", ["compac", {"name": "compac"}])
 def test_a_mistyped_codec_gets_a_suggestion(codec):
-    with pytest.raises(ConfigError, match="no such codec, did you mean 'compact'"):
+    with pytest.raises(ConfigError, match="unknown codec 'compac'; did you mean 'compact'"):
         configure(targets={"codec": codec})
 
 

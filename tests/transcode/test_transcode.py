@@ -370,7 +370,7 @@ def test_a_dry_run_writes_nothing_and_tells_the_truth(tmp_path, corpus_file):
         ({"targets": {"kind": "top"}}, "targets: 'kind'"),
         ({"targets": {"topk": 3}}, "unknown setting 'topk', did you mean 'top_k'"),
         ({"targets": {"temperatures": [3.0, 2.0]}}, "no tails at temperature 3, but at 0.5, 2"),
-        ({"targets": {"codec": "compct"}}, "no such codec, did you mean 'compact'"),
+        ({"targets": {"codec": "compct"}}, "unknown codec 'compct'; did you mean 'compact'"),
         ({"targets": {"codec": {"grid": 8}}}, "codec exact: unknown setting 'grid'"),
         ({"targets": {"codec": 3}}, "expected a codec's name"),
         ({"targets": {"num_samples": 3}}, "take no samples"),

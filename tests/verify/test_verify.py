@@ -311,7 +311,7 @@ def test_what_no_shard_can_be_read_with_is_one_problem(copy):
     text = (copy / "manifest.json").read_text()
     (copy / "manifest.json").write_text(text.replace('"name": "exact"', '"name": "exacter"'))
     problems = verify_cache(str(copy), deep=True).problems
-    assert len([problem for problem in problems if "there is no codec 'exacter'" in problem]) == 1
+    assert len([problem for problem in problems if "unknown codec 'exacter'" in problem]) == 1
 
 
 AGAIN, FETCH = "run the command that made the cache again: it writes them again", "delete the commit record"
