@@ -1,7 +1,8 @@
-"""Loading the model of a task and its tokenizer from a hub id, a directory or a GGUF file.
+"""Load the model of a task and its tokenizer from a hub id, a directory or a GGUF file.
 
-Only what is loaded differs between teachers and students; what goes wrong is the same, so the messages live here. Code
-from model repositories is never run (``trust_remote_code`` stays off): a cache may name a stranger's model.
+Teachers and students are loaded here, so that both report the same mistakes in the same words. Code from model
+repositories never runs: a cache may name the model, and may contain the tokenizer, of somebody you do not know. Every
+load passes ``trust_remote_code=False``; without it transformers would ask on standard input.
 """
 
 from __future__ import annotations
@@ -12,37 +13,53 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import ConfigError, KdcacheError, did_you_mean
-from kdcache.models.pooling import drop_pooler
-from kdcache.tasks import Task
+
+if TYPE_CHECKING:
+    import torch
+
+    from kdcache.tasks import Task
 
 log = logging.getLogger(__name__)
 
-#: Names of dtypes as settings write them.
+#: Names of dtypes in settings, and torch's names of them.
 DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "float64": "float64",
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
 }
+#: Passed to every load: ``None``, the default of transformers, asks on standard input and runs the code after a "y".
+_NO_FOREIGN_CODE = {"trust_remote_code": False}
+
+
+def check_dtype(name: str) -> None:
+    """Raise ``ConfigError`` for an unknown dtype; imports no torch."""
+    if name not in DTYPES:
+        raise ConfigError(f"unknown dtype {name!r}; {did_you_mean(name, DTYPES)}")
 
 
 def parse_dtype(name: str) -> torch.dtype:
     """Return the torch dtype called ``name``; raises ``ConfigError``."""
-    if name not in DTYPES:
-        raise ConfigError(f"there is no dtype {name!r}, {did_you_mean(name, DTYPES)}")
-    return DTYPES[name]
+    import torch
+
+    check_dtype(name)
+    dtype: torch.dtype = getattr(torch, DTYPES[name])
+    return dtype
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called ``name``; ``auto`` takes CUDA, then Apple's MPS, then the CPU."""
+    """Return the device called ``name``; ``auto`` takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises ``ConfigError`` for a device that cannot hold an array.
+    """
+    import torch
+
     if name == "auto":
         if torch.cuda.is_available():
             name = "cuda"
@@ -51,7 +68,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         if device.type == "meta":
-            raise RuntimeError("it holds no numbers")
+            raise RuntimeError("meta tensors have no values")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
@@ -89,16 +106,24 @@ def load_model(
     _check_not_an_adapter(name, error)
     with _readable_failures(name, error):
         if not is_gguf:
-            _check_architecture(transformers.AutoConfig.from_pretrained(name, revision=revision), task, name, error)
+            config = transformers.AutoConfig.from_pretrained(name, revision=revision, **_NO_FOREIGN_CODE)
+            _check_architecture(config, task, name, error)
         if is_gguf:
             # Without it the model believes that it is still quantised and refuses .float() and saving.
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
         with quiet():
             model, report = getattr(transformers, task.model_class).from_pretrained(
-                **arguments, **settings, revision=revision or "main", dtype=dtype or "auto", output_loading_info=True
+                **arguments,
+                **settings,
+                **_NO_FOREIGN_CODE,
+                revision=revision or "main",
+                dtype=dtype or "auto",
+                output_loading_info=True,
             )
     _check_whole(report, model, name, task, error, may_lack_head)
     if task.body == "pooled":
+        from kdcache.models.pooling import drop_pooler
+
         drop_pooler(model)
     return model.eval()
 
@@ -108,7 +133,9 @@ def load_config(name: str, *, revision: str | None = None, error: type[KdcacheEr
     import transformers
 
     with _readable_failures(name, error), quiet():
-        return transformers.AutoConfig.from_pretrained(**source_arguments(name), revision=revision or "main")
+        return transformers.AutoConfig.from_pretrained(
+            **source_arguments(name), **_NO_FOREIGN_CODE, revision=revision or "main"
+        )
 
 
 def _check_whole(
@@ -143,7 +170,9 @@ def load_tokenizer(name: str, *, revision: str | None = None, error: type[Kdcach
     from transformers import AutoTokenizer
 
     with _readable_failures(name, error), quiet():
-        return AutoTokenizer.from_pretrained(**source_arguments(name), revision=revision or "main")
+        return AutoTokenizer.from_pretrained(
+            **source_arguments(name), **_NO_FOREIGN_CODE, revision=revision or "main"
+        )
 
 
 def _check_not_an_adapter(name: str, error: type[KdcacheError]) -> None:
@@ -181,6 +210,11 @@ def _readable_failures(name: str, error: type[KdcacheError]) -> Iterator[None]:
         hint = "; install it with pip install 'kdcache[gguf]'" if name.endswith(".gguf") else ""
         raise error(f"{name} needs a package that is not installed: {first_line(failure)}{hint}") from None
     except Exception as failure:  # transformers, tokenizers, safetensors and the hub client have no common base
+        if "trust_remote_code" in str(failure):
+            raise error(
+                f"{name} needs Python code from its own repository (auto_map in its JSON files), which kdcache never "
+                "runs; use a model whose architecture and tokenizer the installed transformers has"
+            ) from None
         if "ignore_mismatched_sizes" in str(failure):  # the library's advice: it has logged the shapes, and not told
             raise error(
                 f"the weights of {name} are of other shapes than are needed here, as those of a head of another number "

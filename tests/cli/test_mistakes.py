@@ -138,7 +138,7 @@ def test_verify_against_a_teacher_that_is_not_there(run, dumped):
         ({}, ["--top-k", 0], ["targets of the kind top-k need a top_k of 1 or more", "0"]),
         ({}, ["--hidden-states", "7"], ["no hidden state 7", "0 (embeddings) to 2 (last)"]),
         ({}, ["--hidden-states", "top"], ["'top'"]),
-        ({}, ["--dtype", "float61"], ["no dtype 'float61'", "did you mean 'float64'"]),
+        ({}, ["--dtype", "float61"], ["unknown dtype 'float61'", "did you mean 'float64'"]),
         ({}, ["--set", "teacher.device=gpu0"], ["device 'gpu0' cannot be used"]),
         ({}, ["--max-length", 1], ["sequences.max_length"]),
         ({"teacher": None}, [], ["'teacher.model' is required"]),

@@ -343,7 +343,7 @@ def test_nan_weights(tmp_path, corpus_file):
         ({"teacher": {"model": "/no/such/model"}}, TeacherError, "there is no model at /no/such/model"),
         ({"corpus": {"paths": ["/no/such/corpus.txt"]}}, CorpusError, "/no/such/corpus.txt"),
         ({"hidden_states": {"layers": "3"}}, ConfigError, "no hidden state 3"),
-        ({"teacher": {"model": "TEACHER", "dtype": "int3"}}, ConfigError, "no dtype 'int3'"),
+        ({"teacher": {"model": "TEACHER", "dtype": "int3"}}, ConfigError, "unknown dtype 'int3'"),
         ({"teacher": {"model": "TEACHER", "device": "abacus"}}, ConfigError, "device 'abacus' cannot be used"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

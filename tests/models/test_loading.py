@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from kdcache.errors import ConfigError, TeacherError
-from kdcache.models.loading import load_model, load_tokenizer, parse_dtype, pick_device
+from kdcache.models.loading import load_config, load_model, load_tokenizer, parse_dtype, pick_device
 from kdcache.tasks import task_of
 from tests.loops import loop
 from tests.tiny import llama
@@ -99,22 +99,47 @@ def test_a_directory_without_a_tokenizer(tmp_path):
         load_tokenizer(str(tmp_path), error=TeacherError)
 
 
-def test_code_from_a_repository_is_never_run(tmp_path):
+HOSTILE = {
+    "load_model": lambda path: load(path),
+    "load_config": lambda path: load_config(str(path), error=TeacherError),
+    "load_tokenizer": lambda path: load_tokenizer(str(path), error=TeacherError),
+}
+
+
+@pytest.mark.parametrize("loader", HOSTILE)
+def test_code_from_a_repository_is_never_run(tmp_path, monkeypatch, loader):
     llama(40).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}
     config["model_type"] = "evil"
     (tmp_path / "config.json").write_text(json.dumps(config))
+    tokenizer = {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'proof')!r}, 'w').write('ran')\n")
-    with pytest.raises(TeacherError, match="cannot load"):
-        load(tmp_path)
+    questions = []
+    # What transformers asks on standard input before it runs the code; a pipe may well say yes.
+    monkeypatch.setattr("builtins.input", lambda *prompt: questions.append(prompt) or "y")
+    with pytest.raises(TeacherError, match=r"needs Python code from its own repository .* never runs; use a model"):
+        HOSTILE[loader](tmp_path)
+    assert questions == []
+    assert not (tmp_path / "proof").exists()
+
+
+def test_a_known_architecture_is_loaded_by_the_librarys_own_class(tmp_path, monkeypatch):
+    llama(40).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "evil.Model"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'proof')!r}, 'w').write('ran')\n")
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    assert type(load(tmp_path)).__name__ == "LlamaForCausalLM"
     assert not (tmp_path / "proof").exists()
 
 
 def test_settings():
     assert parse_dtype("bf16") is torch.bfloat16
     assert pick_device("cpu").type == "cpu"
-    with pytest.raises(ConfigError, match=r"no dtype 'bfloat61', did you mean 'bfloat16'"):
+    with pytest.raises(ConfigError, match=r"unknown dtype 'bfloat61'; did you mean 'bfloat16'"):
         parse_dtype("bfloat61")
     for name in ("cuda:99", "tpu", ""):
         with pytest.raises(ConfigError, match=f"device '{name}' cannot be used"):
