@@ -8,7 +8,7 @@ one: numpy, blosc and the disk release the GIL, so the teacher hardly notices.
 from __future__ import annotations
 
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache import CacheWriter, ShardData
+from kdcache.cache.write_behind import WriteBehind
 from kdcache.dump.batches import BatchRunner, ShardRows, Teacher
 from kdcache.dump.config import DumpConfig
 from kdcache.dump.loading import load_parts, runner_of
@@ -80,33 +81,31 @@ def dump(
     ends = np.concatenate([[0], np.cumsum(sequences.lengths_N)])
     positions_of = [int(ends[starts[s + 1]] - ends[starts[s]]) for s in range(plan.num_shards)]
     todo = sum(positions_of[s] for s in missing)
-    written: list[ShardRecord] = []
     task = task_of(plan.task)
     unit = task.unit
     began = time.perf_counter()
-    with (
-        bar(
-            plan.num_positions,
-            "teacher",
-            "tok" if unit == "token" else unit,
-            enabled=progress,
-            initial=plan.num_positions - todo,
-        ) as meter,
-        ThreadPoolExecutor(1, thread_name_prefix="kdcache-writer") as pool,
-    ):
-        pending: list[Future[ShardRecord]] = []
-        for shard in missing:
-            data = _run_shard(shard, task, sequences, starts, runner, batch_tokens, meter)
-            # One shard may wait while another is written: memory is bounded by three of them.
-            while len(pending) > 1:
-                written.append(pending.pop(0).result())
-            _show_bytes(meter, written, unit)
-            pending.append(pool.submit(writer.write_shard, data))
-        teacher_s = time.perf_counter() - began
-        written.extend(future.result() for future in pending)
-        _show_bytes(meter, written, unit)
+    with bar(
+        plan.num_positions,
+        "teacher",
+        "tok" if unit == "token" else unit,
+        enabled=progress,
+        initial=plan.num_positions - todo,
+    ) as meter:
+        # One shard may wait while another is written: with the one that is made, memory holds three.
+        with WriteBehind(writer.write_shard, max_pending=2) as writes:
+
+            def after_batch(num_positions: int) -> None:
+                meter.update(num_positions)
+                writes.check()
+
+            for shard in missing:
+                data = _run_shard(shard, task, sequences, starts, runner, batch_tokens, after_batch)
+                writes.put(data)
+                _show_bytes(meter, writes.written, unit)
+            teacher_s = time.perf_counter() - began
+        _show_bytes(meter, writes.written, unit)
     manifest = writer.finalise()
-    return DumpResult(str(writer.folder), manifest, len(written), todo, teacher_s)
+    return DumpResult(str(writer.folder), manifest, len(writes.written), todo, teacher_s)
 
 
 def _run_shard(
@@ -116,7 +115,7 @@ def _run_shard(
     starts: NDArray[np.int64],
     runner: BatchRunner,
     batch_tokens: int,
-    meter: Any,
+    after_batch: Callable[[int], None],
 ) -> ShardData:
     begin, end = int(starts[shard]), int(starts[shard + 1])
     lengths = sequences.lengths_N[begin:end]
@@ -125,7 +124,7 @@ def _run_shard(
     for group in batches_by_length(np.array([s.num_fed for s in members]), batch_tokens):
         batch = [members[n] for n in group]
         runner.run(batch, rows.put)
-        meter.update(sum(s.num_positions for s in batch))
+        after_batch(sum(s.num_positions for s in batch))
     segments = [s.segment_ids_T for s in members if s.segment_ids_T is not None]
     places = [s.token_index_L for s in members if s.token_index_L is not None]
     return ShardData(

@@ -170,9 +170,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, error: type[Kdcach
     from transformers import AutoTokenizer
 
     with _readable_failures(name, error), quiet():
-        return AutoTokenizer.from_pretrained(
-            **source_arguments(name), **_NO_FOREIGN_CODE, revision=revision or "main"
-        )
+        return AutoTokenizer.from_pretrained(**source_arguments(name), **_NO_FOREIGN_CODE, revision=revision or "main")
 
 
 def _check_not_an_adapter(name: str, error: type[KdcacheError]) -> None:

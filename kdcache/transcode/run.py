@@ -7,13 +7,13 @@ second thread encodes and writes a shard while the next one is read.
 from __future__ import annotations
 
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdcache.cache import CacheWriter, layout, open_cache
 from kdcache.cache.output_dir import refuse_foreign
+from kdcache.cache.write_behind import WriteBehind
 from kdcache.errors import CorruptCacheError
 from kdcache.progress import bar, reporter
 from kdcache.schema import Manifest, ShardRecord
@@ -86,21 +86,16 @@ def _transcode(
     missing = writer.begin(job.plan, job.table, _tokenizer_files(job), _cache_files(job))
     positions_of = [int(job.lengths_N[job.starts[s] : job.starts[s + 1]].sum()) for s in range(job.plan.num_shards)]
     done = job.plan.num_positions - sum(positions_of[shard] for shard in missing)
-    written: list[ShardRecord] = []
     with (
         bar(job.plan.num_positions, "transcode", "tok", enabled=progress, initial=done) as meter,
-        ThreadPoolExecutor(1, thread_name_prefix="kdcache-writer") as pool,
+        WriteBehind(writer.write_shard) as writes,  # with the shard that is made, memory holds two
     ):
-        pending: list[Future[ShardRecord]] = []
         for shard in missing:
             members = slice(int(job.starts[shard]), int(job.starts[shard + 1]))
             data = make_shard(job, maker, shard, members, batch_positions, meter)
             data.copied = copied_fields(job, shard)
-            while pending:  # memory is bounded by two shards
-                written.append(pending.pop().result())
-            pending.append(pool.submit(writer.write_shard, data))
-        written.extend(future.result() for future in pending)
-    return writer.finalise(), written
+            writes.put(data)
+    return writer.finalise(), writes.written
 
 
 def _tokenizer_files(job: Transcoding) -> dict[str, bytes]:

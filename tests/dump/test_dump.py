@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -178,6 +180,30 @@ def test_what_was_committed_before_a_failure_is_kept(tmp_path, corpus_file):
     result = run_dump(corpus_file, tmp_path, BigramTeacher())
     assert len(kept) == result.manifest.num_shards - result.num_shards_written
     assert {name: snapshot(tmp_path)[name] for name in kept} == kept
+
+
+def test_a_failed_write_is_noticed_at_the_next_batch(tmp_path, corpus_file, monkeypatch):
+    failed = threading.Event()
+
+    def full(writer, data):
+        failed.set()
+        raise OSError(28, "No space left on device")
+
+    class Counting(BigramTeacher):
+        after = 0
+
+        def run(self, sequences, layers=()):
+            if failed.is_set():
+                time.sleep(0.05)  # the writer's thread gets its turn to hand the error over
+                self.after += 1
+            return super().run(sequences, layers)
+
+    monkeypatch.setattr("kdcache.cache.writer.CacheWriter.write_shard", full)
+    teacher = Counting()
+    with pytest.raises(OSError, match="No space left"):
+        run_dump(corpus_file, tmp_path, teacher, batch_tokens=16)
+    # One batch may have been under way and another one have begun; a shard has about six.
+    assert 1 <= teacher.after <= 2
 
 
 def test_infinite_hidden_states_are_refused(tmp_path, corpus_file):
