@@ -3,21 +3,25 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
-# Processes that the default tests are shared out to.
+# Processes that tests are shared out to; a file stays in one, so that its fixtures are made once.
 JOBS ?= 2
 
-.PHONY: demo test test-slow lint docs clean
+.PHONY: demo test test-slow coverage lint docs clean
 
 demo: $(READY)  ## dump a real teacher, train a student with and without it, compare (six to ten minutes on 2 cores)
 	PYTHON="$(CURDIR)/$(BIN)/python" pipelines/causal_lm/run.sh
 
-test: $(READY)  ## the default tests: quick, no model files, no network
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS)
+test: $(READY)  ## the default tests: quick, no model files, no network; `make lint` checks the code itself
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-test-slow: $(READY)  ## the tests that need the real embedded teacher, and those that start many processes
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+test-slow: $(READY)  ## the tests that need the real embedded teacher, kill processes or take long
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadgroup --durations 40
 
-lint: $(READY)
+coverage: $(READY)  ## lines and branches of kdcache/ that the default tests run; child processes are not counted
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --cov=kdcache --cov-branch \
+		--cov-report=term:skip-covered
+
+lint: $(READY)  ## style, types, layers
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 docs: $(READY)  ## write docs/cli.md again

@@ -1,28 +1,16 @@
-"""The rules of the house that a machine can check."""
+"""The rules of the house that a machine can check; `make lint` checks layers, types and style."""
 
 from __future__ import annotations
 
-import ast
 import importlib
 import pkgutil
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
-
 import kdcache
+from tests.loops import loop
 
 ROOT = Path(__file__).parents[1]
 MODULES = ["kdcache", *(module.name for module in pkgutil.walk_packages(kdcache.__path__, "kdcache."))]
-BIN = Path(sys.executable).parent
-
-
-def run(*command: str) -> None:
-    result = subprocess.run(
-        [str(BIN / command[0]), *command[1:]], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def path_of(module: str) -> Path:
@@ -36,10 +24,6 @@ def test_every_module_is_found():
     assert len(MODULES) > 50
 
 
-def test_layers_import_downwards_only():
-    run("lint-imports", "--no-cache")
-
-
 def test_a_new_module_has_a_layer():
     import tomllib
 
@@ -51,24 +35,7 @@ def test_a_new_module_has_a_layer():
     assert layered <= top
 
 
-def test_ruff():
-    run("ruff", "check", "--no-cache", ".")
-
-
-def test_formatting():
-    run("ruff", "format", "--no-cache", "--check", ".")
-
-
-def test_types():
-    run("mypy")
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_says_what_it_is(module):
-    assert ast.get_docstring(ast.parse(path_of(module).read_text()))
-
-
-@pytest.mark.parametrize("module", [m for m in MODULES if "__all__" in path_of(m).read_text()])
+@loop("module", [m for m in MODULES if "__all__" in path_of(m).read_text()])
 def test_public_names_exist_and_are_sorted(module):
     loaded = importlib.import_module(module)
     assert loaded.__all__
@@ -80,9 +47,3 @@ def test_public_names_exist_and_are_sorted(module):
 def test_no_file_is_a_drawer_of_everything():
     names = {path.stem for folder in ("kdcache", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
     assert not names & {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
-
-
-def test_files_stay_small():
-    # The longest file that is still read in one go; whoever reaches this splits a module.
-    sizes = {module: len(path_of(module).read_text().splitlines()) for module in MODULES}
-    assert not {module: size for module, size in sizes.items() if size > 340}
