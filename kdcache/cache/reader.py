@@ -61,8 +61,9 @@ class Cache:
         load = partial(_load, folder, manifest, self._decoder, check_crc)
         self._shards = OpenShards(load, max_open_shards, OPEN_BYTES)
         self._last = {"last": manifest.states_field} if manifest.targets.kind == "hidden" else {}
-        self._ahead = None if folder.store is None else Ahead(folder.store, folder, manifest)
-        if self._ahead is not None:
+        self._ahead: Ahead | None = None
+        if isinstance(folder.store, LocalStore):
+            self._ahead = Ahead(folder.store, folder, manifest)
             weakref.finalize(self, self._ahead.close)
         self._field_bytes = encoded_bytes(manifest)  # once: every read asks, and shards may be many
         counts = [shard.num_sequences for shard in manifest.shards]

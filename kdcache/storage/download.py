@@ -1,17 +1,16 @@
-"""One object from a remote cache onto this machine's disk, checked against the manifest.
+"""Download one object of a remote cache to this machine's disk and check it against its record.
 
-The object arrives in one request through the file system's own ``get_file``, which needs neither ranges nor listings of
-the server and is what clients of object stores have made parallel and fast. What went wrong on the way (connections cut
-or refused, bodies too short, bytes flipped, a server that is busy) is fetched again a few times, with pauses; what
-stays wrong is named. Nothing here decides where the file lies or when it may be used: see `kdcache.storage.local_store`.
+The object arrives in one request through the file system's own ``get_file``, which needs neither ranges nor listings
+of the server. Bytes that arrive short or damaged count as a failed attempt of the retry policy
+(`kdcache.storage.retry`). Where the file lies and when it may be used is decided in `kdcache.storage.local_store`.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,50 +18,43 @@ from fsspec.callbacks import Callback
 
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.schema import ObjectRecord
-from kdcache.storage.folder import PAUSES_S, Folder
+from kdcache.storage.folder import Folder
+from kdcache.storage.retry import RetriesExhaustedError, WrongBytesError, words_of
 
-#: What another attempt cannot help: the local disk is full, or its quota is used up.
+#: Errors of a local disk that is full, or whose quota is used up.
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class DownloadCancelledError(CacheError):
-    """Nobody wants the object any more."""
-
-
-class _WrongBytesError(Exception):
-    """What arrived is not what the manifest records."""
+    """The object is not wanted any more."""
 
 
 def download(
     folder: Folder, record: ObjectRecord, target: Path, where: str, cancelled: Callable[[], bool] = lambda: False
 ) -> None:
-    """Fetch an object into the file ``target`` and check its size and sha256, with up to three attempts.
+    """Fetch an object into the file ``target`` and check its size and SHA-256.
 
-    ``where`` names cache, shard and field in errors: ``CorruptCacheError`` for an object that is missing or arrives
-    damaged every time, ``CacheError`` for a server that cannot be reached and a full disk, ``DownloadCancelledError``
-    once ``cancelled`` says so.
+    ``where`` names cache, shard and field in errors. Raises ``CorruptCacheError`` for an object that is missing or
+    arrives damaged at every attempt, ``CacheError`` for an unreachable server and a full disk, and
+    ``DownloadCancelledError`` once ``cancelled`` returns True.
     """
-    for pause_s in (*PAUSES_S, None):
-        try:
-            _attempt(folder, record, target, cancelled)
-            return
-        except DownloadCancelledError:
-            raise
-        except Exception as error:
-            refusal = _refusal(error, folder, record, where)
-            if refusal is not None or pause_s is None:
-                raise (refusal or _given_up(error, folder, record, where)) from None
-            time.sleep(pause_s)
+    try:
+        folder.fetch(record.path, target, partial(_Watch, record.num_bytes, cancelled), partial(_check, target, record))
+    except CacheError:
+        raise
+    except FileNotFoundError:
+        raise CorruptCacheError(f"{where}: file {record.path} is missing from {folder}") from None
+    except Exception as error:
+        raise _failure(error, folder, record, where) from None
 
 
-def _attempt(folder: Folder, record: ObjectRecord, target: Path, cancelled: Callable[[], bool]) -> None:
-    folder.fetch(record.path, target, _Watch(record.num_bytes, cancelled))
+def _check(target: Path, record: ObjectRecord) -> None:
     size = target.stat().st_size
     if size != record.num_bytes:
-        raise _WrongBytesError(f"{size:,} bytes arrived of {record.num_bytes:,}")
+        raise WrongBytesError(f"{size:,} bytes arrived of {record.num_bytes:,}")
     found = file_sha256(target)
     if found != record.sha256:
-        raise _WrongBytesError(f"its sha256 is {found[:12]}..., the manifest says {record.sha256[:12]}...")
+        raise WrongBytesError(f"its sha256 is {found[:12]}..., the manifest says {record.sha256[:12]}...")
 
 
 def file_sha256(path: Path) -> str:
@@ -72,7 +64,7 @@ def file_sha256(path: Path) -> str:
 
 
 class _Watch(Callback):
-    """Ends a transfer that brings more than it should, or that nobody waits for."""
+    """Ends a transfer that brings more bytes than recorded, or that is cancelled."""
 
     def __init__(self, num_bytes: int, cancelled: Callable[[], bool]) -> None:
         super().__init__()
@@ -82,35 +74,31 @@ class _Watch(Callback):
         """Count ``inc`` bytes that have arrived."""
         self.value += inc
         if self.value > self._num_bytes:
-            raise _WrongBytesError(f"more than {self._num_bytes:,} bytes arrived")
+            raise WrongBytesError(f"more than {self._num_bytes:,} bytes arrived")
         if self._cancelled():
             raise DownloadCancelledError("the download was cancelled")
 
     def call(self, hook_name: str | None = None, **kwargs: Any) -> None:
-        """Do nothing: there is no bar to draw."""
+        """Do nothing: there is no progress bar."""
 
 
-def _refusal(error: Exception, folder: Folder, record: ObjectRecord, where: str) -> CacheError | None:
-    """Return the error for what another attempt cannot help, None for the rest."""
-    if isinstance(error, FileNotFoundError):
-        return CorruptCacheError(f"{where}: file {record.path} is missing from {folder}")
+def _failure(error: Exception, folder: Folder, record: ObjectRecord, where: str) -> CacheError:
+    """Return the error that tells the user what failed and what to do."""
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         return CacheError(
             f"{where}: the disk of the local store is full, {record.path} ({record.num_bytes:,} bytes) does not fit; "
             "free some of it, or give another directory with local_store.directory"
         )
-    return None
-
-
-def _given_up(error: Exception, folder: Folder, record: ObjectRecord, where: str) -> CacheError:
-    tries = len(PAUSES_S) + 1
     url = f"{folder.url.rstrip('/')}/{record.path}"
-    if isinstance(error, _WrongBytesError):
+    attempts, last = 1, error
+    if isinstance(error, RetriesExhaustedError):
+        attempts, last = error.attempts, error.last
+    if isinstance(last, WrongBytesError):
         return CorruptCacheError(
-            f"{where}: file {url} arrived damaged {tries} times ({error}); kdcache verify tells whether it is damaged "
-            "there, and the command that made the cache or kdcache push writes it again"
+            f"{where}: file {url} arrived damaged {attempts} times ({last}); check the file there with kdcache verify, "
+            "and write it again with the command that made the cache or with kdcache push"
         )
     return CacheError(
-        f"{where}: cannot download {url} in {tries} attempts: {str(error) or type(error).__name__}; when the server is "
-        "back the same command goes on"
+        f"{where}: cannot download {url} in {attempts} attempts: {words_of(last)}; run the same command again when the "
+        "server is back"
     )

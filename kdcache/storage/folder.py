@@ -1,36 +1,47 @@
-"""A folder at any fsspec URL, with the few operations a cache needs.
+"""A folder at any fsspec URL, with the few operations that a cache needs.
 
 Objects are written whole and become visible whole: on a local disk through a temporary name, fsync and rename; on an
-object store a single PUT is already atomic. Nothing here lists directories except `names`, which only clean-up and
-error messages use. Clients of object stores remember listings; here every question is asked anew, because other
-processes write to the same place.
+object store by a single PUT, which is atomic. Only `names` lists directories; only clean-up and error messages use it.
+Clients of object stores remember listings; a `Folder` forgets them before every question, because other processes
+write to the same folder.
+
+On remote stores every operation is retried by the one policy in `kdcache.storage.retry`; on a local path none is.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import secrets
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 import fsspec
 from fsspec.callbacks import Callback
 from fsspec.implementations.local import LocalFileSystem
 
-from kdcache.errors import CacheError
+from kdcache.errors import CacheError, CorruptCacheError, KdcacheError
+from kdcache.schema import ObjectRecord
+from kdcache.storage.retry import RetriesExhaustedError, WrongBytesError, retrying, words_of
 
-if TYPE_CHECKING:
-    from kdcache.storage.local_store import LocalStore
+T = TypeVar("T")
 
 #: Suffix of files that are still being written; never read, removed by the next writer.
 TEMPORARY = ".tmp"
-#: Seconds before the second and the third attempt to get something from a remote store.
-PAUSES_S = (0.5, 2.0)
-#: Answers that another attempt does not change.
-_FINAL = (FileNotFoundError, NotADirectoryError, PermissionError)
+
+
+class ObjectStore(Protocol):
+    """A store of checked copies on this machine; `kdcache.storage.local_store.LocalStore` is one."""
+
+    def read(self, folder: Folder, record: ObjectRecord, where: str) -> bytes:
+        """Return the bytes of an object of ``folder``; ``where`` names it in errors."""
+        ...
+
+    def drop_damaged(self, record: ObjectRecord) -> bool:
+        """Remove the copy of an object if it is damaged; return whether it was."""
+        ...
 
 
 class Folder:
@@ -38,8 +49,8 @@ class Folder:
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
         self.url = os.fspath(url)
-        self.store: LocalStore | None = None
-        """What objects of a remote cache are read through; whoever opens one to read it again and again sets it."""
+        self.store: ObjectStore | None = None
+        """Local copies of the objects of a remote cache; set by the code that reads objects repeatedly."""
         try:
             self._fs, root = fsspec.core.url_to_fs(self.url, **_client_options(self.url))
         except (ImportError, ValueError) as error:
@@ -53,52 +64,67 @@ class Folder:
 
     @property
     def store_kind(self) -> type:
-        """What tells the kinds of places apart, in each of which a root means something else."""
+        """The kind of store. The same root in two kinds of stores names two different folders."""
         return type(self._fs)
 
-    def read(self, name: str) -> bytes:
-        """Return the bytes of object ``name``; raises ``FileNotFoundError``.
+    def read(self, name: str, sha256: str | None = None) -> bytes:
+        """Return the bytes of object ``name``; with ``sha256`` (hexadecimal), only bytes that have it.
 
-        What a remote store fails to give is asked for again, twice; raises ``CacheError`` when that does not help.
+        Raises ``FileNotFoundError``, ``CacheError`` when a remote store cannot be reached, and ``CorruptCacheError``
+        when the bytes have another hash at every attempt.
         """
-        for pause_s in (*PAUSES_S, None):
-            try:
-                return bytes(self._fs.cat_file(self._path(name)))
-            except _FINAL:
-                raise
-            except Exception as error:
-                if self.local_path is not None:
-                    raise
-                if pause_s is None:
-                    raise CacheError(f"cannot reach {self.url}: {str(error) or type(error).__name__}") from None
-                time.sleep(pause_s)
-        raise AssertionError("unreachable")
 
-    def fetch(self, name: str, target: Path, callback: Callback) -> None:
-        """Copy object ``name`` into the local file ``target`` in one request; raises what the file system raises."""
-        self._fs.get_file(self._path(name), str(target), callback=callback)
+        def attempt() -> bytes:
+            data = bytes(self._fs.cat_file(self._path(name)))
+            if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+                raise WrongBytesError
+            return data
+
+        return self._attempt(attempt, name)
+
+    def fetch(
+        self,
+        name: str,
+        target: Path,
+        make_callback: Callable[[], Callback] = Callback,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy object ``name`` into the local file ``target``, in one request for each attempt.
+
+        ``make_callback`` makes the progress callback of an attempt. ``check`` is called after the copy; what it raises
+        counts as an error of the attempt, so damaged bytes are fetched again. Raises final errors as the file system
+        raises them, and ``RetriesExhaustedError``.
+        """
+
+        def attempt() -> None:
+            self._fs.get_file(self._path(name), str(target), callback=make_callback())
+            check()
+
+        retrying(attempt)
 
     def exists(self, name: str) -> bool:
-        """Whether object ``name`` is there."""
-        with self._reachable():
-            self._forget(name)
-            return bool(self._fs.exists(self._path(name)))
+        """Return whether object ``name`` exists."""
+        # By its info: fsspec's own exists() takes any failure of the store for "no".
+        return self._info(name) is not None
 
     def size(self, name: str) -> int | None:
-        """Bytes of object ``name``, None when it is missing."""
-        try:
-            with self._reachable():
-                self._forget(name)
-                return int(self._fs.info(self._path(name))["size"])
-        except FileNotFoundError:
-            return None
+        """Return the number of bytes of object ``name``, None when it is missing."""
+        info = self._info(name)
+        return None if info is None else int(info["size"])
 
     def names(self, directory: str = "") -> list[str]:
-        """Sorted names (relative to the folder) of what lies directly in ``directory``; empty if there is none."""
+        """Return the sorted names, relative to the folder, of what lies directly in ``directory``.
+
+        Empty when there is no such directory.
+        """
+
+        def listing() -> list[Any]:
+            self._forget(directory)
+            found: list[Any] = self._fs.ls(self._path(directory), detail=False)
+            return found
+
         try:
-            with self._reachable():
-                self._forget(directory)
-                found = self._fs.ls(self._path(directory), detail=False)
+            found = self._attempt(listing)
         except (FileNotFoundError, NotADirectoryError):
             return []
         names = (str(path).rstrip("/").removeprefix(self.root).lstrip("/") for path in found)
@@ -106,53 +132,85 @@ class Folder:
         return sorted(name for name in names if name not in ("", directory))
 
     def write(self, name: str, data: bytes) -> None:
-        """Write object ``name`` so that it is seen either whole or not at all, and survives a power cut.
+        """Write object ``name`` so that readers see it whole or not at all, and so that it survives a power cut.
 
-        Raises ``CacheError`` when it cannot be written (a full disk, no permission, a store that refuses).
+        Raises ``CacheError`` when it cannot be written (a full disk, no permission, a store that stays unreachable).
         """
         local = self.local_path
         try:
             if local is None:
-                with self._reachable():
-                    self._fs.pipe_file(self._path(name), data)
+                retrying(lambda: self._fs.pipe_file(self._path(name), data))
             else:
                 _write_whole(local / name, data)
-        except OSError as error:
-            raise CacheError(
-                f"cannot write {self._path(name)} ({len(data):,} bytes): {error.strerror or error}; what was finished "
-                "before stays, and the same command goes on from there"
-            ) from None
+        except KdcacheError:
+            raise
+        except Exception as error:  # each client has its own kinds
+            raise self._cannot_write(name, data, error) from None
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write object ``name`` unless there is one; return whether it was written.
+        """Write object ``name`` unless it exists; return whether this call wrote it.
 
-        Of several processes that do so at once one succeeds, if the store has conditional writes; where it has none,
-        two may. Raises ``CacheError`` when it cannot be written.
+        ``data`` must be unique to the caller (by a random token). The answer to a successful write may get lost, and
+        the next attempt then finds an object; its content tells whose it is.
+
+        If the store has conditional writes, exactly one of several concurrent callers succeeds; otherwise two may.
+        Raises ``CacheError`` when the object cannot be written.
         """
         try:
-            self._fs.pipe_file(self._path(name), data, mode="create")
+            retrying(lambda: self._fs.pipe_file(self._path(name), data, mode="create"))
+            return True
         except FileExistsError:
+            pass
+        except PermissionError as error:
+            raise self._cannot_write(name, data, error) from None
+        except Exception:  # each client says in its own way that its store has no conditional writes
+            if not self.exists(name):
+                self.write(name, data)
+                return True
+        try:
+            return self.read(name) == data
+        except FileNotFoundError:  # removed a moment ago
             return False
-        except Exception:  # each client says in its own way that its store knows no conditions
-            if self.exists(name):
-                return False
-            self.write(name, data)
-        return True
 
     def remove(self, name: str) -> None:
-        """Remove object ``name`` if it is there."""
-        with self._reachable(), contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(self._path(name))
+        """Remove object ``name`` if it exists."""
+        with contextlib.suppress(FileNotFoundError):
+            self._attempt(lambda: self._fs.rm_file(self._path(name)))
 
-    @contextlib.contextmanager
-    def _reachable(self) -> Iterator[None]:
-        """Turn what the clients of remote stores raise (each its own kinds) into one readable error."""
+    def _info(self, name: str) -> dict[str, Any] | None:
+        def ask() -> dict[str, Any]:
+            self._forget(name)
+            found: dict[str, Any] = self._fs.info(self._path(name))
+            return found
+
         try:
-            yield
-        except (OSError, CacheError):
+            return self._attempt(ask)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def _attempt(self, action: Callable[[], T], name: str = "") -> T:
+        """Return what ``action`` returns, retried on a remote store; turn the errors of its client into readable ones.
+
+        ``OSError`` passes (a missing file, no permission); everything else becomes a ``CacheError``.
+        """
+        try:
+            return action() if self.local_path is not None else retrying(action)
+        except (OSError, KdcacheError):
             raise
         except Exception as error:
-            raise CacheError(f"cannot reach {self.url}: {str(error) or type(error).__name__}") from None
+            last = error.last if isinstance(error, RetriesExhaustedError) else error
+            if isinstance(last, WrongBytesError):
+                raise CorruptCacheError(
+                    f"file {name} of {self.url} is damaged: its sha256 is not the recorded one"
+                ) from None
+            raise CacheError(f"cannot reach {self.url}: {words_of(error)}") from None
+
+    def _cannot_write(self, name: str, data: bytes, error: Exception) -> CacheError:
+        reason = (error.strerror if isinstance(error, OSError) else None) or words_of(error)
+        return CacheError(
+            f"cannot write {self._path(name)} ({len(data):,} bytes): {reason}; what was finished before stays, and "
+            "the same command resumes from there"
+        )
 
     def _forget(self, name: str) -> None:
         self._fs.invalidate_cache(self._path(name))

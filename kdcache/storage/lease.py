@@ -16,6 +16,8 @@ one of them finds out at its next beat, and no later than before it commits.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import os
 import secrets
@@ -24,9 +26,10 @@ import threading
 import time
 from pathlib import Path
 
-from kdcache.cache import layout
+from pydantic import ValidationError
+
 from kdcache.config import Config
-from kdcache.errors import CacheError, CorruptCacheError
+from kdcache.errors import CacheError
 from kdcache.storage.folder import Folder
 
 log = logging.getLogger(__name__)
@@ -48,6 +51,10 @@ class LeaseRecord(Config):
     machine: str
     """Which processes ``pid`` counts: of one start of one machine, and one container on it; empty if unknown."""
     counter: int = 0
+
+    def to_bytes(self) -> bytes:
+        """Return the record as JSON."""
+        return (json.dumps(self.model_dump(), indent=1, sort_keys=True) + "\n").encode()
 
 
 class Lease:
@@ -95,12 +102,12 @@ class Lease:
     def _try_to_take(self) -> bool:
         found = self._read()
         if found is None:
-            return self.folder.create(LEASE, layout.to_json(self._record))
+            return self.folder.create(LEASE, self._record.to_bytes())
         if not _is_dead(found):
             found = self._watch(found)
         if found is None:
             return False  # given back meanwhile
-        self.folder.write(LEASE, layout.to_json(self._record))
+        self.folder.write(LEASE, self._record.to_bytes())
         # Of several who take over at once the last one's token stands, for all of them to see.
         time.sleep(self.watch_s / _BEATS / 2)
         found = self._read()
@@ -142,7 +149,7 @@ class Lease:
                 log.warning("%s", self._lost(found))
                 return False
             self._record = self._record.model_copy(update={"counter": self._record.counter + 1})
-            self.folder.write(LEASE, layout.to_json(self._record))
+            self.folder.write(LEASE, self._record.to_bytes())
         return True
 
     def _read(self) -> LeaseRecord | None:
@@ -152,9 +159,9 @@ class Lease:
         except FileNotFoundError:
             return None
         try:
-            return layout.from_json(LeaseRecord, data, f"{self.folder}/{LEASE}")
-        except CorruptCacheError:
-            return LeaseRecord(token=layout.sha256(data), host="an unknown host", pid=0, machine="")
+            return LeaseRecord.model_validate_json(data)
+        except ValidationError:
+            return LeaseRecord(token=hashlib.sha256(data).hexdigest(), host="an unknown host", pid=0, machine="")
 
     def _refusal(self, found: LeaseRecord | None) -> str:
         who = f"process {found.pid} on {found.host}" if found else "one that has just ended"

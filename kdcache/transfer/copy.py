@@ -11,7 +11,6 @@ Files move whole, several at once, and only so many that they fit into `IN_FLIGH
 from __future__ import annotations
 
 import os
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from kdcache.cache import layout
 from kdcache.cache.output_dir import refuse_foreign
@@ -33,10 +32,6 @@ from kdcache.transfer.part import Contents, Item, contents_of
 
 #: Bytes of files that are in memory at once (a larger file goes alone).
 IN_FLIGHT_BYTES = 2 << 30
-#: How often a request to a place that is not local is made, and how long the first pause is.
-_ATTEMPTS, _PAUSE_S = 5, 0.5
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -158,9 +153,9 @@ class _Mover:
     def _write_record(self, pair: tuple[str, bytes]) -> None:
         name, data = pair
         with suppress(FileNotFoundError):
-            if _patiently(lambda: self.target.read(name), self.target) == data:
+            if self.target.read(name) == data:
                 return
-        self._write(name, data)
+        self.target.write(name, data)
 
     def _all(self, work: Callable[[Item], None], items: Sequence[Item], title: str) -> None:
         with bar(_bytes_of(items), title, "B", enabled=self._progress and bool(items)) as meter:
@@ -175,7 +170,7 @@ class _Mover:
 
     def _is_there(self, item: Item, check: bool) -> bool:
         record = item.record
-        if _patiently(lambda: self.target.size(record.path), self.target) != record.num_bytes:
+        if self.target.size(record.path) != record.num_bytes:
             return False
         local = self.target.local_path
         if local is not None:
@@ -183,26 +178,22 @@ class _Mover:
         if item.is_unique and not check:
             return True
         with self._memory.hold(record.num_bytes):
-            data = _patiently(lambda: self.target.read(record.path), self.target)
+            data = self.target.read(record.path)
             return layout.sha256(data) == record.sha256
 
     def _move_one(self, item: Item) -> None:
         with self._memory.hold(item.record.num_bytes):
-            data = item.data if item.data is not None else _patiently(lambda: self._read(item), self.source)
-            self._write(item.record.path, data)
+            data = item.data if item.data is not None else self._read(item)
+            self.target.write(item.record.path, data)
 
     def _read(self, item: Item) -> bytes:
         try:
-            data = self.source.read(item.source)
+            return self.source.read(item.source, item.record.sha256)
         except FileNotFoundError:
-            data = None
-        if data is None or layout.sha256(data) != item.record.sha256:
-            what = "missing" if data is None else "damaged (its sha256 is not the recorded one)"
-            raise CorruptCacheError(f"{self.source}: file {item.source} is {what}; kdcache verify says what else is")
-        return data
-
-    def _write(self, name: str, data: bytes) -> None:
-        _patiently(lambda: self.target.write(name, data), self.target)
+            what = "missing"
+        except CorruptCacheError:
+            what = "damaged (its sha256 is not the recorded one)"
+        raise CorruptCacheError(f"{self.source}: file {item.source} is {what}; kdcache verify lists all such files")
 
 
 class _Memory:
@@ -224,19 +215,6 @@ class _Memory:
             with self._changed:
                 self._held -= wanted
                 self._changed.notify_all()
-
-
-def _patiently(action: Callable[[], T], folder: Folder) -> T:
-    """Do ``action`` again after a pause where it fails on a place that is not local, a few times."""
-    attempts = _ATTEMPTS if folder.local_path is None else 1
-    for attempt in range(1, attempts):
-        try:
-            return action()
-        except (PermissionError, FileNotFoundError):
-            raise
-        except (OSError, CacheError):
-            time.sleep(_PAUSE_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
-    return action()
 
 
 def _refuse_another(target: Folder, contents: Contents) -> None:

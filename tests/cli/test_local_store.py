@@ -28,7 +28,7 @@ def test_no_size(run, remote):
 
 
 def test_a_server_that_is_gone(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("kdcache.storage.folder.PAUSES_S", ())
+    monkeypatch.setattr("kdcache.storage.retry.PAUSES_S", ())
     given = ["--cache", "http://127.0.0.1:9", "--student-size", "nano", "--output", tmp_path / "run"]
     assert "cannot reach http://127.0.0.1:9" in run("train-student", *given).message()
 

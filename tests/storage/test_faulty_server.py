@@ -9,7 +9,7 @@ import pytest
 
 from kdcache.cache import open_cache
 from kdcache.errors import CacheError, CorruptCacheError
-from kdcache.storage import download, folder
+from kdcache.storage import retry
 from kdcache.storage.local_store import LocalStoreConfig
 from tests.cache.http_store import serving
 from tests.cache.test_reader import check_batch
@@ -18,8 +18,7 @@ from tests.caches import SOURCE
 
 @pytest.fixture
 def server(sound, monkeypatch):
-    for module in (download, folder):
-        monkeypatch.setattr(module, "PAUSES_S", (0.01, 0.02))
+    monkeypatch.setattr(retry, "PAUSES_S", (0.01, 0.01, 0.02, 0.02))
     with serving(sound) as server:
         yield server
 
@@ -84,20 +83,19 @@ def test_what_stays_damaged_is_named(server, tmp_path, fault):
         cache.read([6], hidden=["hidden-2"])
     assert isinstance(caught.value, CorruptCacheError) is (fault is flipped)
     assert re.search(f"shard 1, field hidden-2: .*{re.escape(f'{server.url}/{path}')}", str(caught.value))
-    assert server.requests[path] == 3
+    assert server.requests[path] == 5
     assert cache.read([6]).indices == [6], "the other fields are sound"
     server.fault = lambda asked, number, data: None
     check_batch(cache.read([6], hidden=["hidden-2"]), SOURCE, [6], ["hidden-2"])
 
 
 def test_a_server_that_is_gone(sound, tmp_path, monkeypatch):
-    for module in (download, folder):
-        monkeypatch.setattr(module, "PAUSES_S", (0.01, 0.02))
+    monkeypatch.setattr(retry, "PAUSES_S", (0.01, 0.01, 0.02, 0.02))
     with serving(sound) as server:
         cache = open_cache(server.url, local_store=LocalStoreConfig(directory=str(tmp_path)))
         cache.read([0])
     assert cache.read([1]).indices == [1], "shard 0 is here already"
-    with pytest.raises(CacheError, match=r"shard 1, field targets: cannot download http.* in 3 attempts"):
+    with pytest.raises(CacheError, match=r"shard 1, field targets: cannot download http.* in 5 attempts"):
         cache.read([6])
     with pytest.raises(CacheError, match="cannot reach http"):
         open_cache(server.url)

@@ -18,7 +18,7 @@ import pytest
 from kdcache.cache import layout, open_cache
 from kdcache.config import build
 from kdcache.errors import CacheError, ConfigError
-from kdcache.storage import download
+from kdcache.storage import retry
 from kdcache.storage.ahead import THREADS, largest_shard_bytes, required_bytes
 from kdcache.storage.folder import Folder
 from kdcache.storage.local_store import LocalStore, LocalStoreConfig
@@ -38,7 +38,7 @@ def many(tmp_path_factory):
 
 @pytest.fixture
 def server(many, monkeypatch):
-    monkeypatch.setattr(download, "PAUSES_S", (0.01, 0.02))
+    monkeypatch.setattr(retry, "PAUSES_S", (0.01, 0.02))
     with serving(many) as server:
         yield server
 

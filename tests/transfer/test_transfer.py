@@ -13,6 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from kdcache.cache import layout, open_cache
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
+from kdcache.storage import retry
 from kdcache.storage.folder import Folder
 from kdcache.transfer import copy as transfer
 from kdcache.transfer.part import parse_shards
@@ -24,7 +25,7 @@ from tests.synthetic import SyntheticCache
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(transfer, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(retry, "PAUSES_S", (0.01, 0.01, 0.02, 0.02))
 
 
 def move(source: object, target: object, **options: object) -> transfer.TransferResult:
@@ -139,16 +140,17 @@ def test_a_damaged_source_is_named_and_leaves_no_manifest(copy, object_store, tm
 
 
 def test_a_store_that_fails_now_and_then_is_asked_again(sound, object_store, tmp_path, monkeypatch):
-    real, asked = Folder.read, set()
-
-    def read(folder, name):
-        if folder.local_path is None and name.startswith(("shards", "fields")) and name not in asked:
-            asked.add(name)
-            raise OSError("connection reset by peer")
-        return real(folder, name)
-
     move(sound, f"{object_store}/x")
-    monkeypatch.setattr(Folder, "read", read)
+    client = Folder(object_store)._fs  # clients are shared by all folders of a store
+    real, asked = client.cat_file, set()
+
+    def cat_file(path, *arguments, **options):
+        if any(f"/x/{name}" in path for name in ("shards", "fields")) and path not in asked:
+            asked.add(path)
+            raise OSError("connection reset by peer")
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(client, "cat_file", cat_file)
     move(f"{object_store}/x", tmp_path / "x")
     assert len(asked) == 9
     assert snapshot(tmp_path / "x") == snapshot(sound)
@@ -285,8 +287,8 @@ def test_memory_is_bounded(sound, object_store, tmp_path, monkeypatch):
     largest = max(r.num_bytes for s in open_cache(str(sound)).manifest.shards for r in s.objects.values())
     real_read, real_write, held, most = Folder.read, Folder.write, {}, [0]
 
-    def read(folder, name):
-        data = real_read(folder, name)
+    def read(folder, name, sha256=None):
+        data = real_read(folder, name, sha256)
         if folder.local_path is None:
             held[name] = len(data)
             most[0] = max(most[0], sum(list(held.values())))
