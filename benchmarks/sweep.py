@@ -26,7 +26,7 @@ from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.losses import TeacherRows
 from kdcache.models.batches import to_tensors
 from kdcache.students import StudentConfig, load_student
-from kdcache.sweep import SweepConfig, plan_sweep, sweep
+from kdcache.sweep import SweepConfig, preview_sweep, sweep_students
 from kdcache.sweep.pool import run_jobs
 from kdcache.sweep.results import Failure
 from kdcache.sweep.worker import Job
@@ -130,14 +130,14 @@ def sweep_config(options: Any, work: Path) -> SweepConfig:
 
 
 def train_cached(config: SweepConfig) -> None:
-    failures = sweep(config, progress=False).failures
+    failures = sweep_students(config, progress=False).failures
     assert not failures, failures
 
 
 def train_live(options: Any, config: SweepConfig) -> None:
     """Train one student per process with the teacher in its memory."""
     module = functools.partial(live_module, config.base["cache"], options.teacher)
-    runs = [run.variation for run in plan_sweep(config.model_copy(update={"output": f"{config.output}-live"})).runs]
+    runs = [run.variation for run in preview_sweep(config.model_copy(update={"output": f"{config.output}-live"})).runs]
     jobs = [Job(run.name, run.config, make_module=module) for run in runs[: options.jobs]]
     outcomes = run_jobs(jobs, num_threads=_threads(options), gpus=[None] * options.jobs)
     failed = [outcome for outcome in outcomes.values() if isinstance(outcome, Failure)]
@@ -147,7 +147,7 @@ def train_live(options: Any, config: SweepConfig) -> None:
 def train_plain(options: Any, config: SweepConfig) -> None:
     """Train all students on cross-entropy with the stock Trainer, in as many processes."""
     configs = [
-        run.variation.config for run in plan_sweep(config.model_copy(update={"output": f"{config.output}-ce"})).runs
+        run.variation.config for run in preview_sweep(config.model_copy(update={"output": f"{config.output}-ce"})).runs
     ]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, (_threads(options),)) as pool:

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from kdcache.cache import Cache, open_cache
     from kdcache.cache.arrow import to_arrow, to_arrow_reader
     from kdcache.cache.hf_dataset import to_hf_dataset
-    from kdcache.dump import DumpConfig, dump_teacher, estimate_dump
+    from kdcache.dump import DumpConfig, dump_teacher, preview_dump
     from kdcache.errors import KdcacheError
     from kdcache.evaluate import evaluate_students
     from kdcache.losses import Objective, ObjectiveConfig, TeacherRows
     from kdcache.losses.from_cache import context_of
     from kdcache.peek import peek_cache
     from kdcache.students import StudentConfig, load_student
-    from kdcache.train import TrainConfig, plan_training, train_student
+    from kdcache.train import TrainConfig, preview_training, train_student
     from kdcache.train.torch_data import to_torch
     from kdcache.transcode import TranscodeConfig, transcode_cache
     from kdcache.verify.stored import VerifyReport, verify_cache
@@ -51,12 +51,12 @@ _HOMES = {
     "VerifyReport": "kdcache.verify.stored",
     "context_of": "kdcache.losses.from_cache",
     "dump_teacher": "kdcache.dump",
-    "estimate_dump": "kdcache.dump",
+    "preview_dump": "kdcache.dump",
     "evaluate_students": "kdcache.evaluate",
     "load_student": "kdcache.students",
     "open_cache": "kdcache.cache",
     "peek_cache": "kdcache.peek",
-    "plan_training": "kdcache.train",
+    "preview_training": "kdcache.train",
     "to_arrow": "kdcache.cache.arrow",
     "to_arrow_reader": "kdcache.cache.arrow",
     "to_hf_dataset": "kdcache.cache.hf_dataset",
@@ -79,12 +79,12 @@ __all__ = [
     "VerifyReport",
     "context_of",
     "dump_teacher",
-    "estimate_dump",
     "evaluate_students",
     "load_student",
     "open_cache",
     "peek_cache",
-    "plan_training",
+    "preview_dump",
+    "preview_training",
     "to_arrow",
     "to_arrow_reader",
     "to_hf_dataset",

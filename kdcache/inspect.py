@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import numpy as np
 
 from kdcache.cache import layout
-from kdcache.cache.reader import Cache
+from kdcache.cache.reader import Cache, as_cache
 
 
-def describe(cache: Cache) -> dict[str, Any]:
-    """Return the manifest with the derived totals, as plain JSON types."""
+def inspect_cache(cache: Cache | str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the manifest of a cache, open or at a path, and its totals, as plain JSON types."""
+    cache = as_cache(cache)
     manifest = cache.manifest
     sums = manifest.statistics
     count = max(sums.num_positions, 1)

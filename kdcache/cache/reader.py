@@ -6,6 +6,7 @@ for are decoded: memory is bounded by a few encoded shards. Lookup is by sequenc
 
 from __future__ import annotations
 
+import os
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -331,6 +332,11 @@ def open_cache(
     if folder.local_path is None:
         folder.store = LocalStore(local_store or LocalStoreConfig())
     return Cache(folder, manifest, fingerprint, max_open_shards, check_crc=check_crc)
+
+
+def as_cache(cache: Cache | str | os.PathLike[str]) -> Cache:
+    """Return ``cache`` itself, or open the one at this path or URL."""
+    return cache if isinstance(cache, Cache) else open_cache(os.fspath(cache))
 
 
 def _load(

@@ -98,7 +98,7 @@ def command(
     measures them all on your corpus.
     """
     from kdcache.config import load, merge
-    from kdcache.dump import DumpConfig, dump_teacher, estimate_dump
+    from kdcache.dump import DumpConfig, dump_teacher, preview_dump
 
     own = {
         "hidden_states.layers": given["hidden_states"],
@@ -110,7 +110,7 @@ def command(
         nested = merge(dict(PRESETS[given["preset"]].settings), nested)
     config = load(DumpConfig, file=config_file, assignments=assignments, options=nested)
     if dry_run:
-        estimate = estimate_dump(config, progress=not quiet)
+        estimate = preview_dump(config, progress=not quiet)
         if as_json:
             options.echo_json(estimate.to_dict())
         else:

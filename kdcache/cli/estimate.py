@@ -67,11 +67,11 @@ def command(
     """
     from kdcache.config import load
     from kdcache.dump import DumpConfig
-    from kdcache.estimate import estimate
+    from kdcache.estimate import estimate_presets
 
     nested = options.nest({**settings.of_sources(given), "output": "none"})
     config = load(DumpConfig, file=config_file, assignments=assignments, options=nested)
-    result = estimate(config, num_positions=positions, presets=preset, progress=not quiet)
+    result = estimate_presets(config, num_positions=positions, presets=preset, progress=not quiet)
     if as_json:
         options.echo_json(result.to_dict())
         return

@@ -20,10 +20,10 @@ def command(cache: str, as_json: bool) -> None:
     """
     from kdcache.cache import open_cache
     from kdcache.cache.layout import TARGETS_FIELD
-    from kdcache.inspect import describe
+    from kdcache.inspect import inspect_cache
 
     opened = open_cache(cache)
-    description = describe(opened)
+    description = inspect_cache(opened)
     if as_json:
         options.echo_json(description)
         return

@@ -39,19 +39,19 @@ def command(file: str, jobs: int | None, dry_run: bool, as_json: bool, quiet: bo
     Everything in FILE is checked before the first student trains. The same command goes on after an interruption:
     finished students are kept, the others continue from their last checkpoints. Exits with 1 if a student failed.
     """
-    from kdcache.sweep import plan_sweep, read_sweep, sweep
+    from kdcache.sweep import preview_sweep, read_sweep, sweep_students
 
     config = read_sweep(file)
     if jobs is not None:
         config = config.model_copy(update={"jobs": jobs})
     if dry_run:
-        plan = plan_sweep(config)
+        plan = preview_sweep(config)
         if as_json:
             options.echo_json(plan.to_dict())
         else:
             _echo_plan(plan)
         return
-    result = sweep(config, progress=not quiet)
+    result = sweep_students(config, progress=not quiet)
     if as_json:
         options.echo_json(result.to_dict())
     else:

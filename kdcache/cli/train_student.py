@@ -70,12 +70,12 @@ def command(
     Hugging Face model with its tokenizer: AutoModelForCausalLM.from_pretrained(RUN) needs no kdcache.
     """
     from kdcache.config import load
-    from kdcache.train import TrainConfig, leave_processes, plan_training, train_student
+    from kdcache.train import TrainConfig, leave_processes, preview_training, train_student
 
     config = load(TrainConfig, file=config_file, assignments=assignments, options=_settings(given))
     is_first = int(os.environ.get("RANK", "0")) == 0  # of several processes the first one speaks for all
     if dry_run:
-        report = plan_training(config)
+        report = preview_training(config)
         if not is_first:
             return
         if as_json:

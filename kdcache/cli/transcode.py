@@ -69,7 +69,7 @@ def command(
     kind of targets from a cache of the kind hidden. SRC is only read. Needs torch only for targets from hidden states.
     """
     from kdcache.config import load
-    from kdcache.transcode import TranscodeConfig, estimate_transcode, transcode_cache
+    from kdcache.transcode import TranscodeConfig, preview_transcoding, transcode_cache
 
     if given["drop_hidden"] and given["layers"] is not None:
         raise click.UsageError("--drop-hidden and --layers exclude each other")
@@ -82,7 +82,7 @@ def command(
     nested = options.nest({**settings.of_targets(given), **own})
     config = load(TranscodeConfig, file=config_file, assignments=assignments, options=nested)
     if dry_run:
-        estimate = estimate_transcode(config)
+        estimate = preview_transcoding(config)
         if as_json:
             options.echo_json(estimate.to_dict())
         else:

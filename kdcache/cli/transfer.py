@@ -39,11 +39,11 @@ def transfer_options(function: F) -> F:
 
 def run(source: str, target: str, given: dict[str, Any]) -> None:
     """Transfer a cache with the options that were ``given``, and print what that did."""
-    from kdcache.transfer.copy import transfer
+    from kdcache.transfer import copy_cache
     from kdcache.transfer.part import parse_shards
 
     fields, shards = given["fields"], given["shards"]
-    result = transfer(
+    result = copy_cache(
         source,
         target,
         fields=None if fields is None else [name.strip() for name in fields.split(",")],

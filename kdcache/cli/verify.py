@@ -37,11 +37,9 @@ def command(
     with 1 when something is wrong. Only --against-teacher needs torch.
     """
     from kdcache.cache import open_cache
-    from kdcache.progress import bar, reporter
     from kdcache.verify.stored import verify_cache
 
-    with bar(0, "verify", "B", enabled=not quiet) as meter:
-        report = verify_cache(cache, deep=deep, progress=reporter(meter))
+    report = verify_cache(cache, deep=deep, progress=not quiet)
     check = None
     if report.ok and against_teacher is not None:
         from kdcache.teachers import TeacherConfig

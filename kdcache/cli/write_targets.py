@@ -82,13 +82,13 @@ def command(
     who wrote it and how.
     """
     from kdcache.config import load
-    from kdcache.write_targets import WriteConfig, estimate_targets, write_targets
+    from kdcache.write_targets import WriteConfig, preview_targets, write_targets
 
     named = {setting: given[option] for setting, option in _SETTINGS.items()}
     nested = options.nest({**named, **settings.of_columns(given["column"])})
     config = load(WriteConfig, file=config_file, assignments=assignments, options=nested)
     if dry_run:
-        _echo_estimate(estimate_targets(config), as_json)
+        _echo_estimate(preview_targets(config), as_json)
         return
     result = write_targets(config, progress=not quiet)
     if as_json:

@@ -24,7 +24,7 @@ _PILOT_POSITIONS = 2048
 
 
 @dataclass
-class DumpEstimate:
+class DumpPreview:
     """What a dump would do, from its plan and a timed pilot."""
 
     output: str
@@ -49,7 +49,7 @@ class DumpEstimate:
         return asdict(self)
 
 
-def estimate_dump(config: DumpConfig, *, progress: bool = True) -> DumpEstimate:
+def preview_dump(config: DumpConfig, *, progress: bool = True) -> DumpPreview:
     """Plan the dump of ``config`` and time the teacher on a few batches; writes nothing.
 
     Raises what `dump_teacher` raises, also when the output holds another cache.
@@ -69,7 +69,7 @@ def estimate_dump(config: DumpConfig, *, progress: bool = True) -> DumpEstimate:
     has_distribution = plan.targets.kind != "outputs"
     has_labels = has_distribution and not np.isnan(rows.targets.gold_logprob_P).all()
     left = plan.num_positions * (1 - committed / max(plan.num_shards, 1))
-    return DumpEstimate(
+    return DumpPreview(
         output=config.output,
         num_documents=plan.corpus.num_documents,
         num_empty=plan.corpus.num_empty,

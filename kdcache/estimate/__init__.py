@@ -2,11 +2,11 @@
 
 from kdcache.estimate.choices import LossChoices, student_choices
 from kdcache.estimate.measure import Measured, Measurement, Reference, measure
-from kdcache.estimate.run import Estimate, PresetEstimate, estimate, plan_of
+from kdcache.estimate.run import EstimateResult, PresetEstimate, estimate_presets, plan_of
 from kdcache.estimate.sample import HeadLogits, Sample, TeacherLogits
 
 __all__ = [
-    "Estimate",
+    "EstimateResult",
     "HeadLogits",
     "LossChoices",
     "Measured",
@@ -15,7 +15,7 @@ __all__ = [
     "Reference",
     "Sample",
     "TeacherLogits",
-    "estimate",
+    "estimate_presets",
     "measure",
     "plan_of",
     "student_choices",

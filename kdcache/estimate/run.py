@@ -62,7 +62,7 @@ class PresetEstimate:
 
 
 @dataclass
-class Estimate:
+class EstimateResult:
     """A pilot of a dump: the corpus, the teacher's speed, and every preset."""
 
     teacher: str
@@ -80,9 +80,9 @@ class Estimate:
         return found
 
 
-def estimate(
+def estimate_presets(
     config: DumpConfig, *, num_positions: int = 4096, presets: SequenceOf[str] = (), progress: bool = True
-) -> Estimate:
+) -> EstimateResult:
     """Measure ``presets`` (default: all) for the teacher and the corpus of ``config``; writes nothing.
 
     ``num_positions`` is the size of the pilot; a smaller corpus is used whole. Output, targets and hidden states of
@@ -116,7 +116,7 @@ def estimate(
         else _estimate_of(name, preset, plans[name], measured.presets[name], teacher_s, head)
         for name, preset in chosen.items()
     ]
-    return Estimate(
+    return EstimateResult(
         teacher=parts.plan.teacher.name,
         num_documents=parts.plan.corpus.num_documents,
         num_sequences=parts.plan.num_sequences,

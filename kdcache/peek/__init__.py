@@ -6,9 +6,11 @@ What there is to see depends on the task, so every task has a view, a function f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 from kdcache.cache import Cache
+from kdcache.cache.reader import as_cache
 from kdcache.errors import ConfigError, did_you_mean
 from kdcache.peek import answers, tokens
 from kdcache.peek.context import PeekContext, View
@@ -21,7 +23,7 @@ __all__ = ["SELECTIONS", "VIEWS", "Choice", "PeekPosition", "PeekResult", "View"
 
 
 def peek_cache(
-    cache: Cache,
+    cache: Cache | str | os.PathLike[str],
     sequence: int = 0,
     *,
     positions: Sequence[int] = (),
@@ -39,6 +41,7 @@ def peek_cache(
     """
     if select not in SELECTIONS:
         raise ConfigError(f"positions cannot be selected by {select!r}, {did_you_mean(select, SELECTIONS)}")
+    cache = as_cache(cache)
     task = task_of(cache.manifest.task)
     if positions and task.gives != "tokens":
         raise ConfigError(

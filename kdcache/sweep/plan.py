@@ -95,7 +95,7 @@ class SweepPlan:
         return plain
 
 
-def plan_sweep(config: SweepConfig) -> SweepPlan:
+def preview_sweep(config: SweepConfig) -> SweepPlan:
     """Check a whole sweep and return its students; nothing is written and nothing trained.
 
     Raises what training the first wrong one would raise, with its name in front: ``ConfigError``, ``CacheError`` or

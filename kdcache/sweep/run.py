@@ -19,7 +19,7 @@ from tqdm import tqdm
 from kdcache.errors import ConfigError
 from kdcache.progress import bar
 from kdcache.sweep.config import PLOT_FILE, SWEEP_FILE, TABLE_FILE, SweepConfig
-from kdcache.sweep.plan import SweepPlan, plan_sweep
+from kdcache.sweep.plan import SweepPlan, preview_sweep
 from kdcache.sweep.pool import places, run_jobs
 from kdcache.sweep.results import Failure, Outcome, StudentResult, write_json, write_text
 from kdcache.sweep.table import Row, make_rows, render
@@ -54,14 +54,14 @@ class SweepResult:
         return _to_dict(self.plan, self.outcomes)
 
 
-def sweep(config: SweepConfig, *, progress: bool = True) -> SweepResult:
-    """Train, judge and compare all students of a sweep; what is finished already is kept.
+def sweep_students(config: SweepConfig, *, progress: bool = True) -> SweepResult:
+    """Train, evaluate and compare all students of a sweep; finished students are kept.
 
-    A student that fails is reported in the result and stops no other. Raises what `plan_sweep` raises before the first
-    student trains, and ``ConfigError`` when another sweep is at work in the same output.
+    A student that fails is reported in the result and stops no other. Before the first student trains, raises what
+    `preview_sweep` raises, and ``ConfigError`` if another sweep is running in the same output directory.
     """
     _check_alone()
-    plan = plan_sweep(config)
+    plan = preview_sweep(config)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     try:

@@ -3,7 +3,7 @@
 from kdcache.train.config import TrainConfig
 from kdcache.train.module import Distiller
 from kdcache.train.prepare import leave_processes
-from kdcache.train.preview import plan_training
+from kdcache.train.preview import preview_training
 from kdcache.train.report import TrainingReport
 from kdcache.train.run import TrainResult, train_student
 
@@ -13,6 +13,6 @@ __all__ = [
     "TrainResult",
     "TrainingReport",
     "leave_processes",
-    "plan_training",
+    "preview_training",
     "train_student",
 ]

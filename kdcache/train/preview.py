@@ -1,6 +1,6 @@
 """Look at a training run before its first step: how good student and teacher are, what it will cost, what is wrong.
 
-`plan_training` does it for a run that is not made (a dry run): it loads the student, times it and throws it away.
+`preview_training` does it for a run that is not made (a dry run): it loads the student, times it and throws it away.
 `report_start` does it for a run that is about to begin, and leaves no trace: weights, gradients, the state of the
 random numbers and the order of the data are what they were, so the run ends with the same weights, bit for bit. It
 times nothing, because the bar of the run will do better.
@@ -92,7 +92,7 @@ class _Run:
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
 
-def plan_training(config: TrainConfig) -> TrainingReport:
+def preview_training(config: TrainConfig) -> TrainingReport:
     """Return what `train_student` would do, with what it would cost and what is wrong with it; writes nothing.
 
     Loads the student and times a few micro-batches. Raises what `train_student` raises before its first step, unless

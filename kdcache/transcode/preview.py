@@ -22,7 +22,7 @@ _PILOT_POSITIONS = 8192
 
 
 @dataclass
-class TranscodeEstimate:
+class TranscodePreview:
     """What a transcoding would make, from its plan and its first positions."""
 
     source: str
@@ -53,13 +53,13 @@ class TranscodeEstimate:
         return {**asdict(self), "bytes_per_token": self.bytes_per_token, "total_bytes": self.total_bytes}
 
 
-def estimate_transcode(config: TranscodeConfig) -> TranscodeEstimate:
+def preview_transcoding(config: TranscodeConfig) -> TranscodePreview:
     """Return what `transcode_cache` would make, from its first positions; writes nothing, raises the same errors."""
     job = load_transcoding(config)
     count = max(1, int(np.searchsorted(np.cumsum(job.lengths_N), _PILOT_POSITIONS)))
     data = make_shard(job, targets_maker(job, config), 0, slice(0, count), config.batch_positions)
     source = job.cache.manifest
-    return TranscodeEstimate(
+    return TranscodePreview(
         source=config.source,
         output=config.output,
         num_sequences=job.plan.num_sequences,

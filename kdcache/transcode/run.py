@@ -15,7 +15,7 @@ from kdcache.cache import CacheWriter, layout, open_cache
 from kdcache.cache.output_dir import refuse_foreign
 from kdcache.cache.write_behind import WriteBehind
 from kdcache.errors import CorruptCacheError
-from kdcache.progress import bar, reporter
+from kdcache.progress import bar
 from kdcache.schema import Manifest, ShardRecord
 from kdcache.storage.folder import Folder
 from kdcache.transcode.config import TranscodeConfig
@@ -109,8 +109,7 @@ def _cache_files(job: Transcoding) -> dict[str, bytes]:
 
 
 def _check_written(output: str, progress: bool) -> None:
-    with bar(0, "verify", "B", enabled=progress) as meter:
-        report = verify_cache(output, progress=reporter(meter))
+    report = verify_cache(output, progress=progress)
     if not report.ok:
         raise CorruptCacheError(
             f"{output} is not what was written: {'; '.join(report.problems[:3])}. The disk may be at fault; delete it "

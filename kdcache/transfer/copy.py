@@ -55,7 +55,7 @@ class TransferResult:
         return asdict(self)
 
 
-def transfer(
+def copy_cache(
     source: str,
     target: str,
     *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdcache.cache import Cache
+from kdcache.cache.reader import as_cache
 from kdcache.codecs import topk_codec
 from kdcache.codecs.vectors import relative_errors
 from kdcache.errors import CacheError, ConfigError, TeacherError
@@ -83,13 +85,18 @@ class TeacherCheck:
 
 
 def verify_against_teacher(
-    cache: Cache, num_sequences: int, *, teacher: TeacherConfig | None = None, progress: bool = True
+    cache: Cache | str | os.PathLike[str],
+    num_sequences: int,
+    *,
+    teacher: TeacherConfig | None = None,
+    progress: bool = True,
 ) -> TeacherCheck:
     """Run the teacher over ``num_sequences`` sequences spread over ``cache`` and compare what it says with the cache.
 
     ``teacher`` is where to load it from, by default the name and dtype in the manifest. Raises ``TeacherError`` when
     it cannot be loaded.
     """
+    cache = as_cache(cache)
     record = cache.manifest.teacher
     config = teacher or TeacherConfig(model=record.name, dtype=record.dtype, revision=record.revision)
     if config.dtype == "auto":

@@ -20,6 +20,7 @@ from kdcache.cache.shards import load_table
 from kdcache.cache.tail_prior import read_prior
 from kdcache.config import Config
 from kdcache.errors import CacheError, CorruptCacheError, KdcacheError
+from kdcache.progress import bar, reporter
 from kdcache.schema import NO_LABEL, Manifest, ObjectRecord, SequenceBatch, ShardRecord, Targets, token_hash
 from kdcache.storage.folder import Folder
 
@@ -48,12 +49,17 @@ class VerifyReport:
         return not self.problems
 
 
-def verify_cache(path: str, *, deep: bool = False, progress: Progress | None = None) -> VerifyReport:
-    """Check sizes and hashes of every file of the cache at ``path``; with ``deep`` also decode and check every row.
+def verify_cache(path: str, *, deep: bool = False, progress: bool = True) -> VerifyReport:
+    """Check size and hash of every file of the cache at ``path``; with ``deep`` also decode and check every position.
 
-    Raises ``IncompleteCacheError`` or ``CacheError`` when there is no finished cache to verify. ``progress`` is called
-    with (bytes done, bytes in all).
+    Raises ``IncompleteCacheError`` or ``CacheError`` when ``path`` holds no finished cache.
     """
+    with bar(0, "verify", "B", enabled=progress) as meter:
+        return check_files(path, deep=deep, report_progress=reporter(meter))
+
+
+def check_files(path: str, *, deep: bool = False, report_progress: Progress | None = None) -> VerifyReport:
+    """Do what `verify_cache` does; ``report_progress`` is called with (bytes done, bytes in all)."""
     folder = Folder(path)
     report = VerifyReport(str(path), deep)
     try:
@@ -78,13 +84,13 @@ def verify_cache(path: str, *, deep: bool = False, progress: Progress | None = N
             report.num_objects += 1
             report.num_bytes += record.num_bytes
             done += record.num_bytes
-            if progress:
-                progress(done, total)
+            if report_progress:
+                report_progress(done, total)
         if cache is not None and sound:
             report.problems.extend(_check_content(cache, shard))
         done += shard.num_bytes if deep else 0
-        if progress:
-            progress(done, total)
+        if report_progress:
+            report_progress(done, total)
     return report
 
 

@@ -42,7 +42,7 @@ class WriteResult:
 
 
 @dataclass
-class TargetsEstimate:
+class TargetsPreview:
     """What writing the rest would take, from a pilot of the first documents, and what the teacher wrote there."""
 
     output: str
@@ -84,7 +84,7 @@ def write_targets(config: WriteConfig, *, progress: bool = True) -> WriteResult:
     return WriteResult(config.output, total, counts, time.perf_counter() - began)
 
 
-def estimate_targets(config: WriteConfig) -> TargetsEstimate:
+def preview_targets(config: WriteConfig) -> TargetsPreview:
     """Time the teacher on the first documents and say what the whole corpus would take; write nothing."""
     writer = Writer(config)
     check_output(Path(config.output), writer.settings)
@@ -94,7 +94,7 @@ def estimate_targets(config: WriteConfig) -> TargetsEstimate:
     lines = writer.lines(0, rows, counts)
     seconds = time.perf_counter() - began
     num_done, _ = complete_lines(Path(config.output))
-    return TargetsEstimate(
+    return TargetsPreview(
         config.output,
         len(writer.corpus),
         num_done,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kdcache.cache import open_cache
 from kdcache.errors import CacheError, CorruptCacheError
-from kdcache.inspect import describe
+from kdcache.inspect import inspect_cache
 from kdcache.schema import Targets
 from kdcache.verify.stored import verify_cache
 from tests.cache.test_reader import check_batch, check_targets
@@ -73,7 +73,7 @@ def test_compressed_too_every_sequence_decodes_alone_as_in_company(tmp_path, kin
 def test_every_kind_verifies(written, kind):
     report = verify_cache(str(written(kind)), deep=True)
     assert report.problems == []
-    assert describe(open_cache(str(written(kind))))["targets"]["kind"] == KINDS[kind].record.kind
+    assert inspect_cache(open_cache(str(written(kind))))["targets"]["kind"] == KINDS[kind].record.kind
 
 
 def test_the_last_state_comes_along_and_by_its_name_if_asked_for(written):

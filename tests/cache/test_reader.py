@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kdcache.cache import open_cache
 from kdcache.errors import CacheError, CorruptCacheError
-from kdcache.inspect import describe
+from kdcache.inspect import inspect_cache
 from tests.caches import SOURCE
 from tests.contracts.matching import check_samples, in_order_of
 from tests.synthetic import SyntheticCache
@@ -120,7 +120,7 @@ def test_tables_and_lengths(sound):
 
 def test_description_agrees_with_what_was_written(sound):
     cache = open_cache(str(sound))
-    description = describe(cache)
+    description = inspect_cache(cache)
     masks = np.concatenate(SOURCE.masks).astype(bool)
     gold = np.concatenate([targets.gold_logprob_P for targets in SOURCE.targets])
     best = np.concatenate([targets.ids_PK[:, 0] for targets in SOURCE.targets])

@@ -17,7 +17,7 @@ from kdcache.storage.folder import Folder
 from kdcache.storage.lease import LEASE
 from kdcache.train import TrainConfig, train_student
 from kdcache.transcode import TranscodeConfig, transcode_cache
-from kdcache.transfer.copy import transfer
+from kdcache.transfer.copy import copy_cache
 from kdcache.verify.stored import verify_cache
 from tests.cache.test_writer import content_of
 from tests.conftest import dump_settings
@@ -82,7 +82,7 @@ def test_killed_and_finished(config, dumped, tmp_path):
     assert losses[0] == losses[1]
 
     part = str(tmp_path / "part")
-    transfer(url, part, shards=[0, 2], fields=["targets"], progress=False)
+    copy_cache(url, part, shards=[0, 2], fields=["targets"], progress=False)
     assert verify_cache(part, deep=True).problems == []
     assert np.isfinite(_train(part, tmp_path / "of the part")["loss"])
 

@@ -14,7 +14,7 @@ import transformers
 from kdcache.cache import open_cache
 from kdcache.codecs import TOPK_CODECS
 from kdcache.config import build
-from kdcache.dump import DumpConfig, dump_teacher, estimate_dump
+from kdcache.dump import DumpConfig, dump_teacher, preview_dump
 from kdcache.errors import CacheError, ConfigError, CorpusError, TeacherError
 from kdcache.losses.from_cache import head_of
 from kdcache.models.lm_head import head_to_bytes
@@ -306,7 +306,7 @@ def test_a_cache_names_no_path_of_this_machine(dumped):
 
 def test_a_dry_run_writes_nothing_and_tells_the_truth(tmp_path, corpus_file, teacher_dir):
     config = config_for(teacher_dir, corpus_file, tmp_path / "out")
-    estimate = estimate_dump(config, progress=False)
+    estimate = preview_dump(config, progress=False)
     assert not (tmp_path / "out").exists()
     manifest = dump_teacher(config, progress=False).manifest
     for name in ("num_sequences", "num_positions", "num_shards"):
@@ -317,7 +317,7 @@ def test_a_dry_run_writes_nothing_and_tells_the_truth(tmp_path, corpus_file, tea
     assert estimate.teacher_loss == pytest.approx(sums.teacher_loss_sum / sums.num_positions, rel=0.2)
     assert estimate.kept_mass == pytest.approx(sums.kept_mass_sum / sums.num_positions, rel=0.2)
     assert estimate.tokens_per_s > 0
-    later = estimate_dump(config, progress=False)
+    later = preview_dump(config, progress=False)
     assert later.num_shards_committed == manifest.num_shards
     assert later.eta_s == 0
 

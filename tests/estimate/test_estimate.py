@@ -14,7 +14,16 @@ import torch
 from kdcache.config import build
 from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.errors import CacheError, ConfigError, CorpusError, TeacherError
-from kdcache.estimate import Estimate, HeadLogits, Measured, Sample, estimate, measure, plan_of, student_choices
+from kdcache.estimate import (
+    EstimateResult,
+    HeadLogits,
+    Measured,
+    Sample,
+    estimate_presets,
+    measure,
+    plan_of,
+    student_choices,
+)
 from kdcache.estimate.rows import Rows, Spread, batch_mean_error, codec_kl, full_kl
 from kdcache.estimate.sample import split
 from kdcache.losses import LOSSES
@@ -44,11 +53,11 @@ def settings(teacher_dir: Path, corpus_file: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Estimate:
+def found(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> EstimateResult:
     before = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("empty"))
     try:
-        result = estimate(build(DumpConfig, settings), progress=False)
+        result = estimate_presets(build(DumpConfig, settings), progress=False)
         assert list(Path.cwd().iterdir()) == []  # writes nothing
     finally:
         os.chdir(before)
@@ -83,7 +92,7 @@ def test_the_estimate_of_a_whole_corpus_is_what_a_dump_writes(found, settings, t
 
 def test_several_shards_cost_what_they_write(settings, tmp_path):
     changed = {**settings, "shard_positions": 100}
-    (item,) = estimate(build(DumpConfig, changed), presets=["compact"], progress=False).presets
+    (item,) = estimate_presets(build(DumpConfig, changed), presets=["compact"], progress=False).presets
     manifest = dump_teacher(build(DumpConfig, {**changed, "output": str(tmp_path / "cache")}), progress=False).manifest
     assert manifest.num_shards == 4
     assert item.total_bytes == pytest.approx(manifest.num_bytes, rel=0.1)  # the last shard is not full
@@ -99,7 +108,9 @@ def test_corpus_and_teacher_are_described(found, dumped):
 
 
 def test_a_pilot_is_a_part_of_the_corpus(settings):
-    result = estimate(build(DumpConfig, settings), num_positions=60, presets=["compact", "sampled"], progress=False)
+    result = estimate_presets(
+        build(DumpConfig, settings), num_positions=60, presets=["compact", "sampled"], progress=False
+    )
     assert 40 < result.pilot_positions < 120  # about 60: whole sequences
     assert result.num_positions == 383
     assert [item.name for item in result.presets] == ["compact", "sampled"]
@@ -131,7 +142,7 @@ def test_json_is_valid_and_names_every_preset(found):
 def test_a_teacher_whose_head_cannot_be_split(settings, found, packing, monkeypatch):
     monkeypatch.setattr("kdcache.models.bodies.split_model", lambda model: None)
     sequences = {"max_length": 16, "packing": packing}
-    result = estimate(build(DumpConfig, {**settings, "sequences": sequences}), progress=False)
+    result = estimate_presets(build(DumpConfig, {**settings, "sequences": sequences}), progress=False)
     reasons = {item.name: item.unavailable for item in result.presets}
     assert {name for name, reason in reasons.items() if reason} == {"hidden", "hidden-int8"}
     assert "cannot be rebuilt" in str(reasons["hidden"])
@@ -147,12 +158,12 @@ def test_a_teacher_whose_head_cannot_be_split(settings, found, packing, monkeypa
 
 def test_an_unknown_preset(settings):
     with pytest.raises(ConfigError, match=r"there is no preset 'compct', did you mean 'compact'\?"):
-        estimate(build(DumpConfig, settings), presets=["compct"], progress=False)
+        estimate_presets(build(DumpConfig, settings), presets=["compct"], progress=False)
 
 
 def test_a_pilot_of_nothing(settings):
     with pytest.raises(ConfigError, match="at least one position, found 0"):
-        estimate(build(DumpConfig, settings), num_positions=0, progress=False)
+        estimate_presets(build(DumpConfig, settings), num_positions=0, progress=False)
 
 
 def test_fewer_ids_than_a_preset_keeps(tmp_path, corpus_file, settings, monkeypatch):
@@ -161,7 +172,7 @@ def test_fewer_ids_than_a_preset_keeps(tmp_path, corpus_file, settings, monkeypa
     real = run.PRESETS["compact"]
     changed = type(real)("too many", {"targets": {"kind": "top-k", "top_k": 5000}})
     monkeypatch.setattr(run, "PRESETS", {"compact": real, "huge": changed})
-    small, huge = estimate(build(DumpConfig, settings), progress=False).presets
+    small, huge = estimate_presets(build(DumpConfig, settings), progress=False).presets
     assert small.unavailable is None
     assert "5000" in str(huge.unavailable)
 
@@ -176,7 +187,7 @@ def test_fewer_ids_than_a_preset_keeps(tmp_path, corpus_file, settings, monkeypa
 )
 def test_teachers_and_corpora_that_are_not_there(settings, changes, error):
     with pytest.raises(error, match="/no/such"):
-        estimate(build(DumpConfig, {**settings, **changes}), progress=False)
+        estimate_presets(build(DumpConfig, {**settings, **changes}), progress=False)
 
 
 def test_nan_weights(tmp_path, corpus_file):
@@ -187,12 +198,12 @@ def test_nan_weights(tmp_path, corpus_file):
         model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
     model.save_pretrained(tmp_path)
     with pytest.raises(TeacherError, match="NaN or infinite"):
-        estimate(build(DumpConfig, settings_for(tmp_path, corpus_file)), progress=False)
+        estimate_presets(build(DumpConfig, settings_for(tmp_path, corpus_file)), progress=False)
 
 
 def test_settings_that_presets_decide_are_said_to_play_no_part(settings, caplog):
     changed = {**settings, "targets": {"top_k": 3}}
-    estimate(build(DumpConfig, changed), presets=["compact-32"], progress=False)
+    estimate_presets(build(DumpConfig, changed), presets=["compact-32"], progress=False)
     assert "play no part" in caplog.text
 
 

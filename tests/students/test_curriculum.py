@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from kdcache.cache import open_cache
 from kdcache.config import build, load
 from kdcache.errors import ConfigError
-from kdcache.train import TrainConfig, plan_training, prepare
+from kdcache.train import TrainConfig, prepare, preview_training
 from tests.cli.conftest import run  # noqa: F401  (a fixture)
 from tests.tiny import bpe_tokenizer, llama, make_cache, random_sequences
 from tests.train_runs import settings, train
@@ -71,7 +71,7 @@ def test_a_filter_leaves_sequences_out_of_steps_plan_and_order(cache_path):
     for curriculum in (None, {"pacing": "root"}):
         config = config_of(cache_path, batch_sequences=2, epochs=2, where="num_positions > 6", curriculum=curriculum)
         assert sorted(n for step in steps_of(config) for n in step) == chosen
-        plan = plan_training(config)
+        plan = preview_training(config)
         assert plan.steps_per_epoch == -(-len(chosen) // 2)
         assert plan.steps == 2 * plan.steps_per_epoch
         assert (plan.num_sequences, plan.num_positions) == (len(chosen), lengths[chosen].sum())
@@ -157,7 +157,7 @@ def test_what_the_recipe_says_to_change_can_be_changed():
 def test_mistakes_are_found_before_anything_is_written(cache_path, tmp_path, changes, message):
     values = settings(cache_path, tmp_path / "out", **changes)
     with pytest.raises(ConfigError, match=message):
-        plan_training(build(TrainConfig, values))
+        preview_training(build(TrainConfig, values))
     with pytest.raises(ConfigError, match=message):
         train(values)
     assert not (tmp_path / "out").exists()

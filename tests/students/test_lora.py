@@ -15,7 +15,7 @@ from kdcache.errors import ConfigError, StudentError
 from kdcache.losses import Objective, ObjectiveConfig, TeacherRows
 from kdcache.models.batches import to_tensors
 from kdcache.students import StudentConfig, load_student
-from kdcache.train import TrainConfig, plan_training
+from kdcache.train import TrainConfig, preview_training
 from kdcache.train.term_file import TERMS_FILE
 from tests.tiny import bpe_tokenizer, llama, make_cache, random_sequences
 from tests.train_runs import Recorder, settings, train
@@ -248,7 +248,7 @@ def test_a_run_whose_last_checkpoint_is_its_last_step_only_saves(tmp_path, cache
 
 def test_a_dry_run_tells_what_is_trained_of_how_much(tmp_path, cache, base):
     student = student_of(cache, base)
-    plan = plan_training(build(TrainConfig, lora_settings(cache, base, tmp_path / "out")))
+    plan = preview_training(build(TrainConfig, lora_settings(cache, base, tmp_path / "out")))
     assert plan.num_parameters == AutoModelForCausalLM.from_pretrained(base).num_parameters()
     assert plan.num_trainable_parameters == student.num_trainable_parameters < plan.num_parameters
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from kdcache.errors import CacheError, ConfigError, StudentError
-from kdcache.sweep import plan_sweep, sweep
+from kdcache.sweep import preview_sweep, sweep_students
 from kdcache.sweep.pool import places
 from kdcache.train import TrainConfig, train_student
 
@@ -36,12 +36,12 @@ def swept(dumped, tmp_path_factory):
     base = {"cache": str(dumped), "student": {"size": "nano"}, "max_steps": 3, "device": "cpu", "logging_steps": 1}
     settings = {"output": str(tmp_path_factory.mktemp("sweep") / "runs"), "held_out": str(dumped), "base": base}
     config = build(SweepConfig, {**settings, "runs": RUNS, "seeds": [0, 1]})
-    return config, sweep(config, progress=False)
+    return config, sweep_students(config, progress=False)
 
 
 def test_students_are_those_of_train_student(swept, tmp_path):
     config, _ = swept
-    run = next(run for run in plan_sweep(config).runs if run.name == "kd-seed1")
+    run = next(run for run in preview_sweep(config).runs if run.name == "kd-seed1")
     alone = TrainConfig.model_validate({**run.variation.config.model_dump(), "output": str(tmp_path / "alone")})
     train_student(alone, progress=False)
     assert weights(tmp_path / "alone") == weights(Path(config.output) / "kd-seed1")
@@ -100,9 +100,9 @@ def test_finished_students_are_kept_and_variations_may_be_added(swept, monkeypat
         run.name: (Path(copy.output) / f"{run.name}-seed0" / "model.safetensors").stat().st_mtime_ns for run in runs
     }
     more = copy.model_copy(update={"runs": (*runs, runs[0].model_copy(update={"name": "again"}))})
-    states = {run.name: run.state for run in plan_sweep(more).runs}
+    states = {run.name: run.state for run in preview_sweep(more).runs}
     assert states == {"ce-seed0": "finished", "kd-seed0": "finished", "again-seed0": "new"}
-    found = sweep(more, progress=False)
+    found = sweep_students(more, progress=False)
     assert found.failures == []
     for name, stamp in stamps.items():
         path = Path(copy.output) / f"{name}-seed0"
@@ -118,11 +118,11 @@ def test_a_file_that_contradicts_a_finished_run_is_refused_by_name(swept):
     with pytest.raises(
         ConfigError, match=r"variation ce-seed0: .*finished with other.*weight_decay was 0.01 and is 0.5"
     ):
-        sweep(changed, progress=False)
+        sweep_students(changed, progress=False)
 
 
 def test_without_a_held_out_cache_the_table_says_so(make):
-    result = sweep(make(), progress=False)
+    result = sweep_students(make(), progress=False)
     assert "no held_out cache was given" in result.table()
     assert result.rows[0].quality == result.rows[0].losses["loss"]
     assert "held-out loss" not in result.table()
@@ -135,7 +135,7 @@ def test_without_the_held_out_cache_of_before_only_training_losses_are_ranked(sw
         update={"output": str(tmp_path / "runs"), "seeds": (0,), "held_out": None, "runs": config.runs[::2]}
     )
     shutil.copytree(config.output, copy.output)
-    result = sweep(copy, progress=False)
+    result = sweep_students(copy, progress=False)
     assert result.failures == []
     for row in result.rows:
         assert row.quality == row.losses["loss"]
@@ -160,7 +160,7 @@ def test_without_the_held_out_cache_of_before_only_training_losses_are_ranked(sw
 def test_mistakes_are_found_before_the_first_student_trains(make, changes, error, message):
     config = make(**changes)
     with pytest.raises(error, match=message):
-        sweep(config, progress=False)
+        sweep_students(config, progress=False)
     assert not Path(config.output).exists()
 
 
@@ -169,15 +169,15 @@ def test_a_directory_that_is_no_run_is_refused(make):
     (Path(config.output) / "base").mkdir(parents=True)
     (Path(config.output) / "base" / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"variation base: .*thesis\.txt"):
-        sweep(config, progress=False)
+        sweep_students(config, progress=False)
 
 
 def test_an_output_that_is_something_else_is_refused(make, dumped, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file; give a directory for the students"):
-        plan_sweep(make(output=str(tmp_path / "file")))
+        preview_sweep(make(output=str(tmp_path / "file")))
     with pytest.raises(ConfigError, match=r"holds a cache or a model \(found manifest.json\)"):
-        plan_sweep(make(output=str(dumped)))
+        preview_sweep(make(output=str(dumped)))
 
 
 @pytest.mark.slow
@@ -204,12 +204,12 @@ def test_after_kill_9_of_the_sweep_students_go_on_from_their_checkpoints(make, t
     process.communicate(timeout=60)
     assert children
     wait_until(lambda: not any(alive(child) for child in children))
-    states = {run.name: run.state for run in plan_sweep(config).runs}
+    states = {run.name: run.state for run in preview_sweep(config).runs}
     assert states == {"first": "finished", "second": "begun"}
     stamp = (Path(config.output) / "first" / "model.safetensors").stat().st_mtime_ns
-    assert sweep(config, progress=False).failures == []
+    assert sweep_students(config, progress=False).failures == []
     assert (Path(config.output) / "first" / "model.safetensors").stat().st_mtime_ns == stamp
-    alone = plan_sweep(config).runs[1].variation.config.model_copy(update={"output": str(tmp_path / "alone")})
+    alone = preview_sweep(config).runs[1].variation.config.model_copy(update={"output": str(tmp_path / "alone")})
     train_student(alone, progress=False)
     assert weights(Path(config.output) / "second") == weights(tmp_path / "alone")
 
@@ -221,7 +221,7 @@ def test_another_sweep_is_kept_out_and_an_interrupt_ends_the_children(make, tmp_
     wait_for(Path(config.output) / "base" / "checkpoint-5")
     children = children_of(process.pid)
     with pytest.raises(ConfigError, match="another sweep is at work"):
-        sweep(config, progress=False)
+        sweep_students(config, progress=False)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130

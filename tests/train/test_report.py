@@ -16,7 +16,7 @@ from kdcache.cache import open_cache
 from kdcache.config import build
 from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.students.sizes import SIZES, llama_config
-from kdcache.train import TrainConfig, TrainingReport, plan_training, train_student
+from kdcache.train import TrainConfig, TrainingReport, preview_training, train_student
 from kdcache.train.memory import AllocatedBytes, MemoryReport
 from tests.cli.conftest import run  # noqa: F401
 from tests.tiny import bpe_tokenizer, llama, make_cache, random_sequences
@@ -39,7 +39,7 @@ def cache_path(tmp_path_factory, teacher):
 
 
 def report_of(cache, output, **changes) -> TrainingReport:
-    return plan_training(build(TrainConfig, settings(cache, output, **changes)))
+    return preview_training(build(TrainConfig, settings(cache, output, **changes)))
 
 
 def by_name(report):
@@ -99,7 +99,7 @@ def test_every_term_has_the_value_that_the_first_step_logs(tmp_path, kinds):
         "hidden_mse": {"weight": 0.5},
     }
     values = settings(kinds / "top-k", tmp_path / "out", batch_sequences=100, max_steps=2, objective=objective)
-    report = plan_training(build(TrainConfig, values))
+    report = preview_training(build(TrainConfig, values))
     train_student(build(TrainConfig, values), progress=False)
     first = json.loads((tmp_path / "out" / "kdcache_run.json").read_text())["history"][0]
     terms = by_name(report)
@@ -191,7 +191,7 @@ def test_memory_is_about_what_a_run_takes(tmp_path, cache_path, changes):
         file.write_text(json.dumps(content))
     command = [sys.executable, "-m", "tests.memory_probe", *map(str, files)]
     measured = int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
-    estimated = plan_training(build(TrainConfig, values)).memory.total_bytes
+    estimated = preview_training(build(TrainConfig, values)).memory.total_bytes
     assert 1 / 1.3 < estimated / measured < 1.3
 
 

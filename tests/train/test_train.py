@@ -17,7 +17,7 @@ from kdcache.cache import epoch_order, open_cache
 from kdcache.config import build
 from kdcache.errors import CacheError, ConfigError, IncompleteCacheError, StudentError
 from kdcache.students.sizes import SIZES, llama_config
-from kdcache.train import TrainConfig, plan_training
+from kdcache.train import TrainConfig, preview_training
 from kdcache.train.prepare import num_steps
 from kdcache.train.run_record import RunRecord
 from tests.tiny import bpe_tokenizer, llama, make_cache, random_sequences
@@ -377,7 +377,7 @@ def test_settings_that_make_no_sense(tmp_path, changes, match):
 
 def test_plan_tells_steps_and_sizes_without_training(tmp_path, caches, sequences):
     values = settings(caches[8], tmp_path / "out", max_steps=None, epochs=2.0, gradient_accumulation=1)
-    plan = plan_training(build(TrainConfig, values))
+    plan = preview_training(build(TrainConfig, values))
     assert (plan.steps, plan.steps_per_epoch, plan.epochs) == (6, 3, 2.0)
     assert plan.num_positions == sum(len(s) - 1 for s in sequences)
     assert plan.num_parameters == VOCAB_SIZE * 64 + SIZES["nano"].num_parameters - 49_152 * 64
@@ -441,7 +441,7 @@ def test_a_logger_that_cannot_be_used(tmp_path, caches, monkeypatch, name, error
     with pytest.raises(ConfigError, match=f"report_to.*{words}"):
         train(values)
     with pytest.raises(ConfigError, match=words):
-        plan_training(build(TrainConfig, values))
+        preview_training(build(TrainConfig, values))
     assert not (tmp_path / "out").exists()
 
 

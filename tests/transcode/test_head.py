@@ -14,7 +14,7 @@ from kdcache.cache import open_cache
 from kdcache.dump import dump_teacher
 from kdcache.errors import ConfigError, CorruptCacheError
 from kdcache.schema import TargetsRecord
-from kdcache.transcode import estimate_transcode, transcode_cache
+from kdcache.transcode import preview_transcoding, transcode_cache
 from tests.dump.test_dump_teacher import config_for as dump_config
 from tests.synthetic import SyntheticCache
 from tests.transcode.test_cut import compare
@@ -140,7 +140,7 @@ def test_one_dump_serves_a_chain(tmp_path, dump_of):
 def test_a_dry_run_from_hidden_states(tmp_path, dump_of):
     source = dump_of(**hidden(), shard_positions=5000)
     config = config_for(source, tmp_path / "made", targets={"kind": "sampled", "codec": "compact"})
-    estimate = estimate_transcode(config)
+    estimate = preview_transcoding(config)
     assert not (tmp_path / "made").exists()
     manifest = transcode_cache(config, progress=False).manifest
     assert estimate.bytes_per_token == pytest.approx(manifest.bytes_per_token, rel=0.05)

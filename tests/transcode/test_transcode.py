@@ -19,7 +19,7 @@ from kdcache.cache import Cache, CacheWriter, open_cache
 from kdcache.config import build
 from kdcache.errors import CacheError, ConfigError, CorruptCacheError, IncompleteCacheError
 from kdcache.schema import TargetsRecord
-from kdcache.transcode import TranscodeConfig, TranscodeResult, estimate_transcode, transcode_cache
+from kdcache.transcode import TranscodeConfig, TranscodeResult, preview_transcoding, transcode_cache
 from kdcache.verify.stored import verify_cache
 from tests.cache.test_writer import content_of, snapshot
 from tests.dump.fake import BigramTeacher, run_dump
@@ -290,9 +290,9 @@ def test_another_transcoding_is_refused(tmp_path, rich):
         with pytest.raises(CacheError, match="holds another cache"):
             transcode(rich, made, **changes)
         with pytest.raises(CacheError, match="holds another cache"):
-            estimate_transcode(config_for(rich, made, **changes))
+            preview_transcoding(config_for(rich, made, **changes))
     # Equal plans of other sequences: of six of the same lengths, or of another source.
-    for run in (transcode, lambda *a, **k: estimate_transcode(config_for(*a, **k))):
+    for run in (transcode, lambda *a, **k: preview_transcoding(config_for(*a, **k))):
         with pytest.raises(CacheError, match=r"begun from another source or with another filter: .* limit 6 there"):
             run(rich, made, where="sequence < 6")
     shutil.copytree(rich, tmp_path / "moved")
@@ -345,7 +345,7 @@ def test_strange_provenance_is_no_obstacle(tmp_path):
 def test_a_dry_run_writes_nothing_and_tells_the_truth(tmp_path, corpus_file):
     run_dump(corpus_file, tmp_path / "source", BigramTeacher(), layers=(1,), shard_positions=2000)
     config = config_for(tmp_path / "source", tmp_path / "made", targets={"top_k": 3, "codec": "compact"})
-    estimate = estimate_transcode(config)
+    estimate = preview_transcoding(config)
     assert not (tmp_path / "made").exists()
     manifest = transcode_cache(config, progress=False).manifest
     for name in ("num_sequences", "num_positions", "num_shards"):
@@ -354,7 +354,7 @@ def test_a_dry_run_writes_nothing_and_tells_the_truth(tmp_path, corpus_file):
     assert estimate.source_bytes_per_token == open_cache(str(tmp_path / "source")).manifest.bytes_per_token
     sums = manifest.statistics
     assert estimate.kept_mass == pytest.approx(sums.kept_mass_sum / sums.num_positions, rel=0.05)
-    assert estimate_transcode(config).num_shards_committed == manifest.num_shards
+    assert preview_transcoding(config).num_shards_committed == manifest.num_shards
     json.dumps(estimate.to_dict())
 
 
@@ -383,7 +383,7 @@ def test_a_dry_run_writes_nothing_and_tells_the_truth(tmp_path, corpus_file):
 def test_what_cannot_be(tmp_path, rich, changes, words):
     for run in (
         lambda: transcode(rich, tmp_path / "x", **changes),
-        lambda: estimate_transcode(config_for(rich, tmp_path / "x", **changes)),
+        lambda: preview_transcoding(config_for(rich, tmp_path / "x", **changes)),
     ):
         with pytest.raises(ConfigError, match=words):
             run()

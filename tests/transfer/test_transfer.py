@@ -29,7 +29,7 @@ def no_pauses(monkeypatch):
 
 
 def move(source: object, target: object, **options: object) -> transfer.TransferResult:
-    return transfer.transfer(str(source), str(target), progress=False, **options)
+    return transfer.copy_cache(str(source), str(target), progress=False, **options)
 
 
 def assert_same_rows(part: str, source: str, indices: list[int]) -> None:

@@ -16,7 +16,7 @@ from kdcache.cache import layout, open_cache
 from kdcache.cache.shard_file import pack
 from kdcache.cli.verify import command
 from kdcache.errors import CacheError, IncompleteCacheError
-from kdcache.verify.stored import verify_cache
+from kdcache.verify.stored import check_files, verify_cache
 from tests.synthetic import SyntheticCache, random_targets
 
 
@@ -52,7 +52,9 @@ def test_a_sound_cache(sound):
     assert len(files_of(sound)) == NUM_FILES
     for deep in (False, True):
         seen: list[tuple[int, int]] = []
-        report = verify_cache(str(sound), deep=deep, progress=lambda done, total, seen=seen: seen.append((done, total)))
+        report = check_files(
+            str(sound), deep=deep, report_progress=lambda done, total, seen=seen: seen.append((done, total))
+        )
         assert report.ok, report.problems
         assert report.num_objects == 12
         assert report.num_bytes == open_cache(str(sound)).manifest.num_bytes

@@ -19,7 +19,7 @@ from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.errors import ConfigError, CorpusError, TeacherError
 from kdcache.models.generation import write_texts
 from kdcache.teachers.sampling import Sampler, nucleus
-from kdcache.write_targets import WriteConfig, estimate_targets, write_targets
+from kdcache.write_targets import WriteConfig, preview_targets, write_targets
 from tests.cli.conftest import run  # noqa: F401
 from tests.task_models import SENTENCES, t5, t5_tokenizer
 from tests.tiny import bpe_tokenizer, llama
@@ -151,7 +151,7 @@ OTHER = {
 def test_a_file_of_other_settings_is_left_alone(name: str, found: dict[str, str], tmp_path: Path) -> None:
     write_targets(config_of(found, tmp_path / "out.jsonl"), progress=False)
     before = (tmp_path / "out.jsonl").read_bytes()
-    for call in (write_targets, estimate_targets):
+    for call in (write_targets, preview_targets):
         with pytest.raises(ConfigError, match=rf"begun with other settings:.*{name} is .* there and .* here"):
             call(config_of(found, tmp_path / "out.jsonl", **OTHER[name]))
     assert (tmp_path / "out.jsonl").read_bytes() == before
@@ -228,7 +228,7 @@ def test_settings_that_contradict(writing: dict[str, Any], words: str, found: di
 
 
 def test_a_dry_run_writes_nothing(found: dict[str, str], tmp_path: Path) -> None:
-    estimate = estimate_targets(config_of(found, tmp_path / "out.jsonl"))
+    estimate = preview_targets(config_of(found, tmp_path / "out.jsonl"))
     assert (estimate.num_documents, estimate.num_done) == (len(TEXTS), 0)
     assert estimate.eta_s > 0
     assert len(estimate.examples) == 2
