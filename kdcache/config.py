@@ -7,7 +7,7 @@ a training run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,11 @@ class Config(BaseModel):
     """Base of every configuration and record: frozen, and unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @classmethod
+    def setting_names(cls) -> list[str]:
+        """Return the names of all settings, from which a suggestion is made for an unknown one."""
+        return list(cls.model_fields)
 
 
 C = TypeVar("C", bound=Config)
@@ -108,18 +113,27 @@ def build(model: type[C], data: Mapping[str, Any], *, source: str = "configurati
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
 
 
-def build_nested(model: type[C], data: Any, path: str) -> C:
-    """Validate ``data`` as ``model`` inside another model's validator, for a field whose model depends on others.
+def build_nested(model: type[C], data: Any) -> C:
+    """Validate ``data`` as ``model`` inside a field's validator, for a field whose model depends on others.
 
-    ``path`` is where it stands. Problems come out of the outer `build` as if the field were of that model.
+    Problems come out of the outer `build` as if the field were of that model.
     """
     if not isinstance(data, Mapping):
         raise ValueError("expected a mapping of settings")
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(model, problem, path) for problem in error.errors()]
-        raise PydanticCustomError(_NESTED, "{problems}", {"problems": "; ".join(lines)}) from None
+        raise nested_error([(model, problem, ()) for problem in error.errors()]) from None
+
+
+def nested_error(problems: Sequence[tuple[type[BaseModel], Mapping[str, Any], tuple[Any, ...]]]) -> PydanticCustomError:
+    """Return an error for a validator to raise that carries the ``problems`` of other models.
+
+    Each problem is the model, what ``ValidationError.errors()`` says about it, and where that model stands, from the
+    place of the validator. `build` explains each of them in full.
+    """
+    lines = [_explain(model, problem, ".".join(map(str, at))) for model, problem, at in problems]
+    return PydanticCustomError(_NESTED, "{problems}", {"problems": "; ".join(lines), "nested": list(problems)})
 
 
 def load(
@@ -140,7 +154,8 @@ def _explain(model: type[BaseModel], problem: Mapping[str, Any], inside: str = "
     location = problem["loc"]
     path = ".".join(str(part) for part in (*([inside] if inside else []), *location))
     if problem["type"] == _NESTED:
-        return str(problem["msg"])
+        inner = problem["ctx"]["nested"]
+        return "; ".join(_explain(m, p, ".".join(filter(None, [path, *map(str, at)]))) for m, p, at in inner)
     if problem["type"] == "extra_forbidden":
         return f"unknown setting {path!r}, {did_you_mean(str(location[-1]), _fields_at(model, location[:-1]))}"
     if problem["type"] == "missing":
@@ -165,4 +180,4 @@ def _fields_at(model: type[BaseModel], location: Iterable[Any]) -> list[str]:
         if not nested:
             return []
         current = nested[0]
-    return list(current.model_fields)
+    return list(current.setting_names() if issubclass(current, Config) else current.model_fields)

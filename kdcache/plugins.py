@@ -69,6 +69,11 @@ class Table(Mapping[str, R], Generic[R]):
     def __repr__(self) -> str:
         return f"Table({self.kind!r}: {', '.join(self)})"
 
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The names of kdcache itself; reads no entry points."""
+        return tuple(self._rows)
+
     def names(self) -> tuple[str, ...]:
         """Return all names, plugins last; imports nothing."""
         return tuple(iter(self))

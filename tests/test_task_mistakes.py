@@ -12,7 +12,7 @@ from kdcache.corpus.documents import CorpusConfig
 from kdcache.dump import dump_teacher
 from kdcache.errors import ConfigError, CorpusError, StudentError, TeacherError
 from kdcache.losses import TeacherContext
-from kdcache.losses.output_terms import LabelMSE
+from kdcache.losses.outputs import LabelMSE
 from kdcache.students.layers import with_layers
 from kdcache.train import TrainConfig, train_student
 from tests.task_models import TINY_TASKS, bert, bert_tokenizer, dump_config, t5, t5_tokenizer

@@ -44,7 +44,7 @@ class DumpConfig(Config):
         task = TASKS.get(info.data.get("task", ""))
         if task is None or isinstance(value, task.settings):
             return value  # of a task that there is not: said already
-        return build_nested(task.settings, value, "sequences")
+        return build_nested(task.settings, value)
 
     @model_validator(mode="after")
     def _targets_fit_the_task(self) -> DumpConfig:

@@ -1,18 +1,58 @@
-"""The table of losses.
+"""The losses over distributions: cross-entropy, forward KL, other divergences, and losses on the kept logits.
 
-A new loss is one class (see `Loss`) and its row in `LOSSES`; the configuration, the trainer, the documentation and the
-tests enumerate the table.
+*Forward KL*, KL(teacher || student), is the loss that every kind of cache has an estimate or an exact value of. By
+default teacher and student are compared on K + 1 outcomes, the K kept ids and one bucket for everything else: the exact
+divergence of the coarsened pair, a lower bound of the full one, and the full one when K = V. Module `tails` has the
+other treatments of the tail, module `temperature` the temperatures other than 1.
+
+*Other divergences* (`FDivergence`) are each a formula over two distributions on the same outcomes (`outcomes`); t are
+the teacher's probabilities of them, p the student's, both softened where a temperature is set, and the value is then
+multiplied by a power of T (`power`). None of them is linear in t, so samples alone cannot estimate them: such caches
+are refused. There is no treatment of the tail but the bucket either. A reverse KL over the kept ids alone would pull
+every other logit down, whatever the teacher thought of it.
+
+Probabilities of 0. Terms with 0 log 0 are 0. What the teacher rules out although the student does not (an id beyond the
+teacher's vocabulary, a tail that has underflowed) would make a reverse KL infinite, and one such position would end the
+run. So a teacher's probability counts as e^-104 at least, about the smallest float32 there is: the value stays finite,
+and the gradient takes the student's mass away from there.
+
+*Losses on the kept logits* (`LogitsMSE`, `Ranking`) look at what the kept ids say about each other, not how much mass
+they have together. Both are blind to the tail: a student may agree on them and still give the kept ids no mass. They
+are meant beside a cross-entropy or a divergence. What they compare are the kept ids (without the samples of a hybrid
+cache), or the whole vocabulary of the teacher where its logits can be made (caches of hidden targets). Ids that teacher
+or student rule out (logit -inf) have no finite difference from anything and are left out. Log-probabilities serve as
+the teacher's logits: both losses are free of a constant.
+
+Shape suffixes: C positions of a chunk, K compared ids, O outcomes, V the student's vocabulary, U the teacher's.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from math import log, log1p
+from typing import ClassVar, Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kdcache.losses.base import Loss
-from kdcache.losses.context import TeacherContext
+from kdcache.losses.tails import TAILS, sampled_kl
+from kdcache.losses.teacher import TeacherContext
+from kdcache.losses.temperature import (
+    IMPOSSIBLE,
+    Mode,
+    TemperedLoss,
+    among_kept,
+    chain_rule,
+    decoupled_kl,
+    full_kl,
+    grid_kl,
+    log_total,
+    num_kept,
+    outcomes,
+)
 from kdcache.losses.view import ChunkView
-from kdcache.plugins import Table
 
 
 class CrossEntropy(Loss):
@@ -31,19 +71,255 @@ class CrossEntropy(Loss):
         """Return None: the teacher plays no part."""
 
 
-#: Every loss by its name in an objective; other packages add theirs in the entry-point group ``kdcache.losses``.
-LOSSES: Table[type[Loss]] = Table(
-    "loss",
-    "kdcache.losses",
-    {
-        "forward_kl": "kdcache.losses.forward_kl:ForwardKL",
-        "cross_entropy": "kdcache.losses.divergences:CrossEntropy",
-        "reverse_kl": "kdcache.losses.f_divergences:ReverseKL",
-        "jensen_shannon": "kdcache.losses.f_divergences:JensenShannon",
-        "total_variation": "kdcache.losses.f_divergences:TotalVariation",
-        "skew_kl": "kdcache.losses.f_divergences:SkewKL",
-        "skew_reverse_kl": "kdcache.losses.f_divergences:SkewReverseKL",
-        "logits_mse": "kdcache.losses.kept_logits:LogitsMSE",
-        "ranking": "kdcache.losses.kept_logits:Ranking",
-    },
-)
+class ForwardKL(TemperedLoss):
+    """KL(teacher || student) at a temperature.
+
+    ``tail`` says what is done about ids that were not kept (see module ``tails``). ``mode`` says how a temperature
+    other than 1 is made (see module ``temperature``): ``full`` compares the whole vocabulary, at temperature 1 too. By
+    default it is ``full`` where the cache has the teacher's hidden states and LM head, else ``decoupled``. With samples
+    the value is an unbiased estimate.
+    """
+
+    is_divergence = True
+
+    needs = "the probabilities of the kept ids and of their tail; or samples, at temperature 1"
+
+    modes: ClassVar[tuple[Mode, ...]] = ("decoupled", "grid", "full")
+
+    tail: Literal["bucket", "prior", "uniform", "renormalise", "drop"] = "bucket"
+
+    def values(self, view: ChunkView) -> Tensor:
+        """Return the divergence of each position, [C]."""
+        mode = self.resolved_mode(view.context)
+        if mode == "full":
+            return full_kl(view, self.temperature)
+        if view.context.is_sampled:
+            return sampled_kl(view)
+        if self.temperature == 1.0:
+            return TAILS[self.tail](view)
+        return grid_kl(view, self.temperature) if mode == "grid" else decoupled_kl(view, self.temperature)
+
+    def refusal(self, context: TeacherContext) -> str | None:
+        if context.head is not None and self.tail != "bucket":
+            return (
+                f"the cache holds {context.holds}, from which the whole tail is known, so tail {self.tail} makes no "
+                "sense; leave it out, or transcode the cache to top-k targets"
+            )
+        if self.resolved_mode(context) == "full":
+            return self.refusal_of_mode(context)
+        if self.tail != "bucket" and (context.is_sampled or self.temperature != 1.0):
+            return self._refusal_of_tail(context)
+        if context.is_sampled and self.temperature != 1.0:
+            return (
+                f"the cache holds {context.holds}, which estimate the teacher at temperature 1 only, found temperature "
+                f"{self.temperature:g}; use temperature 1, or a cache of top-k or hidden targets"
+            )
+        if self.tail == "prior" and context.prior_V is None:
+            return "the cache holds no tail prior; dump it with targets.tail_prior=true, or use tail bucket or uniform"
+        return self.refusal_of_mode(context)
+
+    def _refusal_of_tail(self, context: TeacherContext) -> str:
+        if context.is_sampled:
+            return (
+                f"tail {self.tail} needs the exact mass of a tail, and in the cache samples stand for it: it holds "
+                f"{context.holds}; use tail bucket"
+            )
+        return (
+            f"tail {self.tail} exists at temperature 1 only, found temperature {self.temperature:g}; use tail bucket "
+            "with it, or temperature 1"
+        )
+
+
+LEAST_LOG_PROB = -104.0
+"""What the logarithm of a probability of 0 counts as; float32's own exp is 0 from there on."""
+
+
+class FDivergence(TemperedLoss):
+    """Base of divergences that are a function of two distributions over the same outcomes."""
+
+    is_divergence = True
+    ignores_samples = True
+
+    power: ClassVar[int] = 2
+    """The power of T that keeps the length of gradients as T grows, as in ``temperature``: T^2 for all that is smooth."""
+
+    def values(self, view: ChunkView) -> Tensor:
+        """Return T^2 (see `power`) x the divergence of each position, [C]."""
+        teacher_CO, student_CO = outcomes(view, self.resolved_mode(view.context), self.temperature)
+        return self.temperature**self.power * self.between(_at_least(teacher_CO), _finite(student_CO))
+
+    @abstractmethod
+    def between(self, teacher_CO: Tensor, student_CO: Tensor) -> Tensor:
+        """Return the divergence of two distributions, [C], from their finite log-probabilities."""
+
+
+class ReverseKL(FDivergence):
+    """KL(student || teacher) = sum p (log p - log t): it punishes what the teacher would not say (mode seeking).
+
+    In mode ``decoupled`` it is the KL of the split between kept ids and tail at temperature 1, plus the student's mass
+    on the kept ids x T^2 x KL among them at T. Source: Gu et al. 2024 (MiniLLM), there on the student's own texts.
+    """
+
+    modes: ClassVar[tuple[Mode, ...]] = ("decoupled", "grid", "full")
+
+    def values(self, view: ChunkView) -> Tensor:
+        if self.temperature != 1.0 and self.resolved_mode(view.context) == "decoupled":
+            return self._decoupled(view)
+        return super().values(view)
+
+    def between(self, teacher_CO: Tensor, student_CO: Tensor) -> Tensor:
+        return _kl(student_CO, teacher_CO)
+
+    def _decoupled(self, view: ChunkView) -> Tensor:
+        teacher_CO, student_CO = outcomes(view, "decoupled", 1.0)
+        num_ids = teacher_CO.shape[1] - (0 if view.covers_vocabulary else 1)
+        (teacher_split, teacher_among), (student_split, student_among) = (
+            (_split(log_CO, num_ids), among_kept(log_CO[:, :num_ids], self.temperature, IMPOSSIBLE))
+            for log_CO in (teacher_CO, student_CO)
+        )
+        split_C = self.between(_at_least(teacher_split), _finite(student_split))
+        among_C = self.between(_at_least(teacher_among), _finite(student_among))
+        return chain_rule(split_C, student_split[:, 0], among_C, self.temperature)
+
+
+class JensenShannon(FDivergence):
+    """The generalised Jensen-Shannon divergence: beta KL(t || m) + (1 - beta) KL(p || m), m = beta t + (1 - beta) p.
+
+    At the ends, where it would be 0 for any student, it is what it tends to when divided by beta (or 1 - beta): beta 0
+    is the forward KL and beta 1 the reverse KL, as in GKD. So there is a jump: at beta 0.01 the value is a hundredth
+    of that at beta 0. Source: Agarwal et al. 2024 (GKD), section 2.
+    """
+
+    beta: float = Field(default=0.5, ge=0, le=1)
+
+    def between(self, teacher_CO: Tensor, student_CO: Tensor) -> Tensor:
+        if self.beta == 0:
+            return _kl(teacher_CO, student_CO)
+        if self.beta == 1:
+            return _kl(student_CO, teacher_CO)
+        mixed_CO = _mixture(teacher_CO, student_CO, self.beta)
+        return self.beta * _kl(teacher_CO, mixed_CO) + (1 - self.beta) * _kl(student_CO, mixed_CO)
+
+
+class TotalVariation(FDivergence):
+    """Half the sum of |t - p|, in 0..1 and no nats: the mass that one would have to move.
+
+    At a temperature it is multiplied by T alone: it grows with the difference of the two, the others with its square.
+    """
+
+    power = 1
+
+    def between(self, teacher_CO: Tensor, student_CO: Tensor) -> Tensor:
+        return (teacher_CO.exp() - student_CO.exp()).abs().sum(1) / 2
+
+
+class SkewKL(FDivergence):
+    """KL(t || alpha t + (1 - alpha) p), at most -log alpha; alpha towards 0 is the forward KL.
+
+    Source: Ko et al. 2024 (DistiLLM), section 3.1.
+    """
+
+    alpha: float = Field(default=0.1, gt=0, lt=1)
+
+    def between(self, teacher_CO: Tensor, student_CO: Tensor) -> Tensor:
+        return _kl(teacher_CO, _mixture(teacher_CO, student_CO, self.alpha))
+
+
+class SkewReverseKL(FDivergence):
+    """KL(p || (1 - alpha) t + alpha p), at most -log alpha; alpha towards 0 is the reverse KL.
+
+    Source: Ko et al. 2024 (DistiLLM), section 3.1.
+    """
+
+    alpha: float = Field(default=0.1, gt=0, lt=1)
+
+    def between(self, teacher_CO: Tensor, student_CO: Tensor) -> Tensor:
+        return _kl(student_CO, _mixture(teacher_CO, student_CO, 1 - self.alpha))
+
+
+def _kl(log_a_CO: Tensor, log_b_CO: Tensor) -> Tensor:
+    """Return KL(a || b) of finite log-probabilities, [C]; without the guards, and the arrays, of `tails.kl_terms`."""
+    return (log_a_CO.exp() * (log_a_CO - log_b_CO)).sum(1)
+
+
+def _mixture(teacher_CO: Tensor, student_CO: Tensor, share: float) -> Tensor:
+    """Return log(share t + (1 - share) p)."""
+    return torch.logaddexp(teacher_CO + log(share), student_CO + log1p(-share))
+
+
+def _split(log_CO: Tensor, num_ids: int) -> Tensor:
+    """Return log-probabilities of (any kept id, tail), [C, 2]; [C, 1] where there is no tail."""
+    return torch.cat([log_total(log_CO[:, :num_ids]), log_CO[:, num_ids:]], 1)
+
+
+def _at_least(teacher: Tensor) -> Tensor:
+    return teacher.clamp(min=LEAST_LOG_PROB)
+
+
+def _finite(student: Tensor) -> Tensor:
+    # Not a clamp: whatever is finite keeps its gradient, also that of a student who is e^-200 sure.
+    return student.masked_fill(student <= IMPOSSIBLE, LEAST_LOG_PROB)
+
+
+class LogitsMSE(Loss):
+    """Mean squared difference between the logits of student and teacher, each centred over the compared ids.
+
+    0 for rows of one id. Source: Ba and Caruana 2014, section 2.2, who do not centre; without it the loss would pin the
+    constant that softmax ignores.
+    """
+
+    is_divergence = False
+    ignores_samples = True
+    needs = "the logits of the kept ids up to a constant"
+
+    def values(self, view: ChunkView) -> Tensor:
+        """Return the mean of each position, [C]."""
+        if view.context.head is not None:
+            teacher_CK = view.teacher_logits_CU
+            student_CK = view.logits_CV[:, : teacher_CK.shape[1]]
+        else:
+            teacher_CK, student_CK = _kept(view)
+        is_known_CK = teacher_CK.isfinite() & student_CK.isfinite()
+        num_known_C1 = is_known_CK.sum(1, keepdim=True).clamp(min=1)
+        difference_CK = torch.where(is_known_CK, student_CK - teacher_CK, 0.0)
+        centred_CK = difference_CK - difference_CK.sum(1, keepdim=True) / num_known_C1
+        return torch.where(is_known_CK, centred_CK, 0.0).square().sum(1) / num_known_C1.squeeze(1)
+
+
+class Ranking(Loss):
+    """How improbable the teacher's order of ids is if the student samples them one by one without replacement.
+
+    ListMLE: the mean over all places but the last of logsumexp(x of this and all later places) - x of this place, with
+    the student's logits x in the teacher's order; 0 for rows of one id. At most ``top_k`` ids take part, the teacher's
+    first: the order of unlikely ids is noise. Equal probabilities (codecs round) stand in the order in which the cache
+    gives them. It is not 0 when both agree. Source: Xia et al. 2008, section 5.1.
+    """
+
+    is_divergence = False
+    ignores_samples = True
+    needs = "the order of the kept ids"
+
+    top_k: int = Field(default=64, ge=2)
+
+    def values(self, view: ChunkView) -> Tensor:
+        """Return the mean of each position, [C]."""
+        teacher_CK, student_CK = self._ordered(view)
+        is_known_CK = teacher_CK.isfinite() & student_CK.isfinite()
+        student_CK = student_CK.masked_fill(~is_known_CK, IMPOSSIBLE)
+        left_CK = student_CK.flip(1).logcumsumexp(1).flip(1)
+        num_choices_C = (is_known_CK.sum(1) - 1).clamp(min=1)
+        return torch.where(is_known_CK, left_CK - student_CK, 0.0).sum(1) / num_choices_C
+
+    def _ordered(self, view: ChunkView) -> tuple[Tensor, Tensor]:
+        """Return the logits of teacher and student in the teacher's order, [C, K] each."""
+        if view.context.head is None:
+            teacher_CK, student_CK = _kept(view)
+            return teacher_CK[:, : self.top_k], student_CK[:, : self.top_k]
+        teacher_CU = view.teacher_logits_CU
+        teacher_CK, ids_CK = teacher_CU.topk(min(self.top_k, teacher_CU.shape[1]))
+        return teacher_CK, view.logits_CV.gather(1, ids_CK)
+
+
+def _kept(view: ChunkView) -> tuple[Tensor, Tensor]:
+    kept = num_kept(view)
+    return view.teacher.logprobs_PK[:, :kept], view.student_logits_CK[:, :kept]

@@ -12,87 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
-from pydantic import create_model, model_validator
 from torch import Tensor, nn
 
-from kdcache.config import Config, merge
 from kdcache.errors import ConfigError, StudentError
-from kdcache.losses.base import Loss, Part
-from kdcache.losses.chunked import Work, default_chunk_positions, weighted_sum
-from kdcache.losses.context import TeacherContext
-from kdcache.losses.divergences import LOSSES
-from kdcache.losses.schedules import highest
-from kdcache.losses.teacher_rows import TeacherRows
-from kdcache.losses.term_table import TERMS
-from kdcache.losses.terms import LayerStates, Needs, Term, TermModule, build_terms, untouched, weighted_terms
+from kdcache.losses.base import LayerStates, Loss, Needs, Part, Term, TermModule, build_terms, untouched, weighted_terms
+from kdcache.losses.config import ObjectiveConfig
+from kdcache.losses.kernel import Work, default_chunk_positions, weighted_sum
+from kdcache.losses.teacher import TeacherContext, TeacherRows
 from kdcache.models.lm_head import LMHead
 from kdcache.schema import NO_LABEL
-
-DEFAULT_WEIGHTS: dict[str, Any] = {"forward_kl": {"weight": 0.9}, "cross_entropy": {"weight": 0.1}}
-
-# One optional field per row of the tables; typed Any because a checker cannot follow fields that a table made.
-_FIELDS: dict[str, Any] = {name: (part | None, None) for name, part in {**LOSSES, **TERMS}.items()}
-_OneFieldPerPart: Any = create_model("_OneFieldPerPart", __base__=Config, **_FIELDS)
-
-
-class ObjectiveConfig(_OneFieldPerPart):
-    """Losses by name, such as ``{forward_kl: {weight: 0.9, temperature: 2}, cross_entropy: {weight: 0.1}}``.
-
-    Whoever gives a weight gives them all: a loss that is not named is then off, and a named one without a weight is
-    an error. As long as no weight is given, the default weights stand (forward_kl 0.9, cross_entropy 0.1) and other
-    settings refine them, so ``--set objective.forward_kl.temperature=2`` changes the temperature and nothing else.
-    ``null`` switches a loss off. Weight 0 means measured but not trained on. Weights and temperatures may be schedules
-    (see ``kdcache.losses.schedules``); ``select`` restricts a loss to some positions (``kdcache.losses.selection``).
-    """
-
-    @model_validator(mode="before")
-    @classmethod
-    def _use_default_weights(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping) or any(_states_weight(value) for value in data.values()):
-            return data
-        return merge(DEFAULT_WEIGHTS, data)
-
-    @model_validator(mode="after")
-    def _trains_on_something(self) -> ObjectiveConfig:
-        if not any(highest(part.weight) > 0 for part in self.parts.values()):
-            raise ValueError(f"at least one of {', '.join(_FIELDS)} needs a weight above 0 at some time")
-        return self
-
-    @property
-    def parts(self) -> dict[str, Part]:
-        """All that is on, losses first, in the order of the tables."""
-        return {name: part for name, part in self if part is not None}
-
-    @property
-    def losses(self) -> dict[str, Loss]:
-        """The losses that are on."""
-        return {name: part for name, part in self.parts.items() if isinstance(part, Loss)}
-
-    @property
-    def terms(self) -> dict[str, Term]:
-        """The terms over the inside of both models that are on."""
-        return {name: part for name, part in self.parts.items() if isinstance(part, Term)}
-
-    @property
-    def shares(self) -> frozenset[str]:
-        """The measures of positions of which somebody selects a share, so that `resolve` has to know them."""
-        return frozenset(part.select.by for part in self._selective.values() if part.select.is_share)
-
-    def resolve(self, values: Mapping[str, Tensor]) -> ObjectiveConfig:
-        """Return the objective with all shares turned into bounds on ``values``, [P] for each measure of `shares`."""
-        parts = {
-            name: part.model_copy(update={"select": part.select.resolve(values[part.select.by])})
-            for name, part in self._selective.items()
-            if part.select.is_share
-        }
-        return self.model_copy(update=parts)
-
-    @property
-    def _selective(self) -> dict[str, Any]:
-        return {name: part for name, part in self.parts.items() if part.select is not None}
 
 
 @dataclass(frozen=True)
@@ -273,10 +204,6 @@ def _untrained(hidden_PD: Tensor, head: LMHead) -> Tensor:
     """
     parameters = [hidden_PD, head.weight_VD, *([] if head.bias_V is None else [head.bias_V])]
     return hidden_PD.new_zeros(()) + untouched(parameters)
-
-
-def _states_weight(value: Any) -> bool:
-    return isinstance(value, Part) or (isinstance(value, Mapping) and "weight" in value)
 
 
 def _denominator(num_valid: float | Tensor) -> float | Tensor:

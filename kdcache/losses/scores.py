@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from kdcache.losses.base import Loss
-from kdcache.losses.chunked import at_least_float32, chunks, default_chunk_positions, in_compute_dtype
-from kdcache.losses.context import TeacherContext
+from kdcache.losses.kernel import at_least_float32, chunks, default_chunk_positions, in_compute_dtype
 from kdcache.losses.objective import Objective, check_ids, check_positions
-from kdcache.losses.teacher_rows import TeacherRows
+from kdcache.losses.teacher import TeacherContext, TeacherRows
 from kdcache.losses.view import ChunkView
 from kdcache.models.lm_head import LMHead
 

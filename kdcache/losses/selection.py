@@ -22,8 +22,7 @@ from torch import Tensor
 
 from kdcache.config import Config
 from kdcache.errors import ConfigError, did_you_mean
-from kdcache.losses.context import TeacherContext
-from kdcache.losses.teacher_rows import TeacherRows
+from kdcache.losses.teacher import TeacherContext, TeacherRows
 
 
 class Select(Config):

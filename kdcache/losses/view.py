@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kdcache.losses.context import TeacherContext
-from kdcache.losses.teacher_rows import TeacherRows
+from kdcache.losses.teacher import TeacherContext, TeacherRows
 
 Spread = Literal["uniform", "prior"]
 _DEFAULT_CONTEXT = TeacherContext()

@@ -35,7 +35,7 @@ from kdcache.cache import Cache
 from kdcache.cache.reader import OPEN_BYTES
 from kdcache.config import Config
 from kdcache.losses import Objective
-from kdcache.losses.chunked import default_chunk_positions
+from kdcache.losses.kernel import default_chunk_positions
 from kdcache.train.sample import Batch, Probe, mode_of
 from kdcache.train.trainer import Distillation
 

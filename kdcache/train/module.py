@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from kdcache.losses import LayerStates, Objective, TeacherRows
-from kdcache.losses.hidden_terms import HiddenTerm
-from kdcache.losses.output_terms import OutputTerm
+from kdcache.losses.hidden import HiddenTerm
+from kdcache.losses.outputs import OutputTerm
 from kdcache.losses.schedules import highest
 from kdcache.students import Student
 from kdcache.students.sentence_model import check_width

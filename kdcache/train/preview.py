@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from kdcache.cache import Cache
 from kdcache.cache.batches import MicroBatches
 from kdcache.losses import Loss, Objective, Part
-from kdcache.losses.modes import TemperedLoss
 from kdcache.losses.schedules import highest
+from kdcache.losses.temperature import TemperedLoss
 from kdcache.models.batches import to_tensors
 from kdcache.models.loading import pick_device
 from kdcache.students import Student

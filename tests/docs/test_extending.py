@@ -127,9 +127,14 @@ def test_tables_are_where_the_page_says() -> None:
         assert f"\n{name} = " in source or f"\n{name}: " in source, path
 
 
-def test_page_shows_the_table_of_losses_with_one_row_more() -> None:
-    shown = [line.split('"')[1] for line in PAGE.splitlines() if line.startswith('        "')]
-    assert shown == [*LOSSES, "hellinger"]
+def test_page_shows_the_row_of_its_loss_as_the_table_has_them() -> None:
+    (shown,) = re.findall(r'^    "(\w+)": "([\w.]+):(\w+)",$', PAGE, re.MULTILINE)
+    name, module, attribute = shown
+    assert (name, attribute) == ("hellinger", "Hellinger")
+    assert name not in LOSSES
+    assert any(f"{kind.__module__}" == module for kind in LOSSES.values())
+    source = (ROOT / "kdcache/losses/registry.py").read_text()
+    assert f'"{LOSSES["forward_kl"].__module__}:ForwardKL",' in source
 
 
 def test_names_that_the_prose_relies_on_exist() -> None:

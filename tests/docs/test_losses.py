@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kdcache.losses import LOSSES, ForwardKL, TeacherContext, allowed
-from kdcache.losses.f_divergences import LEAST_LOG_PROB
-from kdcache.losses.modes import TemperedLoss
+from kdcache.losses.divergences import LEAST_LOG_PROB
+from kdcache.losses.temperature import TemperedLoss
 from kdcache.models.lm_head import LMHead
 from tests.docs.pages import DOCS, rows, sections
 

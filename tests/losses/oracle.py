@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 
 from kdcache.losses import LOSSES, CrossEntropy, ForwardKL, Loss, ObjectiveConfig, TeacherContext, TeacherRows
-from kdcache.losses.f_divergences import JensenShannon, ReverseKL, SkewKL, SkewReverseKL, TotalVariation
-from kdcache.losses.kept_logits import LogitsMSE, Ranking
+from kdcache.losses.divergences import (
+    JensenShannon,
+    LogitsMSE,
+    Ranking,
+    ReverseKL,
+    SkewKL,
+    SkewReverseKL,
+    TotalVariation,
+)
 from kdcache.losses.tails import TAILS
 from kdcache.models.lm_head import LMHead
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdcache.losses import ChunkView, Loss, ObjectiveConfig, score_positions
-from kdcache.losses.chunked import Work, weighted_sum
+from kdcache.losses.kernel import Work, weighted_sum
 from kdcache.models.lm_head import LMHead
 from tests.loops import loop
 from tests.losses.oracle import Case, dense_loss, make_case, with_teacher_head

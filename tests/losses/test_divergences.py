@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from kdcache.losses import LOSSES, ChunkView, CrossEntropy, ForwardKL, TeacherContext, TeacherRows
-from kdcache.losses.kept_logits import LogitsMSE, Ranking
+from kdcache.losses.divergences import LogitsMSE, Ranking
 from kdcache.losses.tails import bucket_kl
-from kdcache.losses.tempered import decoupled_kl
+from kdcache.losses.temperature import decoupled_kl
 from tests.loops import loop
 from tests.losses.oracle import dense_logits, dense_values, every_loss, make_case, teacher_rows
 

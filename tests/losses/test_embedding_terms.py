@@ -10,8 +10,8 @@ import torch
 from kdcache.config import build
 from kdcache.errors import ConfigError
 from kdcache.losses import LayerStates, Objective, ObjectiveConfig, TeacherContext, TeacherRows
-from kdcache.losses.embedding_terms import Contrastive, LabelCosine, SimilarityMatrix
-from kdcache.losses.terms import Outputs
+from kdcache.losses.base import Outputs
+from kdcache.losses.outputs import Contrastive, LabelCosine, SimilarityMatrix
 from kdcache.models.lm_head import LMHead
 from kdcache.schema import OutputsRecord
 from tests.loops import loop

@@ -21,16 +21,17 @@ from kdcache.losses import (
     TeacherRows,
     allowed,
 )
-from kdcache.losses.f_divergences import (
+from kdcache.losses.divergences import (
     LEAST_LOG_PROB,
     FDivergence,
     JensenShannon,
+    LogitsMSE,
+    Ranking,
     ReverseKL,
     SkewKL,
     SkewReverseKL,
     TotalVariation,
 )
-from kdcache.losses.kept_logits import LogitsMSE, Ranking
 from kdcache.models.lm_head import LMHead
 from tests.loops import loop
 from tests.losses.oracle import (

@@ -14,7 +14,7 @@ from torch import Tensor
 from kdcache.config import build
 from kdcache.errors import ConfigError, StudentError
 from kdcache.losses import TERMS, LayerStates, Objective, ObjectiveConfig, TeacherContext
-from kdcache.losses.hidden_terms import HiddenMSE, HiddenTerm
+from kdcache.losses.hidden import HiddenMSE, HiddenTerm
 from tests.loops import loop
 from tests.losses.oracle import Case, dense_loss, make_case
 

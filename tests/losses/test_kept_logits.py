@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdcache.losses import ChunkView, Loss
-from kdcache.losses.kept_logits import LogitsMSE, Ranking
+from kdcache.losses.divergences import LogitsMSE, Ranking
 from kdcache.models.lm_head import LMHead
 from tests.loops import loop
 from tests.losses.oracle import Case, dense_logits, make_case, ragged_case, with_teacher_head

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+
 import pytest
 import torch
 
 from kdcache.config import Config, load
 from kdcache.errors import ConfigError
-from kdcache.losses import LOSSES, TERMS, ObjectiveConfig, TeacherRows
+from kdcache.losses import LOSSES, TERMS, CrossEntropy, ForwardKL, ObjectiveConfig, TeacherRows
+from kdcache.losses.hidden import HiddenMSE
 from tests.loops import loop
 
 
@@ -43,6 +48,61 @@ def test_weights_are_given_all_or_not_at_all(assignments, expected):
     assert all(loss is None or loss.pop("select") is None for loss in found.values())
     found = {name: loss and tuple(loss.values()) for name, loss in found.items()}
     assert {name: found[name] for name in expected} == expected
+
+
+@pytest.fixture
+def plugins(monkeypatch):
+    """Packages with a loss, a term and a loss that cannot be imported are installed."""
+    monkeypatch.setitem(LOSSES._plugins, "mine", [EntryPoint("mine", f"{__name__}:Mine", LOSSES.group)])
+    monkeypatch.setitem(LOSSES._plugins, "worse", [EntryPoint("worse", "no_such_module:Loss", LOSSES.group)])
+    monkeypatch.setitem(TERMS._plugins, "other", [EntryPoint("other", f"{__name__}:Other", TERMS.group)])
+    yield
+    for table, name in ((LOSSES, "mine"), (TERMS, "other")):
+        table._used.pop(name, None)
+
+
+class Mine(CrossEntropy):
+    scale: float = 1.0
+
+
+class Other(HiddenMSE):
+    pass
+
+
+@pytest.mark.usefixtures("plugins")
+def test_losses_and_terms_of_other_packages_are_settings_like_any_other():
+    config = load(Settings, assignments=["objective.mine.weight=2", "objective.other.weight=1"]).objective
+    assert config.parts == {"mine": Mine(weight=2), "other": Other(weight=1)}
+    assert list(config.losses) == ["mine"]
+    assert list(config.terms) == ["other"]
+    assert ObjectiveConfig.model_validate(config.model_dump()) == config
+    assert list(ObjectiveConfig.setting_names()) == [*LOSSES, *TERMS]
+    assert ObjectiveConfig(forward_kl=ForwardKL(weight=1), mine=Mine(weight=1)).parts.keys() == {"forward_kl", "mine"}
+    with pytest.raises(ConfigError, match=r"unknown setting 'objective\.mine\.scal', did you mean 'scale'"):
+        objective("mine.weight=1", "mine.scal=3")
+    with pytest.raises(ConfigError, match=r"unknown setting 'objective\.mien', did you mean 'mine'"):
+        objective("mien.weight=1")
+
+
+@pytest.mark.usefixtures("plugins")
+def test_a_loss_that_cannot_be_imported_hinders_those_who_name_it_only():
+    assert objective("forward_kl.weight=1")["forward_kl"]["weight"] == 1
+    with pytest.raises(ConfigError, match=r"the loss 'worse' of .* cannot be imported from no_such_module:Loss"):
+        objective("worse.weight=1")
+
+
+def test_all_problems_of_an_objective_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        objective("foward_kl.weight=1", "forward_kl.temprature=2", "forward_kl.weight=-1", "ranking.top_k=1")
+    message = str(caught.value)
+    for part in ("'objective.foward_kl'", "'objective.forward_kl.temprature'", "'objective.forward_kl.weight'"):
+        assert part in message
+    assert "'objective.ranking.top_k'" in message
+
+
+def test_settings_cost_no_torch():
+    code = "import sys, kdcache.losses as l; l.ObjectiveConfig, l.LOSSES, l.TERMS; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_what_is_written_into_a_record_reads_back_the_same():

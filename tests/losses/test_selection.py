@@ -21,7 +21,7 @@ from kdcache.losses import (
     allowed,
     per_position_values,
 )
-from kdcache.losses.chunked import Work, weighted_sum
+from kdcache.losses.kernel import Work, weighted_sum
 from kdcache.models.lm_head import LMHead
 from kdcache.schema import Kind
 from tests.loops import loop

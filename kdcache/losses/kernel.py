@@ -26,8 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kdcache.losses.base import Loss
-from kdcache.losses.context import TeacherContext
-from kdcache.losses.teacher_rows import TeacherRows
+from kdcache.losses.teacher import TeacherContext, TeacherRows
 from kdcache.losses.view import ChunkView
 from kdcache.models.lm_head import LMHead
 from kdcache.models.products import hidden_gradient, logits_of

@@ -25,9 +25,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdcache.errors import ConfigError
-from kdcache.losses.chunked import at_least_float32
-from kdcache.losses.context import TeacherContext
-from kdcache.losses.terms import LayerStates, Needs, Term, TermModule
+from kdcache.losses.base import LayerStates, Needs, Term, TermModule
+from kdcache.losses.kernel import at_least_float32
+from kdcache.losses.teacher import TeacherContext
 from kdcache.targets_config import layer_number
 
 Layer = int | Literal["last"]
