@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from kdcache.codecs import TOPK_CODECS, VECTOR_CODECS
 from kdcache.config import Config, build
@@ -55,6 +55,8 @@ class TargetsConfig(TargetsRecord):
     Numbers that are not given depend on ``kind``: 64 ids and the tail prior for top-k; 50 samples for sampled; 4 ids and
     16 samples for hybrid; for hidden the single most probable id, beside the state that holds everything.
     """
+
+    model_config = ConfigDict(extra="forbid")
 
     num_samples: int = Field(default=0, ge=0, le=_MOST_SAMPLES)
     codec: dict[str, Any] = Field(default={"name": _CODEC}, validate_default=True)

@@ -23,6 +23,7 @@ from kdcache.schema import (
     TargetsRecord,
     TeacherRecord,
     TokenizerRecord,
+    WeightsIdentity,
     token_hash,
 )
 from kdcache.storage.folder import Folder
@@ -146,7 +147,7 @@ class SyntheticCache:
         return (
             targets_field(codec, codec.vocab_size, (SEGMENT_IDS,) if self.packed else ()),
             *(
-                FieldRecord(name=name, codec=states.model_dump(), arrays=states.arrays(WIDTH))
+                FieldRecord(name=name, kind="vectors", codec=states.model_dump(), arrays=states.arrays(WIDTH))
                 for name in self.hidden_names
             ),
         )
@@ -234,9 +235,7 @@ def teacher_record(vocab_size: int, **changes: Any) -> TeacherRecord:
     values = {
         "name": "random-numbers",
         "architecture": "None",
-        "weights_sha256": "0" * 64,
-        "dtype": "float32",
-        "num_parameters": 1,
+        "identity": WeightsIdentity(sha256="0" * 64, dtype="float32", num_parameters=1),
         "num_layers": 2,
         "hidden_size": WIDTH,
         "vocab_size": vocab_size,

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from kdcache.cache import CacheWriter, ShardData, targets_field
 from kdcache.codecs import targets_codec
 from kdcache.models.tokenizer import tokenizer_record
-from kdcache.schema import CorpusRecord, Plan, Targets, TargetsRecord, TeacherRecord
+from kdcache.schema import CorpusRecord, Plan, Targets, TargetsRecord, TeacherRecord, WeightsIdentity
 from kdcache.storage.folder import Folder
 from tests.causal import pad_batch
 
@@ -115,9 +115,7 @@ def make_cache(
         teacher=TeacherRecord(
             name="tiny-teacher",
             architecture=type(teacher).__name__,
-            weights_sha256="0" * 64,
-            dtype="float32",
-            num_parameters=teacher.num_parameters(),
+            identity=WeightsIdentity(sha256="0" * 64, dtype="float32", num_parameters=teacher.num_parameters()),
             num_layers=2,
             hidden_size=16,
             vocab_size=teacher.config.vocab_size,

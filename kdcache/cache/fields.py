@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -12,9 +13,6 @@ from kdcache.codecs import TargetsCodec, VectorCodec, id_dtype, targets_codec, v
 from kdcache.errors import CacheError, ConfigError, CorruptCacheError
 from kdcache.schema import ArrayRecord, FieldRecord, Manifest, Plan
 from kdcache.storage.folder import Folder
-
-#: Kinds of rows that shards count.
-_COUNTED = ("positions", "tokens", "entries", "samples")
 
 #: Arrays that stand beside the targets where a task needs them: what a `Sequence` may have, as it is stored.
 SEGMENT_IDS = ArrayRecord(name="segment_ids", dtype="uint16", rows="tokens")
@@ -47,7 +45,7 @@ def targets_field(codec: TargetsCodec, vocab_size: int, optional: Iterable[Array
     ``vocab_size`` is that of the tokens, ``optional`` what the task stores of its sequences besides.
     """
     arrays = (*token_arrays(vocab_size, optional), *codec.arrays())
-    return FieldRecord(name=layout.TARGETS_FIELD, codec=codec.head.model_dump(), arrays=arrays)
+    return FieldRecord(name=layout.TARGETS_FIELD, kind="targets", codec=codec.head.model_dump(), arrays=arrays)
 
 
 def build_codecs(folder: Folder, manifest: Manifest) -> tuple[TargetsCodec, dict[str, VectorCodec]]:
@@ -87,8 +85,9 @@ def _width(manifest: Manifest, name: str) -> int:
 
 def encoded_bytes(manifest: Manifest) -> dict[str, int]:
     """Return about how many bytes every field takes in memory, encoded, over all shards."""
-    counts = {name: sum(getattr(shard, f"num_{name}") for shard in manifest.shards) for name in _COUNTED}
-    counts |= {"sequences": manifest.num_sequences, "table": manifest.num_shards}
+    counts: Counter[str] = Counter({"table": manifest.num_shards})
+    for shard in manifest.shards:
+        counts.update(shard.num_rows)
     return {
         field.name: sum(counts[a.rows] * math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in field.arrays)
         for field in manifest.fields

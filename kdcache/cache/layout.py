@@ -31,6 +31,7 @@ from kdcache.config import Config
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
 from kdcache.schema import (
     FORMAT_VERSION,
+    KNOWN_FEATURES,
     OUTPUTS_FIELD,
     FieldRecord,
     Manifest,
@@ -87,10 +88,10 @@ def canonical_json(values: Any) -> bytes:
 
 
 def from_json(model: type[R], data: bytes, where: str) -> R:
-    """Parse a record; raises ``CorruptCacheError`` naming ``where``, ``CacheError`` for a newer format version."""
+    """Parse a record; raises ``CorruptCacheError`` naming ``where``, ``CacheError`` for a format of another version."""
     try:
-        values = json.loads(data)
-        _refuse_newer(values, where)
+        values = json.loads(data, object_pairs_hook=_without_duplicates)
+        _check_version(values, where)
         return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
@@ -100,13 +101,30 @@ def from_json(model: type[R], data: bytes, where: str) -> R:
         raise CorruptCacheError(f"{where} is not valid JSON: {error}") from None
 
 
-def _refuse_newer(values: Any, where: str) -> None:
-    # Before validation: what a later version added would otherwise be reported as damage.
-    version = values.get("format_version") if isinstance(values, dict) else None
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the member {next(n for n in names if names.count(n) > 1)!r} occurs twice")
+    return values
+
+
+def _check_version(values: Any, where: str) -> None:
+    # Before validation: what another version has would otherwise be reported as damage.
+    if not isinstance(values, dict):
+        return
+    version, features = values.get("format_version"), values.get("features")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CacheError(
-            f"{where} has format version {version}, this kdcache reads up to {FORMAT_VERSION}; install a newer kdcache"
+            f"{where} has format version {version}, this kdcache reads {FORMAT_VERSION}; install a newer kdcache"
         )
+    if isinstance(version, int) and version < FORMAT_VERSION:
+        raise CacheError(
+            f"{where} has format version {version}, this kdcache reads {FORMAT_VERSION}; dump the cache again"
+        )
+    unknown = [name for name in features if name not in KNOWN_FEATURES] if isinstance(features, list) else []
+    if unknown:
+        raise CacheError(f"{where} uses the feature {unknown[0]!r}, which needs a newer kdcache; install one")
 
 
 def write_object(folder: Folder, name: str, data: bytes) -> ObjectRecord:
@@ -225,12 +243,12 @@ def _check_consistent(manifest: Manifest, folder: Folder) -> None:
         raise CorruptCacheError(f"{where}: there are no raw outputs, the field {OUTPUTS_FIELD}, which its task needs")
     for shard in manifest.shards:
         # What arrays without a row per position may make a reader allocate.
-        limits = [shard.num_positions * most for most in (targets.top_k, min(targets.num_samples, num_ids))]
-        if not (0 <= shard.num_entries <= limits[0] and 0 <= shard.num_samples <= limits[1]):
-            raise CorruptCacheError(
-                f"{where}: shard {shard.index} has {shard.num_entries} entries and {shard.num_samples} samples, more than "
-                f"{shard.num_positions} positions can have"
-            )
+        for axis, most in (("entries", targets.top_k), ("samples", min(targets.num_samples, num_ids))):
+            found = shard.num_rows.get(axis, 0)
+            if found > shard.num_positions * most:
+                raise CorruptCacheError(
+                    f"{where}: shard {shard.index} has {found} {axis}, more than {shard.num_positions} positions can have"
+                )
         if set(shard.objects) != fields:
             raise CorruptCacheError(f"{where}: shard {shard.index} has {sorted(shard.objects)}, not {sorted(fields)}")
         for record in shard.objects.values():

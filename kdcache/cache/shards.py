@@ -96,14 +96,8 @@ def load_shard(
 def _load_field(folder: Folder, record: FieldRecord, shard: ShardRecord, check_crc: bool) -> dict[str, NDArray[Any]]:
     item = shard.objects[record.name]
     where = f"{folder}, shard {shard.index}, field {record.name}"
-    rows = {
-        "positions": shard.num_positions,
-        "tokens": shard.num_tokens,
-        "sequences": shard.num_sequences,
-        "entries": shard.num_entries,
-        "samples": shard.num_samples,
-        "table": None,
-    }
+    # A shard that does not count an axis has no rows of it.
+    rows = {array.rows: shard.num_rows.get(array.rows, 0) for array in record.arrays} | {"table": None}
     expected = {array.path: (array, rows[array.rows]) for array in record.arrays}
     parse = partial(unpack, expected=expected, where=f"{where}, file {item.path}", check_crc=check_crc)
     unpacked = _parsed(folder, item, where, parse)

@@ -180,11 +180,15 @@ class CacheWriter:
         assert self.plan is not None
         attempt = secrets.token_hex(4)
         objects: dict[str, ObjectRecord] = {}
-        num_rows: dict[str, int] = {}
+        num_rows = {
+            "sequences": len(data.num_tokens_N),
+            "tokens": len(data.tokens_T),
+            "positions": data.targets.num_positions,
+        }
         for item in self.plan.fields:
             name = layout.object_name(item.name, data.index, attempt)
             arrays = encode_field(item, data, self.plan)
-            num_rows |= {array.rows: len(arrays[array.path]) for array in item.arrays}
+            num_rows |= {array.rows: len(arrays[array.path]) for array in item.arrays if array.rows != "table"}
             objects[item.name] = layout.write_object(self.folder, name, pack(arrays))
         name = layout.object_name(layout.SEQUENCES_FIELD, data.index, attempt)
         objects[layout.SEQUENCES_FIELD] = layout.write_object(
@@ -193,11 +197,7 @@ class CacheWriter:
         record = ShardRecord(
             index=data.index,
             attempt=attempt,
-            num_sequences=len(data.num_tokens_N),
-            num_tokens=len(data.tokens_T),
-            num_positions=data.targets.num_positions,
-            num_entries=num_rows.get("entries", 0),
-            num_samples=num_rows.get("samples", 0),
+            num_rows=num_rows,
             objects=objects,
             statistics=statistics_of(data),
         )

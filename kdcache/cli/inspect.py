@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from kdcache.cli import options
-from kdcache.schema import Manifest, OutputsRecord, TargetsRecord
+from kdcache.schema import Manifest, OutputsRecord, TargetsRecord, TeacherRecord
 
 
 @click.command("inspect", context_settings=options.CONTEXT)
@@ -32,12 +32,8 @@ def command(cache: str, as_json: bool) -> None:
     rows: list[tuple[str, Any]] = [
         ("cache", f"{cache} (format {manifest.format_version}, {manifest.task})"),
         ("fingerprint", opened.fingerprint),
-        (
-            "teacher",
-            f"{teacher.name}: {teacher.architecture}, {teacher.num_parameters / 1e6:,.1f} M parameters, "
-            f"{teacher.dtype}",
-        ),
-        ("weights", f"sha256 {teacher.weights_sha256[:16]}..."),
+        ("teacher", _teacher(teacher)),
+        ("identity", _identity(teacher)),
         ("tokenizer", f"{opened.vocab_size:,} ids, sha256 {manifest.tokenizer.sha256[:16]}..."),
         ("corpus", f"{', '.join(corpus.sources)}: {_documents(manifest)}, licence {corpus.licence or 'not given'}"),
         ("sequences", f"{manifest.num_sequences:,} ({_settings(manifest.sequences)})"),
@@ -152,3 +148,17 @@ def _transcoded(provenance: dict[str, Any]) -> list[str]:
 
 def _settings(values: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _teacher(teacher: TeacherRecord) -> str:
+    size = None if teacher.num_parameters is None else f"{teacher.num_parameters / 1e6:,.1f} M parameters"
+    known = [fact for fact in (teacher.architecture, size, teacher.dtype) if fact is not None]
+    return f"{teacher.name}: {', '.join(known or [teacher.backend])}"
+
+
+def _identity(teacher: TeacherRecord) -> str:
+    identity = teacher.identity
+    if identity.kind == "endpoint":
+        return f"{identity.model} served by {identity.server} {identity.server_version or ''}".rstrip()
+    read = "" if identity.kind == "weights" else f", read from {identity.source_format}"
+    return f"sha256 {identity.sha256[:16]}...{read}"

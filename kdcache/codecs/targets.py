@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from kdcache.codecs.ragged import expand, flatten
 from kdcache.codecs.samples import count_dtype, decode_samples, encode_samples, open_samples, sample_arrays
 from kdcache.codecs.topk import TopKCodec
-from kdcache.errors import CacheError
-from kdcache.schema import ArrayRecord, Targets, TargetsRecord
+from kdcache.errors import CacheError, ConfigError
+from kdcache.schema import SCALARS, ArrayRecord, Targets, TargetsRecord
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -31,11 +31,17 @@ class TargetsCodec:
         self.vocab_size = vocab_size
         self._head_arrays = head.arrays(record.top_k, vocab_size) if record.top_k else ()
         self._ragged = [a.name for a in self._head_arrays if record.is_ragged and a.rows == "positions"]
-        self._scalars: tuple[str, ...] = (
-            ("log_tail", "gold_logprob", "entropy") if record.top_k else ("gold_logprob", "entropy")
-        )
-        if record.kind == "outputs":
-            self._scalars = ()  # there is no distribution that they could be of
+        self._scalars = tuple(name for name in SCALARS if name in record.scalars)
+        self._computes_tail = record.top_k > 0 and "log_tail" not in self._scalars
+        if self._computes_tail and record.probabilities == "vocabulary":
+            if record.tail == "exact":
+                raise ConfigError(
+                    "the plan stores no log_tail; add it to targets.scalars, or set targets.tail=remainder"
+                )
+            if not head.stores_logprobs:
+                raise ConfigError(
+                    f"codec {head.name} needs the scalar log_tail; add it to targets.scalars, or use fp16, bf16 or exact"
+                )
         self.id_tables = (*(head.id_tables if record.top_k else ()), *(("sample_table",) if record.num_samples else ()))
         """Tables that `decode` also takes as `OpenTables`."""
 
@@ -60,7 +66,7 @@ class TargetsCodec:
         """Encode P rows; ids must be below V and log-probabilities must not increase along K."""
         scalar = self.head.scalar_dtype
         values = {"log_tail": targets.log_tail_P, "gold_logprob": targets.gold_logprob_P, "entropy": targets.entropy_P}
-        encoded = {name: np.asarray(values[name]).astype(scalar) for name in self._scalars}
+        encoded = {name: np.asarray(_there(values[name], name)).astype(scalar) for name in self._scalars}
         if self.record.top_k:
             encoded |= self._encode_head(targets)
         if self.record.temperatures:
@@ -93,24 +99,33 @@ class TargetsCodec:
 
         Rows of several shards together need `OpenTables` in place of the tables in ``id_tables``, and no others.
         """
-        num_positions = len(arrays["entropy"])
-        log_tail_P = arrays["log_tail"].astype(np.float32) if self.record.top_k else np.zeros(num_positions, np.float32)
+        scalars = {f"{name}_P": arrays[name].astype(np.float32) for name in self._scalars}
         num_kept_P = arrays["num_kept"] if self.record.is_ragged else None
+        samples = decode_samples(arrays) if self.record.num_samples else None
         if self.record.top_k:
             kept_PK = None if num_kept_P is None else _kept(num_kept_P, self.record.top_k)
+            log_tail_P = self._remainder(arrays, kept_PK) if self._computes_tail else scalars.pop("log_tail_P")
             ids_PK, logprobs_PK = self.head.decode(arrays, log_tail_P, kept_PK)
         else:
+            num_positions = len(arrays["num_sampled"])
             ids_PK, logprobs_PK = np.zeros((num_positions, 0), np.int32), np.zeros((num_positions, 0), np.float32)
+            log_tail_P = np.zeros(num_positions, np.float32)
         return Targets(
             ids_PK=ids_PK,
             logprobs_PK=logprobs_PK,
             log_tail_P=log_tail_P,
-            gold_logprob_P=arrays["gold_logprob"].astype(np.float32),
-            entropy_P=arrays["entropy"].astype(np.float32),
+            **scalars,
             num_kept_P=num_kept_P,
             log_tails_PG=arrays["log_tails"].astype(np.float32) if self.record.temperatures else None,
-            samples=decode_samples(arrays) if self.record.num_samples else None,
+            samples=samples,
         )
+
+    def _remainder(self, arrays: Arrays, kept_PK: NDArray[np.bool_] | None) -> NDArray[np.float32]:
+        """Return the log tail [P] of rows that do not store it."""
+        if self.record.probabilities == "kept":
+            num_positions = next(len(arrays[a.name]) for a in self._head_arrays if a.rows == "positions")
+            return np.full(num_positions, -np.inf, np.float32)
+        return self.head.log_remainder(arrays, kept_PK)
 
 
 def _kept(num_P: NDArray[Any], width: int) -> NDArray[np.bool_]:

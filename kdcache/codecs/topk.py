@@ -49,6 +49,8 @@ class TopKCodec(Config):
     scalar_dtype: Literal["float16", "float32"] = "float16"
     id_tables: ClassVar[tuple[str, ...]] = ()
     """Tables that `decode` also takes as `OpenTables`, which is how rows of several shards are decoded at once."""
+    stores_logprobs: ClassVar[bool] = False
+    """Whether the kept mass is known without the tail, see `log_remainder`."""
 
     @property
     def kl_bound(self) -> float:
@@ -68,6 +70,10 @@ class TopKCodec(Config):
 
         Any slice of the per-position arrays, with the whole of every table; fastest when their columns are contiguous.
         """
+        raise NotImplementedError
+
+    def log_remainder(self, arrays: Arrays, kept_PK: Kept = None) -> NDArray[np.float32]:
+        """Return the log of one minus the kept mass, [P]; -inf where nothing remains."""
         raise NotImplementedError
 
     def arrays(self, top_k: int, vocab_size: int) -> tuple[ArrayRecord, ...]:
@@ -186,6 +192,7 @@ def _blocks(num_positions: int) -> Iterator[slice]:
 class _LogprobCodec(TopKCodec):
     """Base of the codecs that store ids as they are and one log-probability each, in the subclass's float format."""
 
+    stores_logprobs: ClassVar[bool] = True
     _format: ClassVar[FloatFormat]
     _kl_bound: ClassVar[float]
 
@@ -207,6 +214,14 @@ class _LogprobCodec(TopKCodec):
         # A copy in any case: the encoded arrays may be read-only, and they are read again.
         head_KP = np.array(self._format.unpack(arrays["topk_logprobs"]).T, order="C")
         return ids_PK, self.normalise(head_KP, log_tail_P, None if kept_PK is None else kept_PK.T).T
+
+    def log_remainder(self, arrays: Arrays, kept_PK: Kept = None) -> NDArray[np.float32]:
+        exp_KP = np.exp(np.array(self._format.unpack(arrays["topk_logprobs"]).T, order="C"))
+        if kept_PK is not None:
+            exp_KP *= kept_PK.T
+        with np.errstate(divide="ignore"):
+            log_tail_P: NDArray[np.float32] = np.log(np.maximum(1 - _sum_columns(exp_KP), 0))
+        return log_tail_P
 
     def arrays(self, top_k: int, vocab_size: int) -> tuple[ArrayRecord, ...]:
         return (

@@ -66,13 +66,15 @@ def make_fields(
     fields = [targets_field(codec, vocab_size, config.of_task.arrays(config.sequences, outputs))]
     if outputs is not None:
         own = vector_codec(config.outputs.codec)
-        fields.append(FieldRecord(name=OUTPUTS_FIELD, codec=own.model_dump(), arrays=own.arrays(outputs.width)))
+        arrays = own.arrays(outputs.width)
+        fields.append(FieldRecord(name=OUTPUTS_FIELD, kind="vectors", codec=own.model_dump(), arrays=arrays))
     states = vector_codec(config.hidden_states.codec)
     for layer in layers:
-        known = pilot.get(layer, LayerPilot(teacher.hidden_size, None))
+        known = pilot.get(layer, LayerPilot(teacher.hidden_size or 0, None))
         fields.append(
             FieldRecord(
                 name=layer_field(layer),
+                kind="vectors",
                 codec=states.model_dump(),
                 arrays=states.arrays(known.width),
                 relative_error=known.relative_error,
@@ -88,7 +90,7 @@ def shard_positions(config: DumpConfig, sequences: Sequences | Plan, teacher: Te
     """
     if config.shard_positions is not None:
         return config.shard_positions
-    per_position = 8 * (config.targets.top_k + config.targets.num_samples) + 4 * teacher.hidden_size * num_layers + 16
+    per_position = 8 * (config.targets.top_k + config.targets.num_samples) + 4 * (teacher.hidden_size or 0) * num_layers + 16
     num_fed = sequences.num_tokens - sequences.num_sequences
     wanted = min(max(num_fed // 32, 1 << 14), 1 << 19)
     if num_fed > sequences.num_positions:

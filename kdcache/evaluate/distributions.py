@@ -148,7 +148,7 @@ def _count(
         counts.add(predicted_P[known_P], labels_P[known_P])
 
 
-def _row(name: str, num_parameters: int, tally: Tally, counts: ClassCounts | None, **more: Any) -> ModelRow:
+def _row(name: str, num_parameters: int | None, tally: Tally, counts: ClassCounts | None, **more: Any) -> ModelRow:
     values: dict[str, Any] = {}
     if tally.num_labelled:
         loss = tally.sums["loss"] / tally.num_labelled

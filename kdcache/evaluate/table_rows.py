@@ -15,7 +15,7 @@ class ModelRow(Config):
     """The numbers of one model; losses, KL and entropy in nats, None where they make no sense or are unknown."""
 
     model: str
-    num_parameters: int
+    num_parameters: int | None
     loss: float | None = None
     """Mean negative log-likelihood of the corpus's own answers."""
     perplexity: float | None = None

@@ -79,7 +79,8 @@ class Targets:
 
     ``ids_PK`` are the K most probable ids, most probable first; ``logprobs_PK`` their log-probabilities over
     the true vocabulary; ``log_tail_P`` the log of the mass outside them (-inf when K = V); ``gold_logprob_P`` the
-    log-probability of the corpus's own answer; ``entropy_P`` the entropy of the full distribution.
+    log-probability of the gold label; ``entropy_P`` the entropy of the full distribution. The last two are None where
+    the teacher does not know them or the cache does not store them.
 
     Three parts are there only if the cache was made so. ``num_kept_P``: rows keep different numbers of ids, the
     first ``num_kept_P[p]`` of row p; its further columns repeat the row's first id with log-probability -inf.
@@ -92,8 +93,8 @@ class Targets:
     ids_PK: IntArray
     logprobs_PK: NDArray[np.float32]
     log_tail_P: NDArray[np.float32]
-    gold_logprob_P: NDArray[np.float32]
-    entropy_P: NDArray[np.float32]
+    gold_logprob_P: NDArray[np.float32] | None = None
+    entropy_P: NDArray[np.float32] | None = None
     num_kept_P: IntArray | None = None
     log_tails_PG: NDArray[np.float32] | None = None
     samples: Samples | None = None

@@ -1,38 +1,98 @@
-"""What stands in the JSON files of a cache: frozen models that describe it completely."""
+"""Records: the frozen models that a cache's JSON files hold; together they describe the cache completely.
+
+The format grows without a new version. A reader ignores members that it does not know, so a record may gain members
+that explain; what a reader must know to decode correctly is named in the plan's ``features``, and a reader rejects
+features that it does not know. Configuration files are another matter: there an unknown key is a typing error.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, model_validator
 
 from kdcache.config import Config
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+#: Features that this version can read; a cache that names another one needs a newer kdcache.
+KNOWN_FEATURES: frozenset[str] = frozenset()
 
 #: Columns that a writer adds to the per-sequence table; metadata of the corpus may not take their names.
 STATISTICS_COLUMNS = ("num_targets", "teacher_loss", "teacher_entropy", "kept_mass")
 
 
-class TeacherRecord(Config):
-    """Who the teacher is, by content: ``weights_sha256`` covers every parameter as it was loaded in ``dtype``."""
+class Record(Config):
+    """Base of every record: frozen; members that this version does not know are ignored."""
 
-    name: str
-    architecture: str
-    weights_sha256: str
+    model_config = ConfigDict(extra="ignore")
+
+
+class WeightsIdentity(Record):
+    """A teacher that ran here: ``sha256`` covers every parameter as it was loaded in ``dtype``."""
+
+    kind: Literal["weights"] = "weights"
+    sha256: str
     dtype: str
     num_parameters: int
-    num_layers: int
-    hidden_size: int
+
+
+class EndpointIdentity(Record):
+    """A teacher behind a server: what the server says about itself. Never a URL, never a key."""
+
+    kind: Literal["endpoint"] = "endpoint"
+    model: str
+    server: str
+    server_version: str | None = None
+    sampling: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the requests that change the answers."""
+
+
+class ImportIdentity(Record):
+    """Targets that were read from a file of another tool: its format and the hash of its content."""
+
+    kind: Literal["import"] = "import"
+    source_format: str
+    sha256: str
+
+
+Identity = Annotated[WeightsIdentity | EndpointIdentity | ImportIdentity, Field(discriminator="kind")]
+
+
+class TeacherRecord(Record):
+    """Which model the targets are from; ``identity`` says how that can be checked."""
+
+    name: str
+    identity: Identity
     vocab_size: int
     """Rows of the teacher's LM head, padding included."""
+    architecture: str | None = None
+    """Class of the model; None where it is unknown, as for the next two."""
+    num_layers: int | None = None
+    hidden_size: int | None = None
     revision: str | None = None
     backend: str = "transformers"
 
+    @property
+    def weights_sha256(self) -> str | None:
+        """Hash of the weights; None where the teacher did not run here."""
+        return self.identity.sha256 if isinstance(self.identity, WeightsIdentity) else None
 
-class TokenizerRecord(Config):
+    @property
+    def dtype(self) -> str | None:
+        """Data type that the teacher ran in; None where that is unknown."""
+        return self.identity.dtype if isinstance(self.identity, WeightsIdentity) else None
+
+    @property
+    def num_parameters(self) -> int | None:
+        """Number of parameters; None where that is unknown."""
+        return self.identity.num_parameters if isinstance(self.identity, WeightsIdentity) else None
+
+
+class TokenizerRecord(Record):
     """Which tokenizer made the ids: ``sha256`` covers vocabulary, merges, normalisation and special tokens."""
 
     sha256: str
@@ -43,7 +103,7 @@ class TokenizerRecord(Config):
     pad_id: int | None
 
 
-class CorpusRecord(Config):
+class CorpusRecord(Record):
     """Which documents were read; ``fingerprint`` covers the id and the text of every one, in order."""
 
     sources: tuple[str, ...]
@@ -61,8 +121,12 @@ class CorpusRecord(Config):
 Kind = Literal["top-k", "sampled", "hybrid", "hidden", "outputs"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+#: Numbers of a position that may be stored in addition to the kept ids.
+Scalar = Literal["log_tail", "gold_logprob", "entropy"]
+SCALARS: tuple[Scalar, ...] = get_args(Scalar)
 
-class TargetsRecord(Config):
+
+class TargetsRecord(Record):
     """What is kept of the teacher's distribution at every position.
 
     ``top-k``: the most probable ids with their log-probabilities and the exact mass of all others. ``sampled``: counts
@@ -86,6 +150,23 @@ class TargetsRecord(Config):
     """Temperatures other than 1 at which the mass outside the kept ids is stored."""
     tail_prior: bool = False
     """Whether the mean probability of every id while it is not kept is stored, once for the cache."""
+    scalars: tuple[Scalar, ...] = SCALARS
+    """Which numbers of a position are stored; by default all that the kind has."""
+    tail: Literal["exact", "remainder"] = "exact"
+    """``exact``: the tail is the mass of all other ids. ``remainder``: it is one minus the kept mass."""
+    probabilities: Literal["vocabulary", "kept"] = "vocabulary"
+    """Over which ids the probabilities add up to 1: all of the vocabulary, or the kept ones (then without a tail)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scalars_of_its_kind(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or "scalars" in data:
+            return data
+        kind, top_k = data.get("kind", "top-k"), data.get("top_k", cls.model_fields["top_k"].default)
+        if kind == "outputs":
+            return {**data, "scalars": ()}
+        has_tail = bool(top_k) and data.get("probabilities", "vocabulary") == "vocabulary"
+        return {**data, "scalars": tuple(name for name in SCALARS if name != "log_tail" or has_tail)}
 
     @property
     def is_ragged(self) -> bool:
@@ -93,7 +174,7 @@ class TargetsRecord(Config):
         return self.min_prob > 0 or self.min_mass < 1
 
 
-class OutputsRecord(Config):
+class OutputsRecord(Record):
     """What the teacher's raw outputs at a row are: logits of classes, a score, or an embedding."""
 
     width: int
@@ -108,8 +189,11 @@ class OutputsRecord(Config):
     """Whether tokens of a second text are fed as such (``token_type_ids`` 1), as the teacher's tokenizer has it."""
 
 
-class ArrayRecord(Config):
+class ArrayRecord(Record):
     """One array of a shard: ``rows`` says what its first axis counts, ``shape`` what follows it.
+
+    Rows are ``sequences``, ``tokens``, ``positions``, another axis that the shard's record counts, or ``table`` (as many
+    as the array itself has).
 
     Rows of ``entries`` are kept ids of all positions of a ragged cache, rows of ``samples`` the distinct drawn ids of all
     positions; both stand column by column (the first ones of all positions, then the second ones, and so on).
@@ -117,7 +201,7 @@ class ArrayRecord(Config):
 
     name: str
     dtype: str
-    rows: Literal["positions", "tokens", "sequences", "table", "entries", "samples"]
+    rows: str
     shape: tuple[int, ...] = ()
 
     @property
@@ -141,17 +225,19 @@ def layer_field(layer: int) -> str:
     return f"{_LAYER}{layer}"
 
 
-class FieldRecord(Config):
+class FieldRecord(Record):
     """A group of arrays that is stored and read together, one object per shard; ``codec`` with all its parameters."""
 
     name: str
+    kind: str
+    """What the field is: ``targets``, ``vectors``, or the kind of a plugin."""
     codec: dict[str, Any]
     arrays: tuple[ArrayRecord, ...]
     relative_error: float | None = None
     """Of hidden states: root mean square of |decoded - state| / |state| over the rows of a pilot."""
 
 
-class ObjectRecord(Config):
+class ObjectRecord(Record):
     """One immutable file of a shard; ``path`` is relative to the cache."""
 
     path: str
@@ -159,7 +245,7 @@ class ObjectRecord(Config):
     sha256: str
 
 
-class Statistics(Config):
+class Statistics(Record):
     """Sums over the positions that count (loss mask 1), so that shards add up exactly."""
 
     num_positions: int = 0
@@ -175,21 +261,38 @@ class Statistics(Config):
         return Statistics(**{name: mine[name] + theirs[name] for name in mine})
 
 
-class ShardRecord(Config):
+class ShardRecord(Record):
     """The commit record of a shard, written after all of its objects: its presence makes the shard exist."""
 
     index: int
     attempt: str
-    num_sequences: int
-    num_tokens: int
-    num_positions: int
-    num_entries: int = 0
-    """Kept ids of all positions, where positions keep different numbers of them."""
-    num_samples: int = 0
-    """Distinct drawn ids of all positions."""
+    num_rows: dict[str, Annotated[int, Field(ge=0)]]
+    """By axis: ``sequences``, ``tokens``, ``positions``, and every other axis of the shard's arrays."""
     objects: dict[str, ObjectRecord]
     """By field name; ``sequences`` is the per-sequence Arrow table."""
     statistics: Statistics
+
+    @property
+    def num_sequences(self) -> int:
+        """Number of sequences."""
+        return self.num_rows["sequences"]
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens."""
+        return self.num_rows["tokens"]
+
+    @property
+    def num_positions(self) -> int:
+        """Number of positions."""
+        return self.num_rows["positions"]
+
+    @model_validator(mode="after")
+    def _counts_what_every_cache_has(self) -> ShardRecord:
+        missing = [axis for axis in ("sequences", "tokens", "positions") if axis not in self.num_rows]
+        if missing:
+            raise ValueError(f"num_rows does not count {missing[0]}")
+        return self
 
     @property
     def num_bytes(self) -> int:
@@ -197,10 +300,12 @@ class ShardRecord(Config):
         return sum(item.num_bytes for item in self.objects.values())
 
 
-class Plan(Config):
+class Plan(Record):
     """Everything that is fixed before the teacher runs; two dumps with equal plans write the same content."""
 
     format_version: int = FORMAT_VERSION
+    features: tuple[str, ...] = ()
+    """Names of what a reader must know to decode this cache, beyond the format's version."""
     task: str
     teacher: TeacherRecord
     tokenizer: TokenizerRecord
@@ -245,7 +350,7 @@ class Plan(Config):
     @property
     def states_field(self) -> str:
         """Name of the field of the last hidden state, whether or not it is stored."""
-        return layer_field(self.teacher.num_layers)
+        return layer_field(self.teacher.num_layers or 0)
 
     @property
     def top_k(self) -> int:

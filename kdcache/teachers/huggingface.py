@@ -28,7 +28,7 @@ from kdcache.models.packing import keeps_documents_apart
 from kdcache.models.padding import depends_on_padding
 from kdcache.models.pooling import load_projection
 from kdcache.models.weights import weights_sha256
-from kdcache.schema import OutputsRecord, Sequence, TeacherRecord
+from kdcache.schema import OutputsRecord, Sequence, TeacherRecord, WeightsIdentity
 from kdcache.targets_config import layer_number
 from kdcache.tasks import TASKS, Task
 from kdcache.tasks.causal_lm import CausalLM
@@ -238,9 +238,11 @@ def _describe(model: Any, name: str, vocab_rows: int, revision: str | None) -> T
     return TeacherRecord(
         name=name,
         architecture=type(model).__name__,
-        weights_sha256=weights_sha256(model),
-        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        identity=WeightsIdentity(
+            sha256=weights_sha256(model),
+            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            num_parameters=sum(p.numel() for p in model.parameters()),
+        ),
         num_layers=num_layers(model),
         hidden_size=int(config.hidden_size),
         vocab_size=vocab_rows,

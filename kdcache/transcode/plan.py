@@ -144,7 +144,7 @@ def _hidden_field(
     before = 0.0 if record.codec["name"] == "exact" else record.relative_error
     error = None if before is None else float(np.hypot(before, relative_error(codec, states_PD)))
     arrays = codec.arrays(states_PD.shape[1])
-    return FieldRecord(name=name, codec=codec.model_dump(), arrays=arrays, relative_error=error)
+    return FieldRecord(name=name, kind="vectors", codec=codec.model_dump(), arrays=arrays, relative_error=error)
 
 
 def _plan_table(cache: Cache, chosen_N: NDArray[np.int64], starts: NDArray[np.int64]) -> pa.Table:

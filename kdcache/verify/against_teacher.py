@@ -108,7 +108,7 @@ def verify_against_teacher(
     except TeacherError as error:
         raise TeacherError(f"{error}; say where the teacher lies with --teacher") from None
     chosen = np.unique(np.linspace(0, len(cache) - 1, num_sequences).astype(int)).tolist()
-    layer = record.num_layers if cache.manifest.targets.kind == "hidden" else None
+    layer = (record.num_layers or 0) if cache.manifest.targets.kind == "hidden" else None
     divergences, gold, agree, states, surprises, outputs = [], [], [], [], [], []
     raw = (OUTPUTS_FIELD,) if cache.manifest.outputs is not None else ()
     with bar(len(chosen), "teacher", "seq", enabled=progress) as meter:
@@ -137,14 +137,14 @@ def verify_against_teacher(
         mean_kl=_mean(divergences),
         allowed_kl=_allowed_kl(cache),
         mean_gold_difference=_mean(known) if any(map(len, known)) else None,
-        allowed_gold_difference=_GOLD_SLACK[record.dtype],
+        allowed_gold_difference=_GOLD_SLACK[record.dtype or "float32"],
         top1_agreement=_mean(agree),
         states_error=float(np.sqrt((np.concatenate(states) ** 2).mean())) if states else None,
         allowed_states_error=_allowed_states_error(cache) if states else None,
         same_head=same_head(head_of(cache), runner.head) if states else None,
         outputs_error=float(np.sqrt((np.concatenate(outputs) ** 2).mean())) if outputs else None,
         allowed_outputs_error=_allowed_outputs_error(cache) if outputs else None,
-        **_samples_excess(surprises, _DTYPE_SLACK[record.dtype]),
+        **_samples_excess(surprises, _DTYPE_SLACK[record.dtype or "float32"]),
     )
 
 
@@ -155,7 +155,7 @@ def _mean(values: list[NDArray[Any]]) -> float | None:
 def _allowed_kl(cache: Cache) -> float:
     """Return what the codec costs, and what those of the caches cost that this one was made from."""
     manifest = cache.manifest
-    allowed = topk_codec(manifest.field("targets").codec).kl_bound + _DTYPE_SLACK[manifest.teacher.dtype]
+    allowed = topk_codec(manifest.field("targets").codec).kl_bound + _DTYPE_SLACK[manifest.teacher.dtype or "float32"]
     links = manifest.provenance.get("transcoded")
     for link in links if isinstance(links, list) else []:
         kind, codec = (link.get("kind"), link.get("codec")) if isinstance(link, dict) else (None, None)
@@ -170,12 +170,12 @@ def _allowed_kl(cache: Cache) -> float:
 
 def _allowed_states_error(cache: Cache) -> float:
     pilot = cache.manifest.field(cache.manifest.states_field).relative_error or 0.0
-    return 2 * pilot + _STATES_SLACK[cache.manifest.teacher.dtype]
+    return 2 * pilot + _STATES_SLACK[cache.manifest.teacher.dtype or "float32"]
 
 
 def _allowed_outputs_error(cache: Cache) -> float:
     codec = str(cache.manifest.field(OUTPUTS_FIELD).codec.get("name"))
-    return _OUTPUTS_ERROR.get(codec, 0.0) + _STATES_SLACK[cache.manifest.teacher.dtype]
+    return _OUTPUTS_ERROR.get(codec, 0.0) + _STATES_SLACK[cache.manifest.teacher.dtype or "float32"]
 
 
 def _surprises(output: TeacherOutput, targets: Targets) -> NDArray[np.float64]:

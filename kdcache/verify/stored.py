@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +19,19 @@ from kdcache.cache import layout
 from kdcache.cache.reader import Cache
 from kdcache.cache.shards import load_table
 from kdcache.cache.tail_prior import read_prior
-from kdcache.config import Config
 from kdcache.errors import CacheError, CorruptCacheError, KdcacheError
 from kdcache.progress import bar, reporter
-from kdcache.schema import NO_LABEL, Manifest, ObjectRecord, SequenceBatch, ShardRecord, Targets, token_hash
+from kdcache.schema import (
+    NO_LABEL,
+    Manifest,
+    ObjectRecord,
+    Plan,
+    Record,
+    SequenceBatch,
+    ShardRecord,
+    Targets,
+    token_hash,
+)
 from kdcache.storage.folder import Folder
 
 Progress = Callable[[int, int], None]
@@ -94,12 +104,22 @@ def check_files(path: str, *, deep: bool = False, report_progress: Progress | No
     return report
 
 
+#: Members of the manifest that the plan does not have.
+_MANIFEST_ONLY = ("shards", "tokenizer_files", "cache_files")
+
+
 def _check_records(folder: Folder, manifest: Manifest) -> Iterator[str]:
     """Compare the manifest with the plan and the commit records, of which it must be the exact sum."""
-    yield from _check_record(folder, layout.MANIFEST, manifest)
-    yield from _check_record(folder, layout.PLAN, manifest.plan)
-    for shard in manifest.shards:
-        yield from _check_record(folder, layout.commit_name(shard.index), shard)
+    # As JSON, not as records: those leave out what they do not know, and fill in what is missing.
+    found = json.loads(folder.read(layout.MANIFEST))
+    yield from _check_record(folder, layout.MANIFEST, type(manifest), found)
+    plan = {name: value for name, value in found.items() if name not in _MANIFEST_ONLY}
+    yield from _check_record(folder, layout.PLAN, Plan, plan)
+    for shard, record in zip(manifest.shards, found["shards"], strict=True):
+        yield from _check_record(folder, layout.commit_name(shard.index), ShardRecord, record)
+    missing = [name for name in _MANIFEST_ONLY if name not in found]
+    if missing:
+        yield f"file {layout.MANIFEST} has no {missing[0]}"
 
 
 def _check_rewritable(folder: Folder, manifest: Manifest) -> Iterator[str]:
@@ -128,20 +148,21 @@ def _check_prior(folder: Folder, manifest: Manifest) -> Iterator[str]:
             yield str(error)
 
 
-def _check_record(folder: Folder, name: str, expected: Config) -> Iterator[str]:
+def _check_record(folder: Folder, name: str, model: type[Record], expected: Any) -> Iterator[str]:
     """Check that a record says what the manifest says, in the one form that is ever written (so every byte counts)."""
     if not folder.exists(name):
         yield f"file {name} is missing from {folder}"
         return
     data = folder.read(name)
     try:
-        record = layout.from_json(type(expected), data, f"{folder}/{name}")
+        layout.from_json(model, data, f"{folder}/{name}")
     except CacheError as error:
         yield str(error)
         return
-    if layout.canonical_json(json.loads(data)) != data:
+    values = json.loads(data)
+    if layout.canonical_json(values) != data:
         yield f"file {name} is damaged: it is not the JSON that was written"
-    elif record != expected:
+    elif values != expected:
         yield f"file {name} and {layout.MANIFEST} disagree: one of them was changed"
 
 

@@ -68,8 +68,8 @@ def all_counts_huge(manifest):
     extra = 10**13
     manifest["num_positions"] += extra
     manifest["num_tokens"] += extra
-    manifest["shards"][0]["num_positions"] += extra
-    manifest["shards"][0]["num_tokens"] += extra
+    manifest["shards"][0]["num_rows"]["positions"] += extra
+    manifest["shards"][0]["num_rows"]["tokens"] += extra
 
 
 def no_targets(manifest):
@@ -102,10 +102,10 @@ LIES = {
     "shards out of order": lambda manifest: manifest["shards"].reverse(),
     "shard twice": lambda manifest: manifest["shards"].append(manifest["shards"][0]),
     "more sequences": set_at("num_sequences", 14),
-    "negative": set_at("shards", 0, "num_positions", -5),
+    "negative": set_at("shards", 0, "num_rows", "positions", -5),
     "object missing": lambda manifest: manifest["shards"][1]["objects"].pop("hidden-1"),
     "text for a number": set_at("num_shards", "many"),
-    "unknown key": set_at("colour", "green"),
+    "rows not counted": lambda manifest: manifest["shards"][0]["num_rows"].pop("tokens"),
     "missing key": lambda manifest: manifest.pop("tokenizer"),
     "wrong size": set_at("shards", 0, "objects", "targets", "num_bytes", 17),
 }
@@ -133,10 +133,10 @@ def test_an_unknown_codec(copy):
 @pytest.mark.parametrize("name", ["manifest.json", "plan.json"])
 def test_a_newer_format(copy, name):
     data = json.loads((copy / name).read_text())
-    (copy / name).write_text(json.dumps({**data, "format_version": 2, "invention": 1}))
+    (copy / name).write_text(json.dumps({**data, "format_version": 3, "invention": 1}))
     if name == "plan.json":
         (copy / "manifest.json").unlink()
-    with pytest.raises(CacheError, match=rf"{name} has format version 2, this kdcache reads up to 1; install a newer"):
+    with pytest.raises(CacheError, match=rf"{name} has format version 3, this kdcache reads 2; install a newer"):
         open_cache(str(copy))
 
 

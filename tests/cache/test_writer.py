@@ -10,7 +10,7 @@ import pytest
 
 from kdcache.cache import CacheWriter, open_cache
 from kdcache.errors import CacheError, IncompleteCacheError
-from kdcache.schema import TeacherRecord
+from kdcache.schema import ImportIdentity, TeacherRecord
 from kdcache.storage.folder import Folder
 from kdcache.verify.stored import verify_cache
 from tests.caches import SOURCE
@@ -86,7 +86,7 @@ def test_finishing_refuses_holes(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"teacher": {"weights_sha256": "f" * 64}}, "teacher.weights_sha256"),
+        ({"teacher": {"identity": ImportIdentity(source_format="x", sha256="f" * 64)}}, "teacher.identity.kind"),
         ({"sequences": {"max_length": 8, "packing": "none"}}, "sequences.max_length is 16 there and 8 here"),
         ({"corpus": {"fingerprint": "f" * 64}}, "corpus.fingerprint"),
         ({"task": "other"}, "task is 'causal-lm' there and 'other' here"),

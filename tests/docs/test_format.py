@@ -288,15 +288,35 @@ def changed_manifest(cache: Path, target: Path, **changes: Any) -> str:
 
 
 def test_newer_format_is_refused_as_newer_even_with_unknown_members(cache: Path, tmp_path: Path) -> None:
-    path = changed_manifest(cache, tmp_path / "newer", format_version=2, compression="better")
-    with pytest.raises(CacheError, match="format version 2, this kdcache reads up to 1; install a newer") as caught:
+    path = changed_manifest(cache, tmp_path / "newer", format_version=3, compression="better")
+    with pytest.raises(CacheError, match="format version 3, this kdcache reads 2; install a newer") as caught:
         open_cache(path)
     assert not isinstance(caught.value, CorruptCacheError)
 
 
-def test_unknown_members_are_refused(cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(CorruptCacheError, match="compression"):
-        open_cache(changed_manifest(cache, tmp_path / "odd", compression="better"))
+def test_an_older_format_says_what_to_do(cache: Path, tmp_path: Path) -> None:
+    path = changed_manifest(cache, tmp_path / "older", format_version=1)
+    with pytest.raises(CacheError, match="format version 1, this kdcache reads 2; dump the cache again"):
+        open_cache(path)
+
+
+def test_unknown_members_are_ignored(cache: Path, tmp_path: Path) -> None:
+    changed = open_cache(changed_manifest(cache, tmp_path / "odd", compression="better"))
+    assert changed.manifest == open_cache(str(cache)).manifest
+
+
+def test_unknown_features_are_refused_by_name(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="uses the feature 'compression', which needs a newer kdcache") as caught:
+        open_cache(changed_manifest(cache, tmp_path / "newer", features=["compression"], compression="better"))
+    assert not isinstance(caught.value, CorruptCacheError)
+
+
+def test_a_member_that_occurs_twice_is_refused(cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(cache, tmp_path / "odd")
+    text = (tmp_path / "odd" / "manifest.json").read_text()
+    (tmp_path / "odd" / "manifest.json").write_text(text.replace('"task":', '"task": "ranking",\n "task":', 1))
+    with pytest.raises(CorruptCacheError, match="the member 'task' occurs twice"):
+        open_cache(str(tmp_path / "odd"))
 
 
 def test_manifest_without_targets_is_refused(cache: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_samples(tmp_path, vocab_size):
     manifest, batch = write(tmp_path, record, vocab_size=vocab_size)
     arrays = arrays_of(tmp_path, manifest)
     lengths, table = arrays["num_sampled"].tolist(), table_of(arrays["sample_table"])
-    assert manifest["shards"][0]["num_samples"] == sum(lengths) == len(arrays["sample_ranks"])
+    assert manifest["shards"][0]["num_rows"]["samples"] == sum(lengths) == len(arrays["sample_ranks"])
     modulus = 1 << (16 if vocab_size == 50 else 32)
     counts, steps = (by_position(arrays[name].tolist(), lengths) for name in ("sample_counts", "sample_ranks"))
     ids, logprobs, log_tail = batch.targets.merged()
@@ -88,7 +88,7 @@ def test_kept_ids_of_ragged_rows(tmp_path):
     manifest, batch = write(tmp_path, record)
     arrays = arrays_of(tmp_path, manifest)
     lengths, table = arrays["num_kept"].tolist(), table_of(arrays["id_table"])
-    assert manifest["shards"][0]["num_entries"] == sum(lengths)
+    assert manifest["shards"][0]["num_rows"]["entries"] == sum(lengths)
     assert min(lengths) < max(lengths)
     gaps, steps = (by_position(arrays[name].tolist(), lengths) for name in ("topk_gaps", "topk_ranks"))
     ties = 0

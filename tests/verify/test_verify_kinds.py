@@ -125,7 +125,7 @@ def rewrite(path: Path, change, **counts: int) -> None:
     data = pack({array.path: arrays[array.name] for array in record.arrays})
     (path / shard.objects["targets"].path).write_bytes(data)
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["shards"][0].update(counts)
+    manifest["shards"][0]["num_rows"].update(counts)
     manifest["shards"][0]["objects"]["targets"].update(num_bytes=len(data), sha256=layout.sha256(data))
     (path / "manifest.json").write_bytes(layout.canonical_json(manifest))
     (path / "commits" / "000000.json").write_bytes(layout.canonical_json(manifest["shards"][0]))
@@ -212,11 +212,11 @@ def test_scales_of_another_width_than_the_states(tmp_path):
         open_cache(str(tmp_path)).read([0])
 
 
-@pytest.mark.parametrize(("kind", "count"), [("min_prob", "num_entries"), ("sampled", "num_samples")])
+@pytest.mark.parametrize(("kind", "count"), [("min_prob", "entries"), ("sampled", "samples")])
 @pytest.mark.parametrize("change", [-1, 1])
 def test_a_record_with_another_number_of_entries(copy_of, kind, count, change):
     path = copy_of(kind)
-    rewrite(path, lambda arrays: None, **{count: getattr(open_cache(str(path)).manifest.shards[0], count) + change})
+    rewrite(path, lambda arrays: None, **{count: open_cache(str(path)).manifest.shards[0].num_rows[count] + change})
     with pytest.raises(
         CorruptCacheError, match=r"shard 0, field targets.*array (entries|samples)/\w+ is .* the manifest"
     ):
@@ -244,12 +244,12 @@ def without_states(manifest):
 
 
 LIES = {
-    "entries": ("min_prob", set_at("shards", 0, "num_entries", 10**12), "more than"),
-    "negative entries": ("min_prob", set_at("shards", 0, "num_entries", -1), "entries"),
-    "entries of a cache that has none": ("sampled", set_at("shards", 0, "num_entries", 1), "more than"),
-    "samples": ("sampled", set_at("shards", 0, "num_samples", 10**12), "more than"),
-    "samples of a cache that has none": ("min_prob", set_at("shards", 0, "num_samples", 1), "more than"),
-    "negative samples": ("sampled", set_at("shards", 0, "num_samples", -1), "samples"),
+    "entries": ("min_prob", set_at("shards", 0, "num_rows", "entries", 10**12), "more than"),
+    "negative entries": ("min_prob", set_at("shards", 0, "num_rows", "entries", -1), "entries"),
+    "entries of a cache that has none": ("sampled", set_at("shards", 0, "num_rows", "entries", 1), "more than"),
+    "samples": ("sampled", set_at("shards", 0, "num_rows", "samples", 10**12), "more than"),
+    "samples of a cache that has none": ("min_prob", set_at("shards", 0, "num_rows", "samples", 1), "more than"),
+    "negative samples": ("sampled", set_at("shards", 0, "num_rows", "samples", -1), "samples"),
     "top_k": ("min_prob", claim(top_k=10**12), "targets.top_k is 1000000000000, but there are 50 ids"),
     "num_samples": ("sampled", claim(num_samples=10**12), "has the array"),
     "nothing kept": ("sampled", claim(num_samples=0), "kind sampled cannot have a num_samples of 0"),
@@ -304,7 +304,7 @@ def test_a_few_bytes_cannot_ask_for_more_columns_than_there_are_ids(tmp_path, fo
         for name in ("sample_counts", "sample_ranks"):
             arrays[name] = np.zeros(50 * first, arrays[name].dtype)
 
-    rewrite(tmp_path, bomb, num_samples=50 * first)
+    rewrite(tmp_path, bomb, samples=50 * first)
     forbid_large_arrays(200 << 20)
     with pytest.raises(CorruptCacheError, match=rf"the longest {50 * first}, at most 50"):
         open_cache(str(tmp_path)).read([0])

@@ -161,7 +161,7 @@ def test_a_file_of_another_teacher_is_left_alone(found: dict[str, str], tmp_path
     write_targets(config_of(found, tmp_path / "out.jsonl"), progress=False)
     t5(seed=2).save_pretrained(tmp_path / "other")
     tokenizer().save_pretrained(tmp_path / "other")
-    with pytest.raises(ConfigError, match=r"teacher\.weights_sha256 is"):
+    with pytest.raises(ConfigError, match=r"teacher\.identity\.sha256 is"):
         write_targets(config_of(found | {"teacher": str(tmp_path / "other")}, tmp_path / "out.jsonl"))
 
 
