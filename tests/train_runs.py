@@ -22,7 +22,6 @@ from transformers import TrainerCallback
 
 from kdcache.config import build
 from kdcache.train import Distiller, TrainConfig, TrainResult, train_student
-from kdcache.train.trainer import Distillation
 
 ROOT = Path(__file__).parent.parent
 
@@ -72,7 +71,7 @@ def train(
     *,
     callbacks: Any = (),
     resume: bool = False,
-    module: Callable[..., Distillation] = Distiller,
+    module: Callable[..., Distiller] = Distiller,
 ) -> TrainResult:
     config = build(TrainConfig, values)
     return train_student(config, progress=False, callbacks=callbacks, resume=resume, module=module)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,8 @@ from kdcache.losses import ObjectiveConfig
 from kdcache.students import Student, load_student
 from kdcache.sweep.config import SweepConfig
 from kdcache.sweep.variations import Variation, expand
-from kdcache.train.module import fit_terms
-from kdcache.train.prepare import (
-    check_device,
-    check_local_store,
-    micro_batches,
-    num_steps,
-    open_training_cache,
-    training_objective,
-)
+from kdcache.train.prepare import check_machine, open_training_cache, prepare
 from kdcache.train.run_record import changed_settings, check_output, read_run, settings_that_decide
-from kdcache.train.trainer import check_logger
 
 
 @dataclass(frozen=True)
@@ -54,6 +45,7 @@ class PlannedRun:
     @property
     def objective(self) -> ObjectiveConfig:
         """The objective that it trains on."""
+        assert self.variation.config.objective is not None  # named by its preparation
         return self.variation.config.objective
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,8 +97,7 @@ def preview_sweep(config: SweepConfig) -> SweepPlan:
     _check_output(Path(config.output))
     for variation in variations:
         with _named(variation):
-            check_device(variation.config)
-            check_logger(variation.config.report_to)
+            check_machine(variation.config)
     caches = {key: open_training_cache(group[0].config) for key, group in _by(variations, _cache_key)}
     held_out = None if config.held_out is None else open_cache(config.held_out)
     runs: dict[str, PlannedRun] = {}
@@ -170,22 +161,17 @@ def _check_held_out(cache: Cache, held_out: Cache | None) -> None:
 
 
 def _check(variation: Variation, cache: Cache, student: Student) -> PlannedRun:
-    config = variation.config
-    objective = training_objective(config, cache)
-    if config.gradient_checkpointing:
-        student.checkpoint_activations()
-    fit_terms(objective, student, config.seed)
-    check_local_store(config, cache, objective.needs.teacher_fields)
-    batches = micro_batches(config, cache)
-    steps = num_steps(config, batches.steps_per_epoch)
-    settings = settings_that_decide(config.model_dump(mode="json"), batches.sequences_per_step, steps)
+    run = prepare(variation.config, cache=cache, student=student)
+    batches = run.micro_batches()
+    steps = run.num_steps(batches)
+    settings = settings_that_decide(run.config.model_dump(mode="json"), batches.sequences_per_step, steps)
     per_step = cache.manifest.num_positions / len(cache) * min(batches.sequences_per_step, batches.num_sequences)
     return PlannedRun(
-        variation,
+        replace(variation, config=run.config),
         student.num_parameters,
         steps,
         round(steps * per_step),
-        _state(config.output, {**settings, "cache_fingerprint": cache.fingerprint}),
+        _state(run.config.output, {**settings, "cache_fingerprint": cache.fingerprint}),
     )
 
 

@@ -29,7 +29,9 @@ class TrainConfig(Config):
     output: str
     local_store: LocalStoreConfig = LocalStoreConfig()
     """What is kept on this machine of a remote cache."""
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveConfig | None = None
+    """What the student learns (default: the objective of the cache's task, for token tasks 0.9 forward_kl and 0.1
+    cross_entropy)."""
     epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_steps: int | None = Field(default=None, ge=1)
     batch_sequences: int = Field(default=8, ge=1)

@@ -34,10 +34,10 @@ from torch.utils._pytree import tree_leaves
 from kdcache.cache import Cache
 from kdcache.cache.reader import OPEN_BYTES
 from kdcache.config import Config
-from kdcache.losses import Objective
 from kdcache.losses.kernel import default_chunk_positions
-from kdcache.train.sample import Batch, Probe, mode_of
-from kdcache.train.trainer import Distillation
+from kdcache.step import StepInputs
+from kdcache.train.module import Distiller
+from kdcache.train.sample import Batch, mode_of
 
 _PROBE_TOKENS = 128
 
@@ -103,12 +103,10 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
 
 
 def estimate_memory(
-    module: Distillation,
-    objective: Objective,
-    probe: Probe,
+    module: Distiller,
+    inputs: StepInputs,
     cache: Cache,
     *,
-    hidden: Sequence[str],
     batch_sequences: int,
     max_length: int,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]],
@@ -116,11 +114,10 @@ def estimate_memory(
 ) -> MemoryReport:
     """Estimate the memory of training ``module`` on the device where its parameters are.
 
-    ``probe`` are some positions of the cache, on that device; ``hidden`` the fields of hidden states that are read.
-    The largest micro-batch has ``batch_sequences`` sequences, the longest of them ``max_length`` positions. Where rows
-    are not the tokens of a sequence, ``longest`` makes a batch of that many copies of the longest one.
-    ``autocast`` makes the context of the forward pass. Leaves weights and gradients as they are, and samples random
-    numbers only for dropout.
+    ``inputs`` are leaves of some positions of the cache, on that device (`StepInputs.leaves`). The largest micro-batch
+    has ``batch_sequences`` sequences, the longest of them ``max_length`` positions. Where rows are not the tokens of a
+    sequence, ``longest`` makes a batch of that many copies of the longest one. ``autocast`` makes the context of the
+    forward pass. Leaves weights and gradients as they are, and draws random numbers for dropout only.
     """
     parameters = list(module.parameters())
     device = parameters[0].device
@@ -130,11 +127,11 @@ def estimate_memory(
     has_bytes = held_bytes + (cache.open_bytes() if device.type == "cpu" else 0)
     with _own_gradients(module):
         if longest is None:
-            activations_bytes = _body_bytes(module, objective, batch_sequences, max_length, autocast)
+            activations_bytes = _body_bytes(module, batch_sequences, max_length, autocast)
         else:
-            one, two = (_batch_peak(module, objective, longest(count), autocast) for count in (1, 2))
+            one, two = (_batch_peak(module, longest(count), autocast) for count in (1, 2))
             activations_bytes = max(2 * one - two, 0) + (two - one) * batch_sequences
-        loss_bytes = _loss_bytes(module, objective, probe, batch_sequences * max_length, autocast)
+        loss_bytes = _loss_bytes(module, inputs, batch_sequences * max_length, autocast)
     return MemoryReport(
         device=device.type,
         weights_bytes=held_bytes,
@@ -142,7 +139,7 @@ def estimate_memory(
         optimiser_bytes=2 * trained_bytes,  # AdamW's moments have the dtype of the parameter
         activations_bytes=activations_bytes,
         loss_bytes=loss_bytes,
-        shards_bytes=_shards_bytes(cache, hidden),
+        shards_bytes=_shards_bytes(cache, module.hidden_fields),
         available_bytes=None if free_bytes is None else free_bytes + has_bytes,
     )
 
@@ -161,54 +158,48 @@ def _own_gradients(module: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def _body_bytes(
-    module: Distillation, objective: Objective, num_sequences: int, max_length: int, autocast: Callable[[], Any]
-) -> int:
+def _body_bytes(module: Distiller, num_sequences: int, max_length: int, autocast: Callable[[], Any]) -> int:
     """Return what forward and backward of the body take for ``num_sequences`` of ``max_length`` positions."""
     length = min(max_length, _PROBE_TOKENS)
-    one, two = (_body_peak(module, objective, count, length, autocast) for count in (1, 2))
+    one, two = (_body_peak(module, count, length, autocast) for count in (1, 2))
     constant, per_token = max(2 * one - two, 0), (two - one) / length
     return round(constant + per_token * num_sequences * max_length)
 
 
-def _body_peak(
-    module: Distillation, objective: Objective, num_sequences: int, length: int, autocast: Callable[[], Any]
-) -> int:
+def _body_peak(module: Distiller, num_sequences: int, length: int, autocast: Callable[[], Any]) -> int:
     student = module.student
     rows_P = torch.arange(num_sequences * length, device=student.head.weight_VD.device)
     input_ids = rows_P.remainder(student.vocab_size).view(num_sequences, length)
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "rows": rows_P}
-    return _batch_peak(module, objective, batch, autocast)
+    return _batch_peak(module, batch, autocast)
 
 
-def _batch_peak(module: Distillation, objective: Objective, batch: Batch, autocast: Callable[[], Any]) -> int:
-    student = module.student
+def _batch_peak(module: Distiller, batch: Batch, autocast: Callable[[], Any]) -> int:
     with AllocatedBytes() as memory:
         with autocast():
-            hidden_PD, states = student.states(batch, objective.needs.student_layers)
+            hidden_PD, states = module.student.states(batch, module.objective.needs.student_layers)
         outputs = [hidden_PD, *states.values()]
         torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
     return memory.peak
 
 
-def _loss_bytes(
-    module: Distillation, objective: Objective, probe: Probe, num_positions: int, autocast: Callable[[], Any]
-) -> int:
+def _loss_bytes(module: Distiller, inputs: StepInputs, num_positions: int, autocast: Callable[[], Any]) -> int:
     """Return what the loss of ``num_positions`` takes, with what the batch holds of the teacher."""
-    chunk = objective.chunk_positions or default_chunk_positions(probe.hidden_PD.device, module.student.vocab_size)
-    size = min(chunk, num_positions, probe.num_positions)
-    whole, half = (_loss_peak(module, objective, probe.first(count), autocast) for count in (size, (size + 1) // 2))
+    hidden_PD = inputs.hidden_PD
+    chunk = module.objective.chunk_positions or default_chunk_positions(hidden_PD.device, module.student.vocab_size)
+    size = min(chunk, num_positions, inputs.num_positions)
+    whole, half = (_loss_peak(module, inputs.leaves(count), autocast) for count in (size, (size + 1) // 2))
     per_position = (whole - half) / max(size // 2, 1)
     # Beyond a chunk: the hidden states that count, their gradient, and both once more in other places or dtypes.
-    further = 4 * probe.hidden_PD.shape[1] * probe.hidden_PD.element_size()
+    further = 4 * hidden_PD.shape[1] * hidden_PD.element_size()
     in_chunk, beyond = min(chunk, num_positions) - size, max(num_positions - chunk, 0)
     # The batch holds the teacher's rows, and those that count are selected.
-    return round(whole + per_position * in_chunk + further * beyond + 2 * _row_bytes(probe) * num_positions)
+    return round(whole + per_position * in_chunk + further * beyond + 2 * _row_bytes(inputs) * num_positions)
 
 
-def _loss_peak(module: Distillation, objective: Objective, probe: Probe, autocast: Callable[[], Any]) -> int:
+def _loss_peak(module: Distiller, inputs: StepInputs, autocast: Callable[[], Any]) -> int:
     with AllocatedBytes() as memory:
-        probe.backward(objective, module, autocast)
+        inputs.backward(module.objective, module.student, autocast)
     return memory.peak
 
 
@@ -218,10 +209,10 @@ def _shards_bytes(cache: Cache, hidden: Sequence[str]) -> int:
     return round(max(mean_bytes, min(mean_bytes * min(cache.max_open_shards, cache.manifest.num_shards), OPEN_BYTES)))
 
 
-def _row_bytes(probe: Probe) -> int:
-    tensors = [getattr(probe.rows, field.name) for field in fields(probe.rows)]
-    tensors += probe.states.teacher.values()
-    return _nbytes(tensor for tensor in tensors if tensor is not None) // max(probe.num_positions, 1)
+def _row_bytes(inputs: StepInputs) -> int:
+    tensors = [getattr(inputs.rows, field.name) for field in fields(inputs.rows)]
+    tensors += inputs.states.teacher.values()
+    return _nbytes(tensor for tensor in tensors if tensor is not None) // max(inputs.num_positions, 1)
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:

@@ -5,48 +5,64 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from kdcache.losses import LayerStates, Objective, TeacherRows
+from kdcache.losses import Objective
 from kdcache.losses.hidden import HiddenTerm
 from kdcache.losses.outputs import OutputTerm
 from kdcache.losses.schedules import highest
+from kdcache.step import StepInputs
 from kdcache.students import Student
 from kdcache.students.sentence_model import check_width
-from kdcache.train.trainer import Distillation
 
 log = logging.getLogger(__name__)
 
 
-class Distiller(Distillation):
-    """A student and its objective as one module, so that distributed wrappers see a single forward."""
+class Distiller(nn.Module):
+    """A student and its objective as one module, so that distributed wrappers see a single forward.
+
+    The student's model is under ``model``, the parameters that the objective's terms own under ``terms``. Override
+    `inputs` to get the teacher's part of a batch from elsewhere, or `forward` to compute the loss another way.
+    """
+
+    #: For the Trainer: the loss is already divided by the number of positions of the whole step.
+    accepts_loss_kwargs = True
 
     def __init__(self, student: Student, objective: Objective) -> None:
-        super().__init__(student)
+        super().__init__()
+        self.model = student.model
+        self.student = student
         self.objective = objective
-        # The parameters that are trained beside the student.
         self.terms = objective.terms
-        self.hidden_fields = objective.needs.teacher_fields
+
+    @property
+    def hidden_fields(self) -> tuple[str, ...]:
+        """Names of the cache's fields of hidden states and raw outputs that a batch must hold."""
+        return self.objective.needs.teacher_fields
+
+    def inputs(self, batch: Mapping[str, Tensor]) -> StepInputs:
+        """Run the student on a collated batch and return what the objective is called with."""
+        return StepInputs.of(self.student, batch, self.objective.needs)
 
     def forward(self, batch: Mapping[str, Tensor], num_valid: Tensor) -> tuple[Tensor, dict[str, Tensor], int]:
-        needs = self.objective.needs
-        hidden_PD, student_states = self.student.states(batch, needs.student_layers)
-        if self.student.sentence is not None:
-            batch = self.student.sentence.with_reduced(batch)
-        states = LayerStates.from_batch(student_states, batch, needs, hidden_PD)
-        rows = TeacherRows.from_batch(batch)
-        result = self.objective(hidden_PD, self.student.head, rows, num_valid, states)
+        """Return the loss, each term's unweighted sum over the valid positions (detached), and their number.
+
+        ``num_valid`` is the number of valid positions of the whole optimiser step, by which the loss is divided.
+        """
+        result = self.inputs(batch).objective(self.objective, self.student, num_valid)
         return result.loss, result.sums, result.num_valid
 
     def set_progress(self, progress: float) -> None:
+        """Set how far the run is, before every optimiser step: 0 at the first, 1 at the last."""
         self.objective.progress = progress
 
     def logged(self) -> dict[str, float]:
+        """Return what to log in addition to the means of the terms: the scheduled settings."""
         return self.objective.scheduled
 
 
 def fit_terms(objective: Objective, student: Student, seed: int) -> None:
-    """Make the objective's terms for ``student``; ``seed`` decides their parameters.
+    """Build the objective's terms for ``student``; ``seed`` decides their parameters.
 
     Raises ``ConfigError`` when a term does not fit the student, ``StudentError`` when that has no states to compare.
     """

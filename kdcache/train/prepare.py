@@ -1,4 +1,4 @@
-"""What comes before the first step, shared by the run and by its plan: the cache, the device, the steps."""
+"""What comes before the first step: one `PreparedRun`, for training, its dry run, and the plan of a sweep."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import logging
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,39 +19,105 @@ from kdcache.cache.curriculum import PacedOrder
 from kdcache.cache.order import Order, ShuffledOrder
 from kdcache.cache.reader import OPEN_BYTES
 from kdcache.config import build
-from kdcache.errors import ConfigError
+from kdcache.errors import ConfigError, did_you_mean
 from kdcache.losses import Objective, ObjectiveConfig
 from kdcache.losses.from_cache import context_of, resolve_selection
+from kdcache.models.loading import first_line
 from kdcache.storage.ahead import largest_shard_bytes, required_bytes
 from kdcache.students import Student, load_student
 from kdcache.students.sentence_model import fit_widths
 from kdcache.tasks import task_of
 from kdcache.train.config import TrainConfig
 from kdcache.train.module import fit_terms
-from kdcache.train.trainer import check_logger
 
 log = logging.getLogger(__name__)
 
 
-def prepare(config: TrainConfig) -> tuple[Cache, Student, Objective]:
-    """Open the cache, load the student, and make the objective that fits both.
+@dataclass(frozen=True)
+class PreparedRun:
+    """A checked training run before its first step; nothing is written yet.
 
-    Raises ``ConfigError``, ``CacheError`` or ``StudentError`` for whatever would stop the run before its first step.
+    ``config`` names the objective that is trained on, the task's where none was given. ``objective`` has its terms
+    built for ``student``, and its shares of positions turned into bounds.
     """
-    check_device(config)
-    check_logger(config.report_to)
-    cache = open_training_cache(config)
+
+    config: TrainConfig
+    cache: Cache
+    student: Student
+    objective: Objective
+
+    @cached_property
+    def chosen_N(self) -> NDArray[np.int64] | None:
+        """The sequences that the filter chooses, in ascending order; None where all are trained on."""
+        return chosen_sequences(self.config, self.cache)
+
+    @cached_property
+    def lengths_N(self) -> NDArray[np.int64]:
+        """Positions of every sequence that is trained on."""
+        lengths_N = self.cache.lengths_N
+        return lengths_N if self.chosen_N is None else lengths_N[self.chosen_N]
+
+    def micro_batches(self, rank: int = 0, num_ranks: int = 1) -> MicroBatches:
+        """Return the micro-batches of one rank; raises as the function of this name does."""
+        return micro_batches(self.config, self.cache, rank, num_ranks)
+
+    def num_steps(self, batches: MicroBatches) -> int:
+        """Return how many optimiser steps the run has."""
+        return num_steps(self.config, batches.steps_per_epoch)
+
+    def warn_of_rereading(self) -> None:
+        """Warn when the shards in use cannot all stay open."""
+        warn_of_rereading(self.config, self.cache, self.objective.needs.teacher_fields)
+
+
+def prepare(config: TrainConfig, *, cache: Cache | None = None, student: Student | None = None) -> PreparedRun:
+    """Open the cache, load the student, and build the objective that fits both.
+
+    ``cache`` and ``student`` are those that the configuration names, where several runs share them. Raises
+    ``ConfigError``, ``CacheError`` or ``StudentError`` for whatever would stop the run before its first step.
+    """
+    check_machine(config)
+    cache = open_training_cache(config) if cache is None else cache
+    config = with_objective(config, cache)
     objective = training_objective(config, cache)
-    check_local_store(config, cache, objective.needs.teacher_fields)
-    student = load_student(config.student, cache.manifest, cache.tokenizer_dir())
+    student = load_student(config.student, cache.manifest, cache.tokenizer_dir()) if student is None else student
     if config.gradient_checkpointing:
         student.checkpoint_activations()
     if student.sentence is not None:
         fit_widths(student.vocab_size, student.sentence, config.student, cache)
         check_pairs(objective, cache)
     fit_terms(objective, student, config.seed)
-    warn_of_rereading(config, cache, objective.needs.teacher_fields)
-    return cache, student, objective
+    check_local_store(config, cache, objective.needs.teacher_fields)
+    return PreparedRun(config, cache, student, objective)
+
+
+def with_objective(config: TrainConfig, cache: Cache) -> TrainConfig:
+    """Return ``config`` with the objective that is trained on: where it names none, that of the cache's task."""
+    if config.objective is not None:
+        return config
+    objective = build(ObjectiveConfig, task_of(cache.manifest.task).objective, source="the task's objective")
+    return config.model_copy(update={"objective": objective})
+
+
+def check_machine(config: TrainConfig) -> None:
+    """Raise ``ConfigError`` when this machine lacks the device, the precision or the logger of the run."""
+    check_device(config)
+    check_logger(config.report_to)
+
+
+def check_logger(name: str) -> None:
+    """Raise ``ConfigError`` unless the Trainer knows a logger called ``name`` and its package is installed."""
+    if name in ("none", "all"):
+        return
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    if name not in INTEGRATION_TO_CALLBACK:
+        hint = did_you_mean(name, ["none", "all", *INTEGRATION_TO_CALLBACK])
+        raise ConfigError(f"report_to: there is no logger {name!r}, {hint}")
+    try:
+        INTEGRATION_TO_CALLBACK[name]()  # there is no other way to ask that all of them answer
+    except (RuntimeError, ImportError) as error:
+        raise ConfigError(f"report_to: {name} cannot be used: {first_line(error)}") from None
 
 
 def check_pairs(objective: Objective, cache: Cache) -> None:
@@ -170,12 +238,10 @@ def leave_processes() -> None:
 def training_objective(config: TrainConfig, cache: Cache) -> Objective:
     """Return the objective of the run, its shares of positions turned into bounds on the texts that are trained on.
 
-    Where the configuration says nothing of it, it is that of the cache's task. Raises ``ConfigError`` when it needs
-    what the cache does not hold.
+    Raises ``ConfigError`` when it needs what the cache does not hold.
     """
-    objective = config.objective
-    if "objective" not in config.model_fields_set:
-        objective = build(ObjectiveConfig, task_of(cache.manifest.task).objective, source="the task's objective")
+    objective = with_objective(config, cache).objective
+    assert objective is not None
     chosen_N = chosen_sequences(config, cache) if objective.shares else None
     return Objective(resolve_selection(objective, cache, chosen_N), context=context_of(cache))
 

@@ -25,22 +25,15 @@ from kdcache.losses.schedules import highest
 from kdcache.losses.temperature import TemperedLoss
 from kdcache.models.batches import to_tensors
 from kdcache.models.loading import pick_device
-from kdcache.students import Student
+from kdcache.step import StepInputs
 from kdcache.tasks import Task, task_of
 from kdcache.train.config import TrainConfig
 from kdcache.train.memory import estimate_memory
 from kdcache.train.module import Distiller
-from kdcache.train.prepare import (
-    chosen_sequences,
-    micro_batches,
-    num_steps,
-    prepare,
-    started_processes,
-)
+from kdcache.train.prepare import PreparedRun, prepare, started_processes
 from kdcache.train.report import TermReport, TrainingReport
-from kdcache.train.sample import SAMPLE_POSITIONS, Batch, Measured, Probe, first_batches, measure
+from kdcache.train.sample import SAMPLE_POSITIONS, Batch, Measured, first_batches, measure
 from kdcache.train.timing import SpeedReport, loss_s, optimiser_s, position_s
-from kdcache.train.trainer import Distillation
 
 #: Positions of one batch of the sample, by device type: a forward pass of it should be short, and fill the device.
 _BATCH_POSITIONS = {"cpu": 1024}
@@ -52,15 +45,16 @@ _LOSS_POSITIONS_ELSEWHERE = 4096
 
 
 @dataclass(frozen=True)
-class _Run:
-    """The parts of a run, on the device that it uses."""
+class _Look:
+    """A prepared run with its module, on the device that it uses, and its micro-batches."""
 
-    config: TrainConfig
-    cache: Cache
-    student: Student
-    objective: Objective
-    module: Distillation
+    run: PreparedRun
+    module: Distiller
     batches: MicroBatches
+
+    @property
+    def objective(self) -> Objective:
+        return self.module.objective
 
     @property
     def device(self) -> torch.device:
@@ -68,27 +62,27 @@ class _Run:
 
     @property
     def task(self) -> Task:
-        return task_of(self.cache.manifest.task)
+        return task_of(self.run.cache.manifest.task)
 
     @property
     def autocast(self) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-        return partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        return partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.run.config.precision == "bf16")
 
-    def longest(self, chosen_N: NDArray[np.int64] | None) -> Callable[[int], Batch]:
-        """Return what makes a batch of so many copies of the longest sequence that is trained on."""
-        sizes_N = self.cache.sizes_N if chosen_N is None else self.cache.sizes_N[chosen_N]
-        index = int(np.argmax(sizes_N) if chosen_N is None else chosen_N[np.argmax(sizes_N)])
-        return lambda count: self._read([index] * count)
+    def longest(self, count: int) -> Batch:
+        """Return a batch of ``count`` copies of the longest sequence that is trained on."""
+        sizes_N, chosen_N = self.run.cache.sizes_N, self.run.chosen_N
+        index = int(np.argmax(sizes_N) if chosen_N is None else chosen_N[np.argmax(sizes_N[chosen_N])])
+        return self._read([index] * count)
 
     def read(self, num_positions: int) -> Iterator[Batch]:
         """Yield the first batches of the training order, on the device."""
         size = _BATCH_POSITIONS.get(self.device.type, _BATCH_POSITIONS_ELSEWHERE)
-        chosen = first_batches(self.cache, self.batches, num_positions=num_positions, batch_positions=size)
+        chosen = first_batches(self.run.cache, self.batches, num_positions=num_positions, batch_positions=size)
         yield from map(self._read, chosen)
 
     def _read(self, indices: list[int]) -> Batch:
-        read = self.cache.read(indices, hidden=self.module.hidden_fields)
-        tensors = to_tensors(read, self.student.pad_id, self.task)
+        read = self.run.cache.read(indices, hidden=self.module.hidden_fields)
+        tensors = to_tensors(read, self.run.student.pad_id, self.task)
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
 
@@ -98,68 +92,64 @@ def preview_training(config: TrainConfig) -> TrainingReport:
     Loads the student and times a few micro-batches. Raises what `train_student` raises before its first step, unless
     it is about the output.
     """
-    cache, student, objective = prepare(config)
-    module = Distiller(student, objective).to(pick_device(config.device))
-    run = _Run(config, cache, student, objective, module, micro_batches(config, cache, num_ranks=started_processes()))
-    return _report(run, is_timed=True)
+    run = prepare(config)
+    run.warn_of_rereading()
+    module = Distiller(run.student, run.objective).to(pick_device(config.device))
+    return _report(_Look(run, module, run.micro_batches(num_ranks=started_processes())), is_timed=True)
 
 
-def report_start(
-    config: TrainConfig, cache: Cache, module: Distillation, objective: Objective, batches: MicroBatches
-) -> TrainingReport:
+def report_start(run: PreparedRun, module: Distiller, batches: MicroBatches) -> TrainingReport:
     """Return the report of a run that is about to begin with ``batches``, and leave no trace in it."""
-    run = _Run(config, cache, module.student, objective, module, batches)
-    devices = [run.device] if run.device.type == "cuda" else []
+    look = _Look(run, module, batches)
+    devices = [look.device] if look.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        return _report(run, is_timed=False)
+        return _report(look, is_timed=False)
 
 
-def _report(run: _Run, is_timed: bool) -> TrainingReport:
-    config, manifest, batches = run.config, run.cache.manifest, run.batches
-    sample = list(run.read(SAMPLE_POSITIONS))
-    measured = measure(run.module, run.objective, sample, run.autocast)
-    probe = Probe.of(run.module, run.objective, sample[0], run.autocast)
-    chosen_N = chosen_sequences(config, run.cache)
-    lengths_N = run.cache.lengths_N if chosen_N is None else run.cache.lengths_N[chosen_N]
-    steps = num_steps(config, batches.steps_per_epoch)
-    positions = int(lengths_N.sum())
+def _report(look: _Look, is_timed: bool) -> TrainingReport:
+    run, batches, objective = look.run, look.batches, look.objective
+    config, manifest = run.config, run.cache.manifest
+    sample = list(look.read(SAMPLE_POSITIONS))
+    measured = measure(look.module, sample, look.autocast)
+    with torch.no_grad(), look.autocast():
+        inputs = look.module.inputs(sample[0]).leaves()
+    steps = run.num_steps(batches)
+    positions = int(run.lengths_N.sum())
     tokens_per_step = round(positions * min(batches.sequences_per_step / batches.num_sequences, 1.0))
-    teacher_loss, kept_mass = _statistics(run.cache, chosen_N)
+    teacher_loss, kept_mass = _statistics(run.cache, run.chosen_N)
     memory = estimate_memory(
-        run.module,
-        run.objective,
-        probe,
+        look.module,
+        inputs,
         run.cache,
-        hidden=run.module.hidden_fields,
         batch_sequences=batches.largest,
-        max_length=int(lengths_N.max()),
-        autocast=run.autocast,
-        longest=None if run.task.is_causal else run.longest(chosen_N),
+        max_length=int(run.lengths_N.max()),
+        autocast=look.autocast,
+        longest=None if look.task.is_causal else look.longest,
     )
-    speed, costs_s = _timed(run, probe, steps, tokens_per_step) if is_timed else (None, {})
+    speed, costs_s = _timed(look, inputs, steps, tokens_per_step) if is_timed else (None, {})
     return TrainingReport(
         student=type(run.student.model).__name__,
         num_parameters=run.student.num_parameters,
-        num_trainable_parameters=sum(p.numel() for p in run.module.parameters() if p.requires_grad),
+        num_trainable_parameters=sum(p.numel() for p in look.module.parameters() if p.requires_grad),
         teacher=manifest.teacher.name,
         num_sequences=batches.num_sequences,
         num_positions=positions,
         sequences_per_step=batches.sequences_per_step,
         tokens_per_step=tokens_per_step,
-        unit=run.task.unit,
+        unit=look.task.unit,
         steps_per_epoch=batches.steps_per_epoch,
         steps=steps,
         epochs=round(steps / batches.steps_per_epoch, 3),
         learning_rate=config.peak_learning_rate,
-        objective={name: part.model_dump() for name, part in run.objective.config.parts.items()},
+        objective={name: part.model_dump() for name, part in objective.config.parts.items()},
         output=config.output,
-        vocab_size=run.cache.manifest.num_ids,
+        vocab_size=manifest.num_ids,
         teacher_loss=teacher_loss,
         kept_mass=kept_mass,
         sample=measured.report,
         terms=tuple(
-            _term(run, name, part, kept_mass, measured, costs_s.get(name))
-            for name, part in run.objective.config.parts.items()
+            _term(objective, name, part, kept_mass, measured, costs_s.get(name))
+            for name, part in objective.config.parts.items()
         ),
         memory=memory,
         speed=speed,
@@ -192,13 +182,18 @@ def _weighted_mean(values_N: NDArray[np.float64], counts_N: NDArray[np.float64])
 
 
 def _term(
-    run: _Run, name: str, part: Part, kept_mass: float | None, measured: Measured, cost_s: float | None
+    objective: Objective,
+    name: str,
+    part: Part,
+    kept_mass: float | None,
+    measured: Measured,
+    cost_s: float | None,
 ) -> TermReport:
     first, last = part.at(0.0), part.at(1.0)
-    mode = _mode(first, run)
+    mode = _mode(first, objective)
     # Whole distributions and samples have no tail that something is to be done about.
-    has_tail = mode != "full" and not run.objective.context.is_sampled
-    masses = [_kept_mass(part.at(progress), run, kept_mass, measured) for progress in part.moments()]
+    has_tail = mode != "full" and not objective.context.is_sampled
+    masses = [_kept_mass(part.at(progress), objective, kept_mass, measured) for progress in part.moments()]
     known = [mass for mass in masses if mass is not None]
     return TermReport(
         name=name,
@@ -218,41 +213,41 @@ def _term(
     )
 
 
-def _mode(part: Part, run: _Run) -> str | None:
+def _mode(part: Part, objective: Objective) -> str | None:
     """Return the mode in which a loss gets to its temperature; None where it has no such setting or needs none."""
     if not isinstance(part, TemperedLoss):
         return None
-    mode = part.resolved_mode(run.objective.context)
+    mode = part.resolved_mode(objective.context)
     return mode if mode == "full" or part.temperature != 1.0 else None
 
 
-def _kept_mass(part: Part, run: _Run, at_one: float | None, measured: Measured) -> float | None:
+def _kept_mass(part: Part, objective: Objective, at_one: float | None, measured: Measured) -> float | None:
     """Return the teacher's mass on the ids that the term compares one by one; None where that says nothing.
 
     Modes: ``full`` compares all ids, ``grid`` the kept ones at its temperature, whose tail was stored; ``decoupled``
     compares kept ids with the tail at temperature 1 and only softens what is among the kept ids.
     """
-    context = run.objective.context
+    context = objective.context
     if not isinstance(part, Loss) or not part.uses_teacher or context.is_sampled:
         return None
     # Where there is a head, losses without a mode make the teacher's logits too.
     if context.head is not None and (not isinstance(part, TemperedLoss) or part.resolved_mode(context) == "full"):
         return 1.0
     temperature = getattr(part, "temperature", 1.0)
-    if temperature == 1.0 or _mode(part, run) != "grid":
+    if temperature == 1.0 or _mode(part, objective) != "grid":
         return at_one
     column = context.grid_index(temperature)
     assert column is not None
     return 1 - measured.mean(measured.tail_sums_G[column])
 
 
-def _timed(run: _Run, probe: Probe, steps: int, tokens_per_step: int) -> tuple[SpeedReport, dict[str, float]]:
+def _timed(look: _Look, inputs: StepInputs, steps: int, tokens_per_step: int) -> tuple[SpeedReport, dict[str, float]]:
     """Return the times of the run and the seconds per position that each term adds; the student is spoilt by it."""
-    run.objective.progress = 0.5  # where schedules have begun, and nothing is off that will be on
-    size = _LOSS_POSITIONS.get(run.device.type, _LOSS_POSITIONS_ELSEWHERE)
-    whole_s, costs_s = loss_s(run.module, run.objective, probe.first(size), run.autocast)
-    per_position_s = position_s(run.module, run.read(_TIMED_BATCHES * SAMPLE_POSITIONS), run.autocast)
-    step_s = per_position_s * tokens_per_step / run.batches.num_ranks + optimiser_s(run.module.parameters())
+    look.objective.progress = 0.5  # where schedules have begun, and nothing is off that will be on
+    size = _LOSS_POSITIONS.get(look.device.type, _LOSS_POSITIONS_ELSEWHERE)
+    whole_s, costs_s = loss_s(look.module, inputs.leaves(size), look.autocast)
+    per_position_s = position_s(look.module, look.read(_TIMED_BATCHES * SAMPLE_POSITIONS), look.autocast)
+    step_s = per_position_s * tokens_per_step / look.batches.num_ranks + optimiser_s(look.module.parameters())
     return SpeedReport(
         tokens_per_s=1 / per_position_s,
         step_s=step_s,

@@ -23,26 +23,18 @@ from typing import Any, cast
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
-from kdcache.cache import Cache
 from kdcache.cache.batches import MicroBatches
 from kdcache.losses import Objective, TermModule
 from kdcache.models.batches import training_batches
 from kdcache.students import Student
 from kdcache.train.config import TrainConfig
 from kdcache.train.module import Distiller
-from kdcache.train.prepare import (
-    check_processes,
-    micro_batches,
-    num_steps,
-    prepare,
-    uses_cpu,
-)
+from kdcache.train.prepare import PreparedRun, check_processes, prepare, uses_cpu
 from kdcache.train.preview import report_start
 from kdcache.train.run_record import RunRecord, check_output, settings_that_decide
 from kdcache.train.term_file import TERMS_FILE, save_terms
 from kdcache.train.trainer import (
     STATE_FILE,
-    Distillation,
     DistillationTrainer,
     ProgressBar,
     last_checkpoint,
@@ -71,7 +63,7 @@ def train_student(
     resume: bool = False,
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
-    module: Callable[[Student, Objective], Distillation] = Distiller,
+    module: Callable[[Student, Objective], Distiller] = Distiller,
 ) -> TrainResult:
     """Train a student from a cache and save it under ``config.output``.
 
@@ -84,57 +76,47 @@ def train_student(
     ``StudentError`` at the next logging step.
     """
     check_output(config.output, resume=resume)
-    cache, student, objective = prepare(config)
-    trainer, batches = _make_trainer(config, cache, module(student, objective), progress, callbacks)
+    run = prepare(config)
+    run.warn_of_rereading()
+    trainer, batches = _make_trainer(run, module(run.student, run.objective), progress, callbacks)
+    recorded = run.config.model_dump(mode="json")
     record = RunRecord.begin(
         config.output,
-        settings=settings_that_decide(
-            config.model_dump(mode="json"), batches.sequences_per_step, trainer.args.max_steps
-        ),
-        config=config.model_dump(mode="json"),
-        cache=cache,
-        student=student,
+        settings=settings_that_decide(recorded, batches.sequences_per_step, trainer.args.max_steps),
+        config=recorded,
+        cache=run.cache,
+        student=run.student,
         resume=resume,
         write=trainer.args.should_save,
-        terms=_describe_terms(objective),
+        terms=_describe_terms(run.objective),
     )
     if record.finished is not None:
         return TrainResult(Path(config.output), **record.finished)
     checkpoint = last_checkpoint(config.output) if resume else None
     if progress and checkpoint is None and trainer.is_world_process_zero():
-        _print_report(config, cache, trainer.module, objective, batches)
+        for line in report_start(run, trainer.module, batches).summary():
+            tqdm.write(line, file=sys.stderr)
     seconds = _run(trainer, checkpoint)
     save = trainer.args.should_save
     if save:
-        save_student(student, config.output)
+        save_student(run.student, config.output)
         save_terms(trainer.module, config.output)
-    return _finish(config, objective, trainer, record if save else None, seconds)
-
-
-def _print_report(
-    config: TrainConfig, cache: Cache, module: Distillation, objective: Objective, batches: MicroBatches
-) -> None:
-    for line in report_start(config, cache, module, objective, batches).summary():
-        tqdm.write(line, file=sys.stderr)
+    return _finish(run, trainer, record if save else None, seconds)
 
 
 def _make_trainer(
-    config: TrainConfig,
-    cache: Cache,
-    module: Distillation,
-    progress: bool,
-    callbacks: Sequence[TrainerCallback],
+    run: PreparedRun, module: Distiller, progress: bool, callbacks: Sequence[TrainerCallback]
 ) -> tuple[DistillationTrainer, MicroBatches]:
-    args = _arguments(config)
+    args = _arguments(run.config)
     check_processes(args.world_size)
-    batches = micro_batches(config, cache, args.process_index, args.world_size)
-    args.max_steps = num_steps(config, batches.steps_per_epoch)
-    args.warmup_steps = math.ceil(config.warmup_ratio * args.max_steps)
+    batches = run.micro_batches(args.process_index, args.world_size)
+    args.max_steps = run.num_steps(batches)
+    args.warmup_steps = math.ceil(run.config.warmup_ratio * args.max_steps)
     trainer = DistillationTrainer(
         module,
         args,
         training_batches(
-            cache, batches, module.student.pad_id, hidden=module.hidden_fields, threads=config.data_threads
+            run.cache, batches, run.student.pad_id, hidden=module.hidden_fields, threads=run.config.data_threads
         ),
         callbacks=[*callbacks, *([ProgressBar()] if progress else [])],
     )
@@ -187,20 +169,14 @@ def _run(trainer: DistillationTrainer, checkpoint: Path | None) -> float:
     return time.perf_counter() - started_s
 
 
-def _finish(
-    config: TrainConfig,
-    objective: Objective,
-    trainer: DistillationTrainer,
-    record: RunRecord | None,
-    seconds: float,
-) -> TrainResult:
+def _finish(run: PreparedRun, trainer: DistillationTrainer, record: RunRecord | None, seconds: float) -> TrainResult:
     history = trainer.state.log_history
     tokens_per_s = trainer.meter.total_tokens / seconds if seconds else 0.0
     data_wait = trainer.data_wait_s / seconds if seconds else 0.0
     last = history[-1] if history else {}
-    losses = {name: last[name] for name in ("loss", *objective.config.parts) if name in last}
+    losses = {name: last[name] for name in ("loss", *run.objective.config.parts) if name in last}
     steps = trainer.state.global_step
     if record is not None:
         results = {"steps": steps, "losses": losses, "seconds": seconds, "tokens_per_s": tokens_per_s}
         record.finish(**results, data_wait=data_wait, history=history)
-    return TrainResult(Path(config.output), steps, losses, seconds, tokens_per_s, data_wait)
+    return TrainResult(Path(run.config.output), steps, losses, seconds, tokens_per_s, data_wait)

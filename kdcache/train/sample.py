@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from kdcache.cache import Cache
 from kdcache.cache.batches import MicroBatches
 from kdcache.config import Config
-from kdcache.losses import LayerStates, Objective, Select, TeacherRows, score_positions
-from kdcache.train.trainer import Distillation
+from kdcache.losses import Objective, Select, TeacherRows, score_positions
+from kdcache.step import StepInputs
+from kdcache.train.module import Distiller
 
 #: Positions of the sample, at least (fewer where the cache has fewer).
 SAMPLE_POSITIONS = 2048
@@ -71,50 +72,6 @@ class Measured:
         return total / max(self.num_positions, 1)
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What an objective is called with, for some positions that all count: leaves of no graph that want gradients."""
-
-    hidden_PD: Tensor
-    rows: TeacherRows
-    states: LayerStates
-
-    @classmethod
-    def of(cls, module: Distillation, objective: Objective, batch: Batch, autocast: Any) -> Probe:
-        """Take the positions of a collated batch; dropout is as the module has it."""
-        needs = objective.needs
-        with torch.no_grad(), autocast():
-            hidden_PD, states = module.student.states(batch, needs.student_layers)
-        states = {layer: states_PD.detach().requires_grad_() for layer, states_PD in states.items()}
-        rows = TeacherRows.from_batch(batch)
-        rows = replace(rows, loss_mask_P=torch.ones_like(rows.loss_mask_P))
-        return cls(hidden_PD.requires_grad_(), rows, LayerStates.from_batch(states, batch, needs, hidden_PD))
-
-    @property
-    def num_positions(self) -> int:
-        """Number of positions."""
-        return self.rows.num_positions
-
-    def first(self, count: int) -> Probe:
-        """Return the first ``count`` positions (all, if there are fewer)."""
-        student, teacher = (
-            {layer: states_PD[:count].detach().requires_grad_() for layer, states_PD in states.items()}
-            for states in (self.states.student, self.states.teacher)
-        )
-        states = LayerStates(student, teacher)
-        hidden_PD = self.hidden_PD[:count].detach().requires_grad_()
-        if self.states.outputs is not None:
-            outputs = self.states.outputs.each(lambda tensor: tensor[:count])
-            states = replace(states, outputs=replace(outputs, student_PC=hidden_PD))
-        return Probe(hidden_PD, self.rows.slice(0, count), states)
-
-    def backward(self, objective: Objective, module: Distillation, autocast: Any) -> None:
-        """Run the objective forward and backward, down to the hidden states and the LM head."""
-        with autocast():
-            output = objective(self.hidden_PD, module.student.head, self.rows, self.num_positions, self.states)
-        output.loss.backward()
-
-
 def first_batches(cache: Cache, batches: MicroBatches, *, num_positions: int, batch_positions: int) -> list[list[int]]:
     """Return the first sequences of the training order as lists of sequence numbers.
 
@@ -137,31 +94,32 @@ def first_batches(cache: Cache, batches: MicroBatches, *, num_positions: int, ba
 
 @torch.no_grad()
 def measure(
-    module: Distillation,
-    objective: Objective,
-    batches: Sequence[Batch],
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+    module: Distiller, batches: Sequence[Batch], autocast: Callable[[], contextlib.AbstractContextManager[Any]]
 ) -> Measured:
-    """Return the sums of student, teacher and every term of the ``objective`` over collated ``batches``."""
+    """Return the sums of student, teacher and every term of the objective over collated ``batches``."""
+    objective = module.objective
     measured = Measured(tail_sums_G=[0.0] * len(objective.context.temperatures))
     with mode_of(module, training=False):
         for batch in batches:
             with autocast():
-                _add(measured, _student_values(module, objective, batch), batch)
-                _add_terms(measured, module, objective, batch)
-            _add_selected(measured, objective, batch)
+                inputs = module.inputs(batch)
+                _add(measured, _student_values(module, inputs), batch)
+                if objective.config.terms:
+                    _add_terms(measured, module, inputs)
+            _add_selected(measured, objective, inputs.rows)
     return measured
 
 
-def _student_values(module: Distillation, objective: Objective, batch: Batch) -> dict[str, Tensor]:
+def _student_values(module: Distiller, inputs: StepInputs) -> dict[str, Tensor]:
     """Return the value of each loss at every position, [P], and the student's own loss under the empty name.
 
     As in training, a loss that looks at selected positions only is 0 at the others.
     """
+    objective = module.objective
     if objective.context.kind == "outputs":
         return {}
-    student, rows, losses = module.student, TeacherRows.from_batch(batch), objective.losses
-    scores = score_positions(student.hidden(batch), student.head, rows, losses, context=objective.context)
+    rows, losses, head = inputs.rows, objective.losses, module.student.head
+    scores = score_positions(inputs.hidden_PD, head, rows, losses, context=objective.context)
     values = {name: _selected(values_P, losses[name].select, rows) for name, values_P in scores.losses.items()}
     return values | {"": -scores.gold_logprob_P}
 
@@ -189,20 +147,18 @@ def _add(measured: Measured, values: Mapping[str, Tensor], batch: Batch) -> None
         measured.tail_sums_G[column] += total(batch["teacher_log_tails"][:, column].exp())
 
 
-def _add_selected(measured: Measured, objective: Objective, batch: Batch) -> None:
-    rows, valid_P = TeacherRows.from_batch(batch), batch["loss_mask"]
+def _add_selected(measured: Measured, objective: Objective, rows: TeacherRows) -> None:
     for name, part in objective.config.parts.items():
         if part.select is not None:
-            count = int((part.select.mask(rows) & valid_P).sum())
+            count = int((part.select.mask(rows) & rows.loss_mask_P).sum())
             measured.selected_sums[name] = measured.selected_sums.get(name, 0.0) + count
 
 
-def _add_terms(measured: Measured, module: Distillation, objective: Objective, batch: Batch) -> None:
-    """Add what is no loss of a position's logits: terms over other outputs of the student, which the module makes."""
-    if objective.config.terms:
-        sums = module(batch, batch["loss_mask"].sum())[1]
-        for name in objective.config.terms:
-            measured.term_sums[name] = measured.term_sums.get(name, 0.0) + float(sums[name])
+def _add_terms(measured: Measured, module: Distiller, inputs: StepInputs) -> None:
+    """Add what is not a loss of a position's logits: the terms over other outputs of the student."""
+    sums = inputs.objective(module.objective, module.student, inputs.rows.loss_mask_P.sum()).sums
+    for name in module.objective.config.terms:
+        measured.term_sums[name] = measured.term_sums.get(name, 0.0) + float(sums[name])
 
 
 @contextlib.contextmanager

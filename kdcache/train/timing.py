@@ -18,8 +18,9 @@ from torch import nn
 
 from kdcache.config import Config
 from kdcache.losses import Objective
-from kdcache.train.sample import Batch, Probe
-from kdcache.train.trainer import Distillation
+from kdcache.step import StepInputs
+from kdcache.train.module import Distiller
+from kdcache.train.sample import Batch
 
 #: Seconds after which no further measurement of a kind begins.
 _BUDGET_S = 1.0
@@ -39,7 +40,7 @@ class SpeedReport(Config):
     loss_share: float
 
 
-def position_s(module: Distillation, batches: Iterable[Batch], autocast: Callable[[], Any]) -> float:
+def position_s(module: Distiller, batches: Iterable[Batch], autocast: Callable[[], Any]) -> float:
     """Return the seconds that reading ``batches``, forward and backward take per position; leaves gradients."""
     device = next(module.parameters()).device
     num_positions, began_s = 0, _now_s(device)
@@ -65,13 +66,17 @@ def optimiser_s(parameters: Iterable[nn.Parameter]) -> float:
     return elapsed_s * sum(parameter.numel() for parameter in trained) / largest.numel()
 
 
-def loss_s(
-    module: Distillation, objective: Objective, probe: Probe, autocast: Callable[[], Any]
-) -> tuple[float, dict[str, float]]:
-    """Return the seconds per position of the whole loss, and how many of them each term adds; leaves gradients."""
-    calls = {name: partial(probe.backward, variant, module, autocast) for name, variant in _variants(objective).items()}
-    times_s = _best_s(calls, probe.hidden_PD.device)
-    whole_s, count = times_s.pop(""), max(probe.num_positions, 1)
+def loss_s(module: Distiller, inputs: StepInputs, autocast: Callable[[], Any]) -> tuple[float, dict[str, float]]:
+    """Return the seconds per position of the whole loss, and how many of them each term adds; leaves gradients.
+
+    ``inputs`` are leaves (`StepInputs.leaves`).
+    """
+    calls = {
+        name: partial(inputs.backward, variant, module.student, autocast)
+        for name, variant in _variants(module.objective).items()
+    }
+    times_s = _best_s(calls, inputs.hidden_PD.device)
+    whole_s, count = times_s.pop(""), max(inputs.num_positions, 1)
     return whole_s / count, {name: max(whole_s - time_s, 0.0) / count for name, time_s in times_s.items()}
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
     PrinterCallback,
@@ -37,56 +37,30 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kdcache.cache.batches import Batches
-from kdcache.errors import ConfigError, StudentError, did_you_mean
+from kdcache.errors import StudentError
 from kdcache.models.batches import count_tokens
-from kdcache.models.loading import first_line, quiet
+from kdcache.models.loading import quiet
 from kdcache.models.pooling import drop_pooler, load_projection, without_projection
 from kdcache.students.load import Student
 from kdcache.students.lora import ADAPTER_DIR, load_adapter, merge_adapter, save_adapter
 from kdcache.students.sentence_model import save_sentence_files
+from kdcache.train.module import Distiller
 from kdcache.train.term_file import load_terms, save_terms
 
 STATE_FILE = "trainer_state.json"
 
 
-class Distillation(nn.Module):
-    """Base of what a `DistillationTrainer` trains: a student, and a forward that returns its loss on a batch."""
-
-    #: For the Trainer: the loss is already divided by the number of positions of the whole step.
-    accepts_loss_kwargs = True
-
-    hidden_fields: tuple[str, ...] = ()
-    """Names of the cache's fields of hidden states that a batch must hold."""
-
-    def __init__(self, student: Student) -> None:
-        super().__init__()
-        self.model = student.model
-        self.student = student
-
-    def forward(self, batch: Mapping[str, Tensor], num_valid: Tensor) -> tuple[Tensor, dict[str, Tensor], int]:
-        """Return the loss, each term's unweighted sum over the valid positions (detached), and their number."""
-        raise NotImplementedError
-
-    def set_progress(self, progress: float) -> None:
-        """Take note, before an optimiser step, of how far the run is: 0 at its first step, 1 at its last."""
-
-    def logged(self) -> dict[str, float]:
-        """Return what else is to be logged beside the means of the terms, at this moment."""
-        return {}
-
-
 class DistillationTrainer(Trainer):
-    """A Trainer over `Distillation`, whose loader yields this rank's micro-batches."""
+    """A Trainer over a `Distiller`, whose loader yields this rank's micro-batches."""
 
     loss_is_scaled_for_ga = True
 
     def __init__(
         self,
-        module: Distillation,
+        module: Distiller,
         args: TrainingArguments,
         batches: Batches[dict[str, Tensor]],
         **kwargs: Any,
@@ -163,19 +137,6 @@ class DistillationTrainer(Trainer):
         """Take over the student and the state of a finished run's last checkpoint."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
-
-
-def check_logger(name: str) -> None:
-    """Raise ``ConfigError`` unless the Trainer knows a logger called ``name`` and its package is installed."""
-    if name in ("none", "all"):
-        return
-    if name not in INTEGRATION_TO_CALLBACK:
-        hint = did_you_mean(name, ["none", "all", *INTEGRATION_TO_CALLBACK])
-        raise ConfigError(f"report_to: there is no logger {name!r}, {hint}")
-    try:
-        INTEGRATION_TO_CALLBACK[name]()  # there is no other way to ask that all of them answer
-    except (RuntimeError, ImportError) as error:
-        raise ConfigError(f"report_to: {name} cannot be used: {first_line(error)}") from None
 
 
 def save_student(student: Student, output: str | Path) -> None:
@@ -264,7 +225,7 @@ class _Flow(TrainerCallback):
     All from the number of steps done, so that a resumed run is told what an uninterrupted one was.
     """
 
-    def __init__(self, module: Distillation, batches: Batches[dict[str, Tensor]]) -> None:
+    def __init__(self, module: Distiller, batches: Batches[dict[str, Tensor]]) -> None:
         self._module = module
         self._batches = batches
 
