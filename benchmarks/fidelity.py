@@ -31,11 +31,11 @@ from kdcache.estimate import HeadLogits, Measured, Sample, measure, plan_of
 from kdcache.estimate.measure import compare
 from kdcache.estimate.rows import Rows, Spread, batch_mean_error
 from kdcache.estimate.storage import best_of_two
+from kdcache.json_files import finite
 from kdcache.models.lm_head import head_from_bytes
 from kdcache.presets import PRESETS
 from kdcache.progress import bar, reporter
 from kdcache.schema import STATISTICS_COLUMNS, Plan, Samples, Sequence, Targets, TargetsRecord
-from kdcache.train.run_record import finite
 
 #: The largest k of a published layout.
 _PEER_TOP_K = 128

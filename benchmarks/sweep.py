@@ -24,13 +24,13 @@ from kdcache.cache import Cache, open_cache
 from kdcache.config import build
 from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.losses import TeacherRows
-from kdcache.models.batches import to_tensors
 from kdcache.students import StudentConfig, load_student
 from kdcache.sweep import SweepConfig, preview_sweep, sweep_students
 from kdcache.sweep.pool import run_jobs
 from kdcache.sweep.results import Failure
 from kdcache.sweep.worker import Job
 from kdcache.teachers import TeacherConfig, load_teacher
+from kdcache.torch_data import to_tensors
 from kdcache.train import Distiller, TrainConfig
 from kdcache.train.prepare import micro_batches
 

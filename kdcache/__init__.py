@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from kdcache.losses.from_cache import context_of
     from kdcache.peek import peek_cache
     from kdcache.students import StudentConfig, load_student
+    from kdcache.torch_data import to_torch
     from kdcache.train import TrainConfig, preview_training, train_student
-    from kdcache.train.torch_data import to_torch
     from kdcache.transcode import TranscodeConfig, transcode_cache
     from kdcache.verify.stored import VerifyReport, verify_cache
 
@@ -60,7 +60,7 @@ _HOMES = {
     "to_arrow": "kdcache.cache.arrow",
     "to_arrow_reader": "kdcache.cache.arrow",
     "to_hf_dataset": "kdcache.cache.hf_dataset",
-    "to_torch": "kdcache.train.torch_data",
+    "to_torch": "kdcache.torch_data",
     "train_student": "kdcache.train",
     "transcode_cache": "kdcache.transcode",
     "verify_cache": "kdcache.verify.stored",

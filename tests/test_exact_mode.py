@@ -16,8 +16,8 @@ from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.errors import ConfigError, TeacherError
 from kdcache.losses import Objective, ObjectiveConfig, TeacherRows
 from kdcache.losses.from_cache import context_of
-from kdcache.models.batches import to_tensors
 from kdcache.models.lm_head import LMHead, split_model
+from kdcache.torch_data import to_tensors
 from tests.families import SPLITTABLE
 from tests.tiny import bpe_tokenizer, llama
 

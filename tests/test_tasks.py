@@ -11,13 +11,13 @@ import torch
 from kdcache.cache import open_cache
 from kdcache.config import build
 from kdcache.evaluate import evaluate_students
-from kdcache.models.batches import to_tensors
 from kdcache.models.loading import load_tokenizer
 from kdcache.models.tokenizer import true_vocab_size
 from kdcache.schema import OUTPUTS_FIELD
 from kdcache.students import load_student
 from kdcache.tasks import TASKS, task_of
 from kdcache.teachers import TeacherConfig, load_teacher, reduce_top_k
+from kdcache.torch_data import to_tensors
 from kdcache.train import TrainConfig, train_student
 from kdcache.train.module import Distiller, fit_terms
 from kdcache.train.prepare import training_objective

@@ -31,11 +31,11 @@ from kdcache.errors import ConfigError, TeacherError, did_you_mean
 from kdcache.estimate.choices import LossChoices, student_choices
 from kdcache.estimate.measure import Measurement, measure
 from kdcache.estimate.sample import HeadLogits, Logits, Sample, TeacherLogits
+from kdcache.json_files import finite
 from kdcache.models.lm_head import LMHead, head_to_bytes
 from kdcache.presets import PRESETS, Preset
 from kdcache.progress import bar, reporter
 from kdcache.schema import Plan, TargetsRecord
-from kdcache.train.run_record import finite
 
 log = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from tqdm.auto import tqdm
 from kdcache.cache import Cache
 from kdcache.evaluate.measures import Answers, Metrics, measures_of
 from kdcache.evaluate.table_rows import ModelRow
-from kdcache.models.batches import count_tokens, to_tensors
 from kdcache.schema import OUTPUTS_FIELD
 from kdcache.students import Student
 from kdcache.tasks import task_of
+from kdcache.torch_data import count_tokens, to_tensors
 
 
 def judge_answers(

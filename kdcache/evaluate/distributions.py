@@ -28,9 +28,9 @@ from kdcache.evaluate.table_rows import ModelRow
 from kdcache.evaluate.tally import ClassCounts, Tally
 from kdcache.losses import ForwardKL, TeacherContext, TeacherRows, score_positions
 from kdcache.losses.from_cache import context_of
-from kdcache.models.batches import count_tokens, to_tensors
 from kdcache.students import Student
 from kdcache.tasks import task_of
+from kdcache.torch_data import count_tokens, to_tensors
 
 
 def judge_distributions(

@@ -28,9 +28,9 @@ from kdcache.evaluate.texts import check_texts, judge_texts
 from kdcache.models.batching import batches_by_length
 from kdcache.models.loading import pick_device
 from kdcache.students import Student, StudentConfig, load_student
+from kdcache.students.run_file import read_run
 from kdcache.tasks import task_of
 from kdcache.tasks.embedding import Embedding
-from kdcache.train.run_record import read_run
 
 #: Not what lies beside a model, such as the parameters of an objective's terms.
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*_Dense/model.safetensors")

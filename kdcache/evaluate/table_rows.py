@@ -7,8 +7,8 @@ from typing import Any
 from pydantic import Field
 
 from kdcache.config import Config
+from kdcache.json_files import finite
 from kdcache.table import render_table
-from kdcache.train.run_record import finite
 
 
 class ModelRow(Config):

@@ -13,9 +13,9 @@ from kdcache.cache import Cache
 from kdcache.errors import CorruptCacheError
 from kdcache.losses import ObjectiveConfig, TeacherContext, TeacherRows
 from kdcache.losses.selection import MEASURES
-from kdcache.models.batches import to_tensors
 from kdcache.models.lm_head import LMHead, head_from_bytes
 from kdcache.tasks import task_of
+from kdcache.torch_data import to_tensors
 
 #: Shares of positions are measured on about so many at most: the share that a bound selects is then right to 0.001.
 SAMPLE_POSITIONS = 200_000

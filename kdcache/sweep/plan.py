@@ -18,10 +18,11 @@ from kdcache.cache import Cache, open_cache
 from kdcache.errors import ConfigError, KdcacheError
 from kdcache.losses import ObjectiveConfig
 from kdcache.students import Student, load_student
+from kdcache.students.run_file import read_run
 from kdcache.sweep.config import SweepConfig
 from kdcache.sweep.variations import Variation, expand
 from kdcache.train.prepare import check_machine, open_training_cache, prepare
-from kdcache.train.run_record import changed_settings, check_output, read_run, settings_that_decide
+from kdcache.train.run_record import changed_settings, check_output, settings_that_decide
 
 
 @dataclass(frozen=True)

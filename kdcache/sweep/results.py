@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationError
 
 from kdcache.config import Config
-from kdcache.train.run_record import finite
+from kdcache.json_files import write_json
 
 RESULT_FILE = "sweep_result.json"
 
@@ -72,16 +70,3 @@ def read_result(output: str | Path) -> StudentResult | None:
         return StudentResult.model_validate_json((Path(output) / RESULT_FILE).read_text())
     except (OSError, ValidationError):
         return None
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write ``data`` as JSON, all or nothing; numbers that are not finite become null."""
-    write_text(path, json.dumps(finite(data), indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

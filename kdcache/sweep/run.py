@@ -17,11 +17,12 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from kdcache.errors import ConfigError
+from kdcache.json_files import write_json, write_text
 from kdcache.progress import bar
 from kdcache.sweep.config import PLOT_FILE, SWEEP_FILE, TABLE_FILE, SweepConfig
 from kdcache.sweep.plan import SweepPlan, preview_sweep
 from kdcache.sweep.pool import places, run_jobs
-from kdcache.sweep.results import Failure, Outcome, StudentResult, write_json, write_text
+from kdcache.sweep.results import Failure, Outcome, StudentResult
 from kdcache.sweep.table import Row, make_rows, render
 from kdcache.sweep.worker import Job, finished_result
 from kdcache.train.prepare import started_processes, uses_cpu

@@ -25,9 +25,10 @@ from transformers import TrainerCallback
 
 from kdcache.errors import KdcacheError
 from kdcache.evaluate import Evaluation, evaluate_students, weight_bytes
+from kdcache.json_files import finite
+from kdcache.students.run_file import read_run
 from kdcache.sweep.results import Failure, HeldOut, Outcome, StudentResult, read_result, write_result
 from kdcache.train import Distiller, TrainConfig, TrainResult, train_student
-from kdcache.train.run_record import finite, read_run
 
 #: Least time between two messages about how far a student is.
 _TELL_EVERY_S = 0.5

@@ -23,10 +23,10 @@ from kdcache.cache.batches import MicroBatches
 from kdcache.losses import Loss, Objective, Part
 from kdcache.losses.schedules import highest
 from kdcache.losses.temperature import TemperedLoss
-from kdcache.models.batches import to_tensors
 from kdcache.models.loading import pick_device
 from kdcache.step import StepInputs
 from kdcache.tasks import Task, task_of
+from kdcache.torch_data import to_tensors
 from kdcache.train.config import TrainConfig
 from kdcache.train.memory import estimate_memory
 from kdcache.train.module import Distiller

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from kdcache.config import Config
+from kdcache.json_files import finite
 from kdcache.train.memory import MemoryReport
-from kdcache.train.run_record import finite
 from kdcache.train.sample import SampleReport
 from kdcache.train.timing import SpeedReport
 

@@ -25,8 +25,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 from kdcache.cache.batches import MicroBatches
 from kdcache.losses import Objective, TermModule
-from kdcache.models.batches import training_batches
 from kdcache.students import Student
+from kdcache.torch_data import training_batches
 from kdcache.train.config import TrainConfig
 from kdcache.train.module import Distiller
 from kdcache.train.prepare import PreparedRun, check_processes, prepare, uses_cpu

@@ -8,8 +8,6 @@ cache is neither of the two runs.
 from __future__ import annotations
 
 import json
-import math
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,9 +20,9 @@ import transformers
 
 from kdcache.cache import Cache
 from kdcache.errors import ConfigError
+from kdcache.json_files import write_json
 from kdcache.students.load import Student
-
-RUN_FILE = "kdcache_run.json"
+from kdcache.students.run_file import RUN_FILE, read_run
 
 #: Settings that may differ between a run and its continuation: where things are, and how the work is divided or told.
 _FREE = {
@@ -55,24 +53,6 @@ def settings_that_decide(config: Mapping[str, Any], sequences_per_step: int, ste
     """Return the settings that decide the weights which a run ends with."""
     decided = {name: value for name, value in config.items() if name not in _FREE}
     return {**decided, "sequences_per_step": sequences_per_step, "steps": steps}
-
-
-def read_run(directory: str | Path) -> dict[str, Any] | None:
-    """Return the record of the run that made ``directory``, None if there is none that can be read."""
-    try:
-        record = json.loads((Path(directory) / RUN_FILE).read_text())
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def finite(data: Any) -> Any:
-    """Return plain JSON types with None for every number that is not finite, for which JSON has no word."""
-    if isinstance(data, Mapping):
-        return {name: finite(value) for name, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def check_output(output: str | Path, *, resume: bool) -> None:
@@ -150,10 +130,7 @@ class RunRecord:
         self._write()
 
     def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(finite(self.content), indent=2, allow_nan=False) + "\n")
-        os.replace(temporary, self.path)
+        write_json(self.path, self.content)
 
 
 def _read_resumed(output: str | Path) -> dict[str, Any] | None:

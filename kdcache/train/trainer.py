@@ -41,12 +41,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kdcache.cache.batches import Batches
 from kdcache.errors import StudentError
-from kdcache.models.batches import count_tokens
 from kdcache.models.loading import quiet
 from kdcache.models.pooling import drop_pooler, load_projection, without_projection
 from kdcache.students.load import Student
 from kdcache.students.lora import ADAPTER_DIR, load_adapter, merge_adapter, save_adapter
 from kdcache.students.sentence_model import save_sentence_files
+from kdcache.torch_data import count_tokens
 from kdcache.train.module import Distiller
 from kdcache.train.term_file import load_terms, save_terms
 

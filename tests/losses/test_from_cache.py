@@ -15,8 +15,8 @@ from kdcache.cache import layout, open_cache
 from kdcache.errors import CorruptCacheError
 from kdcache.losses import LOSSES, ChunkView, TeacherRows
 from kdcache.losses.from_cache import context_of
-from kdcache.models.batches import to_tensors
 from kdcache.schema import TargetsRecord
+from kdcache.torch_data import to_tensors
 from kdcache.transcode import TranscodeConfig, transcode_cache
 from tests.synthetic import WIDTH, SyntheticCache
 

@@ -17,13 +17,13 @@ from kdcache.config import build
 from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.errors import ConfigError
 from kdcache.evaluate import evaluate_students
-from kdcache.models.batches import to_tensors
 from kdcache.models.bi_encoder import BiEncoder, is_bi_encoder, mark_bi_encoder
 from kdcache.models.pooling import pool
 from kdcache.models.tokenizer import TextEncoder
 from kdcache.students import StudentConfig, load_student
 from kdcache.tasks import task_of
 from kdcache.tasks.documents import joined
+from kdcache.torch_data import to_tensors
 from kdcache.train import TrainConfig, train_student
 from tests.loops import loop
 from tests.task_models import SENTENCES, TINY_TASKS, WORDS, bert, bert_tokenizer

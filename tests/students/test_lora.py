@@ -13,8 +13,8 @@ from kdcache.cache import open_cache
 from kdcache.config import build
 from kdcache.errors import ConfigError, StudentError
 from kdcache.losses import Objective, ObjectiveConfig, TeacherRows
-from kdcache.models.batches import to_tensors
 from kdcache.students import StudentConfig, load_student
+from kdcache.torch_data import to_tensors
 from kdcache.train import TrainConfig, preview_training
 from kdcache.train.term_file import TERMS_FILE
 from tests.tiny import bpe_tokenizer, llama, make_cache, random_sequences

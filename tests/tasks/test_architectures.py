@@ -19,7 +19,6 @@ from kdcache.corpus import CorpusConfig, load_corpus
 from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.errors import ConfigError, CorpusError, StudentError, TeacherError
 from kdcache.evaluate import evaluate_students
-from kdcache.models.batches import to_tensors
 from kdcache.models.generation import write_texts
 from kdcache.models.tokenizer import TextEncoder
 from kdcache.schema import OUTPUTS_FIELD
@@ -27,6 +26,7 @@ from kdcache.students import StudentConfig, load_student
 from kdcache.tasks import task_of
 from kdcache.tasks.documents import Made
 from kdcache.tasks.seq2seq_lm import Seq2SeqSettings
+from kdcache.torch_data import to_tensors
 from tests.task_models import SENTENCES, WORDS, bert, bert_tokenizer
 from tests.tasks.test_sequence_classification import roberta_tokenizer
 

@@ -17,12 +17,12 @@ from kdcache.cache.reader import Cache
 from kdcache.config import build
 from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.errors import ConfigError, CorpusError
-from kdcache.models.batches import to_tensors
 from kdcache.models.bodies import split_for
 from kdcache.models.lm_head import head_from_bytes
 from kdcache.schema import OUTPUTS_FIELD, Sequence, layer_field
 from kdcache.students import StudentConfig, load_student
 from kdcache.tasks import task_of
+from kdcache.torch_data import to_tensors
 from kdcache.verify.stored import verify_cache
 from tests.task_models import SENTENCES, t5, t5_tokenizer
 

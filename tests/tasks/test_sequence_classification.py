@@ -18,7 +18,6 @@ from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.errors import ConfigError, CorpusError, TeacherError
 from kdcache.losses import ForwardKL, TeacherRows, score_positions
 from kdcache.losses.from_cache import context_of
-from kdcache.models.batches import to_tensors
 from kdcache.models.bodies import split_for
 from kdcache.models.lm_head import LMHead
 from kdcache.models.tokenizer import TextEncoder
@@ -28,6 +27,7 @@ from kdcache.tasks import TaskSettings, task_of
 from kdcache.tasks.labels import class_label, number_label
 from kdcache.teachers import TeacherConfig
 from kdcache.teachers.outputs import outputs_record
+from kdcache.torch_data import to_tensors
 from tests.loops import loop
 from tests.task_models import SENTENCES, TINY_TASKS, bert, bert_tokenizer
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import kdcache
 from kdcache.errors import CacheError, ConfigError
-from kdcache.models.batches import to_tensors
+from kdcache.torch_data import to_tensors
 
 
 @pytest.fixture

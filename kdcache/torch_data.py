@@ -1,24 +1,61 @@
-"""A cache as a PyTorch data set, for training loops that are not ours.
+"""Batches of a cache as tensors, and a cache as a PyTorch data set for training loops of your own.
 
-It gives out the batches that the Trainer gets, as dicts of CPU tensors, and passes ``state_dict`` and
-``load_state_dict`` on, which is all that PyTorch's stateful loaders ask for. Reading is ahead of its use already, by
-threads that share one copy of the open shards. Worker processes would each open shards of their own and send decoded
-batches, which are larger than encoded ones; and what they have read ahead is not what the loop has used, so a saved
-state would skip batches. They are therefore refused.
+A batch is a dict of CPU tensors, whose names and shapes are those of `kdcache.tasks.Task.collate`. Which sequences it
+holds is decided in `kdcache.cache.batches`. The Trainer, reports and evaluation read the same batches as `to_torch`.
+
+Reading is ahead of its use, by threads that share one copy of the open shards. `TorchBatches` passes ``state_dict`` and
+``load_state_dict`` on, which is all that PyTorch's stateful loaders ask for. It rejects worker processes: each would
+open shards of its own and send decoded batches, which are larger than encoded ones, and what workers have read ahead is
+not what the loop has used, so a saved state would skip batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from kdcache.cache import Cache
-from kdcache.cache.batches import Batches
+from kdcache.cache.batches import Batches, MicroBatches
 from kdcache.errors import ConfigError
-from kdcache.models.batches import training_batches
+from kdcache.schema import SequenceBatch
+from kdcache.tasks import TASKS, Task, task_of
+from kdcache.tasks.causal_lm import CausalLM
+
+
+def training_batches(
+    cache: Cache, micro_batches: MicroBatches, pad_id: int, **reading: Any
+) -> Batches[dict[str, Tensor]]:
+    """Return collated micro-batches as CPU tensors, read ahead; ``reading`` are the settings of `Batches`."""
+    task = task_of(cache.manifest.task)
+    make = partial(to_tensors, pad_id=pad_id, task=task, pin=torch.cuda.is_available())
+    return Batches(cache, micro_batches, make=make, **reading)
+
+
+def count_tokens(batch: Mapping[str, Tensor]) -> int | Tensor:
+    """Return how many tokens a collated batch has without padding: a number on its device, which nobody waits for."""
+    # Packed documents are kept apart without a mask, and their padding has no rows.
+    return batch["attention_mask"].sum() if "attention_mask" in batch else batch["labels"].numel()
+
+
+def to_tensors(
+    batch: SequenceBatch, pad_id: int, task: Task = TASKS[CausalLM.name], *, pin: bool = False
+) -> dict[str, Tensor]:
+    """Collate decoded sequences of a ``task`` into tensors (see ``kdcache.tasks.Task.collate`` for names and shapes).
+
+    ``pin`` puts them into memory that a CUDA device copies from by itself.
+    """
+    # A view of an encoded array may be read-only, which torch.from_numpy only warns about.
+    tensors = {
+        name: torch.from_numpy(np.require(value, requirements="W"))
+        for name, value in task.collate(batch, pad_id).items()
+    }
+    return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin else tensors
 
 
 class TorchBatches(IterableDataset[dict[str, Tensor]]):

@@ -1,0 +1,18 @@
+"""``kdcache_run.json``: how a student was made, next to the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RUN_FILE = "kdcache_run.json"
+
+
+def read_run(directory: str | Path) -> dict[str, Any] | None:
+    """Return the record of the run that made ``directory``, None if there is none that can be read."""
+    try:
+        record = json.loads((Path(directory) / RUN_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
