@@ -13,7 +13,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -50,10 +49,10 @@ class CorpusConfig(Config):
     """Which documents to read: ``paths`` are files, directories, patterns or ``hf:NAME[:CONFIG][@SPLIT]``."""
 
     paths: tuple[str, ...] = Field(min_length=1)
-    text_field: str = "text"
-    """Column of a table that holds the text."""
+    text_field: str | None = None
+    """Column of a table that holds the main text; by default the name of the task's first role, such as ``text``."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Names of the columns that a task reads besides, or instead, by what they are to it: ``{label: sentiment}``."""
+    """Columns that the task reads, by role, where their names differ from the roles: ``{label: sentiment}``."""
     split_text: Split = "file"
     """What one document of a .txt file is; paragraphs are separated by blank lines."""
     limit_documents: int | None = Field(default=None, ge=1)
@@ -68,14 +67,21 @@ class CorpusConfig(Config):
 class Corpus:
     """Documents in order, with random access; made by `load_corpus`.
 
-    ``more`` are the columns besides the text that the sequences are made of, by their role; they are no metadata.
+    ``text_field`` is the column of the main text. ``more`` are the further columns that sequences are made of, by
+    role; they are not metadata.
     """
 
     def __init__(
-        self, config: CorpusConfig, readers: Sequence[tuple[str, Reader]], more: Mapping[str, str] | None = None
+        self,
+        config: CorpusConfig,
+        readers: Sequence[tuple[str, Reader]],
+        more: Mapping[str, str] | None = None,
+        text_field: str = TEXT.name,
     ) -> None:
         self.config = config
+        self.text_field = text_field
         self.more = dict(more or {})
+        self._fingerprint: str | None = None
         self._ids = [source_id for source_id, _ in readers]
         self._readers = [reader for _, reader in readers]
         offsets = np.cumsum([0, *(reader.num_rows for reader in self._readers)])
@@ -93,17 +99,18 @@ class Corpus:
         """All columns besides the text, over all files; a file that lacks one has nulls."""
         return tuple(self._schema.names)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over id and text of every document, in order; reads the whole corpus once."""
-        digest = hashlib.sha256()
-        for start, rows in self.iter_rows(_BATCH_DOCUMENTS):
-            for document_id, (text, more) in zip(self.document_ids(range(start, start + len(rows))), rows, strict=True):
-                beside = [json.dumps(more, sort_keys=True, default=str).encode()] if more else []
-                for data in (document_id.encode(), text.encode(), *beside):
-                    # Each length goes first, or moving a character from the text to the id would not be seen.
-                    digest.update(len(data).to_bytes(8, "little") + data)
-        return digest.hexdigest()
+        """SHA-256 (hex) over id, text and further columns of every document, in order.
+
+        The first complete pass of `iter_rows` computes it, so tokenising a corpus costs no second pass. Without one,
+        this property reads the whole corpus.
+        """
+        if self._fingerprint is None:
+            for _ in self.iter_rows(_BATCH_DOCUMENTS):
+                pass
+        assert self._fingerprint is not None
+        return self._fingerprint
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
@@ -141,13 +148,25 @@ class Corpus:
     def iter_rows(self, num_documents: int) -> Iterator[tuple[int, list[tuple[str, dict[str, Any]]]]]:
         """Yield the index of the first document of each batch and, for all of its documents, text and ``more`` by role.
 
-        Batches are those of `iter_texts`. A role whose column a file does not have, or has null, is None.
+        Batches are those of `iter_texts`. A role whose column a file does not have, or has null, is None. A complete
+        pass leaves the `fingerprint` known.
         """
+        digest = hashlib.sha256() if self._fingerprint is None else None
         for start, texts in self.iter_texts(num_documents):
-            if not self.more:
-                yield start, [(text, {}) for text in texts]
-                continue
-            yield start, list(zip(texts, self._more_rows(start, start + len(texts)), strict=True))
+            more = self._more_rows(start, start + len(texts)) if self.more else [{} for _ in texts]
+            rows = list(zip(texts, more, strict=True))
+            if digest is not None:
+                self._add(digest, start, rows)
+            yield start, rows
+        if digest is not None:
+            self._fingerprint = digest.hexdigest()
+
+    def _add(self, digest: hashlib._Hash, start: int, rows: list[tuple[str, dict[str, Any]]]) -> None:
+        for document_id, (text, more) in zip(self.document_ids(range(start, start + len(rows))), rows, strict=True):
+            further = [json.dumps(more, sort_keys=True, default=str).encode()] if more else []
+            for data in (document_id.encode(), text.encode(), *further):
+                # Each length goes first, or moving a character from the text to the id would not be seen.
+                digest.update(len(data).to_bytes(8, "little") + data)
 
     def _more_rows(self, start: int, stop: int) -> list[dict[str, Any]]:
         """Return ``more`` of documents ``start`` to ``stop`` by role, the values as each file has them."""
@@ -237,7 +256,7 @@ def load_corpus(config: CorpusConfig, roles: Sequence[Role] = (TEXT,)) -> Corpus
     for role, name in more.items():
         if role in config.columns and name not in held:
             raise CorpusError(_no_column(", ".join(config.paths), role, name, [text_field, *sorted(held)]))
-    return Corpus(config, readers, {role: name for role, name in more.items() if name in held})
+    return Corpus(config, readers, {role: name for role, name in more.items() if name in held}, text_field)
 
 
 def _named(config: CorpusConfig, roles: Sequence[Role]) -> tuple[str, dict[str, str]]:
@@ -247,9 +266,7 @@ def _named(config: CorpusConfig, roles: Sequence[Role]) -> tuple[str, dict[str, 
         known = [role.name for role in roles]
         raise CorpusError(f"the task reads no {strange[0]!r}, {did_you_mean(strange[0], known)}")
     text, *more = roles
-    # The option of its own for the text is older than the other columns, and shorter to write.
-    is_named = "text_field" in config.model_fields_set or text.name == TEXT.name
-    text_field = config.columns.get(text.name) or (config.text_field if is_named else text.name)
+    text_field = config.columns.get(text.name) or config.text_field or text.name
     return text_field, {role.name: config.columns.get(role.name, role.name) for role in more}
 
 

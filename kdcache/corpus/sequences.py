@@ -244,8 +244,8 @@ def _tokenise(
     """Return the tokens of all usable documents, one after another, and the number of tokens of every document."""
     num_tokens: list[int] = []  # of every document; 0 if empty
     with TokenSpool() as spool:
-        for _, texts in corpus.iter_texts(_BATCH_DOCUMENTS):
-            documents = _encode(texts, encoder, config)
+        for _, rows in corpus.iter_rows(_BATCH_DOCUMENTS):  # rather than iter_texts: it computes the fingerprint
+            documents = _encode([text for text, _ in rows], encoder, config)
             num_tokens += [len(ids) for ids in documents]
             spool.append([ids for ids in documents if len(ids) > 1])
             if progress is not None:

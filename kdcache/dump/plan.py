@@ -122,7 +122,7 @@ def make_plan(
         tokenizer=tokenizer,
         corpus=CorpusRecord(
             sources=tuple(public_name(source) for source in corpus.sources),
-            text_field=config.corpus.columns.get("text", config.corpus.text_field),
+            text_field=corpus.text_field,
             fingerprint=corpus.fingerprint,
             num_documents=sequences.num_documents,
             num_empty=sequences.num_empty,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kdcache.config import build
-from kdcache.corpus import CorpusConfig
+from kdcache.corpus import TEXT, CorpusConfig, Role, load_corpus
 from kdcache.errors import ConfigError, CorpusError
 
 from .conftest import ids, texts, write_json
@@ -282,6 +283,46 @@ def test_the_fingerprint_sees_every_change(tmp_path, load):
     found = [fingerprint(*variant) for variant in variants]
     assert len(set(found)) == len(variants)
     assert fingerprint("a.jsonl", {"text": "ab", "n": 1}, {"text": "c"}) == found[0]
+
+
+def digest_of(documents: list[list[str]]) -> str:
+    """The fingerprint of documents, each an id, a text and perhaps the JSON of its further columns."""
+    parts = [part.encode() for document in documents for part in document]
+    return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).hexdigest()
+
+
+def test_the_first_complete_pass_computes_the_fingerprint(tmp_path, monkeypatch):
+    rows = [{"text": f"text {number}", "label": number % 2, "n": 5} for number in range(7)]
+    write_json(tmp_path / "a.jsonl", *rows)
+    roles = {"plain": (TEXT,), "labelled": (TEXT, Role("label"))}
+    for name, given in roles.items():
+        corpus = load_corpus(CorpusConfig(paths=(str(tmp_path),)), given)
+        more = [[json.dumps({"label": row["label"]})] if name == "labelled" else [] for row in rows]
+        expected = digest_of([[f"a.jsonl:{n}", row["text"], *more[n]] for n, row in enumerate(rows)])
+        assert load_corpus(CorpusConfig(paths=(str(tmp_path),)), given).fingerprint == expected, "a pass of its own"
+        assert next(corpus.iter_rows(2))[0] == 0, "a pass that ends early leaves nothing behind"
+        assert sum(len(batch) for _, batch in corpus.iter_rows(2)) == 7
+        monkeypatch.setattr(corpus, "iter_texts", None)
+        assert corpus.fingerprint == expected
+
+
+def test_a_configuration_that_is_written_and_read_again_means_the_same(tmp_path):
+    write_json(tmp_path / "a.jsonl", {"source": "a", "target": "b"})
+    write_json(tmp_path / "b.jsonl", {"body": "a", "target": "b"})
+    roles = (Role("source"), Role("target"))
+    for name, settings in (
+        ("a.jsonl", {}),
+        ("b.jsonl", {"text_field": "body"}),
+        ("b.jsonl", {"columns": {"source": "body"}}),
+    ):
+        config = CorpusConfig(paths=(str(tmp_path / name),), **settings)
+        for again in (
+            config,
+            CorpusConfig(**config.model_dump()),
+            CorpusConfig.model_validate_json(config.model_dump_json()),
+        ):
+            assert texts(load_corpus(again, roles)) == ["a"]
+            assert load_corpus(again, roles).text_field == ("source" if name == "a.jsonl" else "body")
 
 
 def test_progress_bars_of_the_library_are_left_as_they_were(tmp_path, load, capfd):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from kdcache.cache import open_cache
 from kdcache.codecs import TOPK_CODECS, VECTOR_CODECS
+from kdcache.corpus.table_files import TableReader
+from kdcache.corpus.text_files import TextFile
 from kdcache.errors import CacheError, ConfigError, CorpusError, TeacherError
 from kdcache.models.batching import batches_by_length
 from kdcache.verify.stored import verify_cache
@@ -37,6 +40,28 @@ def check_targets(path, teacher, *, atol=1e-5):
         if found is not None:
             np.testing.assert_allclose(found, wanted, atol=atol, err_msg=name)
     return cache, pieces
+
+
+@pytest.fixture
+def read_documents(monkeypatch):
+    """How often the text of each document is read, by its file and row."""
+    counts = Counter()
+    for reader in (TextFile, TableReader):
+
+        def texts(self, start, stop, real=reader.texts):
+            counts.update((self.name, row) for row in range(start, stop))
+            return real(self, start, stop)
+
+        monkeypatch.setattr(reader, "texts", texts)
+    return counts
+
+
+def test_a_dump_and_its_resumption_read_every_document_once(tmp_path, corpus_file, read_documents):
+    for _ in range(2):
+        read_documents.clear()
+        run_dump(corpus_file, tmp_path / "cache", BigramTeacher())
+        assert len(read_documents) == len(TEXTS)
+        assert set(read_documents.values()) == {1}
 
 
 def test_every_token_is_predicted_once_in_the_order_of_the_corpus(tmp_path, corpus_file):
