@@ -70,9 +70,12 @@ def command(
     Hugging Face model with its tokenizer: AutoModelForCausalLM.from_pretrained(RUN) needs no kdcache.
     """
     from kdcache.config import load
-    from kdcache.train import TrainConfig, leave_processes, preview_training, train_student
+    from kdcache.train import TrainConfig
 
     config = load(TrainConfig, file=config_file, assignments=assignments, options=_settings(given))
+    # After the configuration was read: what these import takes seconds.
+    from kdcache.train import leave_processes, preview_training, train_student
+
     is_first = int(os.environ.get("RANK", "0")) == 0  # of several processes the first one speaks for all
     if dry_run:
         report = preview_training(config)

@@ -47,12 +47,13 @@ class ObjectiveConfig(_OneFieldPerPart):
             return data
         if not any(_states_weight(value) for value in data.values()):
             data = merge(DEFAULT_WEIGHTS, data)
+        unknown = [name for name in data if name not in LOSSES and name not in TERMS]
+        if unknown:  # before any part is imported, which takes a second
+            raise nested_error([(cls, {"type": "extra_forbidden", "loc": (name,)}, ()) for name in unknown])
         parts: dict[str, Any] = {}
         problems: list[Any] = []
         for name, value in data.items():
-            if name not in LOSSES and name not in TERMS:
-                problems.append((cls, {"type": "extra_forbidden", "loc": (name,)}, ()))
-            elif value is None:
+            if value is None:
                 parts[name] = None
             else:
                 kind = LOSSES[name] if name in LOSSES else TERMS[name]

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from kdcache.config import Config
 from kdcache.errors import did_you_mean
-from kdcache.models.bi_encoder import BiEncoderConfig
+from kdcache.models.bi_encoder_config import BiEncoderConfig
 from kdcache.students.sizes import SIZES
 
 #: As ``target_modules``: every linear layer but the LM head.

@@ -8,11 +8,12 @@ width (as Llama's), there is no grouped-query attention (it saves memory only at
 
 from __future__ import annotations
 
-from typing import Any
-
-from transformers import LlamaConfig
+from typing import TYPE_CHECKING, Any
 
 from kdcache.config import Config
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 REFERENCE_VOCAB_SIZE = 49_152
 
@@ -29,6 +30,8 @@ class Size(Config):
 
 def llama_config(size: Size, vocab_size: int, **settings: Any) -> LlamaConfig:
     """Return the Hugging Face configuration of ``size`` over ``vocab_size`` ids."""
+    from transformers import LlamaConfig  # takes seconds, and the table below is read by configurations
+
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=size.hidden_size,
