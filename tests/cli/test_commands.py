@@ -117,6 +117,14 @@ def test_what_needs_no_model_never_loads_torch(dumped, arguments):
     assert result.stdout.splitlines()[-1] == "0 []", result.stderr
 
 
+@pytest.mark.parametrize("mistake", ["lerning_rate=2", "student.modle=x", "objective.temprature=2"])
+def test_a_misspelt_setting_of_training_is_found_before_torch_is_loaded(mistake):
+    arguments = ["train-student", "--cache", "x", "--student-size", "nano", "--output", "y", "--set", mistake]
+    result = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, timeout=60)
+    assert f"unknown setting {mistake.partition('=')[0]!r}" in result.stderr
+    assert result.stdout.splitlines()[-1] == "1 []", result.stderr
+
+
 def test_a_real_process(dumped, tmp_path):
     outcome = run_process("inspect", dumped)
     assert outcome.code == 0
