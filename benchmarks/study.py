@@ -21,7 +21,7 @@ from kdcache.cache import open_cache
 from kdcache.config import build, merge
 from kdcache.evaluate import evaluate_students
 from kdcache.sweep.pool import run_jobs
-from kdcache.sweep.results import Failure, Outcome, StudentResult
+from kdcache.sweep.results import Outcome, StudentResult, SweepFailure
 from kdcache.sweep.table import estimate
 from kdcache.sweep.worker import Job
 from kdcache.train import TrainConfig
@@ -74,7 +74,7 @@ def _job(options: Any, name: str, variant: Variant, seed: int, held_out: tuple[s
 
 
 def _tell(outcome: Outcome) -> None:
-    if isinstance(outcome, Failure):
+    if isinstance(outcome, SweepFailure):
         raise SystemExit(f"{outcome.name}: {outcome.traceback or outcome.error}")
     assert outcome.held_out is not None
     print(f"{outcome.name}: loss {outcome.held_out.loss:.4f}, KL {outcome.held_out.kl:.4f}", flush=True)

@@ -27,7 +27,7 @@ from kdcache.losses import TeacherRows
 from kdcache.students import StudentConfig, load_student
 from kdcache.sweep import SweepConfig, preview_sweep, sweep_students
 from kdcache.sweep.pool import run_jobs
-from kdcache.sweep.results import Failure
+from kdcache.sweep.results import SweepFailure
 from kdcache.sweep.worker import Job
 from kdcache.teachers import TeacherConfig, load_teacher
 from kdcache.torch_data import to_tensors
@@ -140,7 +140,7 @@ def train_live(options: Any, config: SweepConfig) -> None:
     runs = [run.variation for run in preview_sweep(config.model_copy(update={"output": f"{config.output}-live"})).runs]
     jobs = [Job(run.name, run.config, make_module=module) for run in runs[: options.jobs]]
     outcomes = run_jobs(jobs, num_threads=_threads(options), gpus=[None] * options.jobs)
-    failed = [outcome for outcome in outcomes.values() if isinstance(outcome, Failure)]
+    failed = [outcome for outcome in outcomes.values() if isinstance(outcome, SweepFailure)]
     assert not failed, failed
 
 

@@ -11,97 +11,42 @@
 
     batch = kdcache.open_cache("cache").read([0, 1, 2])   # numpy: tokens, targets, masks
 
-Importing kdcache imports nothing heavy; each name below is loaded when it is first used, and only the dump, training
-and evaluation need torch.
+Every command has a function of the same name with an object, such as ``verify_cache`` for ``kdcache verify``. What
+``--dry-run`` prints comes from a ``preview_`` function. All of them raise `KdcacheError`.
+
+The public names stand once, in ``__init__.pyi``, where type checkers read them and this module finds where each one
+is defined. Importing kdcache therefore imports nothing heavy: a name is imported when it is first used.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from kdcache.cache import Cache, open_cache
-    from kdcache.cache.arrow import to_arrow, to_arrow_reader
-    from kdcache.cache.hf_dataset import to_hf_dataset
-    from kdcache.dump import DumpConfig, dump_teacher, preview_dump
-    from kdcache.errors import KdcacheError
-    from kdcache.evaluate import evaluate_students
-    from kdcache.losses import Objective, ObjectiveConfig, TeacherRows
-    from kdcache.losses.from_cache import context_of
-    from kdcache.peek import peek_cache
-    from kdcache.students import StudentConfig, load_student
-    from kdcache.torch_data import to_torch
-    from kdcache.train import TrainConfig, preview_training, train_student
-    from kdcache.transcode import TranscodeConfig, transcode_cache
-    from kdcache.verify.stored import VerifyReport, verify_cache
+from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Cache": "kdcache.cache",
-    "DumpConfig": "kdcache.dump",
-    "KdcacheError": "kdcache.errors",
-    "Objective": "kdcache.losses",
-    "ObjectiveConfig": "kdcache.losses",
-    "StudentConfig": "kdcache.students",
-    "TeacherRows": "kdcache.losses",
-    "TrainConfig": "kdcache.train",
-    "TranscodeConfig": "kdcache.transcode",
-    "VerifyReport": "kdcache.verify.stored",
-    "context_of": "kdcache.losses.from_cache",
-    "dump_teacher": "kdcache.dump",
-    "preview_dump": "kdcache.dump",
-    "evaluate_students": "kdcache.evaluate",
-    "load_student": "kdcache.students",
-    "open_cache": "kdcache.cache",
-    "peek_cache": "kdcache.peek",
-    "preview_training": "kdcache.train",
-    "to_arrow": "kdcache.cache.arrow",
-    "to_arrow_reader": "kdcache.cache.arrow",
-    "to_hf_dataset": "kdcache.cache.hf_dataset",
-    "to_torch": "kdcache.torch_data",
-    "train_student": "kdcache.train",
-    "transcode_cache": "kdcache.transcode",
-    "verify_cache": "kdcache.verify.stored",
-}
 
-__all__ = [
-    "Cache",
-    "DumpConfig",
-    "KdcacheError",
-    "Objective",
-    "ObjectiveConfig",
-    "StudentConfig",
-    "TeacherRows",
-    "TrainConfig",
-    "TranscodeConfig",
-    "VerifyReport",
-    "context_of",
-    "dump_teacher",
-    "evaluate_students",
-    "load_student",
-    "open_cache",
-    "peek_cache",
-    "preview_dump",
-    "preview_training",
-    "to_arrow",
-    "to_arrow_reader",
-    "to_hf_dataset",
-    "to_torch",
-    "train_student",
-    "transcode_cache",
-    "verify_cache",
-]
+@functools.cache
+def _homes() -> dict[str, str]:
+    """Return the module of every public name, from the imports of the stub."""
+    import ast
+
+    tree = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name == "__all__":
+        return sorted(_homes())
+    if name.startswith("_") or name not in _homes():
         raise AttributeError(f"module 'kdcache' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    value = getattr(importlib.import_module(_homes()[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_homes()})

@@ -82,7 +82,7 @@ def command(
     who wrote it and how.
     """
     from kdcache.config import load
-    from kdcache.write_targets import WriteConfig, preview_targets, write_targets
+    from kdcache.write import WriteConfig, preview_targets, write_targets
 
     named = {setting: given[option] for setting, option in _SETTINGS.items()}
     nested = options.nest({**named, **settings.of_columns(given["column"])})

@@ -1,7 +1,7 @@
 """Estimating: what every preset of a dump costs and keeps, measured on a pilot before a GPU-week is spent."""
 
 from kdcache.estimate.choices import LossChoices, student_choices
-from kdcache.estimate.measure import Measured, Measurement, Reference, measure
+from kdcache.estimate.measure import Measured, PresetMeasurement, Reference, measure
 from kdcache.estimate.run import EstimateResult, PresetEstimate, estimate_presets, plan_of
 from kdcache.estimate.sample import HeadLogits, Sample, TeacherLogits
 
@@ -10,8 +10,8 @@ __all__ = [
     "HeadLogits",
     "LossChoices",
     "Measured",
-    "Measurement",
     "PresetEstimate",
+    "PresetMeasurement",
     "Reference",
     "Sample",
     "TeacherLogits",

@@ -29,7 +29,7 @@ Report = Callable[[int], object]
 
 
 @dataclass
-class Measurement:
+class PresetMeasurement:
     """What a preset costs and what is left of the teacher; means over the sample's positions, in nats.
 
     ``full_kl`` by treatment of the tail (``full`` where nothing is lost but rounding), ``batch_mean_error`` likewise
@@ -67,7 +67,7 @@ class Reference:
 class Measured:
     """Measurements by preset, and what they were made of, for whoever compares something else with them."""
 
-    presets: dict[str, Measurement]
+    presets: dict[str, PresetMeasurement]
     kept: dict[TargetsRecord, Kept]
     stored: dict[str, Stored]
     reference: Reference
@@ -177,7 +177,7 @@ class _Walk:
 
 def _measurement(
     name: str, record: TargetsRecord, sample: Sample, kept: Kept, stored: Stored, reference: Reference
-) -> Measurement:
+) -> PresetMeasurement:
     fidelity: dict[str, Any] = {"codec_kl": None, "within_tail_kl": None}
     if record.kind == "hidden":
         error = float(np.mean(np.linalg.norm(reference.state_means[name] - reference.means_QV, axis=1)))
@@ -191,7 +191,7 @@ def _measurement(
         fidelity = compare(exact, decoded, kept.targets.entropy_P, spreads, reference.means_QV)
     mass = None if record.kind == "sampled" else 1.0 if record.kind == "hidden" else _kept_mass(kept)
     count = sample.num_positions
-    return Measurement(
+    return PresetMeasurement(
         bytes_per_token=stored.bytes_per_token,
         bytes_by_field=stored.bytes_by_field,
         kept_mass=mass,
@@ -222,7 +222,7 @@ def compare(
     spreads: Mapping[str, Spread],
     means_QV: NDArray[np.float64],
 ) -> dict[str, Any]:
-    """Return the distances of decoded rows of kept ids from the teacher, by their names in `Measurement`."""
+    """Return the distances of decoded rows of kept ids from the teacher, by their names in `PresetMeasurement`."""
     renormalised = decoded.renormalised()
     uniform = Spread.uniform(exact.vocab_size, len(entropy_P))
     completed = {name: full_kl(exact, decoded, entropy_P, spread) for name, spread in spreads.items()}

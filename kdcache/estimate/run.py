@@ -29,7 +29,7 @@ from kdcache.dump.pilot import pilot_sequences, run_rows
 from kdcache.dump.plan import LayerPilot, make_fields, shard_positions
 from kdcache.errors import ConfigError, TeacherError, did_you_mean
 from kdcache.estimate.choices import LossChoices, student_choices
-from kdcache.estimate.measure import Measurement, measure
+from kdcache.estimate.measure import PresetMeasurement, measure
 from kdcache.estimate.sample import HeadLogits, Logits, Sample, TeacherLogits
 from kdcache.json_files import finite
 from kdcache.models.lm_head import LMHead, head_to_bytes
@@ -51,7 +51,7 @@ class PresetEstimate:
     name: str
     description: str
     unavailable: str | None = None
-    measurement: Measurement | None = None
+    measurement: PresetMeasurement | None = None
     best_tail: str | None = None
     """The treatment of the tail with the smallest full-vocabulary KL, None where samples stand for the tail."""
     total_bytes: int | None = None
@@ -210,7 +210,7 @@ def plan_of(config: DumpConfig, base: Plan, states_PD: NDArray[np.float32] | Non
 
 
 def _estimate_of(
-    name: str, preset: Preset, plan: Plan, found: Measurement, teacher_s: float, head: LMHead | str
+    name: str, preset: Preset, plan: Plan, found: PresetMeasurement, teacher_s: float, head: LMHead | str
 ) -> PresetEstimate:
     per_token_s = teacher_s + 1 / found.keep_tokens_per_s + 1 / found.encode_tokens_per_s
     return PresetEstimate(

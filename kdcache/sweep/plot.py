@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdcache.sweep.table import Row
+from kdcache.sweep.table import SweepRow
 
 _PANELS = {"num_parameters": "parameters", "num_bytes": "bytes of weights", "seconds": "seconds of training"}
 #: With more students than this names would cover the points; the table has them.
 _MOST_NAMES = 16
 
 
-def write_plot(path: Path, rows: Sequence[Row], quality: str) -> bool:
+def write_plot(path: Path, rows: Sequence[SweepRow], quality: str) -> bool:
     """Draw the finished variations into ``path``; ``quality`` names the vertical axis.
 
     Returns False, having done nothing, where matplotlib is not installed.
@@ -33,7 +33,7 @@ def write_plot(path: Path, rows: Sequence[Row], quality: str) -> bool:
     return True
 
 
-def _draw(axes: Any, key: str, rows: Sequence[Row]) -> None:
+def _draw(axes: Any, key: str, rows: Sequence[SweepRow]) -> None:
     for row in rows:
         cost, quality = row.costs[key], row.quality
         if cost is None or quality is None:

@@ -17,7 +17,7 @@ from multiprocessing.connection import wait
 
 import torch
 
-from kdcache.sweep.results import Failure, Outcome
+from kdcache.sweep.results import Outcome, SweepFailure
 from kdcache.sweep.worker import Job, serve
 
 #: Seconds that a process gets to end by itself before it is killed.
@@ -77,7 +77,7 @@ class Worker:
             died = True
         if died and self.job is not None:
             self.process.join(_GRACE_S)
-            yield Failure(name=self.job.name, error=_how_it_ended(self.process.exitcode), kind="died")
+            yield SweepFailure(name=self.job.name, error=_how_it_ended(self.process.exitcode), kind="died")
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ def run_jobs(
                 outcomes[outcome.name] = outcome
                 on_outcome(outcome)
                 # After a defect nobody knows the state of the process (of its GPU, say).
-                if isinstance(outcome, Failure) and outcome.kind != "refused" and waiting:
+                if isinstance(outcome, SweepFailure) and outcome.kind != "refused" and waiting:
                     workers[workers.index(worker)] = worker.replaced()
     finally:
         for worker in workers:

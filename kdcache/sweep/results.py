@@ -47,7 +47,7 @@ class StudentResult(Config):
     held_out: HeldOut | None = None
 
 
-class Failure(Config):
+class SweepFailure(Config):
     """A student that could not be finished, and why; ``traceback`` only where that is a defect."""
 
     name: str
@@ -56,7 +56,7 @@ class Failure(Config):
     kind: Literal["refused", "died", "defect"] = "refused"
 
 
-Outcome = StudentResult | Failure
+Outcome = StudentResult | SweepFailure
 
 
 def write_result(output: str | Path, result: StudentResult) -> None:

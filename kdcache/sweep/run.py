@@ -22,8 +22,8 @@ from kdcache.progress import bar
 from kdcache.sweep.config import PLOT_FILE, SWEEP_FILE, TABLE_FILE, SweepConfig
 from kdcache.sweep.plan import SweepPlan, preview_sweep
 from kdcache.sweep.pool import places, run_jobs
-from kdcache.sweep.results import Failure, Outcome, StudentResult
-from kdcache.sweep.table import Row, make_rows, render
+from kdcache.sweep.results import Outcome, StudentResult, SweepFailure
+from kdcache.sweep.table import SweepRow, make_rows, render
 from kdcache.sweep.worker import Job, finished_result
 from kdcache.train.prepare import started_processes, uses_cpu
 
@@ -37,14 +37,14 @@ class SweepResult:
     plot: Path | None
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[SweepRow]:
         """One row per variation, best first."""
         return make_rows(self.plan, self.outcomes)
 
     @property
-    def failures(self) -> list[Failure]:
+    def failures(self) -> list[SweepFailure]:
         """The students that could not be finished."""
-        return [outcome for outcome in self.outcomes.values() if isinstance(outcome, Failure)]
+        return [outcome for outcome in self.outcomes.values() if isinstance(outcome, SweepFailure)]
 
     def table(self, *, markdown: bool = False) -> str:
         """Return the table, as aligned text or in Markdown, with notes below."""
@@ -143,7 +143,7 @@ class _Progress:
 
 
 def _line(outcome: Outcome) -> str:
-    if isinstance(outcome, Failure):
+    if isinstance(outcome, SweepFailure):
         return f"{outcome.name} failed: {outcome.error}"
     numbers: dict[str, float | None] = {"training loss": outcome.losses.get("loss")}
     if outcome.held_out is not None:
@@ -156,7 +156,7 @@ def _to_dict(plan: SweepPlan, outcomes: Mapping[str, Outcome]) -> dict[str, Any]
     students = []
     for run in plan.runs:
         outcome = outcomes.get(run.name)
-        status = "missing" if outcome is None else "failed" if isinstance(outcome, Failure) else "finished"
+        status = "missing" if outcome is None else "failed" if isinstance(outcome, SweepFailure) else "finished"
         known = {} if outcome is None else outcome.model_dump(mode="json", exclude={"name"})
         described = {name: value for name, value in run.to_dict().items() if name != "state"}
         students.append({**described, "status": status, **known})

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from kdcache.sweep.plan import SweepPlan
-from kdcache.sweep.results import Failure, HeldOut, Outcome, StudentResult
+from kdcache.sweep.results import HeldOut, Outcome, StudentResult, SweepFailure
 from kdcache.sweep.variations import Variation, flatten
 from kdcache.table import render_table
 
@@ -40,7 +40,7 @@ _QUALITIES = {
 
 
 @dataclass(frozen=True)
-class Estimate:
+class SweepEstimate:
     """A mean, and the half width of its 95 % interval where there are several values that differ."""
 
     mean: float
@@ -51,12 +51,12 @@ class Estimate:
         return f"{self.mean:{form}}{width}"
 
 
-def estimate(values: Sequence[float]) -> Estimate:
+def estimate(values: Sequence[float]) -> SweepEstimate:
     """Return the mean of ``values`` with the half width of its 95 % interval (Student's t)."""
     mean = statistics.mean(values)
     if len(set(values)) < 2:
-        return Estimate(mean)
-    return Estimate(mean, _t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)))
+        return SweepEstimate(mean)
+    return SweepEstimate(mean, _t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)))
 
 
 def _t(freedom: int) -> float:
@@ -65,7 +65,7 @@ def _t(freedom: int) -> float:
 
 
 @dataclass(frozen=True)
-class Row:
+class SweepRow:
     """A variation: the settings that vary, and means over its finished students.
 
     ``costs`` and ``held_out`` by the names of `StudentResult` and `HeldOut`, ``losses`` those of training.
@@ -75,9 +75,9 @@ class Row:
     settings: dict[str, str | None]
     num_finished: int
     num_students: int
-    costs: dict[str, Estimate | None]
-    held_out: dict[str, Estimate | None]
-    losses: dict[str, Estimate | None]
+    costs: dict[str, SweepEstimate | None]
+    held_out: dict[str, SweepEstimate | None]
+    losses: dict[str, SweepEstimate | None]
 
     @property
     def judged_by(self) -> str:
@@ -90,7 +90,7 @@ class Row:
         return "training loss" if first is None else f"held-out {first}"
 
     @property
-    def quality(self) -> Estimate | None:
+    def quality(self) -> SweepEstimate | None:
         """The number that students are ordered by."""
         kind, _, key = self.judged_by.partition(" ")
         return self.losses.get(key) if kind == "training" else self.held_out[key]
@@ -108,7 +108,7 @@ class Row:
         return asdict(self)
 
 
-def make_rows(plan: SweepPlan, outcomes: Mapping[str, Outcome]) -> list[Row]:
+def make_rows(plan: SweepPlan, outcomes: Mapping[str, Outcome]) -> list[SweepRow]:
     """Return one row per variation that is known, best first; those without a finished student come last."""
     groups: dict[str, list[Variation]] = {}
     for run in plan.runs:
@@ -120,31 +120,31 @@ def make_rows(plan: SweepPlan, outcomes: Mapping[str, Outcome]) -> list[Row]:
 
 def _row(
     name: str, settings: dict[str, str | None], group: Sequence[Variation], outcomes: Mapping[str, Outcome]
-) -> Row:
+) -> SweepRow:
     found = [outcomes.get(variation.name) for variation in group]
     finished = [outcome for outcome in found if isinstance(outcome, StudentResult)]
     terms = dict.fromkeys(name for result in finished for name in result.losses)
     costs = {key: _over([getattr(result, key) for result in finished]) for key in _COSTS}
-    return Row(
+    return SweepRow(
         name,
         settings,
         len(finished),
         len(group),
         # Of two times the interval would say how busy the machine was.
-        {key: value and Estimate(value.mean) for key, value in costs.items()},
+        {key: value and SweepEstimate(value.mean) for key, value in costs.items()},
         _held_out([result.held_out for result in finished]),
         {term: _over([result.losses.get(term) for result in finished]) for term in terms},
     )
 
 
-def _held_out(judged: Sequence[HeldOut | None]) -> dict[str, Estimate | None]:
+def _held_out(judged: Sequence[HeldOut | None]) -> dict[str, SweepEstimate | None]:
     """Return the means of all that students were judged by, under the names of `HeldOut` and of the task's metrics."""
     names = dict.fromkeys(name for one in judged if one is not None for name in one.metrics)
     metrics = {name: _over([None if one is None else one.metrics.get(name) for one in judged]) for name in names}
     return {key: _over([getattr(one, key, None) for one in judged]) for key in _QUALITIES} | metrics
 
 
-def _over(values: Sequence[float | None]) -> Estimate | None:
+def _over(values: Sequence[float | None]) -> SweepEstimate | None:
     known = [value for value in values if value is not None]
     # A student whose loss is not finite makes the mean of its variation unknown, not better.
     return estimate(known) if known and len(known) == len(values) else None
@@ -166,7 +166,9 @@ def _text(value: Any) -> str | None:
     return text.removesuffix("...\n").strip()
 
 
-def render(plan: SweepPlan, rows: Sequence[Row], outcomes: Mapping[str, Outcome], *, markdown: bool = False) -> str:
+def render(
+    plan: SweepPlan, rows: Sequence[SweepRow], outcomes: Mapping[str, Outcome], *, markdown: bool = False
+) -> str:
     """Return the table of a sweep, and below it what its reader must know."""
     columns = {"name": ("student", "s"), **{key: (key.removeprefix("objective."), "s") for key in rows[0].settings}}
     if any(row.num_students > 1 for row in rows):
@@ -180,7 +182,7 @@ def render(plan: SweepPlan, rows: Sequence[Row], outcomes: Mapping[str, Outcome]
     return "\n".join([table, *([""] if markdown else []), *notes])
 
 
-def _cells(row: Row, columns: Mapping[str, Any]) -> dict[str, Any]:
+def _cells(row: SweepRow, columns: Mapping[str, Any]) -> dict[str, Any]:
     cells: dict[str, Any] = {"name": row.name, "seeds": f"{row.num_finished}/{row.num_students}", **row.settings}
     cells |= row.costs | {f"held-out {key}": value for key, value in row.held_out.items()}
     cells |= {f"training {term}": value for term, value in row.losses.items()}
@@ -202,6 +204,6 @@ def _notes(plan: SweepPlan, outcomes: Mapping[str, Outcome]) -> list[str]:
         notes.append("several seeds: mean ± half width of its 95 % interval (Student's t)")
     notes += [f"warning: {warning}" for result in judged for warning in result.warnings]
     notes += [
-        f"failed: {outcome.name}: {outcome.error}" for outcome in outcomes.values() if isinstance(outcome, Failure)
+        f"failed: {outcome.name}: {outcome.error}" for outcome in outcomes.values() if isinstance(outcome, SweepFailure)
     ]
     return notes

@@ -27,7 +27,7 @@ from kdcache.errors import KdcacheError
 from kdcache.evaluate import Evaluation, evaluate_students, weight_bytes
 from kdcache.json_files import finite
 from kdcache.students.run_file import read_run
-from kdcache.sweep.results import Failure, HeldOut, Outcome, StudentResult, read_result, write_result
+from kdcache.sweep.results import HeldOut, Outcome, StudentResult, SweepFailure, read_result, write_result
 from kdcache.train import Distiller, TrainConfig, TrainResult, train_student
 
 #: Least time between two messages about how far a student is.
@@ -87,10 +87,10 @@ def _outcome(job: Job, tell: Callable[[int], None]) -> Outcome:
     try:
         return train_and_judge(job, tell)
     except (KdcacheError, OSError) as error:
-        return Failure(name=job.name, error=str(error))
+        return SweepFailure(name=job.name, error=str(error))
     except Exception as error:
         text = f"{type(error).__name__}: {error}".strip()
-        return Failure(name=job.name, error=text, traceback=traceback.format_exc(), kind="defect")
+        return SweepFailure(name=job.name, error=text, traceback=traceback.format_exc(), kind="defect")
 
 
 def train_and_judge(job: Job, tell: Callable[[int], None] = lambda steps: None) -> StudentResult:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.progress import bar
-from kdcache.write_targets.config import WriteConfig
-from kdcache.write_targets.output import TargetsFile, check_output, complete_lines
-from kdcache.write_targets.writer import Counts, Writer
+from kdcache.write.config import WriteConfig
+from kdcache.write.output import TargetsFile, check_output, complete_lines
+from kdcache.write.writer import WriteCounts, Writer
 
 #: Documents that are written to the file at once: what an interrupted run loses at most.
 _BLOCK = 64
@@ -32,7 +32,7 @@ class WriteResult:
 
     output: str
     num_documents: int
-    counts: Counts
+    counts: WriteCounts
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class TargetsPreview:
     num_done: int
     num_pilot: int
     """Documents of the pilot, which the counts are of."""
-    pilot: Counts
+    pilot: WriteCounts
     tokens_per_s: float
     eta_s: float
     examples: list[dict[str, Any]]
@@ -67,7 +67,7 @@ def write_targets(config: WriteConfig, *, progress: bool = True) -> WriteResult:
     ``TeacherError``; lines that were written before stay.
     """
     writer = Writer(config)
-    counts = Counts()
+    counts = WriteCounts()
     began = time.perf_counter()
     with TargetsFile(Path(config.output), writer.settings) as file:
         num_done, total = file.num_lines, len(writer.corpus)
@@ -89,7 +89,7 @@ def preview_targets(config: WriteConfig) -> TargetsPreview:
     writer = Writer(config)
     check_output(Path(config.output), writer.settings)
     _, rows = next(writer.corpus.iter_rows(_PILOT))
-    counts = Counts()
+    counts = WriteCounts()
     began = time.perf_counter()
     lines = writer.lines(0, rows, counts)
     seconds = time.perf_counter() - began

@@ -17,7 +17,7 @@ from kdcache.schema import public_name
 from kdcache.tasks.seq2seq_lm import Seq2SeqLM, fed_inputs
 from kdcache.teachers import HuggingFaceTeacher, load_teacher
 from kdcache.teachers.sampling import Sampler
-from kdcache.write_targets.config import WriteConfig
+from kdcache.write.config import WriteConfig
 
 ROLES = (Role("input"), Role("target", is_required=False))
 #: Columns of the file that are not the corpus's own.
@@ -27,7 +27,7 @@ Rows = list[tuple[str, dict[str, Any]]]
 
 
 @dataclass
-class Counts:
+class WriteCounts:
     """What was written: texts of how many tokens, and what was not as it should be."""
 
     num_written: int = 0
@@ -86,7 +86,7 @@ class Writer:
             "batch_tokens": config.batch_tokens,
         }
 
-    def lines(self, start: int, rows: Rows, counts: Counts) -> list[dict[str, Any]]:
+    def lines(self, start: int, rows: Rows, counts: WriteCounts) -> list[dict[str, Any]]:
         """Return the lines of some documents, of which ``start`` is the number of the first one."""
         inputs, is_cut_N = fed_inputs(self.encoder, self.config.sequences, [text for text, _ in rows])
         filled = [n for n, tokens in enumerate(inputs) if len(tokens)]

@@ -19,12 +19,12 @@ from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.errors import ConfigError, CorpusError, TeacherError
 from kdcache.models.generation import write_texts
 from kdcache.teachers.sampling import Sampler, nucleus
-from kdcache.write_targets import WriteConfig, preview_targets, write_targets
+from kdcache.write import WriteConfig, preview_targets, write_targets
 from tests.cli.conftest import run  # noqa: F401
 from tests.task_models import SENTENCES, t5, t5_tokenizer
 from tests.tiny import bpe_tokenizer, llama
 
-run_module = importlib.import_module("kdcache.write_targets.run")
+run_module = importlib.import_module("kdcache.write.run")
 TEXTS = [*SENTENCES[:3], "", *SENTENCES[3:], None, *(f"{text} and {SENTENCES[0]}" for text in SENTENCES)]
 ROWS = [{"text": text, "gold": f"gold {n}" if n % 3 else None, "year": n} for n, text in enumerate(TEXTS)]
 
