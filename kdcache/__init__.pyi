@@ -31,6 +31,7 @@ from kdcache.evaluate import ModelRow as ModelRow
 from kdcache.evaluate import evaluate_students as evaluate_students
 from kdcache.inspect import inspect_cache as inspect_cache
 from kdcache.losses import ChunkView as ChunkView
+from kdcache.losses import LayerStates as LayerStates
 from kdcache.losses import Loss as Loss
 from kdcache.losses import Objective as Objective
 from kdcache.losses import ObjectiveConfig as ObjectiveConfig

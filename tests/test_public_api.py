@@ -21,6 +21,7 @@ CONVERSIONS = {"context_of", "load_student", "open_cache", "to_arrow", "to_arrow
 INTERNAL = {
     "LMHead": "a student's LM head, handed from a student to an objective",
     "Needs": "the layers and outputs that an objective asks a student for",
+    "Outputs": "raw outputs of both models, inside LayerStates",
     "Parts": "body and head of a model",
     "SentenceModel": "how a sentence encoder pools",
     "ShardArrays": "the encoded arrays of an open shard",
