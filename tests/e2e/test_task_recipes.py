@@ -1,14 +1,18 @@
 """The recipes of the tasks, run as a user runs them, in their smoke size and with tiny models of the right shape.
 
+Their commands are forked from one Python that has done the imports, ten for each recipe: see tests/preloaded.py.
+
 What their students are worth is measured with real teachers (docs/retention.md); here it is that every step works.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import subprocess
-import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,6 @@ import pytest
 from tests.task_models import SENTENCES, bert, bert_tokenizer, t5, t5_tokenizer
 
 ROOT = Path(__file__).parents[2]
-#: Real texts in the forms that the recipes' own scripts read; not a part of the project.
-DATA = ROOT.parent / "shared" / "data"
 
 pytestmark = pytest.mark.slow
 
@@ -81,9 +83,23 @@ def ranking(path: Path) -> dict[str, str]:
 
 
 def embedding(path: Path) -> dict[str, str]:
-    if not DATA.is_dir():
-        pytest.skip("the texts of this recipe (STS-B and SciFact) are not on this machine")
-    return {**write_models(path, bert("BertModel", num_layers=6, **_POSITIONS)), "DATA": str(DATA)}
+    """Write files in the forms of STS-B and SciFact: see pipelines/embedding/prepare.py."""
+    (path / "stsb_en").mkdir()
+    for split in ("train", "test"):
+        with (path / "stsb_en" / f"{split}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows((text, SENTENCES[n % 5], n % 6) for n, text in enumerate(SENTENCES * 5))
+    (path / "scifact").mkdir()
+    abstracts = io.StringIO()
+    table = csv.writer(abstracts)
+    table.writerow(["doc_id", "title", "abstract"])
+    table.writerows((100 + n, text, f"[{text!r}\n {SENTENCES[n - 1]!r}]") for n, text in enumerate(SENTENCES))
+    with zipfile.ZipFile(path / "scifact" / "scifact.zip", "w") as archive:
+        archive.writestr("corpus_train.csv", abstracts.getvalue())
+    numbers = range(len(SENTENCES))
+    lines = [f"{split}\t{n}\t{SENTENCES[n]}\n" for split in ("train", "validation") for n in numbers]
+    (path / "scifact" / "queries.tsv").write_text("".join(lines))
+    (path / "scifact" / "qrels.tsv").write_text("".join(f"validation\t{n}\t{100 + n}\t1\n" for n in numbers))
+    return write_models(path, bert("BertModel", num_layers=6, **_POSITIONS))
 
 
 #: By folder: what makes models and data, the two kinds of students, and the number that the table must have.
@@ -99,9 +115,9 @@ CASES = [(name, *case) for name, cases in TASK_RECIPES.items() for case in cases
 
 @pytest.mark.parametrize(("name", "make", "number"), CASES, ids=[case[1].__name__ for case in CASES])
 def test_recipe_ends_with_a_table_of_both_kinds_of_student(
-    name: str, make: Callable[[Path], dict[str, str]], number: str, tmp_path: Path
+    name: str, make: Callable[[Path], dict[str, str]], number: str, tmp_path: Path, preloaded: str
 ) -> None:
-    variables = {**make(tmp_path), "SMOKE": "1", "OUTPUT": str(tmp_path / "output"), "PYTHON": sys.executable}
+    variables = {**make(tmp_path), "SMOKE": "1", "OUTPUT": str(tmp_path / "output"), "PYTHON": preloaded}
     environment = {**os.environ, **variables, "HF_HUB_OFFLINE": "1"}
     command = ["bash", f"pipelines/{name}/run.sh"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
