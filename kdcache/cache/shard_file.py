@@ -16,18 +16,17 @@ import operator
 import zipfile
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
-from zarr.core.buffer import default_buffer_prototype
-from zarr.storage import MemoryStore
 
 from kdcache.cache.chunks import SEAL_BYTES, ChunkLayout, decode_chunks, encode_chunks, sizes_of
 from kdcache.errors import CorruptCacheError
 from kdcache.schema import ArrayRecord
+
+if TYPE_CHECKING:
+    import zarr
 
 #: The Zarr codecs of an array, outermost first; nothing else is opened.
 CODECS = (["bytes", "blosc", "crc32c"], ["transpose", "bytes", "blosc", "crc32c"])
@@ -45,6 +44,9 @@ Entries = Mapping[str, NDArray[np.uint8]]
 
 def pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     """Return the object that holds ``arrays``."""
+    import zarr  # only where shards are written: it takes as long to import as `kdcache inspect` may take in all
+    from zarr.storage import MemoryStore
+
     store = MemoryStore()
     group = zarr.create_group(store)
     chunks: dict[str, bytes] = {}
@@ -62,6 +64,8 @@ def pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:
 
 
 def _write_metadata(group: zarr.Group, name: str, layout: ChunkLayout) -> None:
+    from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
+
     group.create_array(
         name,
         shape=layout.shape,
@@ -215,6 +219,10 @@ def _is_written_by_kdcache(metadata: Any, layout: ChunkLayout) -> bool:
 
 
 def _read_array_with_zarr(entries: Entries) -> NDArray[Any]:
+    import zarr
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.storage import MemoryStore
+
     prototype = default_buffer_prototype()
     store = MemoryStore({key: prototype.buffer.from_bytes(value.tobytes()) for key, value in entries.items()})
     return np.asarray(zarr.open_array(store, mode="r")[...])
