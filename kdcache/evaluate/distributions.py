@@ -1,20 +1,19 @@
-"""Judging models that answer with distributions, over tokens or classes.
+"""Evaluating models that predict distributions, over tokens or classes.
 
-Only positions whose loss mask is 1 count, and of them only those for which the corpus has an answer where that is
-asked for. KL is the forward KL at temperature 1: exact when the cache is of the kind hidden or keeps the whole
-vocabulary (or all classes); otherwise that of the kept ids plus one bucket for the rest, a lower bound; an unbiased
-estimate where the cache holds samples. A cache of samples alone does not know the teacher's favourite token, so what needs
-it is left out.
+Only positions whose loss mask is 1 count; accuracy, loss and calibration are over those of them that have a label. KL
+is the forward KL at temperature 1: exact when the cache is of the kind hidden or keeps the whole vocabulary (or all
+classes); otherwise that of the kept ids and one bucket for the tail, a lower bound; an unbiased estimate where the
+cache holds samples. A cache of samples alone does not know the teacher's top-1 token, so what needs it is left out.
 
-Where ids are those of classes, macro F1 stands beside, from counts that are added batch by batch; perplexity and the
-kept mass, which is always 1, say nothing there and are left out.
+For classes macro F1 is added, from counts that are summed over batches; perplexity and the kept mass, which is always
+1, are left out.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,110 +25,86 @@ from kdcache.cache import Cache
 from kdcache.evaluate.metrics import macro_f1
 from kdcache.evaluate.table_rows import ModelRow
 from kdcache.evaluate.tally import ClassCounts, Tally
-from kdcache.losses import ForwardKL, TeacherContext, TeacherRows, score_positions
+from kdcache.losses import ForwardKL, score_positions
 from kdcache.losses.from_cache import context_of
+from kdcache.step import StepInputs
 from kdcache.students import Student
 from kdcache.tasks import task_of
 from kdcache.torch_data import count_tokens, to_tensors
 
 
-def judge_distributions(
-    cache: Cache,
-    students: Mapping[str, Student],
-    batches: Sequence[list[int]],
-    device: torch.device,
-    progress: bool,
-) -> tuple[ModelRow, dict[str, ModelRow], int]:
-    """Return the teacher's row, the students' by name, and the number of positions that count."""
-    context = context_of(cache).to(device)
-    rows = {
-        name: _student_row(name, student, cache, batches, context, device, progress)
-        for name, student in students.items()
-    }
-    teacher, num_targets = _teacher_row(cache, batches, progress)
-    return teacher, rows, num_targets
+class Distributions:
+    """Evaluate the models of a cache whose task predicts tokens or classes; students one at a time."""
 
+    def __init__(self, cache: Cache, batches: Sequence[list[int]], device: torch.device, progress: bool) -> None:
+        self._cache, self._batches, self._device, self._progress = cache, batches, device, progress
+        self._task = task_of(cache.manifest.task)
+        self._context = context_of(cache).to(device)
 
-def _teacher_row(cache: Cache, batches: Sequence[list[int]], progress: bool) -> tuple[ModelRow, int]:
-    tally, counts, task = Tally(), _class_counts(cache), task_of(cache.manifest.task)
-    for indices in tqdm(batches, desc="teacher", unit="batch", disable=not progress):
-        batch = cache.read(indices)
-        targets = batch.targets
-        labels_P = task.labels(batch.sequences())
-        valid_P = batch.loss_mask_P.astype(bool)
-        _count(counts, targets.top1_ids_P, labels_P, valid_P)
+    def teacher(self) -> tuple[ModelRow, int]:
+        """Return the teacher's row, from the cache alone, and the number of positions that count."""
+        tally, counts = Tally(), _class_counts(self._cache)
+        for indices in tqdm(self._batches, desc="teacher", unit="batch", disable=not self._progress):
+            batch = self._cache.read(indices)
+            targets = batch.targets
+            labels_P = self._task.labels(batch.sequences())
+            valid_P = batch.loss_mask_P.astype(bool)
+            _count(counts, targets.top1_ids_P, labels_P, valid_P)
+            values_P = {} if targets.entropy_P is None else {"entropy": targets.entropy_P}
+            tally.add(
+                valid_P,
+                labels_P >= 0,
+                top1_prob_P=np.exp(targets.logprobs_PK[:, 0]) if targets.top_k else np.zeros(len(labels_P), np.float32),
+                correct_P=targets.top1_ids_P == labels_P,
+                loss_P=None if targets.gold_logprob_P is None else -targets.gold_logprob_P,
+                kept_mass=-np.expm1(targets.log_tail_P),
+                **values_P,
+            )
+        more: dict[str, Any] = {"entropy": tally.mean("entropy") if "entropy" in tally.sums else None}
+        if counts is None:
+            more["kept_mass"] = tally.mean("kept_mass")
+        if not _has_top1(self._cache):
+            more |= {"top1_accuracy": None, "ece": None}
+        record = self._cache.manifest.teacher
+        row = _row(f"{record.name} (teacher)", record.num_parameters, tally, counts, **more)
+        return row, tally.num_positions
+
+    def student(self, name: str, student: Student) -> ModelRow:
+        """Return the row of ``student``, which is on the device of the evaluation."""
+        tally, counts, seconds, num_tokens = Tally(), _class_counts(self._cache), 0.0, 0
+        for indices in tqdm(self._batches, desc=name, unit="batch", disable=not self._progress):
+            tensors = to_tensors(self._cache.read(indices), student.pad_id, self._task)
+            batch = {key: value.to(self._device) for key, value in tensors.items()}
+            started_s = time.perf_counter()
+            self._add(tally, counts, student, batch)
+            seconds += time.perf_counter() - started_s
+            num_tokens += int(count_tokens(batch))
+        return _row(
+            name,
+            student.num_parameters,
+            tally,
+            counts,
+            kl=tally.mean("kl"),
+            agreement=tally.mean("agreement") if _has_top1(self._cache) else None,
+            tokens_per_s=num_tokens / max(seconds, 1e-9),
+        )
+
+    @torch.no_grad()
+    def _add(self, tally: Tally, counts: ClassCounts | None, student: Student, batch: dict[str, torch.Tensor]) -> None:
+        inputs = StepInputs.of(student, batch)
+        losses = {"kl": ForwardKL(weight=1.0)}
+        scores = score_positions(inputs.hidden_PD, student.head, inputs.rows, losses, context=self._context)
+        top1_P, labels_P, valid_P = scores.top1_ids_P, inputs.rows.labels_P, batch["loss_mask"].cpu().numpy()
+        _count(counts, top1_P.cpu().numpy(), labels_P.cpu().numpy(), valid_P)
         tally.add(
             valid_P,
-            labels_P >= 0,
-            top1_prob_P=np.exp(targets.logprobs_PK[:, 0]) if targets.top_k else np.zeros(len(labels_P), np.float32),
-            correct_P=targets.top1_ids_P == labels_P,
-            loss_P=-targets.gold_logprob_P,
-            entropy=targets.entropy_P,
-            kept_mass=-np.expm1(targets.log_tail_P),
+            (labels_P >= 0).cpu().numpy(),
+            top1_prob_P=scores.top1_prob_P.cpu().numpy(),
+            correct_P=(top1_P == labels_P).cpu().numpy(),
+            loss_P=-scores.gold_logprob_P.cpu().numpy(),
+            kl=scores.losses["kl"].cpu().numpy(),
+            agreement=(top1_P == scores.teacher_top1_P).cpu().numpy(),
         )
-    teacher = cache.manifest.teacher
-    more: dict[str, Any] = {"entropy": tally.mean("entropy")}
-    if counts is None:
-        more["kept_mass"] = tally.mean("kept_mass")
-    if not _knows_favourite(cache):
-        more |= {"top1_accuracy": None, "ece": None}
-    row = _row(f"{teacher.name} (teacher)", teacher.num_parameters, tally, counts, **more)
-    return row, tally.num_positions
-
-
-def _student_row(
-    name: str,
-    student: Student,
-    cache: Cache,
-    batches: Sequence[list[int]],
-    context: TeacherContext,
-    device: torch.device,
-    progress: bool,
-) -> ModelRow:
-    student.model.to(device)
-    tally, counts, seconds, num_tokens = Tally(), _class_counts(cache), 0.0, 0
-    task = task_of(cache.manifest.task)
-    for indices in tqdm(batches, desc=name, unit="batch", disable=not progress):
-        tensors = to_tensors(cache.read(indices), student.pad_id, task)
-        batch = {key: value.to(device) for key, value in tensors.items()}
-        started_s = time.perf_counter()
-        _score(student, batch, context, tally, counts)
-        seconds += time.perf_counter() - started_s
-        num_tokens += int(count_tokens(batch))
-    student.model.to("cpu")
-    return _row(
-        name,
-        student.num_parameters,
-        tally,
-        counts,
-        kl=tally.mean("kl"),
-        agreement=tally.mean("agreement") if _knows_favourite(cache) else None,
-        tokens_per_s=num_tokens / max(seconds, 1e-9),
-    )
-
-
-@torch.no_grad()
-def _score(
-    student: Student,
-    batch: dict[str, torch.Tensor],
-    context: TeacherContext,
-    tally: Tally,
-    counts: ClassCounts | None,
-) -> None:
-    teacher = TeacherRows.from_batch(batch)
-    losses = {"kl": ForwardKL(weight=1.0)}
-    scores = score_positions(student.hidden(batch), student.head, teacher, losses, context=context)
-    top1_P, valid_P = scores.top1_ids_P, batch["loss_mask"].cpu().numpy()
-    _count(counts, top1_P.cpu().numpy(), teacher.labels_P.cpu().numpy(), valid_P)
-    tally.add(
-        valid_P,
-        (teacher.labels_P >= 0).cpu().numpy(),
-        top1_prob_P=scores.top1_prob_P.cpu().numpy(),
-        correct_P=(top1_P == teacher.labels_P).cpu().numpy(),
-        loss_P=-scores.gold_logprob_P.cpu().numpy(),
-        kl=scores.losses["kl"].cpu().numpy(),
-        agreement=(top1_P == scores.teacher_top1_P).cpu().numpy(),
-    )
 
 
 def _class_counts(cache: Cache) -> ClassCounts | None:
@@ -151,20 +126,20 @@ def _count(
 def _row(name: str, num_parameters: int | None, tally: Tally, counts: ClassCounts | None, **more: Any) -> ModelRow:
     values: dict[str, Any] = {}
     if tally.num_labelled:
-        loss = tally.sums["loss"] / tally.num_labelled
         values = {
-            "loss": loss,
             "top1_accuracy": tally.sums["correct"] / tally.num_labelled,
             "ece": tally.calibration.error,
         }
-        if counts is None:
+        if "loss" in tally.sums:
+            loss = values["loss"] = tally.sums["loss"] / tally.num_labelled
             # Beyond exp(700) float64 overflows; a loss like that is no perplexity worth reading anyway.
-            values["perplexity"] = math.exp(loss) if loss < 700 else math.inf
-        else:
+            perplexity = math.exp(loss) if loss < 700 else math.inf
+            values |= {"perplexity": perplexity} if counts is None else {}
+        if counts is not None:
             values["metrics"] = {"macro_f1": macro_f1(counts.correct_C, counts.predicted_C, counts.actual_C)}
     return ModelRow(model=name, num_parameters=num_parameters, **values | more)
 
 
-def _knows_favourite(cache: Cache) -> bool:
+def _has_top1(cache: Cache) -> bool:
     """Whether the cache holds the teacher's most probable token: samples alone only suggest it."""
     return cache.manifest.top_k > 0

@@ -11,23 +11,24 @@ gets a warning: such numbers say how well it was fitted, not how well it general
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
 
 from kdcache.cache import Cache, open_cache
 from kdcache.errors import ConfigError
-from kdcache.evaluate.answers import judge_answers
-from kdcache.evaluate.distributions import judge_distributions
+from kdcache.evaluate.answers import Outputs
+from kdcache.evaluate.distributions import Distributions
 from kdcache.evaluate.measures import Metrics
 from kdcache.evaluate.retrieval import load_retrieval
 from kdcache.evaluate.table_rows import Evaluation, ModelRow
-from kdcache.evaluate.texts import check_texts, judge_texts
+from kdcache.evaluate.texts import GeneratedTexts, check_texts
 from kdcache.models.batching import batches_by_length
 from kdcache.models.loading import pick_device
 from kdcache.students import Student, StudentConfig, load_student
+from kdcache.students.load import check_pretrained
 from kdcache.students.run_file import read_run
 from kdcache.tasks import task_of
 from kdcache.tasks.embedding import Embedding
@@ -58,7 +59,8 @@ def evaluate_students(
     ``generate``, students of task seq2seq-lm write that many texts, by so many ``beams`` (see
     ``kdcache.evaluate.texts``).
 
-    Raises ``StudentError`` for a student that cannot be loaded or has another tokenizer, before anything is scored;
+    One student is in memory at a time. Raises ``StudentError`` for a student that is missing, is of another task or has
+    another tokenizer, before anything is scored, and for weights that cannot be used when their turn comes;
     ``CacheError`` for a cache that cannot be used; ``ConfigError`` for settings that do not fit it.
     """
     for name, value in (("batch_tokens", batch_tokens), ("limit_sequences", limit_sequences)):
@@ -68,42 +70,63 @@ def evaluate_students(
     if generate is not None:
         check_texts(cache, generate, beams)
     torch_device = pick_device(device)
+    configs = {name: StudentConfig(model=name, dtype=dtype) for name in students}
+    for config in configs.values():
+        check_pretrained(config, cache.manifest, cache.tokenizer_dir())
     batches = list(_batches(cache, batch_tokens, limit_sequences))
-    loaded = {name: _load(name, cache, dtype) for name in students}
-    gives_numbers = task_of(cache.manifest.task).gives == "outputs"
-    judge = _judge_of_numbers(cache, qrels, id_column, limit_sequences) if gives_numbers else judge_distributions
-    if qrels is not None and not gives_numbers:
-        raise ConfigError(f"qrels judge embeddings, and the cache is of task {cache.manifest.task}; leave them out")
-    teacher, rows, num_targets = judge(cache, loaded, batches, torch_device, progress)
+    scorer = _scorer(cache, batches, torch_device, progress, qrels, id_column, limit_sequences)
+    texts = None
     if generate is not None:
-        of_teacher, of_students = judge_texts(
-            cache, loaded, generate, beams=beams, batch_tokens=batch_tokens, device=torch_device, progress=progress
-        )
-        teacher = _with_metrics(teacher, of_teacher)
-        rows = {name: _with_metrics(row, of_students[name]) for name, row in rows.items()}
+        texts = GeneratedTexts(cache, generate, beams=beams, batch_tokens=batch_tokens, progress=progress)
+    teacher, num_targets = scorer.teacher()
+    if texts is not None:
+        teacher = _with_metrics(teacher, texts.teacher())
+    rows = {}
+    for name, config in configs.items():
+        student = load_student(config, cache.manifest, cache.tokenizer_dir())
+        student.model.eval().to(torch_device)
+        row = scorer.student(name, student)
+        if texts is not None:
+            row = _with_metrics(row, texts.student(name, student))
+        rows[name] = _with_facts(name, row, cache)
+        del student  # before the next one is loaded
     return Evaluation(
         cache=str(cache_path),
         fingerprint=cache.fingerprint,
         num_sequences=sum(map(len, batches)),
         num_targets=num_targets,
         teacher=teacher,
-        students=tuple(_with_facts(name, rows[name], cache) for name in students),
+        students=tuple(rows[name] for name in students),
     )
 
 
-def _judge_of_numbers(cache: Cache, qrels: str | None, id_column: str | None, limit: int | None) -> Any:
+class _Scorer(Protocol):
+    """What evaluates the models of a cache: its teacher, and students one at a time."""
+
+    def teacher(self) -> tuple[ModelRow, int]: ...
+
+    def student(self, name: str, student: Student) -> ModelRow: ...
+
+
+def _scorer(
+    cache: Cache,
+    batches: Sequence[list[int]],
+    device: torch.device,
+    progress: bool,
+    qrels: str | None,
+    id_column: str | None,
+    limit: int | None,
+) -> _Scorer:
+    if task_of(cache.manifest.task).gives != "outputs":
+        if qrels is not None:
+            raise ConfigError(f"qrels judge embeddings, and the cache is of task {cache.manifest.task}; leave them out")
+        return Distributions(cache, batches, device, progress)
     if qrels is None:
-        return judge_answers
+        return Outputs(cache, batches, device, progress)
     if cache.manifest.task != Embedding.name or limit is not None:
         found = f"of task {cache.manifest.task}" if limit is None else "searched in part only (limit_sequences)"
         raise ConfigError(f"qrels are for a whole cache of task {Embedding.name}, and this one is {found}")
-    return partial(judge_answers, more=load_retrieval(cache, qrels, id_column).measure)
-
-
-def _load(name: str, cache: Cache, dtype: Literal["float32", "bfloat16"]) -> Student:
-    student = load_student(StudentConfig(model=name, dtype=dtype), cache.manifest, cache.tokenizer_dir())
-    student.model.eval()
-    return student
+    return Outputs(cache, batches, device, progress, load_retrieval(cache, qrels, id_column).measure)
 
 
 def _batches(cache: Cache, batch_tokens: int, limit_sequences: int | None) -> Iterator[list[int]]:

@@ -78,7 +78,7 @@ class Tally:
         *,
         top1_prob_P: NDArray[np.floating],
         correct_P: NDArray[np.bool_],
-        loss_P: NDArray[np.floating],
+        loss_P: NDArray[np.floating] | None,
         **values_P: NDArray[np.generic],
     ) -> None:
         """Add the positions of a batch where ``valid_P``; ``values_P`` are further values to average over them."""
@@ -86,7 +86,7 @@ class Tally:
         self.num_positions += int(valid_P.sum())
         self.num_labelled += int(known_P.sum())
         self.calibration.add(top1_prob_P[known_P], correct_P[known_P])
-        self._add({"loss": loss_P, "correct": correct_P}, known_P)
+        self._add({"correct": correct_P} if loss_P is None else {"loss": loss_P, "correct": correct_P}, known_P)
         self._add(values_P, valid_P)
 
     def _add(self, values_P: Mapping[str, NDArray[np.generic]], where_P: NDArray[np.bool_]) -> None:

@@ -12,12 +12,9 @@ nothing is known of what the teacher would write, and its row has no such number
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from typing import Any
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 from kdcache.cache import Cache
@@ -54,36 +51,45 @@ def check_texts(cache: Cache, num_texts: int, beams: int) -> None:
         )
 
 
-def judge_texts(
-    cache: Cache,
-    students: Mapping[str, Student],
-    num_texts: int,
-    *,
-    beams: int,
-    batch_tokens: int,
-    device: torch.device,
-    progress: bool,
-) -> tuple[Metrics, dict[str, Metrics]]:
-    """Return the metrics of the teacher's texts and of each student's, for ``num_texts`` inputs spread over the cache.
+class GeneratedTexts:
+    """Evaluate texts that students write for ``num_texts`` inputs, spread evenly over the cache.
 
-    Inputs whose corpus has no target are left out.
+    Inputs whose corpus has no reference are left out; raises ``ConfigError`` when none is left.
     """
-    indices = np.linspace(0, len(cache) - 1, min(num_texts, len(cache))).round().astype(np.int64).tolist()
-    written_for = []
-    if _REFERENCE in cache.manifest.corpus.metadata_columns:
-        known = [(n, text) for n in indices if (text := _reference(cache, n))]
-        if not known:
-            raise ConfigError("no chosen input has a reference to judge texts by; leave out generate")
-        indices, written_for = [n for n, _ in known], [text for _, text in known]
-    sequences = cache.read(indices).sequences()
-    inputs = [source_of(sequence) for sequence in sequences]
-    targets = _targets(cache, sequences)
-    references = written_for or targets
-    found = {}
-    for name, student in students.items():
-        texts = _write(student, cache, inputs, beams, batch_tokens, device, f"{name}: texts", progress)
-        found[name] = scores(texts, references)
-    return scores(targets, references) if written_for else dict.fromkeys(NAMES), found
+
+    def __init__(self, cache: Cache, num_texts: int, *, beams: int, batch_tokens: int, progress: bool) -> None:
+        self._cache, self._beams, self._batch_tokens, self._progress = cache, beams, batch_tokens, progress
+        indices = np.linspace(0, len(cache) - 1, min(num_texts, len(cache))).round().astype(np.int64).tolist()
+        self._written_for: list[str] = []
+        if _REFERENCE in cache.manifest.corpus.metadata_columns:
+            known = [(n, text) for n in indices if (text := _reference(cache, n))]
+            if not known:
+                raise ConfigError("no chosen input has a reference to judge texts by; leave out generate")
+            indices, self._written_for = [n for n, _ in known], [text for _, text in known]
+        sequences = cache.read(indices).sequences()
+        self._inputs = [source_of(sequence) for sequence in sequences]
+        self._targets = _targets(cache, sequences)
+
+    def teacher(self) -> Metrics:
+        """Return the metrics of the cache's targets where these are the teacher's texts, else None for each."""
+        return scores(self._targets, self._written_for) if self._written_for else dict.fromkeys(NAMES)
+
+    def student(self, name: str, student: Student) -> Metrics:
+        """Return the metrics of what ``student`` writes, on the device that it is on."""
+        texts: list[str] = []
+        starts = range(0, len(self._inputs), _STEP)
+        for start in tqdm(starts, desc=f"{name}: texts", unit="step", disable=not self._progress):
+            written = write_all(
+                student.model,
+                student.tokenizer,
+                student.vocab_size,
+                self._inputs[start : start + _STEP],
+                max_tokens=int(self._cache.manifest.sequences["max_target_length"]),
+                batch_tokens=self._batch_tokens,
+                beams=self._beams,
+            )
+            texts += [item.text for item in written]
+        return scores(texts, self._written_for or self._targets)
 
 
 def scores(texts: SequenceOf[str], references: SequenceOf[str]) -> Metrics:
@@ -95,33 +101,6 @@ def scores(texts: SequenceOf[str], references: SequenceOf[str]) -> Metrics:
     rouge_N = [scorer.score(right, text)["rougeL"].fmeasure for text, right in zip(texts, references, strict=True)]
     chrf = float(sacrebleu.corpus_chrf(list(texts), [list(references)]).score)
     return dict(zip(NAMES, (chrf, 100 * float(np.mean(rouge_N))), strict=True))
-
-
-def _write(
-    student: Student,
-    cache: Cache,
-    inputs: list[Any],
-    beams: int,
-    batch_tokens: int,
-    device: torch.device,
-    title: str,
-    progress: bool,
-) -> list[str]:
-    student.model.to(device)
-    texts: list[str] = []
-    for start in tqdm(range(0, len(inputs), _STEP), desc=title, unit="step", disable=not progress):
-        written = write_all(
-            student.model,
-            student.tokenizer,
-            student.vocab_size,
-            inputs[start : start + _STEP],
-            max_tokens=int(cache.manifest.sequences["max_target_length"]),
-            batch_tokens=batch_tokens,
-            beams=beams,
-        )
-        texts += [item.text for item in written]
-    student.model.to("cpu")
-    return texts
 
 
 def _targets(cache: Cache, sequences: list[Sequence]) -> list[str]:

@@ -103,11 +103,9 @@ def load_model(
 
     arguments = source_arguments(name)
     is_gguf = "gguf_file" in arguments
-    _check_not_an_adapter(name, error)
+    if not is_gguf:
+        check_loadable(name, task, revision=revision, error=error)
     with _readable_failures(name, error):
-        if not is_gguf:
-            config = transformers.AutoConfig.from_pretrained(name, revision=revision, **_NO_FOREIGN_CODE)
-            _check_architecture(config, task, name, error)
         if is_gguf:
             # Without it the model believes that it is still quantised and refuses .float() and saving.
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -126,6 +124,16 @@ def load_model(
 
         drop_pooler(model)
     return model.eval()
+
+
+def check_loadable(
+    name: str, task: Task, *, revision: str | None = None, error: type[KdcacheError] = KdcacheError
+) -> Any:
+    """Return the configuration of ``name``, and raise ``error`` when that is no model of ``task`` by its files."""
+    _check_not_an_adapter(name, error)
+    config = load_config(name, revision=revision, error=error)
+    _check_architecture(config, task, name, error)
+    return config
 
 
 def load_config(name: str, *, revision: str | None = None, error: type[KdcacheError] = KdcacheError) -> Any:

@@ -24,7 +24,7 @@ from transformers import set_seed
 from kdcache.errors import CacheError, ConfigError, StudentError
 from kdcache.models.bodies import Parts, context_length, fed, probe_inputs, split_for
 from kdcache.models.lm_head import LMHead
-from kdcache.models.loading import load_config, load_model, load_tokenizer, parse_dtype, quiet
+from kdcache.models.loading import check_loadable, load_config, load_model, load_tokenizer, parse_dtype, quiet
 from kdcache.models.packing import keeps_documents_apart
 from kdcache.models.padding import depends_on_padding
 from kdcache.models.tokenizer import describe_difference, pad_id_of
@@ -161,6 +161,22 @@ def load_student(config: StudentConfig, manifest: Manifest, tokenizer_dir: str |
     return student
 
 
+def check_pretrained(config: StudentConfig, manifest: Manifest, tokenizer_dir: str | Path) -> None:
+    """Check a pretrained student by its files, without its weights.
+
+    Raises what `load_student` raises for a model that does not exist, is not of the cache's task, or has another
+    tokenizer, other classes or too few ids; what only the weights tell is left to `load_student`.
+    """
+    assert config.model is not None
+    task = task_of_student(config, manifest)
+    found = check_loadable(config.model, task, revision=config.revision, error=StudentError)
+    _check_classes(config, manifest, config.model)
+    _check_num_ids(getattr(found.get_text_config(), "vocab_size", None), manifest, config.model)
+    own = own_tokenizer(config.model, config.revision)
+    if own is not None:
+        _check_same_ids(own, load_tokenizer(str(tokenizer_dir), error=CacheError), config.model)
+
+
 def _load_pretrained(config: StudentConfig, task: Task, manifest: Manifest, name: str) -> Any:
     _check_classes(config, manifest, name)
     set_seed(config.seed)  # of a head that the checkpoint may lack
@@ -198,12 +214,7 @@ def _fit(
     model: Any, task: Task, tokenizer: Any, manifest: Manifest, name: str, sentence: SentenceModel | None
 ) -> Student:
     vocab_size = manifest.tokenizer.vocab_size
-    embeddings = model.get_input_embeddings()
-    if embeddings.num_embeddings < vocab_size:
-        raise StudentError(
-            f"student {name} knows {embeddings.num_embeddings} token ids, but the cache uses {vocab_size}: "
-            "choose a model with the teacher's tokenizer"
-        )
+    _check_num_ids(model.get_input_embeddings().num_embeddings, manifest, name)
     positions = context_length(model)
     if positions is not None and positions < max_length(manifest):
         raise StudentError(
@@ -241,18 +252,31 @@ def _check_tokenizer(config: StudentConfig, manifest: Manifest, tokenizer: Any, 
             manifest.tokenizer.vocab_size,
         )
         return
-    differences = describe_difference(own, tokenizer)
-    if differences:
-        raise StudentError(
-            f"student {name} has another tokenizer than the cache: {'; '.join(differences)}. Token ids would not mean "
-            "the same; choose a student with the teacher's tokenizer, or a fresh one (size or config_file)"
-        )
+    _check_same_ids(own, tokenizer, name)
     if own.eos_token_id != tokenizer.eos_token_id:
         logger.warning(
             "student %s ends a text with %r, the teacher of the cache with %r: it learns and is saved with the latter",
             name,
             own.eos_token,
             tokenizer.eos_token,
+        )
+
+
+def _check_same_ids(own: Any, tokenizer: Any, name: str) -> None:
+    differences = describe_difference(own, tokenizer)
+    if differences:
+        raise StudentError(
+            f"student {name} has another tokenizer than the cache: {'; '.join(differences)}. Token ids would not mean "
+            "the same; choose a student with the teacher's tokenizer, or a fresh one (size or config_file)"
+        )
+
+
+def _check_num_ids(found: int | None, manifest: Manifest, name: str) -> None:
+    vocab_size = manifest.tokenizer.vocab_size
+    if found is not None and found < vocab_size:
+        raise StudentError(
+            f"student {name} knows {found} token ids, but the cache uses {vocab_size}: choose a model with the "
+            "teacher's tokenizer"
         )
 
 

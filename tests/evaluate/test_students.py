@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import torch
 from kdcache.cache import open_cache, reader
 from kdcache.errors import CacheError, ConfigError, StudentError
 from kdcache.evaluate import evaluate_students
+from kdcache.evaluate import run as evaluation
+from kdcache.students import load_student
 from tests.tiny import bpe_tokenizer, llama, make_cache, random_sequences
 
 TOKENIZER = bpe_tokenizer()
@@ -220,3 +223,27 @@ def test_a_perplexity_beyond_all_numbers_is_null_in_json(cache_path):
     result = run(cache_path)
     data = result.model_copy(update={"teacher": result.teacher.model_copy(update={"perplexity": np.inf})}).to_dict()
     assert json.loads(json.dumps(data, allow_nan=False))["teacher"]["perplexity"] is None
+
+
+def test_one_student_is_in_memory_at_a_time(cache_path, student_path, monkeypatch):
+    alive: list[weakref.ref] = []
+
+    def watched(*given):
+        assert all(reference() is None for reference in alive), "the student before is still in memory"
+        student = load_student(*given)
+        alive.append(weakref.ref(student.model))
+        return student
+
+    monkeypatch.setattr(evaluation, "load_student", watched)
+    path = student_path[0]
+    names = [str(path), f"{path}/", f"{path}/."]
+    result = evaluate_students(str(cache_path), names, device="cpu", progress=True)
+    assert len(alive) == 3
+    assert [row.model for row in result.students] == names
+    assert len({row.loss for row in result.students}) == 1
+
+
+def test_a_student_that_cannot_be_loaded_is_found_before_any_is(cache_path, student_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "load_student", lambda *given: pytest.fail("a student was loaded"))
+    with pytest.raises(StudentError, match="there is no model at"):
+        evaluate_students(str(cache_path), [str(student_path[0]), str(tmp_path / "none")], device="cpu", progress=False)

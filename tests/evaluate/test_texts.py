@@ -20,7 +20,7 @@ from kdcache.evaluate import evaluate_students
 from kdcache.evaluate.texts import scores
 from tests.cli.conftest import run  # noqa: F401
 from tests.task_models import SENTENCES, TINY_TASKS, t5
-from tests.write_targets.test_write_targets import tokenizer
+from tests.write.test_write_targets import tokenizer
 
 PAIRS = [(text, SENTENCES[n - 1]) for n, text in enumerate(SENTENCES)]
 
