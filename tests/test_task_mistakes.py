@@ -78,7 +78,7 @@ def test_an_encoder_decoder_embeds_nothing(tmp_path):
 
 def test_a_loss_of_labels_says_what_the_cache_lacks():
     refusal = LabelMSE(weight=1.0).refusal(TeacherContext())
-    assert refusal.startswith("it needs the corpus's own numbers, and the cache holds top-k targets")
+    assert refusal.startswith("it needs the corpus's labels, which are numbers, and the cache holds top-k targets")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ per row and output. Which metrics a task has is in `measures`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from kdcache.cache import Cache
-from kdcache.evaluate.measures import Answers, Metrics, measures_of
+from kdcache.evaluate.measures import Answers, Metrics
 from kdcache.evaluate.table_rows import ModelRow
 from kdcache.schema import OUTPUTS_FIELD
 from kdcache.students import Student
@@ -39,7 +39,7 @@ class Outputs:
     ) -> None:
         self._cache, self._batches, self._device, self._progress = cache, batches, device, progress
         self._task = task_of(cache.manifest.task)
-        self._measure, self._more = measures_of(cache.manifest.task), more
+        self._measure, self._more = self._task.metrics, more
         self._own = self._teacher_answers()
 
     def teacher(self) -> tuple[ModelRow, int]:
@@ -67,7 +67,7 @@ class Outputs:
             outputs_PC = batch.hidden[OUTPUTS_FIELD]
             labels_P = np.full(len(groups_P), np.nan, np.float32) if batch.labels_P is None else batch.labels_P
             found.append(Answers(outputs_PC, labels_P, groups_P))
-        return _joined(found)
+        return Answers.joined(found)
 
     @torch.no_grad()
     def _student_answers(self, name: str, student: Student) -> tuple[Answers, float]:
@@ -81,7 +81,7 @@ class Outputs:
             num_tokens += int(count_tokens(batch))
             groups_P = np.asarray(indices)[tensors["groups"].numpy()]
             found.append(Answers(outputs_PC, tensors["label_values"].numpy(), groups_P))
-        return _joined(found), num_tokens / max(seconds, 1e-9)
+        return Answers.joined(found), num_tokens / max(seconds, 1e-9)
 
 
 def _in_width_of(student: Student, own: Answers) -> Answers:
@@ -90,11 +90,3 @@ def _in_width_of(student: Student, own: Answers) -> Answers:
         return own
     reduced_PD = student.sentence.reduced(torch.from_numpy(own.outputs_PC)).numpy()
     return replace(own, outputs_PC=reduced_PD)
-
-
-def _joined(parts: Iterable[Answers]) -> Answers:
-    """Return all answers in the order of their sequences."""
-    columns = zip(*((part.outputs_PC, part.labels_P, part.groups_P) for part in parts), strict=True)
-    outputs_PC, labels_P, groups_P = (np.concatenate(arrays) for arrays in columns)
-    order = np.argsort(groups_P, kind="stable")
-    return Answers(outputs_PC[order], labels_P[order], groups_P[order])

@@ -22,14 +22,16 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from kdcache.cache import Cache
+from kdcache.evaluate.measures import Answers, Metrics
 from kdcache.evaluate.metrics import macro_f1
 from kdcache.evaluate.table_rows import ModelRow
 from kdcache.evaluate.tally import ClassCounts, Tally
-from kdcache.losses import ForwardKL, score_positions
+from kdcache.losses import ForwardKL, allowed, score_positions
 from kdcache.losses.from_cache import context_of
+from kdcache.schema import NO_LABEL, OUTPUTS_FIELD, SequenceBatch
 from kdcache.step import StepInputs
 from kdcache.students import Student
-from kdcache.tasks import task_of
+from kdcache.tasks import Task, task_of
 from kdcache.torch_data import count_tokens, to_tensors
 
 
@@ -40,12 +42,16 @@ class Distributions:
         self._cache, self._batches, self._device, self._progress = cache, batches, device, progress
         self._task = task_of(cache.manifest.task)
         self._context = context_of(cache).to(device)
+        self._own: Answers | None = None
 
     def teacher(self) -> tuple[ModelRow, int]:
         """Return the teacher's row, from the cache alone, and the number of positions that count."""
         tally, counts = Tally(), _class_counts(self._cache)
+        answers: list[Answers] | None = [] if self._has_metrics else None
         for indices in tqdm(self._batches, desc="teacher", unit="batch", disable=not self._progress):
-            batch = self._cache.read(indices)
+            batch = self._cache.read(indices, hidden=() if answers is None else (OUTPUTS_FIELD,))
+            if answers is not None:
+                answers.append(self._answers(batch, batch.hidden[OUTPUTS_FIELD]))
             targets = batch.targets
             labels_P = self._task.labels(batch.sequences())
             valid_P = batch.loss_mask_P.astype(bool)
@@ -61,38 +67,62 @@ class Distributions:
                 **values_P,
             )
         more: dict[str, Any] = {"entropy": tally.mean("entropy") if "entropy" in tally.sums else None}
-        if counts is None:
+        knows_mass = self._context.has("vocabulary_probabilities")
+        if counts is None and knows_mass:
             more["kept_mass"] = tally.mean("kept_mass")
         if not _has_top1(self._cache):
             more |= {"top1_accuracy": None, "ece": None}
+        elif not knows_mass:
+            more["ece"] = None
         record = self._cache.manifest.teacher
         row = _row(f"{record.name} (teacher)", record.num_parameters, tally, counts, **more)
+        if answers is not None:
+            self._own = Answers.joined(answers)
+            row = _with_metrics(row, self._task.metrics(self._own, None))
         return row, tally.num_positions
 
     def student(self, name: str, student: Student) -> ModelRow:
         """Return the row of ``student``, which is on the device of the evaluation."""
         tally, counts, seconds, num_tokens = Tally(), _class_counts(self._cache), 0.0, 0
+        answers = []
         for indices in tqdm(self._batches, desc=name, unit="batch", disable=not self._progress):
-            tensors = to_tensors(self._cache.read(indices), student.pad_id, self._task)
+            read = self._cache.read(indices)
+            tensors = to_tensors(read, student.pad_id, self._task)
             batch = {key: value.to(self._device) for key, value in tensors.items()}
             started_s = time.perf_counter()
             self._add(tally, counts, student, batch)
             seconds += time.perf_counter() - started_s
             num_tokens += int(count_tokens(batch))
-        return _row(
+            if self._has_metrics:
+                answers.append(self._answers(read, _logits(student, batch)))
+        row = _row(
             name,
             student.num_parameters,
             tally,
             counts,
-            kl=tally.mean("kl"),
+            kl=tally.mean("kl") if "kl" in tally.sums else None,
             agreement=tally.mean("agreement") if _has_top1(self._cache) else None,
             tokens_per_s=num_tokens / max(seconds, 1e-9),
         )
+        return _with_metrics(row, self._task.metrics(Answers.joined(answers), self._own)) if answers else row
+
+    @property
+    def _has_metrics(self) -> bool:
+        """Whether the task, about classes, has metrics of its own, for which all answers are kept."""
+        return self._task.gives == "classes" and type(self._task).metrics is not Task.metrics
+
+    def _answers(self, batch: SequenceBatch, logits_PC: NDArray[np.float32]) -> Answers:
+        """Return a model's logits of classes at the positions that count, with labels as numbers (NaN: none)."""
+        groups_P = np.repeat(batch.indices, np.diff(batch.position_offsets_N1))
+        labels_P, valid_P = self._task.labels(batch.sequences()), batch.loss_mask_P.astype(bool)
+        numbers_P = np.where(labels_P == NO_LABEL, np.nan, labels_P).astype(np.float32)
+        return Answers(logits_PC[valid_P], numbers_P[valid_P], groups_P[valid_P])
 
     @torch.no_grad()
     def _add(self, tally: Tally, counts: ClassCounts | None, student: Student, batch: dict[str, torch.Tensor]) -> None:
         inputs = StepInputs.of(student, batch)
-        losses = {"kl": ForwardKL(weight=1.0)}
+        kl = ForwardKL(weight=1.0)
+        losses = {} if allowed(kl, self._context) else {"kl": kl}
         scores = score_positions(inputs.hidden_PD, student.head, inputs.rows, losses, context=self._context)
         top1_P, labels_P, valid_P = scores.top1_ids_P, inputs.rows.labels_P, batch["loss_mask"].cpu().numpy()
         _count(counts, top1_P.cpu().numpy(), labels_P.cpu().numpy(), valid_P)
@@ -102,9 +132,19 @@ class Distributions:
             top1_prob_P=scores.top1_prob_P.cpu().numpy(),
             correct_P=(top1_P == labels_P).cpu().numpy(),
             loss_P=-scores.gold_logprob_P.cpu().numpy(),
-            kl=scores.losses["kl"].cpu().numpy(),
+            **{name: values_P.cpu().numpy() for name, values_P in scores.losses.items()},
             agreement=(top1_P == scores.teacher_top1_P).cpu().numpy(),
         )
+
+
+@torch.no_grad()
+def _logits(student: Student, batch: dict[str, torch.Tensor]) -> NDArray[np.float32]:
+    logits: NDArray[np.float32] = student.head.logits(student.hidden(batch)).float().cpu().numpy()
+    return logits
+
+
+def _with_metrics(row: ModelRow, metrics: Metrics) -> ModelRow:
+    return row.model_copy(update={"metrics": row.metrics | metrics})
 
 
 def _class_counts(cache: Cache) -> ClassCounts | None:

@@ -1,12 +1,12 @@
-"""What tasks whose models answer with numbers are judged by, from all of a model's answers.
+"""Metrics of the tasks whose models answer with numbers, from all of a model's answers.
 
-One function for each task, in the table at the end: from the answers of a model, and those of the teacher to compare a
-student with, to numbers by name. A number that cannot be had (no labels) is None.
+`Task.metrics` of a task calls its function here, with the answers of a model, and those of the teacher to compare a
+student with. A metric that cannot be computed (no labels) is None.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,32 +14,32 @@ from numpy.typing import NDArray
 
 from kdcache.evaluate.metrics import pearson, spearman
 from kdcache.evaluate.rankings import alike_rankings, judged_rankings
-
-Metrics = dict[str, float | None]
+from kdcache.tasks.base import Metrics
 
 
 @dataclass(frozen=True)
 class Answers:
-    """A model's outputs [P, C] at all rows, the corpus's own numbers (NaN: none), and the sequence of every row.
+    """A model's outputs [P, C] at all positions, the labels (NaN: none), and the sequence of every position.
 
-    Rows of a sequence stand next to each other, and sequences are in order.
+    Outputs are scores, embeddings, or logits of classes; labels of classes are their numbers. Positions of a sequence
+    are next to each other, and sequences are in order.
     """
 
     outputs_PC: NDArray[np.float32]
     labels_P: NDArray[np.float32]
     groups_P: NDArray[np.int64]
 
-
-Measure = Callable[[Answers, Answers | None], Metrics]
-
-
-def measures_of(task: str) -> Measure:
-    """Return what computes the metrics of a task; a task without a row is compared with its teacher alone."""
-    return MEASURES.get(task, _against_teacher)
+    @classmethod
+    def joined(cls, parts: Iterable[Answers]) -> Answers:
+        """Return the answers of all batches in the order of their sequences."""
+        columns = zip(*((part.outputs_PC, part.labels_P, part.groups_P) for part in parts), strict=True)
+        outputs_PC, labels_P, groups_P = (np.concatenate(arrays) for arrays in columns)
+        order = np.argsort(groups_P, kind="stable")
+        return cls(outputs_PC[order], labels_P[order], groups_P[order])
 
 
 def regression(answers: Answers, teacher: Answers | None) -> Metrics:
-    """Return correlations of the scores with the corpus's own, the mean squared error, and likeness to the teacher."""
+    """Return correlations of the scores with the labels, the mean squared error, and agreement with the teacher."""
     is_known_P = ~np.isnan(answers.labels_P)
     scores, labels = answers.outputs_PC[is_known_P, 0], answers.labels_P[is_known_P]
     found: Metrics = {
@@ -47,18 +47,18 @@ def regression(answers: Answers, teacher: Answers | None) -> Metrics:
         "spearman": spearman(scores, labels),
         "mse": float(np.square(scores - labels).mean()) if len(labels) else None,
     }
-    return found | _against_teacher(answers, teacher)
+    return found | against_teacher(answers, teacher)
 
 
 def ranking(answers: Answers, teacher: Answers | None) -> Metrics:
-    """Return where a query's relevant documents end up, and likeness to the teacher's ranking."""
+    """Return nDCG, MRR and hit rate, and agreement with the teacher's ranking."""
     scores_P, groups_P = answers.outputs_PC[:, 0], answers.groups_P
     found: Metrics = judged_rankings(scores_P, answers.labels_P, groups_P)
     return found | ({} if teacher is None else alike_rankings(scores_P, teacher.outputs_PC[:, 0], groups_P))
 
 
 def embedding(answers: Answers, teacher: Answers | None) -> Metrics:
-    """Return the correlation of the cosines of pairs with the corpus's judgements, and likeness to the teacher.
+    """Return the correlation of the cosines of pairs with their labels, and agreement with the teacher.
 
     ``teacher_cosine`` is the mean cosine of student and teacher; None where they are not equally wide.
     """
@@ -81,14 +81,8 @@ def _cosines(first_NC: NDArray[np.float32], second_NC: NDArray[np.float32]) -> N
     return (first * second).sum(1) / np.maximum(lengths_N, 1e-12)
 
 
-def _against_teacher(answers: Answers, teacher: Answers | None) -> Metrics:
+def against_teacher(answers: Answers, teacher: Answers | None) -> Metrics:
+    """Return the correlation of all outputs with the teacher's."""
     if teacher is None:
         return {}
     return {"teacher_pearson": pearson(answers.outputs_PC.reshape(-1), teacher.outputs_PC.reshape(-1))}
-
-
-MEASURES: dict[str, Measure] = {
-    "sequence-regression": regression,
-    "ranking": ranking,
-    "embedding": embedding,
-}

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from kdcache.errors import ConfigError, StudentError
 from kdcache.losses.schedules import Scheduled, Weight
 from kdcache.losses.selection import Select
-from kdcache.losses.teacher import TeacherContext
+from kdcache.losses.teacher import Fact, TeacherContext
 from kdcache.losses.view import ChunkView
 from kdcache.schema import OUTPUTS_FIELD, layer_field
 
@@ -46,13 +46,21 @@ class Part(Scheduled, ABC):
     """
 
     needs: ClassVar[str]
-    """What of the teacher the part is made of, in words."""
+    """What the part is made of, in words: of the teacher, or of the corpus where ``uses_teacher`` is False."""
 
     uses_teacher: ClassVar[bool] = True
-    """Whether the teacher plays a part; students without distillation are trained on parts where it does not."""
+    """Whether the part reads the teacher's targets; without distillation, a student is trained on parts that do not."""
+
+    needs_facts: ClassVar[tuple[Fact, ...]] = ()
+    """What the cache must know (`TeacherContext.has`)."""
 
     weight: Weight
     select: Select | None = None
+
+    @property
+    def sources(self) -> str:
+        """What the part is made of, in words that say where the teacher has no share in it."""
+        return self.needs if self.uses_teacher else f"{self.needs}; nothing of the teacher"
 
     @abstractmethod
     def refusal(self, context: TeacherContext) -> str | None:
@@ -72,6 +80,7 @@ class Loss(Part):
     """Whether the loss is 0 exactly when student and teacher agree on the K + 1 outcomes."""
 
     needs = "the probabilities of the kept ids and of their tail"
+    needs_facts: ClassVar[tuple[Fact, ...]] = ("vocabulary_probabilities",)
 
     ignores_samples: ClassVar[bool] = False
     """Whether the loss reads no samples but only the exact kept ids before them (see ``TeacherContext.num_kept``)."""
@@ -91,7 +100,7 @@ class Loss(Part):
         Unless a loss says otherwise it wants true probabilities: only what is linear in them may be fed estimates.
         """
         if not context.is_sampled or (self.ignores_samples and context.num_kept):
-            return None
+            return context.lacks(*self.needs_facts)
         kinds = "top-k, hybrid or hidden" if self.ignores_samples else "top-k or hidden"
         return f"it needs {self.needs}, and the cache holds {context.holds}; use a cache of {kinds} targets"
 

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from kdcache.losses.base import Loss
 from kdcache.losses.tails import TAILS, sampled_kl
-from kdcache.losses.teacher import TeacherContext
+from kdcache.losses.teacher import Fact, TeacherContext
 from kdcache.losses.temperature import (
     IMPOSSIBLE,
     Mode,
@@ -61,7 +61,7 @@ class CrossEntropy(Loss):
     is_divergence = False
     uses_teacher = False
 
-    needs = "nothing: the corpus's own answer"
+    needs = "the gold label"
 
     def values(self, view: ChunkView) -> Tensor:
         """Return the loss of each position, [C]."""
@@ -107,6 +107,9 @@ class ForwardKL(TemperedLoss):
             )
         if self.resolved_mode(context) == "full":
             return self.refusal_of_mode(context)
+        missing = context.lacks(*self._needed_facts(context))
+        if missing is not None:
+            return missing
         if self.tail != "bucket" and (context.is_sampled or self.temperature != 1.0):
             return self._refusal_of_tail(context)
         if context.is_sampled and self.temperature != 1.0:
@@ -117,6 +120,12 @@ class ForwardKL(TemperedLoss):
         if self.tail == "prior" and context.prior_V is None:
             return "the cache holds no tail prior; dump it with targets.tail_prior=true, or use tail bucket or uniform"
         return self.refusal_of_mode(context)
+
+    def _needed_facts(self, context: TeacherContext) -> tuple[Fact, ...]:
+        if context.is_sampled:
+            return ("vocabulary_probabilities", "entropy")  # the estimate is a cross-entropy less the entropy
+        # These two look at the kept ids alone.
+        return () if self.tail in ("renormalise", "drop") else self.needs_facts
 
     def _refusal_of_tail(self, context: TeacherContext) -> str:
         if context.is_sampled:
@@ -271,6 +280,7 @@ class LogitsMSE(Loss):
     is_divergence = False
     ignores_samples = True
     needs = "the logits of the kept ids up to a constant"
+    needs_facts = ()
 
     def values(self, view: ChunkView) -> Tensor:
         """Return the mean of each position, [C]."""
@@ -298,6 +308,7 @@ class Ranking(Loss):
     is_divergence = False
     ignores_samples = True
     needs = "the order of the kept ids"
+    needs_facts = ()
 
     top_k: int = Field(default=64, ge=2)
 

@@ -52,10 +52,12 @@ def context_of(cache: Cache) -> TeacherContext:
         temperatures=targets.temperatures,
         prior_V=None if prior_V is None else torch.from_numpy(prior_V),
         head=head_of(cache) if targets.kind == "hidden" else None,
-        num_layers=cache.manifest.teacher.num_layers,
+        num_layers=cache.manifest.teacher.num_layers or 0,
         layer_widths=cache.manifest.layer_widths,
         num_kept=targets.top_k,
         outputs=cache.manifest.outputs,
+        scalars=targets.scalars,
+        probabilities=targets.probabilities,
     )
 
 

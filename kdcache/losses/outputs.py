@@ -51,10 +51,9 @@ class OutputTerm(Term):
 
     def refusal(self, context: TeacherContext) -> str | None:
         """Return why the term makes no sense with such a cache and what to do instead; None if it does."""
-        if context.outputs is not None:
+        if context.has("outputs"):
             return None
-        needs = self.needs.removeprefix("nothing: ")  # of the teacher
-        return f"it needs {needs}, and the cache holds {context.holds}; caches of tasks about tokens have none"
+        return f"it needs {self.needs}, and the cache holds {context.holds}; caches of tasks about tokens have none"
 
     def build(self, context: TeacherContext, student_widths: Sequence[int], generator: torch.Generator) -> TermModule:
         """Return the module, which has nothing to learn."""
@@ -108,7 +107,7 @@ class LabelMSE(OutputTerm):
     The teacher plays no part: it is the loss that a regressor is trained on without distillation.
     """
 
-    needs = "nothing: the corpus's own numbers"
+    needs = "the corpus's labels, which are numbers"
     uses_teacher = False
 
     def refusal(self, context: TeacherContext) -> str | None:
@@ -163,7 +162,7 @@ class SimilarityMatrix(EmbeddingTerm):
 class PairTerm(EmbeddingTerm):
     """Base of terms over pairs of texts, in which the teacher plays no part."""
 
-    needs = "nothing: the corpus's own pairs"
+    needs = "the corpus's pairs of texts"
     uses_teacher = False
     needs_pairs = True
 
@@ -308,7 +307,7 @@ class ListCrossEntropy(RankingTerm):
     any judgement, has 0. The teacher plays no part: it is the loss that a ranker is trained on without distillation.
     """
 
-    needs = "nothing: the corpus's own relevance"
+    needs = "the corpus's relevance of documents"
     uses_teacher = False
 
     def of_queries(self, student_P: Tensor, teacher_P: Tensor, relevance_P: Tensor, groups: Groups) -> Tensor:

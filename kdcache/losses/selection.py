@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kdcache.config import Config
 from kdcache.errors import ConfigError, did_you_mean
-from kdcache.losses.teacher import TeacherContext, TeacherRows
+from kdcache.losses.teacher import Fact, TeacherContext, TeacherRows
 
 
 class Select(Config):
@@ -110,14 +110,15 @@ class Select(Config):
         """Return why such a cache does not know the measure and what to do instead; None if it does."""
         if self.by == "confidence" and context.kind == "sampled":
             return (
-                f"select by confidence needs the teacher's favourite token, and the cache holds {context.holds}; "
+                f"select by confidence needs the teacher's top-1 token, and the cache holds {context.holds}; "
                 "select by teacher_entropy, or use a cache of another kind"
             )
-        return None
+        missing = context.lacks(*_NEEDED.get(self.by, ()))
+        return None if missing is None else f"select by {self.by}: {missing}"
 
 
 def _teacher_entropy(teacher: TeacherRows) -> Tensor:
-    return teacher.entropy_P.double()
+    return teacher.require("entropy_P").double()
 
 
 def _teacher_loss(teacher: TeacherRows) -> Tensor:
@@ -125,7 +126,7 @@ def _teacher_loss(teacher: TeacherRows) -> Tensor:
 
 
 def _confidence(teacher: TeacherRows) -> Tensor:
-    # The first id is the favourite in all rows that keep ids; a draw beside them may only seem more probable.
+    # The first id is the top-1 of all rows that keep ids; a sampled one may only seem more probable.
     return teacher.logprobs_PK[:, 0].double().exp()
 
 
@@ -134,4 +135,10 @@ MEASURES: dict[str, Callable[[TeacherRows], Tensor]] = {
     "teacher_loss": _teacher_loss,
     "confidence": _confidence,
 }
-"""What is known of every position, [P] float64 so that bounds mean the same for students of all dtypes."""
+"""Measures of every position, [P] float64 so that bounds mean the same for students of all dtypes."""
+
+_NEEDED: dict[str, tuple[Fact, ...]] = {
+    "teacher_entropy": ("entropy",),
+    "teacher_loss": ("gold_logprob",),
+    "confidence": ("vocabulary_probabilities",),
+}

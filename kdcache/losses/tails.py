@@ -78,7 +78,7 @@ def sampled_kl(view: ChunkView) -> Tensor:
     cross_C = _expected(view.teacher.logprobs_PK, -view.student_logprobs_CK).sum(1)
     if view.student_log_tail_C is not None:
         cross_C = cross_C + _expected(view.teacher.log_tail_P, -view.student_log_tail_C)
-    return cross_C - view.teacher.entropy_P
+    return cross_C - view.teacher.require("entropy_P")
 
 
 def tail_term(view: ChunkView) -> Tensor:

@@ -13,19 +13,20 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kdcache.errors import ConfigError, CorruptCacheError
 from kdcache.models.lm_head import LMHead
-from kdcache.schema import Kind, OutputsRecord
+from kdcache.schema import SCALARS, Kind, OutputsRecord
+from kdcache.schema.records import Scalar
 
 BATCH_KEYS = {
     "ids_PK": "teacher_ids",
     "logprobs_PK": "teacher_logprobs",
     "log_tail_P": "teacher_log_tail",
-    "entropy_P": "teacher_entropy",
     "labels_P": "labels",
     "loss_mask_P": "loss_mask",
 }
@@ -33,28 +34,28 @@ OPTIONAL_BATCH_KEYS = {
     "log_tails_PG": "teacher_log_tails",
     "hidden_PD": "teacher_hidden",
     "gold_logprob_P": "teacher_gold_logprob",
+    "entropy_P": "teacher_entropy",
 }
 
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """The teacher's top K of P positions with what the losses need beside it.
+    """The teacher's targets at P positions: its top K ids and what else the losses read.
 
     ``ids_PK`` int64, distinct within a row, most probable first; ``logprobs_PK`` their log-probabilities over the
-    whole vocabulary; ``log_tail_P`` the log of the mass outside them (-inf: none); ``entropy_P`` the entropy of the
-    full distribution, in nats; ``labels_P`` int64 tokens or classes of the corpus; ``loss_mask_P`` bool, True where a
-    position counts.
+    whole vocabulary; ``log_tail_P`` the log of the mass outside them (-inf: none); ``labels_P`` int64 gold tokens or
+    classes; ``loss_mask_P`` bool, True where a position counts. Where `TeacherContext.has_pads`, padding repeats the
+    row's first id with log-probability -inf.
 
-    Where the cache's `TeacherContext` says that rows are padded, places that stand for nothing repeat the row's first
-    id with log-probability -inf. Some caches have more: ``log_tails_PG``, the log of the mass outside the kept ids at
-    each temperature of the grid, and ``hidden_PD``, the teacher's last hidden state. ``gold_logprob_P``, the teacher's
-    log-probability of the label, is only needed where positions are selected by it.
+    Optional, since not every cache has them: ``log_tails_PG``, the log of the mass outside the kept ids at each
+    temperature of the grid; ``hidden_PD``, the teacher's last hidden state; ``gold_logprob_P``, the teacher's
+    log-probability of the label; ``entropy_P``, the entropy of the full distribution, in nats.
     """
 
     ids_PK: Tensor
     logprobs_PK: Tensor
     log_tail_P: Tensor
-    entropy_P: Tensor
+    entropy_P: Tensor | None
     labels_P: Tensor
     loss_mask_P: Tensor
     log_tails_PG: Tensor | None = None
@@ -71,7 +72,8 @@ class TeacherRows:
                 f"{', '.join(batch) or 'no keys'}. Use the collator of the cache's task, and with a Trainer "
                 "of your own set remove_unused_columns=False"
             )
-        return cls(**{name: batch[key] for name, key in (BATCH_KEYS | OPTIONAL_BATCH_KEYS).items() if key in batch})
+        values: dict[str, Any] = {name: batch.get(key) for name, key in (BATCH_KEYS | OPTIONAL_BATCH_KEYS).items()}
+        return cls(**values)
 
     @property
     def num_positions(self) -> int:
@@ -110,8 +112,8 @@ class TeacherRows:
         return self._each(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TeacherRows:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TeacherRows(**{name: change(value) for name, value in values.items() if value is not None})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TeacherRows(**{name: None if value is None else change(value) for name, value in values.items()})
 
 
 _HOLDS: dict[Kind, str] = {
@@ -122,10 +124,30 @@ _HOLDS: dict[Kind, str] = {
     "outputs": "the teacher's raw outputs at each position, no distribution",
 }
 
+Fact = Literal["entropy", "gold_logprob", "vocabulary_probabilities", "tail_prior", "lm_head", "outputs"]
+#: What each fact is called, and what to do where the cache lacks it.
+_FACTS: dict[Fact, tuple[str, str]] = {
+    "entropy": (
+        "the entropy of the teacher's distribution",
+        "dump with a teacher that returns full logits, such as backend transformers",
+    ),
+    "gold_logprob": (
+        "the teacher's log-probability of the gold token",
+        "dump with a teacher that scores given tokens, such as backend transformers",
+    ),
+    "vocabulary_probabilities": (
+        "probabilities over the whole vocabulary, and those of this cache are renormalised over the kept ids",
+        "use forward_kl with tail=renormalise, logits_mse or ranking, or a cache whose teacher returns full logits",
+    ),
+    "tail_prior": ("the tail prior", "dump with targets.tail_prior=true"),
+    "lm_head": ("the teacher's last hidden state and LM head", "dump with --targets hidden"),
+    "outputs": ("the teacher's raw outputs", "dump with a task that stores them (embedding, ranking, regression)"),
+}
+
 
 @dataclass(frozen=True, eq=False)
 class TeacherContext:
-    """What a cache says about all of its rows.
+    """What a cache says about all of its positions; `has` tells what it knows.
 
     ``kind`` of the targets; ``vocab_size`` the teacher's true vocabulary V (None: the student's); ``is_ragged``
     whether rows keep different numbers of ids; ``temperatures`` [G] those of ``TeacherRows.log_tails_PG``;
@@ -133,8 +155,9 @@ class TeacherContext:
     head over V ids (None: not stored). ``num_layers`` of the teacher, and ``layer_widths`` of those layers whose
     hidden states are stored, by number (0: the embeddings, ``num_layers``: after the final norm). ``num_kept`` is how
     many ids at the front of every row are the most probable ones, with their exact probabilities; who reads samples needs
-    it (0: none, or unknown). ``outputs`` says what the raw outputs of the teacher are (None: not stored). Raises
-    ``CorruptCacheError`` when prior or head are of another vocabulary.
+    it (0: none, or unknown). ``outputs`` describes the raw outputs of the teacher (None: not stored). ``scalars`` are the
+    numbers stored of every position, ``probabilities`` whether those of the kept ids are over the vocabulary or
+    renormalised over the kept ids. Raises ``CorruptCacheError`` when prior or head are of another vocabulary.
     """
 
     kind: Kind = "top-k"
@@ -147,6 +170,8 @@ class TeacherContext:
     layer_widths: Mapping[int, int] = field(default_factory=dict)
     num_kept: int = 0
     outputs: OutputsRecord | None = None
+    scalars: tuple[Scalar, ...] = SCALARS
+    probabilities: Literal["vocabulary", "kept"] = "vocabulary"
 
     def __post_init__(self) -> None:
         self._check_size("tail prior", None if self.prior_V is None else len(self.prior_V))
@@ -161,6 +186,28 @@ class TeacherContext:
             return self
         prior_V = None if self.prior_V is None else self.prior_V.to(device)
         return replace(self, prior_V=prior_V, head=None if head is None else head.to(device))
+
+    def has(self, fact: Fact) -> bool:
+        """Tell whether the cache knows a fact about its positions."""
+        match fact:
+            case "entropy" | "gold_logprob":
+                return fact in self.scalars
+            case "vocabulary_probabilities":  # a hidden state gives the whole distribution
+                return self.head is not None or self.probabilities == "vocabulary"
+            case "tail_prior":
+                return self.prior_V is not None
+            case "lm_head":
+                return self.head is not None
+            case "outputs":
+                return self.outputs is not None
+
+    def lacks(self, *facts: Fact) -> str | None:
+        """Return what is missing of ``facts`` and what to do about it, for an error; None where nothing is."""
+        for fact in facts:
+            if not self.has(fact):
+                what, advice = _FACTS[fact]
+                return f"it needs {what}, which the cache does not have; {advice}"
+        return None
 
     @property
     def holds(self) -> str:

@@ -1,18 +1,19 @@
-"""Views of tasks whose teachers answer with tokens: a text, and the teacher's choices at some of its positions.
+"""Views of tasks whose teacher predicts tokens: a text, and the teacher's choices at some of its positions.
 
-A position has one number: that of its row, except where only some tokens have rows (masked-lm): there it is the place
-of the token in the text, by which people find it.
+A position is named by its number in the sequence. Where only some tokens are predicted (masked-lm), it is named by its
+token index, so that it can be found in the text.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.errors import CacheError
-from kdcache.peek.context import PeekContext, View
+from kdcache.errors import CacheError, ConfigError
+from kdcache.peek.context import PeekContext, View, gold_logprob, one_line, probability, shown
 from kdcache.schema import NO_LABEL, Targets
 
 
@@ -22,50 +23,94 @@ class Choice:
 
     token: str
     id: int
-    probability: float
+    probability: float | None
+    """None where the cache does not store it."""
     num_samples: int = 0
-    """How often it was drawn; its probability is then an estimate. 0: it was kept, with its own probability."""
+    """How often it was sampled; its probability is then an estimate. 0: it was kept, with its exact probability."""
 
 
 @dataclass(frozen=True)
 class PeekPosition:
-    """What the teacher expects after ``before``; ``tail`` is the probability outside the kept ids.
+    """The teacher's prediction after ``before``; ``tail`` is the probability of all ids that were not kept.
 
-    Where the cache holds samples, they follow the kept ids in ``top``, with their share of the tail.
+    Where the cache holds samples, they follow the kept ids in ``top``, each with its share of the tail.
     """
 
     position: int
     before: str
     gold: Choice | None
-    """The corpus's own token; None where there is none."""
+    """The gold token; None where there is none."""
     top: list[Choice]
     tail: float
-    entropy: float
+    entropy: float | None
+    """In nats; None where the cache does not store it."""
     counts: bool
     """Whether the position counts in the loss."""
+
+    def lines(self) -> list[str]:
+        """Return the position as lines of text, the gold token marked with a star."""
+        gold = self.gold
+        note = "" if self.counts else "  (does not count in the loss)"
+        found = [f"position {self.position}: ...{self._around()}{note}"]
+        for choice in self.top:
+            mark = "*" if gold is not None and choice.id == gold.id else " "
+            found.append(f"  {mark} {shown(choice.probability)}  {choice.token!r}{_sampled(choice, gold)}")
+        if gold is not None and gold.id not in {choice.id for choice in self.top}:
+            found.append(f"  * {shown(gold.probability)}  {gold.token!r}  ({self._gold_note})")
+        entropy = "" if self.entropy is None else f", entropy {self.entropy:.3f} nats"
+        return [*found, f"    tail {self.tail:.4f}{entropy}"]
+
+    _gold_note: ClassVar[str] = "the next token"
+
+    def _around(self) -> str:
+        return f"{one_line(self.before)[-60:]}|"
 
 
 @dataclass(frozen=True)
 class MaskedPosition(PeekPosition):
-    """What the teacher expects between ``before`` and ``after``, where models are fed the token ``fed``."""
+    """The teacher's prediction between ``before`` and ``after``, where models are fed the token ``fed``."""
 
     fed: str
     after: str
 
+    _gold_note: ClassVar[str] = "the masked token"
+
+    def _around(self) -> str:
+        return f"{super()._around()}{one_line(self.fed)}|{one_line(self.after)[:60]}..."
+
 
 @dataclass(frozen=True)
 class PeekResult(View):
-    """A text as models are fed it, and some of its positions."""
+    """The text that models are fed, and some of its positions."""
 
     text: str
     positions: list[PeekPosition]
 
+    def render(self) -> str:
+        """Return the text and its positions, for a terminal."""
+        return "\n".join([self._texts(), "", *(line for position in self.positions for line in position.lines())])
+
+    def _texts(self) -> str:
+        return self.text
+
 
 @dataclass(frozen=True)
 class TargetResult(PeekResult):
-    """An input (``text``), the target that the corpus has for it, and some positions of the target."""
+    """An input (``text``), its target, and some positions of the target."""
 
     target: str
+
+    def _texts(self) -> str:
+        return f"input: {self.text}\ntarget: {self.target}"
+
+
+def _sampled(choice: Choice, gold: Choice | None) -> str:
+    if not choice.num_samples:
+        return ""
+    own = (
+        f"; its own probability {shown(gold.probability).strip()}" if gold is not None and choice.id == gold.id else ""
+    )
+    return f"  (share of {choice.num_samples} {'sample' if choice.num_samples == 1 else 'samples'}{own})"
 
 
 def _spread(targets: Targets, count: int) -> NDArray[np.int64]:
@@ -73,83 +118,94 @@ def _spread(targets: Targets, count: int) -> NDArray[np.int64]:
 
 
 def _most_uncertain(targets: Targets, count: int) -> NDArray[np.int64]:
+    assert targets.entropy_P is not None
     return np.sort(np.argsort(-targets.entropy_P, kind="stable")[:count])
 
 
 def _most_surprising(targets: Targets, count: int) -> NDArray[np.int64]:
+    assert targets.gold_logprob_P is not None
     return np.sort(np.argsort(targets.gold_logprob_P, kind="stable")[:count])
 
 
-#: How positions are chosen when none are named.
+#: How positions are chosen when none are given.
 SELECTIONS = {"spread": _spread, "entropy": _most_uncertain, "loss": _most_surprising}
+#: The scalar that a selection needs.
+_NEEDED = {"entropy": "entropy", "loss": "gold_logprob"}
 
 
-def following(glance: PeekContext) -> PeekResult:
-    """Show what the teacher expects after tokens 0 to p, at positions p."""
-    tokens = glance.batch.tokens_T.tolist()
-    found = [_position(glance, p, p, tokens[: p + 1]) for p in _rows(glance)]
-    return PeekResult(glance.number, glance.metadata, glance.texts.fed(tokens), found)
+def following(context: PeekContext) -> PeekResult:
+    """Show what the teacher predicts after tokens 0 to p, at positions p."""
+    tokens = context.batch.tokens_T.tolist()
+    found = [_position(context, p, p, tokens[: p + 1]) for p in _rows(context)]
+    return PeekResult(context.number, context.metadata, context.texts.fed(tokens), found)
 
 
-def written(glance: PeekContext) -> TargetResult:
-    """Show an input, and what the teacher expects after the first p tokens of the target, at positions p."""
-    source, target = glance.part(0), glance.part(1)
-    found = [_position(glance, p, p, target[:p]) for p in _rows(glance)]
-    texts = glance.texts
-    return TargetResult(glance.number, glance.metadata, texts.fed(source), found, texts.fed(target))
+def written(context: PeekContext) -> TargetResult:
+    """Show an input, and what the teacher predicts after the first p tokens of the target, at positions p."""
+    source, target = context.part(0), context.part(1)
+    found = [_position(context, p, p, target[:p]) for p in _rows(context)]
+    texts = context.texts
+    return TargetResult(context.number, context.metadata, texts.fed(source), found, texts.fed(target))
 
 
-def hidden(glance: PeekContext) -> PeekResult:
-    """Show what the teacher expects at tokens that were hidden from it."""
-    tokens, texts = glance.batch.tokens_T.tolist(), glance.texts
-    glance.check(glance.batch.token_index_P is not None, "there are no places")
-    places = np.asarray(glance.batch.token_index_P).tolist()
-    glance.check(max(places) < len(tokens), f"a hidden token is at {max(places)}, but there are {len(tokens)} tokens")
+def masked(context: PeekContext) -> PeekResult:
+    """Show what the teacher predicts for the masked tokens."""
+    tokens, texts = context.batch.tokens_T.tolist(), context.texts
+    context.check(context.batch.token_index_P is not None, "there is no token_index")
+    indices = np.asarray(context.batch.token_index_P).tolist()
+    context.check(
+        max(indices) < len(tokens), f"a masked token is at {max(indices)}, but there are {len(tokens)} tokens"
+    )
     found: list[PeekPosition] = []
-    for row in _rows(glance, places):
-        place = places[row]
-        plain = _position(glance, row, place, tokens[:place])
-        after = texts.fed(tokens[place + 1 : place + 1 + glance.context])
-        found.append(MaskedPosition(**vars(plain), fed=texts.token(tokens[place]), after=after))
-    return PeekResult(glance.number, glance.metadata, texts.fed(tokens), found)
+    for row in _rows(context, indices):
+        index = indices[row]
+        plain = _position(context, row, index, tokens[:index])
+        after = texts.fed(tokens[index + 1 : index + 1 + context.num_around])
+        found.append(MaskedPosition(**vars(plain), fed=texts.token(tokens[index]), after=after))
+    return PeekResult(context.number, context.metadata, texts.fed(tokens), found)
 
 
-def _rows(glance: PeekContext, names: list[int] | None = None) -> list[int]:
-    """Return the rows that are shown; ``names`` are the numbers of all rows for people, if not their own."""
-    targets = glance.batch.targets
+def _rows(context: PeekContext, names: list[int] | None = None) -> list[int]:
+    """Return the numbers of the positions to show; ``names`` are their token indices, where they are named by these."""
+    targets = context.batch.targets
     known = range(targets.num_positions) if names is None else names
-    for position in glance.positions:
+    for position in context.positions:
         if position not in known:
             there = f"0 to {len(known) - 1}" if names is None else ", ".join(map(str, names))
-            raise CacheError(f"sequence {glance.number} has no position {position}; it has {there}")
-    if glance.positions:
-        return [known.index(position) for position in glance.positions]
-    rows: list[int] = SELECTIONS[glance.select](targets, glance.count).tolist()
+            raise CacheError(f"sequence {context.number} has no position {position}; it has {there}")
+    if context.positions:
+        return [known.index(position) for position in context.positions]
+    needed = _NEEDED.get(context.select)
+    if needed is not None and getattr(targets, f"{needed}_P") is None:
+        raise ConfigError(
+            f"positions cannot be selected by {context.select}: the cache stores no {needed}; use --select spread or --at"
+        )
+    rows: list[int] = SELECTIONS[context.select](targets, context.count).tolist()
     return rows
 
 
-def _position(glance: PeekContext, row: int, position: int, before: list[int]) -> PeekPosition:
-    targets, texts = glance.batch.targets, glance.texts
-    label = int(glance.task.labels([glance.sequence])[row])
+def _position(context: PeekContext, row: int, position: int, before: list[int]) -> PeekPosition:
+    targets, texts = context.batch.targets, context.texts
+    label = int(context.task.labels([context.sequence])[row])
 
-    def choice(token_id: int, logprob: float, num_samples: int = 0) -> Choice:
-        return Choice(texts.token(token_id), token_id, float(np.exp(logprob)), num_samples)
+    def choice(token_id: int, logprob: float | None, num_samples: int = 0) -> Choice:
+        return Choice(texts.token(token_id), token_id, probability(logprob), num_samples)
 
     return PeekPosition(
         position=position,
-        before=texts.fed(before[max(0, len(before) - glance.context) :]),
-        gold=None if label == NO_LABEL else choice(label, targets.gold_logprob_P[row]),
-        top=[choice(*favourite) for favourite in _favourites(targets, row, glance.top)],
+        before=texts.fed(before[max(0, len(before) - context.num_around) :]),
+        gold=None if label == NO_LABEL else choice(label, gold_logprob(targets, row, label)),
+        top=[choice(*one) for one in _top_choices(targets, row, context.top)],
         tail=float(np.exp(targets.log_tail_P[row])),
-        entropy=float(targets.entropy_P[row]),
-        counts=bool(glance.batch.loss_mask_P[row]),
+        entropy=None if targets.entropy_P is None else float(targets.entropy_P[row]),
+        counts=bool(context.batch.loss_mask_P[row]),
     )
 
 
-def _favourites(targets: Targets, row: int, count: int) -> list[tuple[int, float, int]]:
-    """Return the first ids of a row: kept ones with their log-probabilities, then drawn ones, and how often each.
+def _top_choices(targets: Targets, row: int, count: int) -> list[tuple[int, float, int]]:
+    """Return the top ids of a position, each with its log-probability and how often it was sampled; kept ids first.
 
-    A share of the tail says little of an id by itself (one draw may be of any), so samples never go before kept ids.
+    A share of the tail says little about an id (a single sample may be of any), so samples never precede kept ids.
     """
     one = targets.take(slice(row, row + 1))
     ids_PJ, logprobs_PJ, _ = one.merged()

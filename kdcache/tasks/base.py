@@ -23,9 +23,19 @@ from pydantic import Field
 
 from kdcache.config import Config
 from kdcache.corpus import TEXT, Corpus, Encoder, Role
+from kdcache.plugins import import_row
 from kdcache.schema import NO_LABEL, ArrayRecord, OutputsRecord, Sequence, SequenceBatch, Targets
 
 Gives = Literal["tokens", "classes", "outputs"]
+
+Metrics = dict[str, float | None]
+
+#: Views and metrics stand above this layer, so they are named here and imported when they are used.
+_VIEWS: dict[Gives, str] = {
+    "tokens": "kdcache.peek.tokens:following",
+    "classes": "kdcache.peek.answers:classes",
+    "outputs": "kdcache.peek.answers:score",
+}
 
 
 class TaskSettings(Config):
@@ -136,6 +146,24 @@ class Task(ABC):
         numbers = [s.labels_L for s in sequences if s.labels_L is not None and s.labels_L.dtype.kind == "f"]
         return np.concatenate(numbers) if numbers else self.labels(sequences)
 
+    def view(self, context: Any) -> Any:
+        """Return what ``kdcache peek`` shows of a sequence: a `kdcache.peek.View` made from a `PeekContext`.
+
+        By default that of other tasks whose teacher gives the same.
+        """
+        return import_row(_VIEWS[self.gives])(context)
+
+    def metrics(self, answers: Any, teacher: Any) -> Metrics:
+        """Return metrics of the task from the `kdcache.evaluate.measures.Answers` of a model to a whole cache.
+
+        ``teacher`` are the teacher's answers to compare a student with; None if the model is the teacher. A metric that
+        cannot be computed (no labels) is None. For tasks that give tokens this is not called; for classes it adds to
+        accuracy, macro F1 and the others that all tasks with classes have.
+        """
+        if self.gives != "outputs":
+            return {}
+        return import_row("kdcache.evaluate.measures:against_teacher")(answers, teacher)
+
     def collate(self, batch: SequenceBatch, pad_id: int) -> dict[str, NDArray[Any]]:
         """Turn decoded sequences into one training batch: `pad_batch`, labels, and the teacher's rows.
 
@@ -162,14 +190,15 @@ class Task(ABC):
 
 def _teacher_rows(targets: Targets) -> dict[str, NDArray[Any]]:
     ids_PK, logprobs_PK, log_tail_P = targets.merged()
-    rows: dict[str, NDArray[Any]] = {
+    rows: dict[str, NDArray[Any] | None] = {
         "teacher_ids": ids_PK.astype(np.int64),
         "teacher_logprobs": logprobs_PK,
         "teacher_log_tail": log_tail_P,
         "teacher_gold_logprob": targets.gold_logprob_P,
         "teacher_entropy": targets.entropy_P,
+        "teacher_log_tails": targets.log_tails_PG,
     }
-    return rows if targets.log_tails_PG is None else rows | {"teacher_log_tails": targets.log_tails_PG}
+    return {name: values for name, values in rows.items() if values is not None}
 
 
 def _numbers(batch: SequenceBatch) -> dict[str, NDArray[Any]]:

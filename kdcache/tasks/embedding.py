@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from kdcache.cache.fields import NUMBER_LABELS, SEGMENT_IDS
 from kdcache.corpus import TEXT, Corpus, Encoder, Role
+from kdcache.plugins import import_row
 from kdcache.schema import ArrayRecord, OutputsRecord, Sequence
-from kdcache.tasks.base import Sequences, Task, TaskSettings, padded_inputs
+from kdcache.tasks.base import Metrics, Sequences, Task, TaskSettings, padded_inputs
 from kdcache.tasks.documents import Made, Row, joined, make_sequences, special_tokens, texts_of
 from kdcache.tasks.labels import number_label, numbers
 
@@ -57,6 +58,14 @@ class Embedding(Task):
         """Return ``input_ids`` and ``attention_mask`` [B, L] of all texts, and ``rows`` [B]."""
         texts = [text for sequence in sequences for text in split_parts(sequence)]
         return {**padded_inputs(texts, pad_id), "rows": np.arange(len(texts))}
+
+    def view(self, context: Any) -> Any:
+        """Return the texts with the first components of their embeddings."""
+        return import_row("kdcache.peek.answers:embedding")(context)
+
+    def metrics(self, answers: Any, teacher: Any) -> Metrics:
+        """Return correlations with the labels of pairs, and the cosine with the teacher."""
+        return import_row("kdcache.evaluate.measures:embedding")(answers, teacher)
 
 
 def split_parts(sequence: Sequence) -> list[NDArray[np.uint32]]:

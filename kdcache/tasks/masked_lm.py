@@ -24,6 +24,7 @@ from pydantic import Field
 from kdcache.cache.fields import PLACES, WHOLE_LABELS
 from kdcache.corpus import Corpus, Encoder
 from kdcache.errors import ConfigError
+from kdcache.plugins import import_row
 from kdcache.schema import ArrayRecord, OutputsRecord, Sequence
 from kdcache.tasks.base import Sequences, Task, TaskSettings, padded_inputs
 from kdcache.tasks.documents import Made, Row, joined, make_sequences, special_tokens, texts_of
@@ -70,6 +71,10 @@ class MaskedLM(Task):
         longest = inputs["input_ids"].shape[1]
         places = [np.asarray(s.token_index_L, np.int64) + n * longest for n, s in enumerate(sequences)]
         return {**inputs, "rows": np.concatenate(places)}
+
+    def view(self, context: Any) -> Any:
+        """Return the masked tokens with the teacher's predictions."""
+        return import_row("kdcache.peek.tokens:masked")(context)
 
 
 def _make(

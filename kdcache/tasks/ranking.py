@@ -20,8 +20,9 @@ from pydantic import Field
 from kdcache.cache.fields import NUMBER_LABELS, SEGMENT_IDS
 from kdcache.corpus import Corpus, Encoder, Role
 from kdcache.errors import CorpusError
+from kdcache.plugins import import_row
 from kdcache.schema import ArrayRecord, OutputsRecord, Sequence
-from kdcache.tasks.base import Sequences, Task, TaskSettings, padded_inputs
+from kdcache.tasks.base import Metrics, Sequences, Task, TaskSettings, padded_inputs
 from kdcache.tasks.documents import Made, Row, joined, make_sequences, special_tokens, texts_of
 from kdcache.tasks.labels import number_label, numbers
 
@@ -64,6 +65,14 @@ class Ranking(Task):
             pairs += np.split(sequence.tokens_T, borders)
             kinds += np.split(segments_T % 2, borders)
         return {**padded_inputs(pairs, pad_id, kinds), "rows": np.arange(len(pairs))}
+
+    def view(self, context: Any) -> Any:
+        """Return the query with its documents, ranked by the teacher."""
+        return import_row("kdcache.peek.answers:ranking")(context)
+
+    def metrics(self, answers: Any, teacher: Any) -> Metrics:
+        """Return nDCG, MRR and hit rate, and the agreement with the teacher's ranking."""
+        return import_row("kdcache.evaluate.measures:ranking")(answers, teacher)
 
 
 class BiEncoderRanking(Ranking):

@@ -22,6 +22,7 @@ from pydantic import Field
 from kdcache.cache.fields import SEGMENT_IDS
 from kdcache.corpus import Corpus, Encoder, Role
 from kdcache.errors import ConfigError, CorpusError
+from kdcache.plugins import import_row
 from kdcache.schema import ArrayRecord, OutputsRecord, Sequence
 from kdcache.tasks.base import Sequences, Task, TaskSettings, pad, padded_inputs
 from kdcache.tasks.documents import Made, Row, joined, make_sequences, special_tokens, texts_of
@@ -70,6 +71,10 @@ class Seq2SeqLM(Task):
         inputs = padded_inputs([source_of(s) for s in sequences], pad_id)
         target_ids_BD, real_BD = pad([target_of(s) for s in sequences], pad_id)
         return {**inputs, "target_ids": target_ids_BD, "rows": np.flatnonzero(real_BD)}
+
+    def view(self, context: Any) -> Any:
+        """Return the input, and positions of the target."""
+        return import_row("kdcache.peek.tokens:written")(context)
 
 
 def source_of(sequence: Sequence) -> TokenArray:

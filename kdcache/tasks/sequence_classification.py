@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from kdcache.cache.fields import NUMBER_LABELS, SEGMENT_IDS, WHOLE_LABELS
 from kdcache.corpus import TEXT, Corpus, Encoder, Role
 from kdcache.errors import ConfigError
+from kdcache.plugins import import_row
 from kdcache.schema import ArrayRecord, OutputsRecord, Sequence
-from kdcache.tasks.base import Gives, Sequences, Task, padded_inputs
+from kdcache.tasks.base import Gives, Metrics, Sequences, Task, padded_inputs
 from kdcache.tasks.documents import Made, Row, joined, make_sequences, shorten, special_tokens, texts_of
 from kdcache.tasks.labels import class_label, classes, number_label, numbers
 
@@ -103,3 +104,7 @@ class SequenceRegression(SequenceClassification):
     def label(self, value: Any, outputs: OutputsRecord, document: str) -> NDArray[Any]:
         """Return the label of a document as a `Sequence` holds it."""
         return numbers([number_label(value, document)])
+
+    def metrics(self, answers: Any, teacher: Any) -> Metrics:
+        """Return correlations with the labels and with the teacher, and the mean squared error."""
+        return import_row("kdcache.evaluate.measures:regression")(answers, teacher)

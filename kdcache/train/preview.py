@@ -203,7 +203,7 @@ def _term(
         temperature_end=getattr(last, "temperature", None),
         mode=mode,
         tail=getattr(first, "tail", None) if has_tail else None,
-        needs="the teacher's last hidden state and LM head" if mode == "full" else part.needs,
+        needs="the teacher's last hidden state and LM head" if mode == "full" else part.sources,
         uses_teacher=part.uses_teacher,
         is_trained=highest(part.weight) > 0,
         kept_mass=min(known) if known else None,

@@ -213,7 +213,7 @@ def test_peek_shows_draws_after_kept_ids_and_as_draws(run, tmp_path, teacher_dir
         assert sum(drawn) == 6
         share = sum(choice["probability"] for choice in top[3:])
         assert share == pytest.approx(position["tail"], rel=1e-5)
-    assert "(share of 1 draw)" in run("peek", cache, "--sequence", 2, "--at", "0,3,5", "--top", 9).out
+    assert "(share of 1 sample)" in run("peek", cache, "--sequence", 2, "--at", "0,3,5", "--top", 9).out
 
 
 def test_inspect_does_not_guess_the_favourite_from_draws(run, tmp_path, teacher_dir, corpus_file):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kdcache.evaluate.measures import Answers, measures_of
+from kdcache.evaluate.measures import Answers
 from kdcache.evaluate.rankings import alike_rankings, judged_rankings
+from kdcache.tasks import TASKS
 
 #: The place from the front (from 0) of the relevant documents, and how many documents there are.
 BY_HAND = {
@@ -94,7 +95,7 @@ def test_lists_that_cannot_be_ordered_do_not_count() -> None:
 def test_the_teachers_row_is_compared_with_the_corpus_alone() -> None:
     scores, relevance = query([1], 3)
     answers = Answers(scores[:, None], relevance, np.zeros(3, np.int64))
-    measure = measures_of("ranking")
+    measure = TASKS["ranking"].metrics
     assert list(measure(answers, None)) == ["ndcg_at_10", "mrr_at_10", "hit_at_1"]
     both = measure(answers, answers)
     assert (both["mrr_at_10"], both["teacher_spearman"], both["teacher_top1"]) == (0.5, pytest.approx(1), 1)

@@ -9,6 +9,7 @@ import torch
 
 from kdcache.errors import ConfigError, CorruptCacheError
 from kdcache.losses import (
+    LOSSES,
     ChunkView,
     CrossEntropy,
     ForwardKL,
@@ -16,6 +17,7 @@ from kdcache.losses import (
     Objective,
     ObjectiveConfig,
     TeacherContext,
+    TeacherRows,
     allowed,
     score_positions,
 )
@@ -147,3 +149,79 @@ def test_a_context_moves_to_a_device_once():
     assert moved.to("meta") is moved
     assert {moved.prior_V.device.type, moved.head.weight_VD.device.type, moved.head.bias_V.device.type} == {"meta"}
     assert (moved.kind, moved.vocab_size, moved.head.scale) == ("hidden", 9, 2.0)
+
+
+# ------------------------------------------------------------------------------------- what a cache may not know
+
+
+def test_a_cache_says_which_facts_it_has():
+    everything = TeacherContext(prior_V=torch.ones(5), head=LMHead(torch.ones(5, 2)), vocab_size=5)
+    facts = ("entropy", "gold_logprob", "vocabulary_probabilities", "tail_prior", "lm_head")
+    assert all(everything.has(fact) for fact in facts)
+    assert everything.lacks(*facts) is None
+    bare = TeacherContext(scalars=(), probabilities="kept")
+    assert not any(bare.has(fact) for fact in facts)
+    assert bare.lacks("entropy", "lm_head").startswith("it needs the entropy of the teacher's distribution, which")
+    # A hidden state gives the whole distribution, whatever is kept in addition.
+    assert TeacherContext(probabilities="kept", head=LMHead(torch.ones(5, 2))).has("vocabulary_probabilities")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_probabilities_of_the_kept_ids_alone_serve_losses_that_are_blind_to_the_tail(name):
+    kept = TeacherContext(probabilities="kept", scalars=())
+    reason = allowed(LOSSES[name](weight=1.0), kept)
+    assert (reason is None) is (name in ("cross_entropy", "logits_mse", "ranking"))
+    if reason is not None:
+        assert "renormalised over the kept ids" in reason
+        assert "tail=renormalise" in reason
+
+
+def test_forward_kl_that_renormalises_needs_no_tail():
+    kept = TeacherContext(probabilities="kept", scalars=())
+    for tail in ("renormalise", "drop"):
+        assert allowed(ForwardKL(weight=1, tail=tail), kept) is None
+    assert allowed(ForwardKL(weight=1, tail="uniform"), kept) is not None
+
+
+def test_the_estimate_from_samples_needs_the_entropy():
+    kl = ForwardKL(weight=1)
+    assert allowed(kl, TeacherContext(kind="sampled")) is None
+    assert "entropy" in allowed(kl, TeacherContext(kind="sampled", scalars=("gold_logprob",)))
+    assert allowed(kl, TeacherContext(scalars=())) is None
+
+
+@pytest.mark.parametrize(
+    ("by", "scalars", "probabilities", "missing"),
+    [
+        ("teacher_entropy", ("gold_logprob",), "vocabulary", "the entropy"),
+        ("teacher_loss", ("entropy",), "vocabulary", "log-probability of the gold token"),
+        ("confidence", ("entropy",), "kept", "renormalised"),
+    ],
+)
+def test_a_selection_by_what_the_cache_does_not_know_names_the_loss_and_what_is_missing(
+    by, scalars, probabilities, missing
+):
+    context = TeacherContext(scalars=scalars, probabilities=probabilities)
+    loss = LOSSES["ranking"](weight=1, select={"by": by, "min": 0.1})
+    with pytest.raises(ConfigError, match=rf"^ranking: select by {by}: it needs .*{missing}.*; "):
+        Objective(ObjectiveConfig(ranking=loss), context=context)
+
+
+def test_rows_without_scalars_train_on_what_does_not_need_them():
+    logits = torch.randn(4, 9)
+    top = logits.log_softmax(-1).topk(3)
+    rows = TeacherRows.from_batch(
+        {
+            "teacher_ids": top.indices,
+            "teacher_logprobs": top.values,
+            "teacher_log_tail": torch.log1p(-top.values.exp().sum(1)),
+            "labels": torch.zeros(4, dtype=torch.int64),
+            "loss_mask": torch.ones(4, dtype=torch.bool),
+        }
+    )
+    assert rows.entropy_P is None
+    assert rows.gold_logprob_P is None
+    value = ForwardKL(weight=1).values(ChunkView(logits.double(), rows))
+    torch.testing.assert_close(value, torch.zeros(4, dtype=torch.float64), atol=1e-6, rtol=0)
+    with pytest.raises(ConfigError, match="teacher_entropy"):
+        rows.require("entropy_P")

@@ -477,4 +477,6 @@ def test_wrong_settings(loss, settings):
 
 def test_the_default_of_every_loss_needs_nothing_but_a_weight():
     assert all(loss(weight=1.0).needs for loss in LOSSES.values())
-    assert CrossEntropy(weight=1.0).needs.startswith("nothing")
+    assert not CrossEntropy.uses_teacher
+    assert CrossEntropy(weight=1.0).sources == "the gold label; nothing of the teacher"
+    assert all(loss(weight=1.0).sources == loss.needs for loss in LOSSES.values() if loss.uses_teacher)

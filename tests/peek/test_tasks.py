@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from kdcache.cache import open_cache
 from kdcache.errors import CacheError, ConfigError
-from kdcache.peek import VIEWS, peek_cache, view_of
+from kdcache.peek import PeekContext, View, peek_cache
 from kdcache.tasks import TASKS
 from tests.cli.conftest import Run, run
 from tests.task_models import TINY_TASKS
@@ -54,15 +55,27 @@ def shown(run: Run, cache: Path, *options: object) -> Any:
     return json.loads(outcome.out)
 
 
-def test_every_task_has_a_view_of_its_own() -> None:
-    assert set(VIEWS) == set(TASKS) == set(KEYS)
+def test_every_task_has_a_view() -> None:
+    assert set(TASKS) == set(KEYS)
 
 
-def test_a_new_task_is_shown_as_those_that_give_the_same() -> None:
-    class Mood(type(TASKS["sequence-classification"])):  # type: ignore[misc]
-        name = "mood"
+def test_a_new_task_may_bring_a_view_of_its_own(
+    task_caches: dict[str, Path], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True)
+    class Length(View):
+        num_tokens: int
 
-    assert view_of(Mood()) is VIEWS["sequence-classification"]
+    class Measured(type(TASKS["sequence-regression"])):  # type: ignore[misc]
+        def view(self, context: PeekContext) -> View:
+            return Length(context.number, context.metadata, len(context.batch.tokens_T))
+
+    cache = task_caches["sequence-regression"]
+    assert shown(run, cache).keys() == _TOP | {"text", "text_pair", "scores", "label"}
+    monkeypatch.setitem(TASKS._used, "sequence-regression", Measured())
+    found = shown(run, cache)
+    assert found.keys() == _TOP | {"num_tokens"}
+    assert run("peek", cache).out.endswith(f"\nnum_tokens: {found['num_tokens']}\n")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -217,8 +230,8 @@ def test_relevant_documents_are_shown_wherever_the_teacher_has_them(caches: dict
 
 @pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.gives != "tokens"])
 def test_whole_texts_have_no_positions_to_choose(task: str, caches: dict[str, Path], run: Run) -> None:
-    assert f"task {task} has no positions to choose from" in run("peek", caches[task], "--at", 0).message()
-    with pytest.raises(ConfigError, match="no positions"):
+    assert f"positions cannot be chosen for task {task}" in run("peek", caches[task], "--at", 0).message()
+    with pytest.raises(ConfigError, match="positions cannot be chosen"):
         peek_cache(open_cache(str(caches[task])), positions=[0])
 
 
@@ -269,7 +282,7 @@ def test_looking_needs_no_torch(caches: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("task", "array", "value", "words"),
     [
-        ("masked-lm", "token_index_P", 999, "a hidden token is at 999"),
+        ("masked-lm", "token_index_P", 999, "a masked token is at 999"),
         ("sequence-classification", "labels_P", 7, "is 7"),
     ],
 )
