@@ -21,20 +21,36 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache.order import Order, SequentialOrder, ShuffledOrder
+from kdcache.cache.order import Order
 from kdcache.errors import ConfigError
 from kdcache.schema import SequenceBatch
 
-if TYPE_CHECKING:
-    from kdcache.cache.reader import Cache
-
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+class Source(Protocol):
+    """What batches need of an open cache: `kdcache.cache.reader.Cache` has it."""
+
+    shard_starts: NDArray[np.int64]
+
+    @property
+    def sizes_N(self) -> NDArray[np.int64]:
+        """About how many tokens of every sequence a model reads, [N]."""
+        ...
+
+    def read(self, indices: Iterable[int], *, hidden: Iterable[str] = (), top_k: int | None = None) -> SequenceBatch:
+        """Read and decode sequences."""
+        ...
+
+    def prefetch(self, shards: Iterable[int], hidden: Iterable[str] = ()) -> None:
+        """Download shards in the background, in the order of their first use."""
+        ...
 
 
 class MicroBatches:
@@ -42,7 +58,7 @@ class MicroBatches:
 
     def __init__(
         self,
-        cache: Cache,
+        cache: Source,
         order: Order,
         *,
         batch_sequences: int,
@@ -119,7 +135,7 @@ class Batches(Generic[T]):
 
     def __init__(
         self,
-        cache: Cache,
+        cache: Source,
         micro_batches: MicroBatches,
         *,
         make: Callable[[SequenceBatch], T],
@@ -159,7 +175,8 @@ class Batches(Generic[T]):
         most = self.micro_batches.num_sequences
         if not (isinstance(epoch, int) and isinstance(sample, int) and epoch >= 0 and 0 <= sample <= most):
             raise ConfigError(
-                f"the state {dict(state)} is none of these data: expected an epoch and a next_sample of at most {most}"
+                f"loader state {dict(state)} does not match this data set of {most} sequences: expected an epoch of at "
+                f"least 0 and a next_sample from 0 to {most}; load the state of a run over the same sequences"
             )
         self._epoch, self._next_sample = (epoch + 1, 0) if sample == most else (epoch, sample)
         self._start = self._next_sample
@@ -190,35 +207,7 @@ class Batches(Generic[T]):
     def _expect(self, epoch: int, start: int) -> None:
         shards = np.searchsorted(self._cache.shard_starts, self.micro_batches.mine(epoch, start), side="right") - 1
         firsts = np.unique(shards, return_index=True)[1]
-        self._cache.expect(shards[np.sort(firsts)].tolist(), self._hidden)
-
-
-def batches_of(
-    cache: Cache,
-    batch_sequences: int,
-    *,
-    shuffle: bool,
-    seed: int,
-    where: str | None,
-    shuffle_window: int,
-    num_streams: int,
-    rank: int,
-    num_ranks: int,
-    **reading: Any,
-) -> Batches[SequenceBatch]:
-    """Return the batches of `Cache.batches`; ``reading`` are the settings of `Batches`."""
-    chosen_N = None if where is None else cache.where(where)
-    order: Order
-    if shuffle:
-        order = ShuffledOrder(cache.shard_starts, seed, shuffle_window, cache.order_key, chosen_N, num_streams)
-    else:
-        order = SequentialOrder(np.arange(len(cache)) if chosen_N is None else chosen_N)
-    dealt = MicroBatches(cache, order, batch_sequences=batch_sequences, rank=rank, num_ranks=num_ranks)
-    return Batches(cache, dealt, make=_as_read, **reading)
-
-
-def _as_read(batch: SequenceBatch) -> SequenceBatch:
-    return batch
+        self._cache.prefetch(shards[np.sort(firsts)].tolist(), self._hidden)
 
 
 def read_ahead(

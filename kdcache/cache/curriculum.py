@@ -31,11 +31,10 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from kdcache.cache.filters import number_column
+from kdcache.cache.filters import Columns, number_column
 from kdcache.cache.order import generator_of
 from kdcache.config import Config
 from kdcache.plugins import Table
@@ -73,7 +72,7 @@ class Curriculum(Config):
         """
         return PACINGS[self.pacing](self.start, min(progress / self.full_at, 1.0), passes)
 
-    def ranking(self, table: pa.Table, chosen_N: NDArray[np.int64], name: str) -> NDArray[np.int64]:
+    def ranking(self, table: Columns, chosen_N: NDArray[np.int64], name: str) -> NDArray[np.int64]:
         """Return the sequences ``chosen_N`` with the easiest first; ``name`` decides the order of equal ones.
 
         Raises ``ConfigError`` when ``by`` is no column of numbers of the per-sequence ``table``, or has no value for

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import reduce
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +32,34 @@ _LANGUAGE = (
 )
 
 
-def select_sequences(table: pa.Table, where: str | None, limit: int | None = None) -> NDArray[np.int64]:
+class Columns(Protocol):
+    """What filters need of a table: ``pyarrow.Table`` has it, and `kdcache.cache.sequence_table.SequenceTable`."""
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows, N."""
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of all columns."""
+
+    @property
+    def schema(self) -> Any:
+        """Names and types of all columns."""
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a column."""
+
+
+def columns_of(where: str) -> list[str]:
+    """Return the names that a filter mentions, in their order; none where it cannot be parsed."""
+    try:
+        return _Evaluation(pa.table({}), where).columns()
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+
+
+def select_sequences(table: Columns, where: str | None, limit: int | None = None) -> NDArray[np.int64]:
     """Return the rows of the per-sequence ``table`` that ``where`` chooses (all without one), at most ``limit``.
 
     Raises ``ConfigError`` for an expression that is not a filter, names a column that there is not, or chooses nothing.
@@ -46,7 +73,7 @@ def select_sequences(table: pa.Table, where: str | None, limit: int | None = Non
     return chosen[:limit]
 
 
-def filter_mask(table: pa.Table, where: str) -> NDArray[np.bool_]:
+def filter_mask(table: Columns, where: str) -> NDArray[np.bool_]:
     """Return for every row of ``table`` whether the expression ``where`` is true of it, [N]; raises ``ConfigError``."""
     value = _Evaluation(table, where).result()
     if not isinstance(value, pa.Scalar):
@@ -54,17 +81,14 @@ def filter_mask(table: pa.Table, where: str) -> NDArray[np.bool_]:
     return np.full(table.num_rows, bool(value.as_py()))
 
 
-def number_column(table: pa.Table, name: str, rows_N: NDArray[np.int64], setting: str) -> NDArray[np.float64]:
+def number_column(table: Columns, name: str, rows_N: NDArray[np.int64], setting: str) -> NDArray[np.float64]:
     """Return the values of the column ``name`` of ``table`` in the rows ``rows_N``, [N] float64.
 
     Raises ``ConfigError``, naming the ``setting``, for a column that there is not, that holds no numbers, or that has
     no value (null or not a number) in one of the rows.
     """
     if name not in table.column_names:
-        raise ConfigError(
-            f"{setting}: there is no column {name!r}, {did_you_mean(name, table.column_names)} (columns of numbers are "
-            f"{', '.join(_number_names(table))})"
-        )
+        raise ConfigError(f"{setting}: {_unknown_column(name, _number_names(table), 'columns of numbers')}")
     if name not in _number_names(table):
         kind, known = _kind(_plain(table[name])), ", ".join(_number_names(table))
         raise ConfigError(f"{setting}: column {name!r} holds a {kind}, not numbers; columns of numbers are {known}")
@@ -82,7 +106,7 @@ def number_column(table: pa.Table, name: str, rows_N: NDArray[np.int64], setting
 class _Evaluation:
     """One expression over one table; values are Arrow columns, or Arrow scalars where they are constant."""
 
-    def __init__(self, table: pa.Table, where: str) -> None:
+    def __init__(self, table: Columns, where: str) -> None:
         self._table, self._where = table, where
         self._quoted: dict[str, str] = {}
         self._text = _QUOTED.sub(self._name_of_quoted, where).replace("\n", " ").strip()
@@ -130,10 +154,8 @@ class _Evaluation:
         name = self._quoted.get(node.id, node.id)
         if name not in self._table.column_names:
             known = self._table.column_names
-            raise self.error(
-                f"names the column {name!r}, which there is not, {did_you_mean(name, known)} (columns are "
-                f"{', '.join(known)}; texts stand in quotes)"
-            )
+            unknown = _unknown_column(name, known, "known")
+            raise ConfigError(f"filter {_short(self._where)!r}: {unknown} (texts need quotes)")
         return _plain(self._table[name])
 
     def constant(self, node: ast.Constant) -> Any:
@@ -195,6 +217,12 @@ class _Evaluation:
         return name
 
 
+def _unknown_column(name: str, known: list[str], title: str) -> str:
+    hint = did_you_mean(name, known)
+    guess = f"{hint} " if hint.startswith("did you mean") else ""
+    return f"unknown column {name!r}; {guess}{title}: {', '.join(known)}"
+
+
 def _short(text: str) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
@@ -219,11 +247,12 @@ def _kind(value: Any) -> str:
     return "text" if pa.types.is_string(value.type) else str(value.type)
 
 
-def _number_names(table: pa.Table) -> list[str]:
-    return [name for name in table.column_names if _kind(_plain(table[name])) == "number"]
+def _number_names(table: Columns) -> list[str]:
+    # By their types: this must not read all columns.
+    return [field.name for field in table.schema if _kind(_plain(pa.nulls(0, field.type))) == "number"]
 
 
-def _ranges(table: pa.Table, where: str) -> list[str]:
+def _ranges(table: Columns, where: str) -> list[str]:
     """Say between which values the columns of numbers lie that a filter names."""
     named = {name: _plain(table[name]) for name in _Evaluation(table, where).columns()}
     bounds = {name: pc.min_max(column).as_py() for name, column in named.items() if _kind(column) == "number"}

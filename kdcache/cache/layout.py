@@ -140,12 +140,17 @@ def read_object(folder: Folder, record: ObjectRecord, where: str) -> bytes:
     """
     if folder.store is not None:
         return folder.store.read(folder, record, where)
+    check_size(folder, record, where)
+    return folder.read(record.path)
+
+
+def check_size(folder: Folder, record: ObjectRecord, where: str) -> None:
+    """Raise ``CorruptCacheError`` unless the file of an object exists and has the recorded size."""
     size = folder.size(record.path)
     if size is None:
         raise CorruptCacheError(f"{where}: file {record.path} is missing from {folder}")
     if size != record.num_bytes:
         raise CorruptCacheError(f"{where}: file {record.path} has {size} bytes, the manifest says {record.num_bytes}")
-    return folder.read(record.path)
 
 
 def table_to_ipc(table: pa.Table) -> bytes:
@@ -155,14 +160,6 @@ def table_to_ipc(table: pa.Table) -> bytes:
         writer.write_table(table)
     data: bytes = sink.getvalue().to_pybytes()
     return data
-
-
-def table_from_ipc(data: bytes, where: str) -> pa.Table:
-    """Read an Arrow IPC file; raises ``CorruptCacheError``."""
-    try:
-        return pa.ipc.open_file(pa.BufferReader(data)).read_all()
-    except (pa.ArrowException, ValueError, OSError) as error:
-        raise CorruptCacheError(f"{where} is not a readable Arrow file: {error}") from None
 
 
 def table_to_parquet(table: pa.Table) -> bytes:

@@ -1,16 +1,18 @@
-"""Finding sequences by where they come from: documents and sequence ids, as the plan's table names them.
+"""Find sequences by document id and sequence id, as ``plan.parquet`` records them.
 
-The per-sequence table knows the *first* document of a packed window; ``plan.parquet`` has one row for every piece of a
-document in a sequence, so it also finds a document in the middle of a window, or one that was cut into several
-sequences. Questions about anything else are for filters (`kdcache.cache.filters`).
+The per-sequence table names only the *first* document of a packed window. ``plan.parquet`` has one row for every piece
+of a document in a sequence, so it also finds a document in the middle of a window, and all sequences of a document
+that was cut. For conditions on other columns use filters (`kdcache.cache.filters`).
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kdcache.cache import layout
@@ -18,47 +20,100 @@ from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.schema import Manifest
 from kdcache.storage.folder import Folder
 
+if TYPE_CHECKING:
+    from kdcache.cache.sequence_table import SequenceTable
+
+
+class PlanTable:
+    """The table of ``plan.parquet``, by column: each is read at most once."""
+
+    def __init__(self, folder: Folder, manifest: Manifest) -> None:
+        self._folder, self._manifest = folder, manifest
+        self._names: list[str] | None = None
+        self._columns: dict[str, pa.ChunkedArray] = {}
+        self._lock = threading.Lock()
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the named columns (None: all); unknown names are left out.
+
+        Raises ``CorruptCacheError`` when the file is missing or damaged, or names sequences that the cache lacks.
+        """
+        with self._lock:
+            if self._names is None or set(columns or self._names) & set(self._names) - set(self._columns):
+                self._read(columns)
+            assert self._names is not None
+            names = [name for name in self._names if columns is None or name in columns]
+            return pa.table({name: self._columns[name] for name in names})
+
+    def clear(self) -> None:
+        """Forget everything that was read."""
+        with self._lock:
+            self._columns.clear()
+            self._names = None
+
+    def _read(self, columns: Sequence[str] | None) -> None:
+        import pyarrow.parquet as pq
+
+        data = pa.BufferReader(_checked_plan_table(self._folder, self._manifest))
+        self._names = pq.read_schema(data).names
+        wanted = [n for n in self._names if n not in self._columns and (columns is None or n in columns)]
+        data.seek(0)
+        table = pq.read_table(data, columns=wanted)
+        if "sequence" in wanted:
+            _check_sequences(table, self._folder, self._manifest)
+        self._columns |= dict(zip(table.column_names, table.columns, strict=True))
+
 
 def read_plan_table(folder: Folder, manifest: Manifest) -> pa.Table:
     """Return the table of ``plan.parquet``, checked: one row for every piece of a document in a sequence.
 
-    Raises ``CorruptCacheError`` when it is missing or damaged, or names sequences that there are not.
+    Raises ``CorruptCacheError`` when it is missing or damaged, or names sequences that the cache lacks.
     """
+    return PlanTable(folder, manifest).table()
+
+
+def _checked_plan_table(folder: Folder, manifest: Manifest) -> bytes:
     try:
         data = folder.read(layout.PLAN_TABLE)
     except FileNotFoundError:
         data = b""
     if layout.sha256(data) != manifest.table_sha256:
         raise CorruptCacheError(
-            f"{folder}/{layout.PLAN_TABLE} is missing or damaged (its sha256 is not the plan's); the command "
-            "that made the cache writes it again"
+            f"{folder}/{layout.PLAN_TABLE} is missing or damaged: its sha256 is not the recorded one; run the command "
+            "that made the cache again, which writes the file again"
         )
-    table = pq.read_table(pa.BufferReader(data))
+    return data
+
+
+def _check_sequences(table: pa.Table, folder: Folder, manifest: Manifest) -> None:
     sequences = np.asarray(table["sequence"])
     if sequences.size and not 0 <= sequences.min() <= sequences.max() < manifest.num_sequences:
         raise CorruptCacheError(f"{folder}/{layout.PLAN_TABLE} names sequences that the cache does not have")
-    return table
 
 
-def sequences_with(table: pa.Table, column: str, value: str, where: str) -> NDArray[np.int64]:
-    """Return the sequences of the plan's ``table`` that hold a piece whose ``column`` is ``value``, ascending.
+def sequences_with(plan: PlanTable, column: str, value: str, where: str) -> NDArray[np.int64]:
+    """Return the sequences with a piece whose ``column`` is ``value``, ascending.
 
     Raises ``CacheError``, naming the cache as ``where``, when there is none.
     """
+    import pyarrow.compute as pc
+
+    table = plan.table(["sequence", column])
     if column not in table.column_names:
-        raise CacheError(f"{where}: its plan has no column {column} (it has {', '.join(table.column_names)})")
+        known = ", ".join(plan.table().column_names)
+        raise CacheError(f"{where}: unknown column {column!r} of {layout.PLAN_TABLE}; known: {known}")
     ids = pc.cast(table[column], pa.string())
     found = table.filter(pc.equal(ids, value))["sequence"]
     if not len(found):
         raise CacheError(
-            f"{where}: nothing has the {column} {value!r}; the first one is {ids[0].as_py()!r}, and sequence_table() "
-            "lists them"
+            f"{where}: no sequence has the {column} {value!r}; the first {column} is {ids[0].as_py()!r}, "
+            "sequence_table() lists all"
         )
     return np.unique(np.asarray(found)).astype(np.int64)
 
 
-def num_tokens_of(table: pa.Table) -> NDArray[np.int64]:
-    """Return the tokens of every row of a per-sequence table, [N]; a table that does not say has one more than rows."""
+def num_tokens_of(table: pa.Table | SequenceTable) -> NDArray[np.int64]:
+    """Return the tokens of every row of a per-sequence table, [N]; without such a column, positions + 1."""
     if "num_tokens" in table.column_names:
         return np.asarray(table["num_tokens"]).astype(np.int64)
     return np.asarray(table["num_positions"]).astype(np.int64) + 1

@@ -50,6 +50,11 @@ class OpenShards:
                 if (shard, fields) in self._shards:
                     self._shards.move_to_end((shard, fields))
 
+    def clear(self) -> None:
+        """Forget all shards."""
+        with self._lock:
+            self._shards.clear()
+
     def num_bytes(self) -> int:
         """Return the bytes of all shards that are in memory."""
         with self._lock:

@@ -1,7 +1,8 @@
-"""Reading a cache: any sequences, in any order, decoded on demand.
+"""Read a cache: any sequences, in any order, decoded on demand.
 
-A shard is read whole (one request), its arrays are unpacked and kept *encoded*, and only the rows that a batch asks
-for are decoded: memory is bounded by a few encoded shards. Lookup is by sequence, so no order changes anything.
+A shard is read whole (one request). Its arrays are unpacked and stay *encoded* in memory, and only the positions that a
+batch asks for are decoded, so memory is bounded by a few encoded shards. Lookup is by sequence number, so results do
+not depend on the order of reading.
 """
 
 from __future__ import annotations
@@ -19,20 +20,21 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.cache import layout
-from kdcache.cache.batches import Batches, batches_of
+from kdcache.cache.batches import Batches, MicroBatches
 from kdcache.cache.decoder import BatchDecoder
 from kdcache.cache.fields import build_codecs, check_arrays, encoded_bytes
-from kdcache.cache.filters import select_sequences
+from kdcache.cache.filters import columns_of, select_sequences
 from kdcache.cache.gather import Piece, join, runs_of
-from kdcache.cache.lookup import num_tokens_of, read_plan_table, sequences_with
+from kdcache.cache.lookup import PlanTable, num_tokens_of, sequences_with
 from kdcache.cache.open_shards import OpenShards
-from kdcache.cache.order import NUM_STREAMS
-from kdcache.cache.shards import ShardArrays, load_shard, load_table, load_tables
+from kdcache.cache.order import NUM_STREAMS, Order, SequentialOrder, ShuffledOrder
+from kdcache.cache.prefetch import Prefetcher
+from kdcache.cache.sequence_table import SequenceTable
+from kdcache.cache.shards import ShardArrays, load_shard
 from kdcache.cache.tail_prior import read_prior
 from kdcache.cache.truncate import cut_targets, with_top_k
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.schema import Manifest, ObjectRecord, SequenceBatch
-from kdcache.storage.ahead import Ahead
 from kdcache.storage.folder import Folder
 from kdcache.storage.local_store import LocalStore, LocalStoreConfig
 
@@ -41,7 +43,13 @@ OPEN_BYTES = 2 << 30
 
 
 class Cache:
-    """A finished cache, open for reading. Make one with `open_cache`."""
+    """A finished cache, open for reading. Make one with `open_cache`.
+
+    Use it as a context manager, or call `close`, to free its memory and stop its downloads::
+
+        with open_cache("cache") as cache:
+            batch = cache.read([0, 1, 2])
+    """
 
     def __init__(
         self,
@@ -62,13 +70,31 @@ class Cache:
         load = partial(_load, folder, manifest, self._decoder, check_crc)
         self._shards = OpenShards(load, max_open_shards, OPEN_BYTES)
         self._last = {"last": manifest.states_field} if manifest.targets.kind == "hidden" else {}
-        self._ahead: Ahead | None = None
+        self._prefetcher: Prefetcher | None = None
         if isinstance(folder.store, LocalStore):
-            self._ahead = Ahead(folder.store, folder, manifest)
-            weakref.finalize(self, self._ahead.close)
+            self._prefetcher = Prefetcher(folder.store, folder, manifest)
+            weakref.finalize(self, self._prefetcher.close)
         self._field_bytes = encoded_bytes(manifest)  # once: every read asks, and shards may be many
         counts = [shard.num_sequences for shard in manifest.shards]
         self.shard_starts: NDArray[np.int64] = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self._sequences = SequenceTable(folder, manifest.shards)
+        self._plan = PlanTable(folder, manifest)
+        self._is_closed = False
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop downloading and free all memory; reading afterwards raises ``CacheError``."""
+        self._is_closed = True
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+        self._shards.clear()
+        self._sequences.clear()
+        self._plan.clear()
 
     def __len__(self) -> int:
         return self.manifest.num_sequences
@@ -97,19 +123,19 @@ class Cache:
     @cached_property
     def lengths_N(self) -> NDArray[np.int64]:
         """Positions of every sequence, [N]."""
-        return np.asarray(self.sequence_table(columns=["num_positions"])["num_positions"]).astype(np.int64)
+        return np.asarray(self.sequence_table(["num_positions"])["num_positions"]).astype(np.int64)
 
     @cached_property
     def sizes_N(self) -> NDArray[np.int64]:
-        """Tokens of every sequence that a model reads, about, [N]: what a batch of it costs."""
-        return np.maximum(num_tokens_of(self.sequence_table()) - 1, 1)
+        """About how many tokens of every sequence a model reads, [N]: the cost of a batch."""
+        return np.maximum(num_tokens_of(self.sequences) - 1, 1)
 
     @cached_property
     def order_key(self) -> str:
-        """What the order of an epoch depends on: the texts, how they were cut, and into which shards.
+        """Hash of what the order of an epoch depends on: the texts, how they were cut, and into which shards.
 
-        Not what is stored of the teacher, nor when: students of two caches of the same texts see the same batches, so
-        that they differ by their targets alone.
+        It does not depend on the targets. So students of two caches of the same texts see the same batches, and
+        differences between them come from the targets alone.
         """
         manifest = self.manifest
         identity = [manifest.corpus.fingerprint, manifest.tokenizer.sha256, manifest.sequences]
@@ -121,30 +147,42 @@ class Cache:
             raise CacheError(f"there is no sequence {index}; {self.folder} has {len(self)} (0 to {len(self) - 1})")
         return int(np.searchsorted(self.shard_starts, index, side="right")) - 1
 
-    def sequence_table(self, columns: list[str] | None = None) -> pa.Table:
-        """Return the per-sequence table of the whole cache: ids, documents, lengths, teacher loss, metadata."""
-        return load_tables(self.folder, self.manifest.shards, columns)
+    @property
+    def sequences(self) -> SequenceTable:
+        """The per-sequence table, column by column: each is read when it is first used, and stays."""
+        self._check_open()
+        return self._sequences
+
+    def sequence_table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the per-sequence table, or some columns of it: ids, documents, lengths, teacher loss, metadata.
+
+        Columns that are read stay in memory until the cache is closed.
+        """
+        return self.sequences.table(columns)
 
     def plan_table(self) -> pa.Table:
         """Return the table of ``plan.parquet``: one row for every piece of a document in a sequence."""
-        return read_plan_table(self.folder, self.manifest)
+        self._check_open()
+        return self._plan.table()
 
     def where(self, condition: str) -> NDArray[np.int64]:
-        """Return the sequences of which a filter on the per-sequence table is true, ascending, [N].
+        """Return the sequences for which a filter on the per-sequence table is true, ascending, [N].
 
-        Raises ``ConfigError`` when it is no filter or chooses nothing (see `kdcache.cache.filters`).
+        Raises ``ConfigError`` for an invalid filter, and when it selects nothing (see `kdcache.cache.filters`).
         """
-        return select_sequences(self.sequence_table(), condition)
+        self.sequences.load(columns_of(condition))
+        return select_sequences(self.sequences, condition)
 
     def find(self, *, document: str | None = None, sequence: str | None = None) -> NDArray[np.int64]:
-        """Return the sequences that hold a part of the document with this id, or have this sequence id, [N].
+        """Return the sequences that hold a part of the document with this id, or that have this sequence id, [N].
 
-        Raises ``CacheError`` when there is none, ``TypeError`` unless exactly one of both is given.
+        Raises ``CacheError`` when there is none, ``TypeError`` unless exactly one of the two is given.
         """
+        self._check_open()
         if (document is None) == (sequence is None):
             raise TypeError("find() takes either document= or sequence=")
         column, value = ("document_id", document) if document is not None else ("sequence_id", sequence)
-        return sequences_with(self.plan_table(), column, str(value), str(self.folder))
+        return sequences_with(self._plan, column, str(value), str(self.folder))
 
     def tokenizer_json(self) -> str:
         """Return the teacher's tokenizer.json, for the ``tokenizers`` library."""
@@ -173,6 +211,7 @@ class Cache:
         return {Path(record.path).name: self._checked_file(record, "tokenizer") for record in records}
 
     def _checked_file(self, record: ObjectRecord, where: str) -> bytes:
+        self._check_open()
         data = layout.read_object(self.folder, record, f"{self.folder}, {where}")
         if layout.sha256(data) != record.sha256:
             raise CorruptCacheError(
@@ -203,6 +242,7 @@ class Cache:
         ``CacheError`` for more ids than are stored, and for targets of which samples are a part. The tail prior of the
         cache stays that of the stored K; ``kdcache transcode`` makes a cache with that of a smaller one.
         """
+        self._check_open()
         wanted = [int(index) for index in indices]
         names = tuple(hidden)
         for name in names:
@@ -234,27 +274,21 @@ class Cache:
         threads: int = 1,
         ahead: int = 2,
     ) -> Batches[SequenceBatch]:
-        """Return this rank's decoded batches, an epoch each time they are iterated; ``threads`` read ``ahead``.
+        """Return this rank's decoded batches, one epoch each time they are iterated.
 
-        A step of all ranks is ``batch_sequences x num_ranks`` sequences, the same for any split of it. The order is
-        that of training with the same ``seed`` (see `epoch_order` for windows and streams), or, without ``shuffle``,
-        the stored one. ``where`` filters by the per-sequence table; ``hidden`` and ``top_k`` are those of `read`.
+        ``threads`` threads read up to ``ahead`` batches in advance. A step of all ranks is ``batch_sequences x
+        num_ranks`` sequences, the same ones however they are split. The order is that of training with the same
+        ``seed`` (`epoch_order` explains windows and streams), or, without ``shuffle``, the stored one. ``where``
+        filters by the per-sequence table; ``hidden`` and ``top_k`` are those of `read`.
         """
-        return batches_of(
-            self,
-            batch_sequences,
-            shuffle=shuffle,
-            seed=seed,
-            where=where,
-            hidden=hidden,
-            top_k=top_k,
-            shuffle_window=shuffle_window,
-            num_streams=num_streams,
-            rank=rank,
-            num_ranks=num_ranks,
-            threads=threads,
-            ahead=ahead,
-        )
+        chosen_N = None if where is None else self.where(where)
+        order: Order
+        if shuffle:
+            order = ShuffledOrder(self.shard_starts, seed, shuffle_window, self.order_key, chosen_N, num_streams)
+        else:
+            order = SequentialOrder(np.arange(len(self)) if chosen_N is None else chosen_N)
+        dealt = MicroBatches(self, order, batch_sequences=batch_sequences, rank=rank, num_ranks=num_ranks)
+        return Batches(self, dealt, make=_as_read, hidden=hidden, top_k=top_k, threads=threads, ahead=ahead)
 
     def _groups(self, indices: list[int], hidden: tuple[str, ...]) -> Iterator[list[Piece]]:
         """Open the shards of ``indices``, no more at once than may be open."""
@@ -272,33 +306,33 @@ class Cache:
                 yield pieces
                 group, pieces = {}, []
             if shard not in group:
-                group[shard] = self.open_shard(shard, fields)
+                group[shard] = self._open_shard(shard, fields)
             pieces.append(Piece(shard, group[shard], local))
         yield pieces
 
-    def expect(self, shards: list[int], hidden: tuple[str, ...] = ()) -> None:
-        """Start downloading ``shards`` of a remote cache, in the order of their first use, in place of earlier ones.
+    def prefetch(self, shards: Iterable[int], hidden: Iterable[str] = ()) -> None:
+        """Download ``shards`` of a remote cache in the background, in the order of their first use.
 
-        Each is kept in the local store until it is opened. Does nothing for a cache on a local path.
+        A later call replaces the shards of an earlier one. The local store keeps each shard until it is read. Does
+        nothing for a cache on a local path.
         """
-        if self._ahead is not None:
-            self._ahead.expect(shards, self.fields_read(hidden), self.max_open_shards)
+        if self._prefetcher is not None:
+            self._prefetcher.expect(shards, self.fields_read(hidden), self.max_open_shards)
 
     def fields_read(self, hidden: Iterable[str] = ()) -> list[str]:
         """Return the fields of which a read with the ``hidden`` ones takes objects."""
         return list(dict.fromkeys([layout.TARGETS_FIELD, *hidden, *self._last.values()]))
 
-    def close(self) -> None:
-        """Stop downloading ahead; reading goes on working."""
-        if self._ahead is not None:
-            self._ahead.close()
-
-    def open_shard(self, shard: int, hidden: tuple[str, ...] = ()) -> ShardArrays:
+    def _open_shard(self, shard: int, hidden: tuple[str, ...] = ()) -> ShardArrays:
         """Return the arrays of ``shard``, from memory when it was read lately."""
         arrays = self._shards.get(shard, hidden)
-        if self._ahead is not None:
-            self._ahead.opened(shard)
+        if self._prefetcher is not None:
+            self._prefetcher.opened(shard)
         return arrays
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise CacheError(f"the cache {self.folder} is closed; open it again with open_cache")
 
     def open_bytes(self) -> int:
         """Return the bytes of the encoded shards that are in memory."""
@@ -310,10 +344,8 @@ class Cache:
 
     def metadata(self, index: int) -> dict[str, Any]:
         """Return the row of the per-sequence table of sequence ``index``."""
-        shard = self.manifest.shards[self.shard_of(index)]
-        row = index - int(self.shard_starts[shard.index])
-        record: dict[str, Any] = load_table(self.folder, shard).slice(row, 1).to_pylist()[0]
-        return record
+        shard = self.shard_of(index)
+        return self.sequences.row(shard, index - int(self.shard_starts[shard]))
 
 
 def open_cache(
@@ -344,3 +376,7 @@ def _load(
 ) -> ShardArrays:
     names = (layout.TARGETS_FIELD, *hidden)
     return decoder.open(shard, load_shard(folder, manifest, manifest.shards[shard], names, check_crc))
+
+
+def _as_read(batch: SequenceBatch) -> SequenceBatch:
+    return batch

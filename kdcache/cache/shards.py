@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.cache import layout
@@ -20,9 +18,6 @@ from kdcache.schema import FieldRecord, Manifest, ObjectRecord, ShardRecord
 from kdcache.storage.folder import Folder
 
 T = TypeVar("T")
-
-#: Per-sequence tables that are downloaded at the same time.
-TABLES_AT_ONCE = 8
 
 
 @dataclass
@@ -53,28 +48,6 @@ def naming(folder: Folder, manifest: Manifest, shard: int, name: str) -> Iterato
         raise CorruptCacheError(f"{folder}, shard {shard}, field {name}, file {path}: {error}") from None
 
 
-def load_table(folder: Folder, shard: ShardRecord, columns: Iterable[str] = ()) -> pa.Table:
-    """Read the per-sequence table of a shard, which must have ``columns``; raises ``CorruptCacheError``."""
-    record = shard.objects[layout.SEQUENCES_FIELD]
-    where = f"{folder}, shard {shard.index}, field {layout.SEQUENCES_FIELD}"
-    table = _parsed(folder, record, where, partial(layout.table_from_ipc, where=f"{where}, file {record.path}"))
-    missing = [name for name in columns if name not in table.column_names]
-    if missing or table.num_rows != shard.num_sequences:
-        found = f"no column {missing[0]!r}" if missing else f"{table.num_rows} rows for {shard.num_sequences} sequences"
-        raise CorruptCacheError(f"{where}, file {record.path}: the per-sequence table has {found}")
-    return table
-
-
-def load_tables(folder: Folder, shards: Iterable[ShardRecord], columns: list[str] | None) -> pa.Table:
-    """Read the per-sequence tables of several shards, one under another; raises ``CorruptCacheError``."""
-    # Small objects of a remote cache take their time one by one.
-    with ThreadPoolExecutor(1 if folder.store is None else TABLES_AT_ONCE) as pool:
-        tables = list(pool.map(lambda shard: load_table(folder, shard, columns or ()), shards))
-    return pa.concat_tables(
-        [table.select(columns) if columns else table for table in tables], promote_options="default"
-    )
-
-
 def load_shard(
     folder: Folder, manifest: Manifest, shard: ShardRecord, fields: Iterable[str], check_crc: bool = True
 ) -> ShardArrays:
@@ -100,11 +73,11 @@ def _load_field(folder: Folder, record: FieldRecord, shard: ShardRecord, check_c
     rows = {array.rows: shard.num_rows.get(array.rows, 0) for array in record.arrays} | {"table": None}
     expected = {array.path: (array, rows[array.rows]) for array in record.arrays}
     parse = partial(unpack, expected=expected, where=f"{where}, file {item.path}", check_crc=check_crc)
-    unpacked = _parsed(folder, item, where, parse)
+    unpacked = parsed_object(folder, item, where, parse)
     return {array.name: unpacked[array.path] for array in record.arrays}
 
 
-def _parsed(folder: Folder, record: ObjectRecord, where: str, parse: Callable[[bytes], T]) -> T:
+def parsed_object(folder: Folder, record: ObjectRecord, where: str, parse: Callable[[bytes], T]) -> T:
     """Return what ``parse`` makes of an object; a copy on this machine that has gone bad is downloaded again."""
     try:
         return parse(layout.read_object(folder, record, where))

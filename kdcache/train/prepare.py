@@ -17,13 +17,13 @@ from kdcache.cache import Cache, open_cache
 from kdcache.cache.batches import MicroBatches
 from kdcache.cache.curriculum import PacedOrder
 from kdcache.cache.order import Order, ShuffledOrder
+from kdcache.cache.prefetch import largest_shard_bytes, required_bytes
 from kdcache.cache.reader import OPEN_BYTES
 from kdcache.config import build
 from kdcache.errors import ConfigError, did_you_mean
 from kdcache.losses import Objective, ObjectiveConfig
 from kdcache.losses.from_cache import context_of, resolve_selection
 from kdcache.models.loading import first_line
-from kdcache.storage.ahead import largest_shard_bytes, required_bytes
 from kdcache.students import Student, load_student
 from kdcache.students.sentence_model import fit_widths
 from kdcache.tasks import task_of
@@ -288,7 +288,7 @@ def _order(config: TrainConfig, cache: Cache, sequences_per_step: int) -> Order:
     name = f"{cache.order_key}/{config.seed}"
     return PacedOrder(
         config.curriculum,
-        config.curriculum.ranking(cache.sequence_table(), chosen_N, name),
+        config.curriculum.ranking(cache.sequences, chosen_N, name),
         num_steps=num_steps(config, math.ceil(len(chosen_N) / sequences_per_step)),
         sequences_per_step=sequences_per_step,
         name=name,

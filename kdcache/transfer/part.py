@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from kdcache.cache import layout
 from kdcache.cache.lookup import read_plan_table
-from kdcache.cache.shards import load_table
+from kdcache.cache.sequence_table import load_table
 from kdcache.cache.tail_prior import pack_prior, read_prior
 from kdcache.errors import CacheError, CorruptCacheError, did_you_mean
 from kdcache.schema import Manifest, ObjectRecord, ShardRecord

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from kdcache.cache import layout
 from kdcache.cache.reader import Cache
-from kdcache.cache.shards import load_table
+from kdcache.cache.sequence_table import load_table
 from kdcache.cache.tail_prior import read_prior
 from kdcache.errors import CacheError, CorruptCacheError, KdcacheError
 from kdcache.progress import bar, reporter

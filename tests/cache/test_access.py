@@ -93,7 +93,7 @@ def test_sequences_by_document(dumped) -> None:
     assert len(expected) > 1
     assert cache.find(document=longest).tolist() == expected
     assert cache.find(sequence=rows[4]["sequence_id"]).tolist() == [4]
-    with pytest.raises(CacheError, match=r"nothing has the document_id 'page 9'; the first one is"):
+    with pytest.raises(CacheError, match=r"no sequence has the document_id 'page 9'; the first document_id is"):
         cache.find(document="page 9")
     with pytest.raises(TypeError, match="either"):
         cache.find()
@@ -125,7 +125,7 @@ def test_a_plan_that_is_damaged(copy) -> None:
 
 
 def test_ids_that_the_plan_does_not_have(sound) -> None:
-    with pytest.raises(CacheError, match="no column sequence_id"):
+    with pytest.raises(CacheError, match=r"unknown column .sequence_id. of plan\.parquet; known: sequence, "):
         kdcache.open_cache(str(sound)).find(sequence="document 1@0")
 
 
@@ -133,3 +133,26 @@ def test_a_record_of_hidden_states_keeps_its_states(written) -> None:
     cache = kdcache.open_cache(str(written("hidden")))
     assert cache.manifest.targets == TargetsRecord(kind="hidden", top_k=1)
     assert "last" in cache.read([0], top_k=1).hidden
+
+
+def test_a_cache_is_a_context_manager_and_closes(sound):
+    with kdcache.open_cache(str(sound)) as cache:
+        assert cache.read([3]).indices == [3]
+        assert len(cache.lengths_N) == 13
+        assert cache.open_bytes() > 0
+    assert cache.open_bytes() == 0
+    for use in (
+        lambda: cache.read([3]),
+        lambda: cache[3],
+        lambda: cache.sequence_table(),
+        lambda: cache.plan_table(),
+        lambda: cache.metadata(3),
+        lambda: cache.where("num_positions > 1"),
+        lambda: cache.find(document="page 3"),
+        lambda: cache.tokenizer_json(),
+        lambda: next(iter(cache.batches(2))),
+    ):
+        with pytest.raises(CacheError, match=r"the cache .* is closed; open it again"):
+            use()
+    cache.close()  # again, which is nothing
+    assert len(cache) == 13

@@ -29,7 +29,7 @@ class Sizes(SimpleNamespace):
     def read(self, indices, hidden=(), top_k=None):
         return SimpleNamespace(indices=list(indices), loss_mask_P=np.ones(1))
 
-    def expect(self, shards, hidden):
+    def prefetch(self, shards, hidden):
         self.expected.append(shards)
 
 
@@ -139,7 +139,10 @@ def test_a_step_that_is_not_complete_is_given_out_again():
     ],
 )
 def test_a_state_of_other_data_is_refused(state):
-    with pytest.raises(ConfigError, match="none of these data: expected an epoch and a next_sample of at most 17"):
+    with pytest.raises(
+        ConfigError,
+        match=r"loader state \{.*\} does not match this data set of 17 sequences: .* next_sample from 0 to 17",
+    ):
         batches_of(Sizes([10, 7]), batch=4).load_state_dict(state)
 
 

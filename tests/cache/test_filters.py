@@ -113,9 +113,9 @@ def test_operators_that_no_filter_has(where):
 @loop(
     ("where", "words"),
     [
-        ("teacher_los < 3", "names the column 'teacher_los', which there is not, did you mean 'teacher_loss'?"),
-        ("source == wiki", r"the column 'wiki'.*columns are sequence, num_positions, .*texts stand in quotes"),
-        ("`page titel` == 'x'", "the column 'page titel', which there is not, did you mean 'page title'?"),
+        ("teacher_los < 3", "unknown column 'teacher_los'; did you mean 'teacher_loss'?"),
+        ("source == wiki", r"unknown column 'wiki'; known: sequence, num_positions, .*texts need quotes"),
+        ("`page titel` == 'x'", "unknown column 'page titel'; did you mean 'page title'?"),
         ("source < 3", "uses 3, a number, where a text must stand"),
         ("source + 'b' == 'ab'", "uses source, a text, where a number must stand"),
         ("'a' * 10000000000 == 'b'", "uses 'a', a text, where a number must stand"),

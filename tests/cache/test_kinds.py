@@ -50,7 +50,9 @@ def test_records_say_how_many_entries_and_draws_a_shard_has(written, kind):
     for shard, start, stop in zip(manifest.shards, source.starts, source.starts[1:], strict=False):
         targets = Targets.concatenate(source.targets[start:stop])
         assert shard.num_rows.get("entries", 0) == (0 if targets.num_kept_P is None else targets.num_kept_P.sum())
-        assert shard.num_rows.get("samples", 0) == (0 if targets.samples is None else (targets.samples.counts_PJ > 0).sum())
+        assert shard.num_rows.get("samples", 0) == (
+            0 if targets.samples is None else (targets.samples.counts_PJ > 0).sum()
+        )
 
 
 @kinds

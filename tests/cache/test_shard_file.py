@@ -98,7 +98,7 @@ def test_many_threads_unpack_at_once():
 def test_zarr_opens_an_object_without_kdcache(sound):
     cache = open_cache(str(sound))
     for shard in cache.manifest.shards:
-        arrays = cache.open_shard(shard.index, ("hidden-1",))
+        arrays = cache._open_shard(shard.index, ("hidden-1",))
         for field in ("targets", "hidden-1"):
             group = zarr.open_group(ZipStore(sound / shard.objects[field].path, mode="r"), mode="r")
             for record in cache.manifest.field(field).arrays:

@@ -186,7 +186,7 @@ def test_a_full_disk_is_a_message_and_loses_nothing(tmp_path, monkeypatch, faili
         real(source, target)
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(CacheError, match=rf"cannot write .*{failing}.*No space left on device; .* goes on from there"):
+    with pytest.raises(CacheError, match=rf"cannot write .*{failing}.*No space left on device; .* resumes from there"):
         SOURCE.write(tmp_path)
     monkeypatch.undo()
     assert not list(tmp_path.rglob("*.tmp"))

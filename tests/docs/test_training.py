@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from kdcache.cache.curriculum import PACINGS, Curriculum
+from kdcache.cache.prefetch import THREADS
 from kdcache.config import build
-from kdcache.storage.ahead import THREADS
 from kdcache.storage.local_store import LocalStoreConfig
 from kdcache.students import StudentConfig
 from kdcache.students.config import LoraConfig

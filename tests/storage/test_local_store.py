@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from kdcache.cache import layout, open_cache
+from kdcache.cache.prefetch import THREADS, largest_shard_bytes, required_bytes
 from kdcache.config import build
 from kdcache.errors import CacheError, ConfigError
 from kdcache.storage import retry
-from kdcache.storage.ahead import THREADS, largest_shard_bytes, required_bytes
 from kdcache.storage.folder import Folder
 from kdcache.storage.local_store import LocalStore, LocalStoreConfig
 from tests.cache.http_store import serving
@@ -190,7 +190,7 @@ def test_what_was_used_longest_ago_goes(server, tmp_path):
     most = max(record.num_bytes for record in targets(open_cache(server.url)))
     cache = open_cache(server.url, max_open_shards=1, local_store=store_config(tmp_path, max_bytes=3 * most))
     for shard in (0, 1, 2, 0, 3):
-        cache.open_shard(shard)
+        cache._open_shard(shard)
         time.sleep(0.01)
         assert sum(stored(tmp_path).values()) <= 3 * most
     assert set(stored(tmp_path)) == {targets(cache)[shard].sha256 for shard in (0, 2, 3)}
@@ -234,12 +234,12 @@ sys.stdin.read()
     try:
         assert process.stdout.readline() == "holding\n"
         for shard in (0, 1, 2, 3):
-            cache.open_shard(shard)
+            cache._open_shard(shard)
             assert held in stored(tmp_path)
     finally:
         process.communicate("")
-    cache.open_shard(5)
-    cache.open_shard(6)
+    cache._open_shard(5)
+    cache._open_shard(6)
     assert held not in stored(tmp_path), "once it is let go it is like any other"
 
 
@@ -278,7 +278,7 @@ def test_a_hash_that_is_none(server, tmp_path):
 
 def test_shards_are_there_before_they_are_needed(server, tmp_path):
     cache = open_cache(server.url, local_store=store_config(tmp_path))
-    cache.expect([7, 2, 5], ())
+    cache.prefetch([7, 2, 5], ())
     wait_until(lambda: len(stored(tmp_path)) == 3)
     assert set(stored(tmp_path)) == {targets(cache)[shard].sha256 for shard in (7, 2, 5)}
     cache.read([7, 2, 5])
@@ -289,13 +289,13 @@ def test_no_further_ahead_than_fits(server, tmp_path):
     most = largest_shard_bytes(open_cache(server.url).manifest, ["targets"])
     config = store_config(tmp_path, max_bytes=(2 + THREADS) * most)
     cache = open_cache(server.url, max_open_shards=2, local_store=config)
-    cache.expect(list(range(10)), ())
+    cache.prefetch(list(range(10)), ())
     for shard in range(10):
         ahead = {record.sha256 for record in targets(cache)[shard : shard + THREADS]}
         wait_until(lambda ahead=ahead: ahead <= set(stored(tmp_path)))
         time.sleep(0.02)
         assert sum(server.requests_of("shards/").values()) <= shard + THREADS
-        cache.open_shard(shard)
+        cache._open_shard(shard)
         assert sum(stored(tmp_path).values()) <= config.max_bytes
     assert set(server.requests_of("shards/").values()) == {1}
 
@@ -304,9 +304,9 @@ def test_a_plan_replaces_the_one_before(server, tmp_path):
     most = largest_shard_bytes(open_cache(server.url).manifest, ["targets"])
     config = store_config(tmp_path, max_bytes=(1 + THREADS) * most)
     cache = open_cache(server.url, max_open_shards=1, local_store=config)
-    cache.expect([0, 1, 2, 3], ())
+    cache.prefetch([0, 1, 2, 3], ())
     wait_until(lambda: len(stored(tmp_path)) == 4)
-    cache.expect([6, 7, 8, 9], ())
+    cache.prefetch([6, 7, 8, 9], ())
     wait_until(lambda: {targets(cache)[s].sha256 for s in (6, 7, 8, 9)} <= set(stored(tmp_path)))
 
 
@@ -315,7 +315,7 @@ def test_a_shard_in_memory_is_not_waited_for(server, tmp_path):
     config = store_config(tmp_path, max_bytes=(1 + THREADS) * most)
     cache = open_cache(server.url, max_open_shards=8, local_store=config)
     cache.read(range(THREADS))
-    cache.expect(list(range(10)), ())
+    cache.prefetch(list(range(10)), ())
     cache.read(range(THREADS))
     wait_until(lambda: {record.sha256 for record in targets(cache)[THREADS : 2 * THREADS]} <= set(stored(tmp_path)))
 
@@ -324,7 +324,7 @@ def test_errors_come_from_the_reader(server, tmp_path):
     cache = open_cache(server.url, local_store=store_config(tmp_path))
     path = targets(cache)[2].path
     server.fault = lambda asked, number, data: (503, b"") if asked == path else None
-    cache.expect([1, 2, 3], ())
+    cache.prefetch([1, 2, 3], ())
     wait_until(lambda: server.requests[path] >= 3 and len(stored(tmp_path)) == 2)
     assert cache.read([1, 3]).indices == [1, 3]
     with pytest.raises(CacheError, match="shard 2, field targets: cannot download"):
@@ -342,7 +342,7 @@ def test_threads_end_with_the_cache(server, tmp_path, how):
 
     cache = open_cache(server.url, local_store=store_config(tmp_path))
     server.bytes_per_s = 2_000
-    cache.expect(list(range(10)), ())
+    cache.prefetch(list(range(10)), ())
     assert downloading()
     if how == "closed":
         cache.close()

@@ -152,7 +152,7 @@ def test_what_the_recipe_says_to_change_can_be_changed():
     [
         ({"where": "num_positions > 99"}, "chooses none of the 19 sequences .num_positions is 1 to 1[0-9]"),
         ({"where": "teacher_los < 5"}, "did you mean 'teacher_loss'"),
-        ({"curriculum": {"by": "entropy"}}, "curriculum.by: there is no column 'entropy', did you mean 'teacher_entr"),
+        ({"curriculum": {"by": "entropy"}}, "curriculum.by: unknown column 'entropy'; did you mean 'teacher_entr"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(cache_path, tmp_path, changes, message):

@@ -7,9 +7,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from kdcache.cache import open_cache
+from kdcache.cache.prefetch import required_bytes
 from kdcache.config import build
 from kdcache.errors import ConfigError
-from kdcache.storage.ahead import required_bytes
 from kdcache.train import TrainConfig, train_student
 from kdcache.train.run_record import settings_that_decide
 from tests.cache.http_store import serving

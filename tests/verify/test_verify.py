@@ -255,7 +255,7 @@ def test_a_table_without_what_the_check_needs(tmp_path):
 
 def test_arrays_that_do_not_add_up(copy):
     cache = open_cache(str(copy))
-    arrays = cache.open_shard(0).fields["targets"]
+    arrays = cache._open_shard(0).fields["targets"]
     record = cache.manifest.field("targets")
     values = {a.path: arrays[a.name].copy() for a in record.arrays}
     values["sequences/num_positions"][0] += 1

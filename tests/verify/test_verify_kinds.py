@@ -197,7 +197,7 @@ def test_arrays_that_contradict_each_other(tmp_path, name):
 def test_scales_of_another_width_than_the_states(tmp_path):
     SyntheticCache(record=KINDS["hidden"].record, hidden_codec="int8").write(tmp_path)
     item = open_cache(str(tmp_path)).manifest.shards[0].objects["hidden-2"]
-    arrays = open_cache(str(tmp_path)).open_shard(0, ("hidden-2",)).fields["hidden-2"]
+    arrays = open_cache(str(tmp_path))._open_shard(0, ("hidden-2",)).fields["hidden-2"]
     data = pack(
         {
             "positions/states": arrays["states"],

@@ -42,7 +42,7 @@ class _Held:
             file.close()
 
 
-class Ahead:
+class Prefetcher:
     """Downloads shards of the cache in ``folder`` ahead into ``store``."""
 
     def __init__(self, store: LocalStore, folder: Folder, manifest: Manifest) -> None:
