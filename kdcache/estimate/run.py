@@ -93,12 +93,14 @@ def estimate_presets(
         raise ConfigError(f"a pilot needs at least one position, found {num_positions}; the default is 4096")
     if config.targets != TargetsConfig() or config.hidden_states != HiddenStatesConfig():
         log.warning("settings of targets and hidden states play no part here, presets have their own")
-    config = build(DumpConfig, {**config.model_dump(exclude={"targets", "hidden_states"}), "output": _NO_OUTPUT})
     if config.of_task.gives != "tokens":
         raise ConfigError(
             f"task {config.task} keeps everything that its teacher says, so there are no presets to choose among; "
             "kdcache dump-teacher --dry-run tells its size"
         )
+    pilot_targets = {"top_k": 1, "tail_prior": False}  # whatever the vocabulary, the pilot can keep them
+    shared = config.model_dump(exclude={"targets", "hidden_states"})
+    config = build(DumpConfig, {**shared, "output": _NO_OUTPUT, "targets": pilot_targets})
     parts = load_parts(config, progress)
     sample, head, pilot = _pilot(parts, num_positions, progress)
     plans, reasons = _plans(config, parts, chosen, sample, head)

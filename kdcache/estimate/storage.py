@@ -139,16 +139,18 @@ def _shards(sample: Sample, plan: Plan, targets: Targets, states_PD: NDArray[np.
     for number, (begin, end) in enumerate(pairwise(starts)):
         members, rows = sample.sequences[begin:end], slice(offsets[begin], offsets[end])
         segments = [s.segment_ids_T for s in members if s.segment_ids_T is not None]
+        token_indices = [s.token_index_L for s in members if s.token_index_L is not None]
         yield ShardData(
             index=number,
             tokens_T=np.concatenate([s.tokens_T for s in members]),
-            num_tokens_N=sample.lengths_N[begin:end] + 1,
+            num_tokens_N=np.array([len(s.tokens_T) for s in members], dtype=np.int64),
             num_positions_N=sample.lengths_N[begin:end],
             loss_mask_P=np.concatenate([s.loss_mask_L for s in members]),
             labels_P=sample.labels_P[rows],
             targets=targets.take(rows),
             table=sample.table.slice(begin, end - begin),
             segment_ids_T=np.concatenate(segments) if segments else None,
+            token_index_P=np.concatenate(token_indices) if token_indices else None,
             hidden=_staged(plan, states_PD, rows),
         )
 

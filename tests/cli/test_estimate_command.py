@@ -4,9 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
+from kdcache.cache import open_cache
 from kdcache.presets import PRESETS
+from kdcache.tasks import task_of
 from tests.cli.conftest import Run
+from tests.task_models import TINY_TASKS
 
 
 @pytest.fixture
@@ -95,3 +99,30 @@ def test_nothing_is_printed_before_a_bad_option_is_noticed(run: Run, arguments):
     outcome = run(*arguments, "--top-k", 5)
     assert outcome.code == 2
     assert "No such option" in outcome.err
+
+
+@pytest.mark.parametrize("task", TINY_TASKS)
+def test_every_task(run: Run, task, tmp_path):
+    """Of a task of tokens the sizes are those of a dump; of the others the message says what to use instead."""
+    made = TINY_TASKS[task].write(tmp_path)
+    settings = {
+        "task": task,
+        "teacher": {"model": made["teacher"], "device": "cpu"},
+        "corpus": {"paths": [made["corpus"]]},
+        "sequences": TINY_TASKS[task].settings,
+        "batch_tokens": 64,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    names = ("sampled", "hybrid", "hidden")
+    outcome = run("estimate", "--config", tmp_path / "config.yaml", *(f"--preset={name}" for name in names), "--json")
+    if task_of(task).gives != "tokens":
+        assert outcome.code == 1
+        assert "kdcache dump-teacher --dry-run" in outcome.message()
+        return
+    assert outcome.code == 0, outcome.err
+    assert "measure" in outcome.err
+    found = {row["name"]: row for row in json.loads(outcome.out)["presets"]}
+    for name in names:
+        output = tmp_path / name
+        run("dump-teacher", "--config", tmp_path / "config.yaml", "--preset", name, "--output", output, "-q")
+        assert found[name]["total_bytes"] == pytest.approx(open_cache(str(output)).manifest.num_bytes, rel=0.01)
