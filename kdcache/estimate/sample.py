@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdcache.models.batching import batches_in_order
 from kdcache.models.lm_head import BufferedHead, LMHead
 from kdcache.schema import Sequence
 from kdcache.tasks import TASKS, Task
@@ -68,21 +69,13 @@ class TeacherLogits:
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         start = 0
-        for batch in self._batches():
+        lengths_N = np.array([sequence.num_fed for sequence in self._sequences], dtype=np.int64)
+        for group in batches_in_order(range(len(lengths_N)), lengths_N, self._batch_tokens):
+            batch = [self._sequences[index] for index in group]
             output = self._teacher.run(batch)
             stop = start + len(output.labels_P)
             yield slice(start, stop), output.logits(0, stop - start)
             start = stop
-
-    def _batches(self) -> Iterator[list[Sequence]]:
-        batch: list[Sequence] = []
-        for sequence in self._sequences:
-            longest = max(s.num_fed for s in [*batch, sequence])
-            if batch and (len(batch) + 1) * longest > self._batch_tokens:
-                yield batch
-                batch = []
-            batch.append(sequence)
-        yield batch
 
 
 @dataclass

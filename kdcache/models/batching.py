@@ -1,25 +1,38 @@
-"""Which sequences a model is fed together.
-
-Those of similar length, so little is padded; the longest go first, so a batch that does not fit fails in the first
-second and not in the last hour.
-"""
+"""Which sequences a model is fed together: as many as fit a budget of padded tokens."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 def batches_by_length(lengths_N: NDArray[np.int64], batch_tokens: int) -> list[list[int]]:
-    """Group sequences, longest first, so that (count x longest) of a group stays within ``batch_tokens``.
+    """Group all sequences, longest first, within ``batch_tokens`` (see `batches_in_order`).
 
-    Returns lists of indices into ``lengths_N``; a sequence longer than the budget makes a group of its own.
+    Little is padded, because neighbours are of similar length, and a batch that does not fit in memory fails in the
+    first second and not in the last hour. Returns lists of indices into ``lengths_N``.
     """
-    order = np.argsort(-lengths_N, kind="stable")
+    return batches_in_order(np.argsort(-lengths_N, kind="stable").tolist(), lengths_N, batch_tokens)
+
+
+def batches_in_order(
+    indices: Iterable[int], lengths_N: NDArray[np.int64], batch_tokens: int, *, max_sequences: int | None = None
+) -> list[list[int]]:
+    """Group ``indices`` in their order, so that (count x longest) of a group stays within ``batch_tokens``.
+
+    A group has at most ``max_sequences`` (default: any number). A sequence longer than the budget is a group of its
+    own.
+    """
     groups: list[list[int]] = []
-    for index in order.tolist():
-        if groups and (len(groups[-1]) + 1) * lengths_N[groups[-1][0]] <= batch_tokens:
+    longest = 0
+    for index in indices:
+        length = int(lengths_N[index])
+        longest = max(longest, length)
+        if groups and len(groups[-1]) != max_sequences and (len(groups[-1]) + 1) * longest <= batch_tokens:
             groups[-1].append(index)
         else:
             groups.append([index])
+            longest = length
     return groups

@@ -17,17 +17,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from kdcache.models.bi_encoder_config import BiEncoderConfig
+from kdcache.config import Config
 from kdcache.models.pooling import pool, project
 from kdcache.models.tokenizer import TextEncoder
 
 #: Where a Hugging Face configuration keeps what is said here.
 CONFIG_KEY = "kdcache_bi_encoder"
+
+
+class BiEncoderConfig(Config):
+    """How two texts get a score: ``scale`` x the ``similarity`` of their pooled states.
+
+    A cosine lies between -1 and 1 and wants a scale of about 20 to reach the differences of a cross-encoder's scores;
+    for a dot product take 1.
+    """
+
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    similarity: Literal["cosine", "dot"] = "cosine"
+    scale: float = Field(default=20.0, gt=0, allow_inf_nan=False)
 
 
 class _Saved(BiEncoderConfig):

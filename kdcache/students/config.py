@@ -8,7 +8,6 @@ from pydantic import Field, field_validator, model_validator
 
 from kdcache.config import Config
 from kdcache.errors import did_you_mean
-from kdcache.models.bi_encoder_config import BiEncoderConfig
 from kdcache.students.sizes import SIZES
 
 #: As ``target_modules``: every linear layer but the LM head.
@@ -35,6 +34,19 @@ class LoraConfig(Config):
         raise ValueError(f"expected {ALL_LINEAR!r} or a list of module names, such as [q_proj, v_proj]")
 
 
+class BiEncoderSettings(Config):
+    """How a bi-encoder scores two texts; what is None is as the model's own files say, else the default.
+
+    The score is ``scale`` (default 20) x the ``similarity`` (default cosine) of the states, pooled by ``pooling``
+    (default mean). A cosine lies between -1 and 1 and wants such a scale to reach the differences of a cross-encoder's
+    scores; for a dot product take 1.
+    """
+
+    pooling: Literal["mean", "cls", "last"] | None = None
+    similarity: Literal["cosine", "dot"] | None = None
+    scale: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+
 class StudentConfig(Config):
     """Which student to train: exactly one of ``model``, ``config_file`` and ``size``.
 
@@ -59,7 +71,7 @@ class StudentConfig(Config):
     """Train low-rank adapters beside frozen weights, instead of the weights."""
     encoder: Literal["cross-encoder", "bi-encoder"] | None = None
     """Of a student of task ranking: reads query and document together (default), or each alone (cheaper to search)."""
-    bi_encoder: BiEncoderConfig | None = None
+    bi_encoder: BiEncoderSettings | None = None
     """How a bi-encoder scores two texts (default: as the model says, else the cosine of mean states times 20)."""
 
     @field_validator("projection", mode="before")

@@ -44,7 +44,7 @@ def make_ranker(
         if hasattr(model.config, CONFIG_KEY):
             delattr(model.config, CONFIG_KEY)
         return None
-    given = {} if config.bi_encoder is None else config.bi_encoder.model_dump(exclude_unset=True)
+    given = {} if config.bi_encoder is None else config.bi_encoder.model_dump(exclude_none=True)
     own = None if config.model is None else modules_of(config.model, config.revision, StudentError)
     if own is not None and config.model is not None:
         load_projection(model, config.model, config.revision, StudentError)

@@ -22,6 +22,7 @@ from kdcache.cache import Cache
 from kdcache.cache.batches import MicroBatches
 from kdcache.config import Config
 from kdcache.losses import Objective, Select, TeacherRows, score_positions
+from kdcache.models.batching import batches_in_order
 from kdcache.step import StepInputs
 from kdcache.train.module import Distiller
 
@@ -76,20 +77,17 @@ def first_batches(cache: Cache, batches: MicroBatches, *, num_positions: int, ba
     """Return the first sequences of the training order as lists of sequence numbers.
 
     Together they have ``num_positions`` positions or a few more; a list has at most as many sequences as a
-    micro-batch and ``batch_positions`` positions, but one sequence at least.
+    micro-batch and, padded, ``batch_positions`` positions, but one sequence at least.
     """
-    found: list[list[int]] = []
-    total, inside = 0, 0
+    sizes_N = cache.sizes_N
+    first: list[int] = []
+    total = 0
     for index in (index for micro_batch in batches for index in micro_batch):
-        length = int(cache.sizes_N[index])
-        if not found or len(found[-1]) == batches.batch_sequences or inside + length > batch_positions:
-            found.append([])
-            inside = 0
-        found[-1].append(index)
-        total, inside = total + length, inside + length
+        first.append(index)
+        total += int(sizes_N[index])
         if total >= num_positions:
             break
-    return found
+    return batches_in_order(first, sizes_N, batch_positions, max_sequences=batches.batch_sequences)
 
 
 @torch.no_grad()

@@ -86,6 +86,7 @@ def test_an_option_works_with_a_report_in_a_dry_run_and_in_a_sweep(option, found
     record = read_run(tmp_path / "run")
     assert record is not None
     assert record["student"]["num_parameters"] == plan.num_parameters == report.num_parameters
+    assert build(TrainConfig, record["config"]).student == config.student
     assert list(plan.to_dict()["objective"]) == list(report.objective)
     # All three say what was trained on.
     trained = {name: part for name, part in record["config"]["objective"].items() if part is not None}
