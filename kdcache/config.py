@@ -157,7 +157,7 @@ def _explain(model: type[BaseModel], problem: Mapping[str, Any], inside: str = "
         inner = problem["ctx"]["nested"]
         return "; ".join(_explain(m, p, ".".join(filter(None, [path, *map(str, at)]))) for m, p, at in inner)
     if problem["type"] == "extra_forbidden":
-        return f"unknown setting {path!r}, {did_you_mean(str(location[-1]), _fields_at(model, location[:-1]))}"
+        return f"unknown setting {path!r}; {did_you_mean(str(location[-1]), _fields_at(model, location[:-1]))}"
     if problem["type"] == "missing":
         return f"{path!r} is required"
     message = str(problem["msg"]).removeprefix("Value error, ")

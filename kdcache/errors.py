@@ -1,18 +1,18 @@
-"""The errors a user can meet.
+"""Errors for users.
 
 ::
 
-    KdcacheError                 everything kdcache raises on purpose
-    ├── ConfigError              a wrong, unknown or contradictory setting
+    KdcacheError                 all errors that kdcache raises on purpose
+    ├── ConfigError              an invalid, unknown or contradictory setting
     ├── CorpusError              documents that cannot be found, read or used
-    ├── TeacherError             a teacher that cannot be loaded or answers nonsense
-    ├── StudentError             a student that cannot be loaded or does not fit the cache
-    └── CacheError               a cache that cannot be used as asked
+    ├── TeacherError             a teacher that cannot be loaded, or has invalid outputs
+    ├── StudentError             a student that cannot be loaded, or is incompatible with the cache
+    └── CacheError               a cache that does not support the operation
         ├── IncompleteCacheError     the dump has not finished
-        └── CorruptCacheError        bytes are not what the manifest says
+        └── CorruptCacheError        bytes differ from what the manifest describes
 
-Every message says what was expected, what was found, where, and what to do. The command line prints the message
-alone and exits with 1; a traceback therefore always means a defect of kdcache.
+A message has three parts: what is wrong, with the value; where; and what to do. The command line prints the message
+alone and exits with 1, so a traceback always means a bug in kdcache.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from collections.abc import Iterable
 
 
 class KdcacheError(Exception):
-    """Base of all errors that kdcache raises on purpose."""
+    """Base class of all errors that kdcache raises on purpose."""
 
 
 class ConfigError(KdcacheError):
-    """A wrong, unknown or contradictory setting."""
+    """An invalid, unknown or contradictory setting."""
 
 
 class CorpusError(KdcacheError):
@@ -34,15 +34,15 @@ class CorpusError(KdcacheError):
 
 
 class TeacherError(KdcacheError):
-    """A teacher that cannot be loaded or whose output cannot be used."""
+    """A teacher that cannot be loaded, or has invalid outputs."""
 
 
 class StudentError(KdcacheError):
-    """A student that cannot be loaded or does not fit the cache."""
+    """A student that cannot be loaded, or is incompatible with the cache."""
 
 
 class CacheError(KdcacheError):
-    """A cache that cannot be used as asked."""
+    """A cache that does not support the operation."""
 
 
 class IncompleteCacheError(CacheError):
@@ -50,13 +50,16 @@ class IncompleteCacheError(CacheError):
 
 
 class CorruptCacheError(CacheError):
-    """Bytes of a cache that are not what its manifest says."""
+    """Bytes of a cache that differ from what its manifest describes."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> str:
+    """Return ``unknown loss 'x'; did you mean 'y'?``, or the list of ``known`` names if none is similar."""
+    return f"unknown {kind} {name!r}; {did_you_mean(str(name), known)}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `` did you mean 'x'?`` for the known name closest to ``name``, or the list of what is known."""
+    """Return ``did you mean 'y'?`` for the known name most similar to ``name``, or the list of known names."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"known are {', '.join(names)}"
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"

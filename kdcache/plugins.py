@@ -7,14 +7,13 @@ add rows by entry points in the table's group, such as ``[project.entry-points."
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from kdcache.errors import ConfigError
+from kdcache.errors import ConfigError, unknown
 
 R = TypeVar("R")
 
@@ -130,13 +129,6 @@ def import_row(path: str) -> Any:
     """Return the object that ``"module:attribute"`` names, importing its module."""
     module, _, attribute = path.partition(":")
     return getattr(import_module(module), attribute)
-
-
-def unknown(kind: str, name: object, known: Iterable[str]) -> str:
-    """Return ``unknown loss 'x'; did you mean 'y'?``, or with all ``known`` names where none is close."""
-    names = list(known)
-    close = difflib.get_close_matches(str(name), names, n=1)
-    return f"unknown {kind} {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}")
 
 
 def _package(entry: EntryPoint) -> str:

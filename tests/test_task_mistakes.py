@@ -77,7 +77,7 @@ def test_an_encoder_decoder_embeds_nothing(tmp_path):
 
 
 def test_a_loss_of_labels_says_what_the_cache_lacks():
-    refusal = LabelMSE(weight=1.0).refusal(TeacherContext())
+    refusal = LabelMSE(weight=1.0).incompatibility(TeacherContext())
     assert refusal.startswith("it needs the corpus's labels, which are numbers, and the cache holds top-k targets")
 
 

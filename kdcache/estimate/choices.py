@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 
-from kdcache.losses import LOSSES, Loss, TeacherContext, allowed
+from kdcache.losses import LOSSES, Loss, TeacherContext, incompatibility
 from kdcache.models.lm_head import LMHead
 from kdcache.schema import TargetsRecord
 
@@ -20,7 +20,7 @@ _SOME_TEMPERATURE = 1.618034
 class LossChoices:
     """The settings of a loss that a kind of targets allows.
 
-    ``refusal`` says why there are none. ``tails`` are those allowed at temperature 1. ``modes`` make temperatures other
+    ``incompatibility`` says why there are none. ``tails`` are those allowed at temperature 1. ``modes`` make temperatures other
     than 1, each those in ``temperatures`` of its name: ``any``, or those that the cache stores.
     """
 
@@ -50,7 +50,7 @@ def context_of_record(record: TargetsRecord, vocab_size: int) -> TeacherContext:
 
 
 def _choices_of(name: str, loss: type[Loss], context: TeacherContext) -> LossChoices:
-    refusal = allowed(loss(weight=1), context)
+    refusal = incompatibility(loss(weight=1), context)
     tails = tuple(tail for tail in _options(loss, "tail") if _is_allowed(loss, context, tail=tail))
     modes = dict(_modes(loss, context)) if "temperature" in loss.model_fields else None
     return LossChoices(name, refusal if not tails else None, tails, modes)
@@ -67,7 +67,7 @@ def _modes(loss: type[Loss], context: TeacherContext) -> Iterator[tuple[str, str
 
 
 def _is_allowed(loss: type[Loss], context: TeacherContext, **settings: Any) -> bool:
-    return allowed(loss(weight=1, **settings), context) is None
+    return incompatibility(loss(weight=1, **settings), context) is None
 
 
 def _options(loss: type[Loss], name: str) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from kdcache.evaluate.measures import Answers, Metrics
 from kdcache.evaluate.metrics import macro_f1
 from kdcache.evaluate.table_rows import ModelRow
 from kdcache.evaluate.tally import ClassCounts, Tally
-from kdcache.losses import ForwardKL, allowed, score_positions
+from kdcache.losses import ForwardKL, incompatibility, score_positions
 from kdcache.losses.from_cache import context_of
 from kdcache.schema import NO_LABEL, OUTPUTS_FIELD, SequenceBatch
 from kdcache.step import StepInputs
@@ -122,7 +122,7 @@ class Distributions:
     def _add(self, tally: Tally, counts: ClassCounts | None, student: Student, batch: dict[str, torch.Tensor]) -> None:
         inputs = StepInputs.of(student, batch)
         kl = ForwardKL(weight=1.0)
-        losses = {} if allowed(kl, self._context) else {"kl": kl}
+        losses = {} if incompatibility(kl, self._context) else {"kl": kl}
         scores = score_positions(inputs.hidden_PD, student.head, inputs.rows, losses, context=self._context)
         top1_P, labels_P, valid_P = scores.top1_ids_P, inputs.rows.labels_P, batch["loss_mask"].cpu().numpy()
         _count(counts, top1_P.cpu().numpy(), labels_P.cpu().numpy(), valid_P)

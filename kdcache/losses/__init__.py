@@ -3,7 +3,7 @@
 `Objective` trains, `score_positions` evaluates; both walk over the positions in chunks (`kernel`), show each chunk to
 the losses as a `ChunkView`, and know the losses from one table, `LOSSES`. Terms (`Term`, table `TERMS`) compare other
 outputs of the student with the teacher's, and may own parameters. `TeacherContext` says what kind of cache the
-rows come from, and `allowed` which losses make sense with it. Only `from_cache` reads a cache.
+rows come from, and `incompatibility` which losses make sense with it. Only `from_cache` reads a cache.
 
 The names below are loaded when they are first used: settings (`ObjectiveConfig`) and tables need no torch.
 """
@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdcache.losses.base import LayerStates, Loss, Needs, Outputs, Part, Term, TermModule, allowed
+    from kdcache.losses.base import LayerStates, Loss, Needs, Outputs, Part, Term, TermModule, incompatibility
     from kdcache.losses.config import ObjectiveConfig
     from kdcache.losses.divergences import CrossEntropy, ForwardKL
     from kdcache.losses.objective import Objective, ObjectiveOutput
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kdcache.losses.view import ChunkView
 
 _HOMES = {
-    "base": ("LayerStates", "Loss", "Needs", "Outputs", "Part", "Term", "TermModule", "allowed"),
+    "base": ("LayerStates", "Loss", "Needs", "Outputs", "Part", "Term", "TermModule", "incompatibility"),
     "config": ("ObjectiveConfig",),
     "divergences": ("CrossEntropy", "ForwardKL"),
     "objective": ("Objective", "ObjectiveOutput"),
@@ -60,7 +60,7 @@ __all__ = [
     "TeacherRows",
     "Term",
     "TermModule",
-    "allowed",
+    "incompatibility",
     "per_position_values",
     "score_positions",
 ]

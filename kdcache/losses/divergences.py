@@ -67,7 +67,7 @@ class CrossEntropy(Loss):
         """Return the loss of each position, [C]."""
         return torch.where(view.teacher.labels_P >= 0, -view.gold_logprob_C, 0.0)
 
-    def refusal(self, context: TeacherContext) -> None:
+    def incompatibility(self, context: TeacherContext) -> None:
         """Return None: the teacher plays no part."""
 
 
@@ -99,19 +99,19 @@ class ForwardKL(TemperedLoss):
             return TAILS[self.tail](view)
         return grid_kl(view, self.temperature) if mode == "grid" else decoupled_kl(view, self.temperature)
 
-    def refusal(self, context: TeacherContext) -> str | None:
+    def incompatibility(self, context: TeacherContext) -> str | None:
         if context.head is not None and self.tail != "bucket":
             return (
                 f"the cache holds {context.holds}, from which the whole tail is known, so tail {self.tail} makes no "
                 "sense; leave it out, or transcode the cache to top-k targets"
             )
         if self.resolved_mode(context) == "full":
-            return self.refusal_of_mode(context)
+            return self.incompatibility_of_mode(context)
         missing = context.lacks(*self._needed_facts(context))
         if missing is not None:
             return missing
         if self.tail != "bucket" and (context.is_sampled or self.temperature != 1.0):
-            return self._refusal_of_tail(context)
+            return self._incompatibility_of_tail(context)
         if context.is_sampled and self.temperature != 1.0:
             return (
                 f"the cache holds {context.holds}, which estimate the teacher at temperature 1 only, found temperature "
@@ -119,7 +119,7 @@ class ForwardKL(TemperedLoss):
             )
         if self.tail == "prior" and context.prior_V is None:
             return "the cache holds no tail prior; dump it with targets.tail_prior=true, or use tail bucket or uniform"
-        return self.refusal_of_mode(context)
+        return self.incompatibility_of_mode(context)
 
     def _needed_facts(self, context: TeacherContext) -> tuple[Fact, ...]:
         if context.is_sampled:
@@ -127,7 +127,7 @@ class ForwardKL(TemperedLoss):
         # These two look at the kept ids alone.
         return () if self.tail in ("renormalise", "drop") else self.needs_facts
 
-    def _refusal_of_tail(self, context: TeacherContext) -> str:
+    def _incompatibility_of_tail(self, context: TeacherContext) -> str:
         if context.is_sampled:
             return (
                 f"tail {self.tail} needs the exact mass of a tail, and in the cache samples stand for it: it holds "

@@ -56,7 +56,7 @@ class HiddenTerm(Term):
     def compare(self, student_PD: Tensor, teacher_PD: Tensor) -> Tensor:
         """Return the distance of the states at each position, [P], in their dtype."""
 
-    def refusal(self, context: TeacherContext) -> str | None:
+    def incompatibility(self, context: TeacherContext) -> str | None:
         """Return why these settings make no sense with such a cache and what to do instead; None if they do."""
         stored = context.layer_widths
         if not stored:

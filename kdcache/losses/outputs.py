@@ -49,7 +49,7 @@ class OutputTerm(Term):
     def compare(self, outputs: Outputs) -> Tensor:
         """Return the value of each row, [P]; outputs are in float32 at least."""
 
-    def refusal(self, context: TeacherContext) -> str | None:
+    def incompatibility(self, context: TeacherContext) -> str | None:
         """Return why the term makes no sense with such a cache and what to do instead; None if it does."""
         if context.has("outputs"):
             return None
@@ -110,11 +110,11 @@ class LabelMSE(OutputTerm):
     needs = "the corpus's labels, which are numbers"
     uses_teacher = False
 
-    def refusal(self, context: TeacherContext) -> str | None:
+    def incompatibility(self, context: TeacherContext) -> str | None:
         """Return why the term makes no sense with such a cache and what to do instead; None if it does."""
         if context.outputs is not None and context.outputs.width > 1:
             return f"it compares one score with one number, and the outputs are {context.outputs.width} wide"
-        return super().refusal(context)
+        return super().incompatibility(context)
 
     def compare(self, outputs: Outputs) -> Tensor:
         """Return the error of each row, [P]."""
@@ -136,11 +136,11 @@ def _unit(vectors_PC: Tensor) -> Tensor:
 class EmbeddingTerm(OutputTerm):
     """Base of terms that compare embeddings with each other."""
 
-    def refusal(self, context: TeacherContext) -> str | None:
+    def incompatibility(self, context: TeacherContext) -> str | None:
         """Return why the term makes no sense with such a cache and what to do instead; None if it does."""
         if context.outputs is not None and context.outputs.pooling is None:
             return "it compares embeddings, and the outputs of this cache are none; use a cache of task embedding"
-        return super().refusal(context)
+        return super().incompatibility(context)
 
 
 class SimilarityMatrix(EmbeddingTerm):
@@ -255,14 +255,14 @@ class RankingTerm(OutputTerm):
     def of_queries(self, student_P: Tensor, teacher_P: Tensor, relevance_P: Tensor, groups: Groups) -> Tensor:
         """Return the loss of each query, [Q]; scores are in float32 at least, ``relevance_P`` NaN where unknown."""
 
-    def refusal(self, context: TeacherContext) -> str | None:
+    def incompatibility(self, context: TeacherContext) -> str | None:
         """Return why the term makes no sense with such a cache and what to do instead; None if it does."""
         if context.outputs is not None and context.outputs.width > 1:
             return (
                 f"it compares the scores of a query's documents, one for each, and the outputs are "
                 f"{context.outputs.width} wide; use a cache of task ranking, or another term"
             )
-        return super().refusal(context)
+        return super().incompatibility(context)
 
     def compare(self, outputs: Outputs) -> Tensor:
         """Return at each row the loss of its query, [P]."""

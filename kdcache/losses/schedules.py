@@ -1,11 +1,11 @@
-"""Weights and temperatures that change during a run.
+"""Schedules: weights and temperatures that change during a run.
 
-A schedule is a pure function of the *progress* of a run, 0 at its first step and 1 at its last, so a run that is
-resumed needs nothing but the number of steps done. It goes monotonically from one of its values to the next and never
-leaves their range; so whoever checks the values and the moments between which they are reached has checked the run.
+A schedule is a pure function of the *progress* of a run, 0 at its first step and 1 at its last, so resuming a run needs
+only the number of steps done. Between two knots it is monotone and stays between its values, so checking the values and
+some sample points checks the whole run.
 
 A field annotated `Weight` or `Temperature` takes a number or a schedule, ``0.9`` or ``{schedule: linear, start: 0.9,
-end: 0.1}``. Type checkers see ``float`` there: formulas only ever meet the numbers that `Scheduled.at` puts in place.
+end: 0.1}``. Type checkers see ``float``: formulas only see the numbers that `Scheduled.at` inserts.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from kdcache.config import Config
-from kdcache.errors import did_you_mean
+from kdcache.errors import unknown
 
 
 class Schedule(Config, ABC):
-    """Base of all schedules; ``levels`` names the fields that hold values."""
+    """Base class of schedules; ``value_fields`` names the fields that hold values."""
 
-    levels: ClassVar[tuple[str, ...]]
+    value_fields: ClassVar[tuple[str, ...]]
 
     schedule: str
 
@@ -41,15 +41,15 @@ class Schedule(Config, ABC):
     def at(self, progress: float) -> float:
         """Return the value at ``progress``, from 0 (the first step of a run) to 1 (the last)."""
 
-    def corners(self) -> tuple[float, ...]:
-        """Return the progress at which the course bends, beside 0 and 1."""
+    def knots(self) -> tuple[float, ...]:
+        """Return the progress of the knots, other than 0 and 1, between which the schedule is smooth."""
         return ()
 
 
 class Constant(Schedule):
-    """One value; a number in its place says the same, and is what becomes of it."""
+    """One value; validation replaces it by the number."""
 
-    levels = ("value",)
+    value_fields = ("value",)
 
     schedule: Literal["constant"] = "constant"
     value: float
@@ -61,7 +61,7 @@ class Constant(Schedule):
 class _Ramp(Schedule):
     """From ``start`` to ``end`` between the fractions ``begin`` and ``until`` of the run; constant before and after."""
 
-    levels = ("start", "end")
+    value_fields = ("start", "end")
 
     start: float
     end: float
@@ -76,13 +76,13 @@ class _Ramp(Schedule):
 
     def at(self, progress: float) -> float:
         share = (progress - self.begin) / (self.until - self.begin)
-        return _between(self.start, self.end, self.course(min(max(share, 0.0), 1.0)))
+        return _between(self.start, self.end, self.interpolate(min(max(share, 0.0), 1.0)))
 
     @abstractmethod
-    def course(self, share: float) -> float:
-        """Return which part of the way is done after ``share`` of the time."""
+    def interpolate(self, share: float) -> float:
+        """Return the fraction of the way from ``start`` to ``end`` after the fraction ``share`` of the time."""
 
-    def corners(self) -> tuple[float, ...]:
+    def knots(self) -> tuple[float, ...]:
         return (self.begin, self.until)
 
 
@@ -91,7 +91,7 @@ class Linear(_Ramp):
 
     schedule: Literal["linear"] = "linear"
 
-    def course(self, share: float) -> float:
+    def interpolate(self, share: float) -> float:
         return share
 
 
@@ -100,7 +100,7 @@ class Cosine(_Ramp):
 
     schedule: Literal["cosine"] = "cosine"
 
-    def course(self, share: float) -> float:
+    def interpolate(self, share: float) -> float:
         return (1 - math.cos(math.pi * share)) / 2
 
 
@@ -108,10 +108,10 @@ class WarmupStableDecay(Schedule):
     """Linearly from ``start`` to ``peak``, constant, linearly to ``end``.
 
     ``warmup`` and ``decay`` are the first and the last fraction of the run. Peng et al. (2024, "Pre-training
-    Distillation for Large Language Models: A Design Space Exploration") give the weight of distillation this course.
+    Distillation for Large Language Models: A Design Space Exploration") use this schedule for the distillation weight.
     """
 
-    levels = ("start", "peak", "end")
+    value_fields = ("start", "peak", "end")
 
     schedule: Literal["wsd"] = "wsd"
     start: float
@@ -134,39 +134,39 @@ class WarmupStableDecay(Schedule):
             return _between(self.end, self.peak, left / self.decay)
         return self.peak
 
-    def corners(self) -> tuple[float, ...]:
+    def knots(self) -> tuple[float, ...]:
         return (self.warmup, 1 - self.decay)
 
 
 class Scheduled(Config):
-    """Base of configurations with fields that may hold a schedule."""
+    """Base class of configurations with fields that may hold a schedule."""
 
     @property
     def schedules(self) -> dict[str, Schedule]:
-        """The fields that change during a run."""
+        """The fields that hold a schedule."""
         return {name: value for name, value in self if isinstance(value, Schedule)}
 
     def at(self, progress: float) -> Self:
-        """Return the configuration with the numbers of that moment: ``progress`` is 0 at the first step, 1 at the last.
+        """Return the configuration with all schedules replaced by their values at ``progress``, from 0 to 1.
 
-        Numbers are what all formulas and refusals expect; without schedules it is the same object.
+        Formulas and compatibility checks expect numbers. Without schedules this is the same object.
         """
         values = {name: schedule.at(progress) for name, schedule in self.schedules.items()}
         return self.model_copy(update=values) if values else self
 
-    def moments(self) -> list[float]:
-        """Return the progress of the moments that stand for the whole run: ends, bends, and three between each two."""
+    def sample_points(self) -> list[float]:
+        """Return the progress of points that represent the whole run: ends, knots, and three between each two."""
         schedules = self.schedules.values()
         if not schedules:
             return [0.0]
-        corners = sorted({0.0, 1.0, *(corner for schedule in schedules for corner in schedule.corners())})
-        steps = [_between(a, b, i / 4) for a, b in pairwise(corners) for i in range(4)]
+        knots = sorted({0.0, 1.0, *(knot for schedule in schedules for knot in schedule.knots())})
+        steps = [_between(a, b, i / 4) for a, b in pairwise(knots) for i in range(4)]
         return [*steps, 1.0]
 
 
 def highest(value: float | Schedule) -> float:
-    """Return the largest value that a field has at any time."""
-    return max(getattr(value, name) for name in value.levels) if isinstance(value, Schedule) else value
+    """Return the largest value of a field during a run."""
+    return max(getattr(value, name) for name in value.value_fields) if isinstance(value, Schedule) else value
 
 
 def _between(a: float, b: float, share: float) -> float:
@@ -178,7 +178,7 @@ def _number_or_schedule(value: Any, check_number: ValidatorFunctionWrapHandler) 
     schedule = _schedule_of(value) if isinstance(value, Mapping) else value
     if not isinstance(schedule, Schedule):
         return check_number(value)
-    for name in schedule.levels:
+    for name in schedule.value_fields:
         try:
             check_number(getattr(schedule, name))
         except ValidationError as error:
@@ -187,26 +187,26 @@ def _number_or_schedule(value: Any, check_number: ValidatorFunctionWrapHandler) 
 
 
 def _schedule_of(data: Mapping[str, Any]) -> Schedule:
-    """Build a schedule; problems are located at its settings, with one message each."""
+    """Build a schedule; problems are reported at its settings, with one message each."""
     if "schedule" not in data:
-        _refuse("schedule", dict(data), f"a schedule says which one it is; known are {', '.join(SCHEDULES)}")
+        _reject("schedule", dict(data), f"a schedule needs its name; known: {', '.join(SCHEDULES)}")
     name = str(data["schedule"])
     if name not in SCHEDULES:
-        _refuse("schedule", name, f"there is no such schedule, {did_you_mean(name, SCHEDULES)}")
+        _reject("schedule", name, unknown("schedule", name, SCHEDULES))
     kind = SCHEDULES[name]
     for key, value in data.items():
         if key not in kind.model_fields:
-            _refuse(str(key), value, f"{name} has no such setting, {did_you_mean(str(key), kind.model_fields)}")
+            _reject(str(key), value, unknown(f"setting of {name}", str(key), kind.model_fields))
     return kind.model_validate(data)
 
 
-def _refuse(name: str, found: Any, message: str) -> NoReturn:
+def _reject(name: str, found: Any, message: str) -> NoReturn:
     error = PydanticCustomError("schedule", "{message}", {"message": message})
     raise ValidationError.from_exception_data("schedule", [InitErrorDetails(type=error, loc=(name,), input=found)])
 
 
 def _at(name: str, error: ValidationError) -> ValidationError:
-    """Return the problems of a number as problems of the setting that holds it."""
+    """Return the problems of a number as problems of the setting ``name``."""
     details = [
         InitErrorDetails(type=problem["type"], loc=(name,), input=problem["input"], ctx=problem.get("ctx", {}))
         for problem in error.errors()

@@ -21,7 +21,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from kdcache.config import Config
-from kdcache.errors import ConfigError, did_you_mean
+from kdcache.errors import ConfigError, unknown
 from kdcache.losses.teacher import Fact, TeacherContext, TeacherRows
 
 
@@ -42,7 +42,7 @@ class Select(Config):
     @classmethod
     def _known(cls, by: str) -> str:
         if by not in MEASURES:
-            raise ValueError(f"there is no such measure, {did_you_mean(by, MEASURES)}")
+            raise ValueError(unknown("measure", by, MEASURES))
         return by
 
     @model_validator(mode="after")
@@ -106,7 +106,7 @@ class Select(Config):
                 "kdcache.losses.from_cache.resolve_selection does that"
             )
 
-    def refusal(self, context: TeacherContext) -> str | None:
+    def incompatibility(self, context: TeacherContext) -> str | None:
         """Return why such a cache does not know the measure and what to do instead; None if it does."""
         if self.by == "confidence" and context.kind == "sampled":
             return (

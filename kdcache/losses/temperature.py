@@ -59,15 +59,15 @@ class TemperedLoss(Loss):
             return self.mode
         return "full" if context.head is not None else self.modes[0]
 
-    def refusal(self, context: TeacherContext) -> str | None:
+    def incompatibility(self, context: TeacherContext) -> str | None:
         """Return why these settings make no sense with such a cache and what to do instead; None if they do."""
-        return super().refusal(context) or self.refusal_of_mode(context)
+        return super().incompatibility(context) or self.incompatibility_of_mode(context)
 
-    def refusal_of_mode(self, context: TeacherContext) -> str | None:
+    def incompatibility_of_mode(self, context: TeacherContext) -> str | None:
         """Return why mode and temperature make no sense with such a cache and what to do instead; None if they do."""
         mode = self.resolved_mode(context)
         if mode == "full":
-            return self._refusal_of_full(context)
+            return self._incompatibility_of_full(context)
         if self.temperature == 1.0:
             return None
         if mode not in self.modes:
@@ -77,10 +77,10 @@ class TemperedLoss(Loss):
                 "of hidden targets"
             )
         if mode == "grid" and context.grid_index(self.temperature) is None:
-            return self._refusal_of_grid(context)
+            return self._incompatibility_of_grid(context)
         return None
 
-    def _refusal_of_full(self, context: TeacherContext) -> str | None:
+    def _incompatibility_of_full(self, context: TeacherContext) -> str | None:
         if context.head is not None:
             return None
         return (
@@ -88,7 +88,7 @@ class TemperedLoss(Loss):
             f"{context.holds}; dump with --targets hidden, or use another mode"
         )
 
-    def _refusal_of_grid(self, context: TeacherContext) -> str:
+    def _incompatibility_of_grid(self, context: TeacherContext) -> str:
         stored = ", ".join(f"{temperature:g}" for temperature in context.temperatures)
         found = f"stores the tail at the temperatures {stored}" if stored else "stores the tail at temperature 1 only"
         other = "mode decoupled" if "decoupled" in self.modes else "a cache of hidden targets"

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 
 from kdcache.cache import Cache
 from kdcache.cache.reader import as_cache
-from kdcache.errors import ConfigError
+from kdcache.errors import ConfigError, unknown
 from kdcache.peek.context import PeekContext, View
 from kdcache.peek.texts import Texts
 from kdcache.peek.tokens import SELECTIONS, Choice, PeekPosition, PeekResult
-from kdcache.plugins import unknown
 from kdcache.schema import OUTPUTS_FIELD
 from kdcache.tasks import task_of
 

@@ -193,7 +193,7 @@ def _term(
     mode = _mode(first, objective)
     # Whole distributions and samples have no tail that something is to be done about.
     has_tail = mode != "full" and not objective.context.is_sampled
-    masses = [_kept_mass(part.at(progress), objective, kept_mass, measured) for progress in part.moments()]
+    masses = [_kept_mass(part.at(progress), objective, kept_mass, measured) for progress in part.sample_points()]
     known = [mass for mass in masses if mass is not None]
     return TermReport(
         name=name,

@@ -78,7 +78,7 @@ def test_settings_of_a_file_for_dumps(run: Run, arguments, tmp_path):
     [
         (["--preset", "compct"], "there is no preset 'compct', did you mean 'compact'?"),
         (["--positions", "0"], "at least one position, found 0"),
-        (["--set", "sequences.max_lenth=4"], "unknown setting 'sequences.max_lenth', did you mean 'max_length'?"),
+        (["--set", "sequences.max_lenth=4"], "unknown setting 'sequences.max_lenth'; did you mean 'max_length'?"),
         (["--corpus", "/no/such/file.txt"], "/no/such/file.txt"),
         (["--teacher", "/no/such/model"], "/no/such/model"),
     ],

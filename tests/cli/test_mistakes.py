@@ -171,7 +171,7 @@ def test_mistakes_in_settings(dump, tmp_path, changes, more, words):
         ("output: x\nteacher: [", ["is not valid YAML: line 2, column 11: "]),
         ("- a\n- b\n", ["must hold a mapping", "list"]),
         ("just words", ["must hold a mapping", "str"]),
-        ("temprature: 2\n", ["unknown setting 'temprature'", "known are"]),
+        ("temprature: 2\n", ["unknown setting 'temprature'", "known: "]),
         ("sequences: {pakcing: window}\n", ["sequences.pakcing", "did you mean 'packing'"]),
         (b"\xff\xfe\x00", ["not text"]),
     ],

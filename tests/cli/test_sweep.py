@@ -66,7 +66,7 @@ def test_mistakes(run, file, tmp_path):
     change(file, grid={"objective.forward_kl.temprature": [1]})
     assert "did you mean 'temperature'" in run("sweep", file).message()
     change(file, gird={})
-    assert f"{file}: unknown setting 'gird', did you mean 'grid'" in run("sweep", file).message()
+    assert f"{file}: unknown setting 'gird'; did you mean 'grid'" in run("sweep", file).message()
     assert "cannot read configuration file" in run("sweep", tmp_path / "none.yaml").message()
 
 

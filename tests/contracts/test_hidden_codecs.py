@@ -185,5 +185,5 @@ def test_configuration_goes_through_json(codec):
 
 
 def test_wrong_names_are_explained():
-    with pytest.raises(ConfigError, match=r"'bf61', did you mean 'bf16'"):
+    with pytest.raises(ConfigError, match=r"'bf61'; did you mean 'bf16'"):
         vector_codec({"name": "bf61"})

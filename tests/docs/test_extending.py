@@ -14,7 +14,7 @@ from kdcache.cache.curriculum import PACINGS
 from kdcache.cli import COMMANDS
 from kdcache.codecs import TOPK_CODECS, VECTOR_CODECS, TargetsCodec
 from kdcache.corpus.sources import FORMATS
-from kdcache.losses import LOSSES, MEASURES, SCHEDULES, TERMS, ChunkView, Loss, TeacherContext, allowed
+from kdcache.losses import LOSSES, MEASURES, SCHEDULES, TERMS, ChunkView, Loss, TeacherContext, incompatibility
 from kdcache.models.bodies import BODIES
 from kdcache.presets import PRESETS
 from kdcache.schema import Kind, TargetsRecord
@@ -105,7 +105,7 @@ def test_codec_of_the_page_stores_every_kind_of_targets(namespace: dict[str, Any
 def test_loss_of_the_page_is_refused_where_draws_stand_for_the_tail(namespace: dict[str, Any]) -> None:
     loss = namespace["loss"]
     for kind in get_args(Kind):
-        refusal = allowed(loss, TeacherContext(kind=kind))
+        refusal = incompatibility(loss, TeacherContext(kind=kind))
         assert (refusal is None) is (kind in ("top-k", "hidden"))
 
 

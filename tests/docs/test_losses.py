@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdcache.losses import LOSSES, ForwardKL, TeacherContext, allowed
+from kdcache.losses import LOSSES, ForwardKL, TeacherContext, incompatibility
 from kdcache.losses.divergences import LEAST_LOG_PROB
 from kdcache.losses.temperature import TemperedLoss
 from kdcache.models.lm_head import LMHead
@@ -28,7 +28,7 @@ def test_every_loss_has_its_row_in_the_order_of_the_table():
 def test_a_row_says_which_caches_serve_the_loss(name):
     for said, context in zip(TABLE[name][2:6], CONTEXTS.values(), strict=True):
         assert said in ("yes", "no", "exact", "estimate", "kept ids")
-        assert (allowed(LOSSES[name](weight=1.0), context) is None) is (said != "no")
+        assert (incompatibility(LOSSES[name](weight=1.0), context) is None) is (said != "no")
         assert (said == "exact") <= (context.kind == "hidden")
         assert (said == "kept ids") is (context.kind == "hybrid" and LOSSES[name].ignores_samples)
 

@@ -49,7 +49,7 @@ def test_a_setting_of_another_codec_is_refused(options):
 
 
 def test_a_mistyped_setting_gets_a_suggestion():
-    with pytest.raises(ConfigError, match="unknown setting 'gird', did you mean 'grid'"):
+    with pytest.raises(ConfigError, match="unknown setting 'gird'; did you mean 'grid'"):
         configure("targets.codec.gird=32")
 
 

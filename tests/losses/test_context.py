@@ -18,7 +18,7 @@ from kdcache.losses import (
     ObjectiveConfig,
     TeacherContext,
     TeacherRows,
-    allowed,
+    incompatibility,
     score_positions,
 )
 from kdcache.models.lm_head import LMHead
@@ -93,7 +93,7 @@ def forward_kl(settings: dict) -> ForwardKL:
 @loop(("name", "settings", "message"), REFUSED)
 def test_what_a_cache_cannot_give_is_refused_before_training(name, settings, message):
     loss, context = forward_kl(settings), CONTEXTS[name]
-    reason = allowed(loss, context)
+    reason = incompatibility(loss, context)
     with pytest.raises(ConfigError, match=message) as error:
         Objective(ObjectiveConfig(forward_kl=loss), context=context)
     assert str(error.value) == f"forward_kl: {reason}"
@@ -105,7 +105,7 @@ def test_what_a_cache_cannot_give_is_refused_before_training(name, settings, mes
 @loop(("name", "settings"), ALLOWED)
 def test_what_a_cache_can_give_is_allowed(name, settings):
     loss, context = forward_kl(settings), CONTEXTS[name]
-    assert allowed(loss, context) is None
+    assert incompatibility(loss, context) is None
     Objective(ObjectiveConfig(forward_kl=loss), context=context)
 
 
@@ -124,10 +124,10 @@ class Entropy(Loss):
 
 def test_other_losses_want_true_probabilities_unless_they_say_otherwise():
     loss = Entropy(weight=1.0)
-    assert allowed(loss, CONTEXTS["plain"]) is None
+    assert incompatibility(loss, CONTEXTS["plain"]) is None
     with pytest.raises(ConfigError, match=r"toy: it needs the probabilities of the kept ids.*sampled targets"):
         loss.check(CONTEXTS["sampled"], "toy")
-    assert all(allowed(CrossEntropy(weight=1.0), context) is None for context in CONTEXTS.values())
+    assert all(incompatibility(CrossEntropy(weight=1.0), context) is None for context in CONTEXTS.values())
     assert all(loss.needs for loss in (Entropy, CrossEntropy, ForwardKL))
 
 
@@ -169,7 +169,7 @@ def test_a_cache_says_which_facts_it_has():
 @pytest.mark.parametrize("name", LOSSES)
 def test_probabilities_of_the_kept_ids_alone_serve_losses_that_are_blind_to_the_tail(name):
     kept = TeacherContext(probabilities="kept", scalars=())
-    reason = allowed(LOSSES[name](weight=1.0), kept)
+    reason = incompatibility(LOSSES[name](weight=1.0), kept)
     assert (reason is None) is (name in ("cross_entropy", "logits_mse", "ranking"))
     if reason is not None:
         assert "renormalised over the kept ids" in reason
@@ -179,15 +179,15 @@ def test_probabilities_of_the_kept_ids_alone_serve_losses_that_are_blind_to_the_
 def test_forward_kl_that_renormalises_needs_no_tail():
     kept = TeacherContext(probabilities="kept", scalars=())
     for tail in ("renormalise", "drop"):
-        assert allowed(ForwardKL(weight=1, tail=tail), kept) is None
-    assert allowed(ForwardKL(weight=1, tail="uniform"), kept) is not None
+        assert incompatibility(ForwardKL(weight=1, tail=tail), kept) is None
+    assert incompatibility(ForwardKL(weight=1, tail="uniform"), kept) is not None
 
 
 def test_the_estimate_from_samples_needs_the_entropy():
     kl = ForwardKL(weight=1)
-    assert allowed(kl, TeacherContext(kind="sampled")) is None
-    assert "entropy" in allowed(kl, TeacherContext(kind="sampled", scalars=("gold_logprob",)))
-    assert allowed(kl, TeacherContext(scalars=())) is None
+    assert incompatibility(kl, TeacherContext(kind="sampled")) is None
+    assert "entropy" in incompatibility(kl, TeacherContext(kind="sampled", scalars=("gold_logprob",)))
+    assert incompatibility(kl, TeacherContext(scalars=())) is None
 
 
 @pytest.mark.parametrize(

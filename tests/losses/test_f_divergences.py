@@ -19,7 +19,7 @@ from kdcache.losses import (
     ObjectiveConfig,
     TeacherContext,
     TeacherRows,
-    allowed,
+    incompatibility,
 )
 from kdcache.losses.divergences import (
     LEAST_LOG_PROB,
@@ -96,9 +96,9 @@ def possible(loss: Loss, case: Case) -> bool:
 def test_value_and_gradient_equal_the_dense_ones(loss, kind):
     case = CASES[kind]()
     if not possible(loss, case):
-        assert "stores the tail at" in str(allowed(loss, replace(case.context, temperatures=())))
+        assert "stores the tail at" in str(incompatibility(loss, replace(case.context, temperatures=())))
         return
-    assert allowed(loss, case.context_for(loss)) is None
+    assert incompatibility(loss, case.context_for(loss)) is None
     logits_PV = dense_logits(case)
     found, expected = values_and_gradient(loss, case, logits_PV), dense_values_and_gradient(loss, case, logits_PV)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
@@ -417,7 +417,7 @@ CONTEXTS = {
 @loop("name", [name for name in LOSSES if name not in ("forward_kl", "cross_entropy")])
 def test_draws_alone_are_refused_and_every_other_cache_allowed(name):
     for where, context in CONTEXTS.items():
-        reason = allowed(LOSSES[name](weight=1.0), context)
+        reason = incompatibility(LOSSES[name](weight=1.0), context)
         if where in ("sampled", "hybrid of unknown width"):
             assert reason is not None
             assert reason.startswith("it needs the ")
@@ -442,7 +442,7 @@ def test_draws_alone_are_refused_and_every_other_cache_allowed(name):
     ids=repr,
 )
 def test_what_a_cache_cannot_give_is_refused(loss, where, message):
-    reason = allowed(loss, CONTEXTS[where])
+    reason = incompatibility(loss, CONTEXTS[where])
     assert reason is not None
     assert re.search(message, reason), reason
 
@@ -453,8 +453,8 @@ def test_modes_by_default(loss):
     assert at_two.resolved_mode(CONTEXTS["hidden"]) == "full"
     assert at_two.resolved_mode(CONTEXTS["grid"]) == ("decoupled" if loss is ReverseKL else "grid")
     for where in ("grid", "hidden"):
-        assert allowed(at_two, CONTEXTS[where]) is None
-    assert allowed(loss(weight=1.0, mode="decoupled"), CONTEXTS["top-k"]) is None
+        assert incompatibility(at_two, CONTEXTS[where]) is None
+    assert incompatibility(loss(weight=1.0, mode="decoupled"), CONTEXTS["top-k"]) is None
 
 
 @loop(

@@ -403,7 +403,7 @@ def test_what_does_not_fit_the_student_is_refused(name, settings, words):
 @loop(
     ("settings", "words"),
     [
-        ({"layer": {1: 2}}, "unknown setting 'hidden_mse.layer', did you mean 'layers'"),
+        ({"layer": {1: 2}}, "unknown setting 'hidden_mse.layer'; did you mean 'layers'"),
         ({"layers": {}}, "hidden_mse.layers"),
         ({"layers": {"first": 2}}, "hidden_mse.layers"),
         ({"projection": "mlp"}, "hidden_mse.projection"),

@@ -78,9 +78,9 @@ def test_losses_and_terms_of_other_packages_are_settings_like_any_other():
     assert ObjectiveConfig.model_validate(config.model_dump()) == config
     assert list(ObjectiveConfig.setting_names()) == [*LOSSES, *TERMS]
     assert ObjectiveConfig(forward_kl=ForwardKL(weight=1), mine=Mine(weight=1)).parts.keys() == {"forward_kl", "mine"}
-    with pytest.raises(ConfigError, match=r"unknown setting 'objective\.mine\.scal', did you mean 'scale'"):
+    with pytest.raises(ConfigError, match=r"unknown setting 'objective\.mine\.scal'; did you mean 'scale'"):
         objective("mine.weight=1", "mine.scal=3")
-    with pytest.raises(ConfigError, match=r"unknown setting 'objective\.mien', did you mean 'mine'"):
+    with pytest.raises(ConfigError, match=r"unknown setting 'objective\.mien'; did you mean 'mine'"):
         objective("mien.weight=1")
 
 
@@ -93,11 +93,16 @@ def test_a_loss_that_cannot_be_imported_hinders_those_who_name_it_only():
 
 def test_all_problems_of_an_objective_are_told_at_once():
     with pytest.raises(ConfigError) as caught:
-        objective("foward_kl.weight=1", "forward_kl.temprature=2", "forward_kl.weight=-1", "ranking.top_k=1")
+        objective("forward_kl.temprature=2", "forward_kl.weight=-1", "ranking.top_k=1")
     message = str(caught.value)
-    for part in ("'objective.foward_kl'", "'objective.forward_kl.temprature'", "'objective.forward_kl.weight'"):
+    for part in ("'objective.forward_kl.temprature'", "'objective.forward_kl.weight'"):
         assert part in message
     assert "'objective.ranking.top_k'" in message
+
+
+def test_all_unknown_losses_are_told_at_once_before_any_is_imported():
+    with pytest.raises(ConfigError, match=r"'objective\.foward_kl'; did you mean .*'objective\.rankin'; did you mean"):
+        objective("foward_kl.weight=1", "rankin.weight=1", "forward_kl.weight=-1")
 
 
 def test_settings_cost_no_torch():
@@ -113,8 +118,8 @@ def test_what_is_written_into_a_record_reads_back_the_same():
 @loop(
     ("assignments", "message"),
     [
-        (["forward_kl.temprature=2"], "unknown setting 'objective.forward_kl.temprature', did you mean 'temperature'"),
-        (["foward_kl.weight=1"], "unknown setting 'objective.foward_kl', did you mean 'forward_kl'"),
+        (["forward_kl.temprature=2"], "unknown setting 'objective.forward_kl.temprature'; did you mean 'temperature'"),
+        (["foward_kl.weight=1"], "unknown setting 'objective.foward_kl'; did you mean 'forward_kl'"),
         (["forward_kl.weight=-1"], "'objective.forward_kl.weight': .* greater than or equal to 0 .found -1"),
         (["forward_kl.weight=.nan"], "'objective.forward_kl.weight'"),
         (["forward_kl.temperature=0"], "'objective.forward_kl.temperature': .* greater than 0 .found 0"),

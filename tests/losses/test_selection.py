@@ -18,7 +18,7 @@ from kdcache.losses import (
     Select,
     TeacherContext,
     TeacherRows,
-    allowed,
+    incompatibility,
     per_position_values,
 )
 from kdcache.losses.kernel import Work, weighted_sum
@@ -246,7 +246,7 @@ def test_draws_alone_do_not_tell_the_confidence(by, kind):
     head = LMHead(torch.eye(31)) if kind == "hidden" else None
     context = TeacherContext(kind, 31, head=head)
     config = build(ObjectiveConfig, {"cross_entropy": {"weight": 1.0, "select": {"by": by, "min": 0.5}}})
-    reason = allowed(config.cross_entropy, context)
+    reason = incompatibility(config.cross_entropy, context)
     if kind == "outputs":
         with pytest.raises(ConfigError, match=r"^cross_entropy: it needs a distribution at every position"):
             Objective(config, context=context)
@@ -290,7 +290,7 @@ class Settings(Config):
 @loop(
     ("select", "message"),
     [
-        ("{by: entropy, top: 0.3}", r"select.by': there is no such measure, did you mean 'teacher_entropy'"),
+        ("{by: entropy, top: 0.3}", r"select.by': unknown measure 'entropy'; did you mean 'teacher_entropy'"),
         ("{by: teacher_entropy}", r"select': select takes one of: min and max .*, top, bottom"),
         ("{by: teacher_entropy, top: 0.3, min: 1}", r"select': select takes one of"),
         ("{by: teacher_entropy, top: 0.3, bottom: 0.3}", r"select': select takes one of"),
@@ -299,7 +299,7 @@ class Settings(Config):
         ("{by: teacher_entropy, top: 1}", r"select.top': .*less than 1 .found 1"),
         ("{by: teacher_entropy, bottom: 30}", r"select.bottom': .*less than 1 .found 30"),
         ("{by: teacher_entropy, min: .nan}", r"select.min': .*finite"),
-        ("{by: teacher_entropy, topp: 0.3}", r"unknown setting 'objective.forward_kl.select.topp', did you mean 'top'"),
+        ("{by: teacher_entropy, topp: 0.3}", r"unknown setting 'objective.forward_kl.select.topp'; did you mean 'top'"),
         ("{by: confidence, min: 30}", r"select': confidence is a probability between 0 and 1, found 30"),
         ("{by: confidence, min: 0.5, max: 2}", r"select': confidence is a probability between 0 and 1, found 2"),
         ("{top: 0.3}", r"'objective.forward_kl.select.by' is required"),

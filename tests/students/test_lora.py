@@ -271,7 +271,7 @@ def test_resuming_with_other_adapters_is_refused(tmp_path, cache, base):
         ({"model": "x", "lora": {"dropout": 1.0}}, "'student.lora.dropout'.*less than 1"),
         ({"model": "x", "lora": {"target_modules": "q_proj"}}, "expected 'all-linear' or a list of module names"),
         ({"model": "x", "lora": {"target_modules": []}}, "expected 'all-linear' or a list of module names"),
-        ({"model": "x", "lora": {"rnk": 4}}, "unknown setting 'student.lora.rnk', did you mean 'rank'"),
+        ({"model": "x", "lora": {"rnk": 4}}, "unknown setting 'student.lora.rnk'; did you mean 'rank'"),
     ],
 )
 def test_settings_that_make_no_sense(tmp_path, student, match):

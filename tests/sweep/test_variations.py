@@ -115,7 +115,7 @@ def test_base_from_a_file(tmp_path):
         ({"runs": [{"name": "a"}, {"name": "A"}]}, "two variations are called 'a'"),
         ({"runs": [{"name": "../a"}]}, "a name becomes a directory"),
         ({"runs": [{"name": "table.md"}]}, "a name becomes a directory"),
-        ({"runs": [{"name": "a", "sets": {}}]}, "unknown setting 'runs.0.sets', did you mean 'set'"),
+        ({"runs": [{"name": "a", "sets": {}}]}, "unknown setting 'runs.0.sets'; did you mean 'set'"),
         ({"runs": [{"name": "a", "set": {"output": "x"}}]}, "output is not a setting of a student here"),
         ({"grids": {}}, "did you mean 'grid'"),
         ({"seeds": [1, 1]}, "every seed may be there once"),

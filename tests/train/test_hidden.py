@@ -330,7 +330,7 @@ def test_terms_without_parameters_leave_no_file(tmp_path, dumped, teacher_dir):
         (["hidden_cosine.weight=1", "hidden_cosine.projection=none"], "layer 2 of the student is 64 wide and layer 1"),
         (["hidden_mse.layers.2=2"], "'objective.hidden_mse.weight' is required"),
         (["hidden_mse.weight=1", "hidden_mse.layer.2=2"], "did you mean 'layers'"),
-        (["hidden_mes.weight=1"], "unknown setting 'objective.hidden_mes', did you mean 'hidden_mse'"),
+        (["hidden_mes.weight=1"], "unknown setting 'objective.hidden_mes'; did you mean 'hidden_mse'"),
     ],
 )
 def test_mistakes_on_the_command_line(tmp_path, dumped, monkeypatch, capsys, assignments, words, dry):

@@ -356,7 +356,7 @@ def test_device_that_is_not_there(tmp_path, caches):
     ("changes", "match"),
     [
         ({"epochs": 1.0}, "epochs or max_steps, not both"),
-        ({"learning_rat": 1.0}, "unknown setting 'learning_rat', did you mean 'learning_rate'"),
+        ({"learning_rat": 1.0}, "unknown setting 'learning_rat'; did you mean 'learning_rate'"),
         ({"objective": {"forward_lk": {"weight": 1}}}, "did you mean 'forward_kl'"),
         ({"max_steps": None, "epochs": math.inf}, "'epochs'.*finite"),
         ({"learning_rate": math.inf}, "'learning_rate'.*finite"),

@@ -368,7 +368,7 @@ def test_a_dry_run_writes_nothing_and_tells_the_truth(tmp_path, corpus_file):
         ({"targets": {"kind": "sampled"}}, "targets of the kind top-k, and only those of the kind hidden can become"),
         ({"targets": {"kind": "hidden"}}, "only those of the kind hidden can become hidden"),
         ({"targets": {"kind": "top"}}, "targets: 'kind'"),
-        ({"targets": {"topk": 3}}, "unknown setting 'topk', did you mean 'top_k'"),
+        ({"targets": {"topk": 3}}, "unknown setting 'topk'; did you mean 'top_k'"),
         ({"targets": {"temperatures": [3.0, 2.0]}}, "no tails at temperature 3, but at 0.5, 2"),
         ({"targets": {"codec": "compct"}}, "unknown codec 'compct'; did you mean 'compact'"),
         ({"targets": {"codec": {"grid": 8}}}, "codec exact: unknown setting 'grid'"),
