@@ -35,6 +35,21 @@ def test_a_new_module_has_a_layer():
     assert layered <= top
 
 
+def test_no_modules_import_each_other_in_a_circle():
+    import grimp
+
+    # Imports for type checking count too: a circle of types is a circle of ideas.
+    graph = grimp.build_graph("kdcache", cache_dir=None)
+    assert len(graph.modules) > 50
+    imported = {module: set(graph.find_modules_directly_imported_by(module)) for module in graph.modules}
+    while free := [module for module, others in imported.items() if not others]:
+        for module in free:
+            del imported[module]
+        for others in imported.values():
+            others.difference_update(free)
+    assert not imported, "these modules, or modules that they import, form a circle"
+
+
 @loop("module", [m for m in MODULES if "__all__" in path_of(m).read_text()])
 def test_public_names_exist_and_are_sorted(module):
     loaded = importlib.import_module(module)

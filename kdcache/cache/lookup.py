@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,7 @@ class PlanTable:
 
     def __init__(self, folder: Folder, manifest: Manifest) -> None:
         self._folder, self._manifest = folder, manifest
-        self._names: list[str] | None = None
+        self._schema: pa.Schema | None = None
         self._columns: dict[str, pa.ChunkedArray] = {}
         self._lock = threading.Lock()
 
@@ -39,26 +39,28 @@ class PlanTable:
         Raises ``CorruptCacheError`` when the file is missing or damaged, or names sequences that the cache lacks.
         """
         with self._lock:
-            if self._names is None or set(columns or self._names) & set(self._names) - set(self._columns):
+            if self._schema is None or set(columns or self._schema.names) & set(self._schema.names) - set(
+                self._columns
+            ):
                 self._read(columns)
-            assert self._names is not None
-            names = [name for name in self._names if columns is None or name in columns]
-            return pa.table({name: self._columns[name] for name in names})
+            assert self._schema is not None
+            fields = [field for field in self._schema if columns is None or field.name in columns]
+            schema = pa.schema(fields, metadata=self._schema.metadata)
+            return pa.table([self._columns[field.name] for field in fields], schema=schema)
 
     def clear(self) -> None:
         """Forget everything that was read."""
         with self._lock:
             self._columns.clear()
-            self._names = None
+            self._schema = None
 
     def _read(self, columns: Sequence[str] | None) -> None:
         import pyarrow.parquet as pq
 
-        data = pa.BufferReader(_checked_plan_table(self._folder, self._manifest))
-        self._names = pq.read_schema(data).names
-        wanted = [n for n in self._names if n not in self._columns and (columns is None or n in columns)]
-        data.seek(0)
-        table = pq.read_table(data, columns=wanted)
+        file = pq.ParquetFile(pa.BufferReader(_checked_plan_table(self._folder, self._manifest)))
+        self._schema = file.schema_arrow
+        wanted = [n for n in self._schema.names if n not in self._columns and (columns is None or n in columns)]
+        table = file.read(columns=wanted)
         if "sequence" in wanted:
             _check_sequences(table, self._folder, self._manifest)
         self._columns |= dict(zip(table.column_names, table.columns, strict=True))
@@ -110,6 +112,31 @@ def sequences_with(plan: PlanTable, column: str, value: str, where: str) -> NDAr
             "sequence_table() lists all"
         )
     return np.unique(np.asarray(found)).astype(np.int64)
+
+
+def renumbered_plan(
+    table: pa.Table, chosen_N: NDArray[np.int64], starts: NDArray[np.int64], num_sequences: int
+) -> pa.Table:
+    """Return the plan's ``table`` of the sequences ``chosen_N`` alone, numbered from 0.
+
+    ``starts`` are the first (new) sequence of every shard and the total; ``num_sequences`` is that of the old plan.
+    """
+    numbers = np.full(num_sequences, -1)
+    numbers[chosen_N] = np.arange(len(chosen_N))
+    sequence = numbers[np.asarray(table["sequence"])]
+    is_chosen = sequence >= 0
+    table = with_column(table.filter(pa.array(is_chosen)), "sequence", sequence[is_chosen])
+    shard = np.searchsorted(starts, sequence[is_chosen], side="right") - 1
+    return with_column(table, "shard", shard.astype(np.int32))
+
+
+def with_column(table: pa.Table, name: str, values: NDArray[Any]) -> pa.Table:
+    """Return ``table`` with other values in a column, which keeps its type, or with a new column."""
+    if name not in table.column_names:
+        return table.append_column(name, pa.array(values))
+    index = table.column_names.index(name)
+    field = table.schema.field(index)
+    return table.set_column(index, field, pa.array(values, field.type))
 
 
 def num_tokens_of(table: pa.Table | SequenceTable) -> NDArray[np.int64]:

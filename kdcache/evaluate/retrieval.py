@@ -161,11 +161,11 @@ def _is_number(text: str) -> bool:
 
 def _ids(cache: Cache, column: str | None) -> tuple[list[str], list[str]]:
     """Return the id of every sequence, and the corpus file that it came from."""
-    table = cache.sequence_table()
+    table = cache.sequences
     if column is not None and column not in table.column_names:
         raise ConfigError(f"the cache has no column {column!r}, {did_you_mean(column, table.column_names)}")
-    document_ids = table.column("document_id").to_pylist()
-    ids = document_ids if column is None else [str(value) for value in table.column(column).to_pylist()]
+    document_ids = table["document_id"].to_pylist()
+    ids = document_ids if column is None else [str(value) for value in table[column].to_pylist()]
     return ids, [_source(document_id) for document_id in document_ids]
 
 

@@ -22,7 +22,7 @@ import fsspec
 from fsspec.callbacks import Callback
 from fsspec.implementations.local import LocalFileSystem
 
-from kdcache.errors import CacheError, CorruptCacheError, KdcacheError
+from kdcache.errors import CacheError, ConfigError, CorruptCacheError, KdcacheError
 from kdcache.schema import ObjectRecord
 from kdcache.storage.retry import RetriesExhaustedError, WrongBytesError, retrying, words_of
 
@@ -220,6 +220,25 @@ class Folder:
 
     def __str__(self) -> str:
         return self.url
+
+
+def refuse_overlap(source: Folder, target: Folder) -> None:
+    """Raise ``ConfigError`` when ``target`` is ``source``, lies inside it, or holds it."""
+    if source.store_kind != target.store_kind:  # a bucket of one store may have the name of a bucket of another
+        return
+    inner, outer = (
+        Path(os.path.realpath(folder.root)) if folder.local_path is not None else Path(folder.root)
+        for folder in (target, source)
+    )
+    if inner == outer:
+        relation = "is the source itself"
+    elif outer in inner.parents:
+        relation = f"lies inside the source {source}"
+    elif inner in outer.parents:
+        relation = f"holds the source {source}"
+    else:
+        return
+    raise ConfigError(f"output {target} {relation}; choose a directory outside it")
 
 
 def _client_options(url: str) -> dict[str, Any]:

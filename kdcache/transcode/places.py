@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 from kdcache.cache import layout
 from kdcache.cache.output_dir import check_same_plan, differences_of
-from kdcache.errors import CacheError, ConfigError
+from kdcache.errors import CacheError
 from kdcache.schema import Plan
 from kdcache.storage.folder import Folder
-from kdcache.transcode.config import TranscodeConfig
 from kdcache.transcode.plan import origin_of
-
-
-def refuse_same_place(config: TranscodeConfig) -> None:
-    """Refuse an output that is the source, lies inside it or holds it."""
-    places = [Folder(url) for url in (config.source, config.output)]
-    if (places[0].local_path is None) is not (places[1].local_path is None):
-        return
-    roots = [Path(os.path.realpath(p.root)) if p.local_path is not None else Path(p.root) for p in places]
-    if roots[0] == roots[1]:
-        raise ConfigError(f"output {config.output} is the source itself; choose another directory")
-    for inner, outer, words in ((1, 0, "lies inside the source"), (0, 1, "holds the source")):
-        if roots[outer] in roots[inner].parents:
-            raise ConfigError(f"output {config.output} {words} {config.source}; choose a directory beside it")
 
 
 def refuse_another_origin(folder: Folder, plan: Plan) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from kdcache.cache import Cache, layout, targets_field
 from kdcache.cache.fields import optional_arrays
 from kdcache.cache.filters import select_sequences
-from kdcache.cache.lookup import num_tokens_of
+from kdcache.cache.lookup import num_tokens_of, renumbered_plan, with_column
 from kdcache.codecs import targets_codec, vector_codec
 from kdcache.codecs.vectors import relative_error
 from kdcache.corpus import assign_shards
@@ -68,7 +68,7 @@ def plan_transcoding(config: TranscodeConfig, cache: Cache) -> Transcoding:
     fields = [_targets_field(manifest, targets)]
     fields += [_hidden_field(config, cache, name, chosen_N, lengths_N, everything) for name in layers]
     copied = _copied(manifest, targets, fields) if everything else ()
-    table = _plan_table(cache, chosen_N, starts)
+    table = renumbered_plan(cache.plan_table(), chosen_N, starts, len(cache))
     changes = {
         "targets": targets.record,
         "fields": tuple(fields),
@@ -147,30 +147,9 @@ def _hidden_field(
     return FieldRecord(name=name, kind="vectors", codec=codec.model_dump(), arrays=arrays, relative_error=error)
 
 
-def _plan_table(cache: Cache, chosen_N: NDArray[np.int64], starts: NDArray[np.int64]) -> pa.Table:
-    """Return the table of plan.parquet with the chosen sequences only, numbered anew."""
-    table = cache.plan_table()
-    numbers = np.full(len(cache), -1)
-    numbers[chosen_N] = np.arange(len(chosen_N))
-    before = np.asarray(table["sequence"])
-    sequence = numbers[before]
-    table = _with_column(table.filter(pa.array(sequence >= 0)), "sequence", sequence[sequence >= 0])
-    shard = np.searchsorted(starts, np.asarray(table["sequence"]), side="right") - 1
-    return _with_column(table, "shard", shard.astype(np.int32))
-
-
 def _sequence_table(table: pa.Table, chosen_N: NDArray[np.int64]) -> pa.Table:
     table = table.drop_columns([name for name in STATISTICS_COLUMNS if name in table.column_names])
-    return _with_column(table.take(pa.array(chosen_N)), "sequence", np.arange(len(chosen_N))).combine_chunks()
-
-
-def _with_column(table: pa.Table, name: str, values: NDArray[Any]) -> pa.Table:
-    """Return ``table`` with other values in a column, which keeps its type, or with a new column."""
-    if name not in table.column_names:
-        return table.append_column(name, pa.array(values))
-    place = table.column_names.index(name)
-    field = table.schema.field(place)
-    return table.set_column(place, field, pa.array(values, field.type))
+    return with_column(table.take(pa.array(chosen_N)), "sequence", np.arange(len(chosen_N))).combine_chunks()
 
 
 def _provenance(config: TranscodeConfig, cache: Cache) -> dict[str, Any]:

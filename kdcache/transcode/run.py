@@ -17,9 +17,9 @@ from kdcache.cache.write_behind import WriteBehind
 from kdcache.errors import CorruptCacheError
 from kdcache.progress import bar
 from kdcache.schema import Manifest, ShardRecord
-from kdcache.storage.folder import Folder
+from kdcache.storage.folder import Folder, refuse_overlap
 from kdcache.transcode.config import TranscodeConfig
-from kdcache.transcode.places import refuse_another_origin, refuse_same_place
+from kdcache.transcode.places import refuse_another_origin
 from kdcache.transcode.plan import Transcoding, plan_transcoding
 from kdcache.transcode.shards import TargetsMaker, copied_fields, make_shard, targets_maker
 from kdcache.verify.stored import verify_cache
@@ -74,7 +74,7 @@ def transcode_cache(config: TranscodeConfig, *, check: bool = True, progress: bo
 
 def load_transcoding(config: TranscodeConfig) -> Transcoding:
     """Open the source of ``config`` and plan the output, after checking that it may be written where it is to be."""
-    refuse_same_place(config)
+    refuse_overlap(Folder(config.source), Folder(config.output))
     refuse_foreign(Folder(config.output))
     return plan_transcoding(config, open_cache(config.source, max_open_shards=1))  # they are read one after another
 

@@ -10,14 +10,12 @@ Files move whole, several at once, and only so many that they fit into `IN_FLIGH
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from kdcache.cache import layout
@@ -27,7 +25,7 @@ from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
 from kdcache.progress import bar
 from kdcache.schema import Plan
 from kdcache.storage.download import file_sha256
-from kdcache.storage.folder import Folder
+from kdcache.storage.folder import Folder, refuse_overlap
 from kdcache.transfer.part import Contents, Item, contents_of
 
 #: Bytes of files that are in memory at once (a larger file goes alone).
@@ -74,7 +72,7 @@ def copy_cache(
     """
     began = time.perf_counter()
     places = Folder(source), Folder(target)
-    _refuse_same_place(*places)
+    refuse_overlap(*places)
     contents = contents_of(places[0], fields, shards)
     _refuse_another(places[1], contents)
     if dry_run:
@@ -240,14 +238,6 @@ def _plan_of(target: Folder) -> Plan | None:
         return layout.read_plan(target)
     except CorruptCacheError:
         return None
-
-
-def _refuse_same_place(source: Folder, target: Folder) -> None:
-    if source.store_kind != target.store_kind:  # a bucket of one store may be called as one of another
-        return
-    roots = [Path(os.path.realpath(p.root)) if p.local_path is not None else Path(p.root) for p in (source, target)]
-    if roots[0] == roots[1] or roots[0] in roots[1].parents or roots[1] in roots[0].parents:
-        raise CacheError(f"{target} is the source, lies inside it or holds it; choose a place beside {source}")
 
 
 def _bytes_of(items: Sequence[Item]) -> int:

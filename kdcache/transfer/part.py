@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from kdcache.cache import layout
-from kdcache.cache.lookup import read_plan_table
+from kdcache.cache.lookup import read_plan_table, renumbered_plan, with_column
 from kdcache.cache.sequence_table import load_table
 from kdcache.cache.tail_prior import pack_prior, read_prior
 from kdcache.errors import CacheError, CorruptCacheError, did_you_mean
@@ -183,21 +183,14 @@ def _renumbered(shard: ShardRecord, index: int, fields: list[str], table: bytes)
 
 def _renumbered_table(source: Folder, shard: ShardRecord, start: int) -> bytes:
     table = load_table(source, shard)
-    return layout.table_to_ipc(_with_column(table, "sequence", start + np.arange(table.num_rows)))
+    return layout.table_to_ipc(with_column(table, "sequence", start + np.arange(table.num_rows)))
 
 
 def _plan_table(source: Folder, manifest: Manifest, numbers: list[int], starts: list[int]) -> pa.Table:
     """Return the table of plan.parquet with the sequences of some shards only, numbered anew."""
-    table = read_plan_table(source, manifest)
     before = np.concatenate([[0], np.cumsum([shard.num_sequences for shard in manifest.shards])])
-    sequence = np.asarray(table["sequence"])
-    shard = np.searchsorted(before, sequence, side="right") - 1
-    kept = np.isin(shard, numbers)
-    place = np.searchsorted(numbers, shard[kept])
-    table = table.filter(pa.array(kept))
-    renumbered = np.asarray(starts)[place] + sequence[kept] - before[shard[kept]]
-    table = _with_column(table, "sequence", renumbered)
-    return _with_column(table, "shard", place)
+    chosen_N = np.concatenate([np.arange(before[number], before[number + 1]) for number in numbers])
+    return renumbered_plan(read_plan_table(source, manifest), chosen_N, np.asarray(starts), manifest.num_sequences)
 
 
 def _beside(source: Folder, manifest: Manifest, record: ObjectRecord, chosen: list[ShardRecord]) -> Item:
@@ -210,15 +203,6 @@ def _beside(source: Folder, manifest: Manifest, record: ObjectRecord, chosen: li
 
 def _made(path: str, data: bytes) -> Item:
     return Item(ObjectRecord(path=path, num_bytes=len(data), sha256=layout.sha256(data)), data=data)
-
-
-def _with_column(table: pa.Table, name: str, values: Any) -> pa.Table:
-    """Return ``table`` with other values in a column, which keeps its type; as it is if it has no such column."""
-    if name not in table.column_names:
-        return table
-    place = table.column_names.index(name)
-    field = table.schema.field(place)
-    return table.set_column(place, field, pa.array(values, field.type))
 
 
 def _rewritten(manifest: Manifest, link: dict[str, Any], **changes: Any) -> Manifest:

@@ -12,7 +12,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from kdcache.cache import layout, open_cache
-from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
+from kdcache.errors import CacheError, ConfigError, CorruptCacheError, IncompleteCacheError
 from kdcache.storage import retry
 from kdcache.storage.folder import Folder
 from kdcache.transfer import copy as transfer
@@ -180,9 +180,14 @@ def test_other_caches_are_refused(sound, tmp_path, object_store):
         move(sound, tmp_path / "mine")
     with pytest.raises(IncompleteCacheError):
         move(tmp_path / "begun", tmp_path / "z")
-    for inside in (sound, sound / "shards", sound.parent):
-        with pytest.raises(CacheError, match="is the source, lies inside it or holds it"):
-            move(sound, inside)
+    overlaps = {
+        sound: "is the source itself",
+        sound / "shards": "lies inside the source",
+        sound.parent: "holds the source",
+    }
+    for target, words in overlaps.items():
+        with pytest.raises(ConfigError, match=f"output {target} {words}.*; choose a directory outside it"):
+            move(sound, target)
 
 
 def test_the_same_path_in_another_kind_of_store_is_another_place(sound, monkeypatch):
@@ -200,7 +205,7 @@ def test_the_same_path_in_another_kind_of_store_is_another_place(sound, monkeypa
     move(sound, "memory://bucket/x")
     move("memory://bucket/x", "otherstore://bucket/x")
     assert OtherStore.store.keys() >= {"/bucket/x/manifest.json"}
-    with pytest.raises(CacheError, match="is the source"):
+    with pytest.raises(ConfigError, match="lies inside the source"):
         move("memory://bucket/x", "memory://bucket/x/y")
 
 
