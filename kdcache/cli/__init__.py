@@ -1,8 +1,8 @@
-"""The command line: thin commands over the library, loaded one by one so that ``--help`` is instant.
+"""The command line: one module per command, imported when it runs, so that ``--help`` is instant.
 
-A command reads options, calls one function of the library and prints its result; it holds no logic of its own.
-Mistakes of the user (any ``KdcacheError``) and failures of disk or network (``OSError``) print one message and exit
-with 1; wrong usage exits with 2; an interrupt with 130.
+A command reads its options, calls one function of the library and prints the result. A user error (``KdcacheError``)
+or a failure of disk or network (``OSError``) prints one message and exits with 1; wrong usage exits with 2; an
+interrupt with 130.
 """
 
 from __future__ import annotations
@@ -18,23 +18,29 @@ from kdcache.errors import KdcacheError, did_you_mean
 
 #: Every command: its module and its one-line help, kept here so that listing them imports nothing.
 COMMANDS = {
-    "estimate": ("kdcache.cli.estimate", "Show what every way of dumping would cost and keep, on a pilot."),
-    "write-targets": ("kdcache.cli.write_targets", "Let an encoder-decoder write the targets of a corpus to dump."),
-    "dump-teacher": ("kdcache.cli.dump_teacher", "Run a teacher over a corpus and write what it knows to a cache."),
-    "transcode": ("kdcache.cli.transcode", "Make another cache from a finished one, without the teacher."),
+    "estimate": ("kdcache.cli.estimate", "Compare presets on a pilot: bytes per token, time, information lost."),
+    "write-targets": (
+        "kdcache.cli.write_targets",
+        "Generate target texts for a corpus with an encoder-decoder teacher.",
+    ),
+    "dump-teacher": ("kdcache.cli.dump_teacher", "Run a teacher over a corpus and store its predictions in a cache."),
+    "transcode": (
+        "kdcache.cli.transcode",
+        "Make a smaller or different cache from a finished one, without the teacher.",
+    ),
     "train-student": ("kdcache.cli.train_student", "Train a student from a cache, without the teacher."),
-    "sweep": ("kdcache.cli.sweep", "Train many students from one cache, and compare them."),
+    "sweep": ("kdcache.cli.sweep", "Train many students from one cache and compare them."),
     "evaluate": ("kdcache.cli.evaluate", "Compare students with the teacher on a held-out cache."),
-    "inspect": ("kdcache.cli.inspect", "Show what a cache holds: teacher, corpus, fields, sizes, statistics."),
-    "verify": ("kdcache.cli.verify", "Check every byte of a cache, its content, or run the teacher again."),
-    "push": ("kdcache.cli.push", "Copy a cache, or a part of it, to an object store."),
-    "pull": ("kdcache.cli.pull", "Copy a cache, or a part of it, from an object store."),
-    "peek": ("kdcache.cli.peek", "Show a text of a cache with the teacher's choices at some positions."),
+    "inspect": ("kdcache.cli.inspect", "Show the contents of a cache: teacher, corpus, fields, sizes, statistics."),
+    "verify": ("kdcache.cli.verify", "Check a cache for damage; optionally run the teacher again."),
+    "push": ("kdcache.cli.push", "Copy a cache, or part of it, to an object store."),
+    "pull": ("kdcache.cli.pull", "Copy a cache, or part of it, from an object store."),
+    "peek": ("kdcache.cli.peek", "Show a sequence of a cache with the teacher's predictions."),
 }
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are used."""
+    """A group that imports a command when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -49,7 +55,7 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            raise click.UsageError(f"there is no command {args[0]!r}, {did_you_mean(args[0], COMMANDS)}", ctx)
+            raise click.UsageError(f"unknown command {args[0]!r}; {did_you_mean(args[0], COMMANDS)}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -62,8 +68,8 @@ class LazyGroup(click.Group):
 def cli() -> None:
     """Offline knowledge distillation of language models.
 
-    Run the teacher once over a corpus and keep what it knows in a cache; then train and compare as many students as
-    you like without ever loading the teacher again.
+    Run the teacher once over a corpus and store its predictions in a cache. Then train and compare any number of
+    students from the cache, without loading the teacher again.
 
     \b
       kdcache dump-teacher  --teacher MODEL --corpus texts/ --output cache
@@ -84,18 +90,18 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted. What is finished is kept; the same command goes on from there.", err=True)
+        click.echo("Interrupted. Finished work is kept; run the same command again to resume.", err=True)
         sys.exit(130)
     except KdcacheError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(1)
     except BrokenPipeError:
-        # The reader of our output (head, less) has gone; that is no mistake.
+        # Whatever reads the output (head, less) has closed it: not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except OSError as error:  # a full disk, no permission, a network that went away
-        place = f"{error.filename}: " if error.filename else ""
-        click.echo(f"Error: {place}{error.strerror or error}", err=True)
+    except OSError as error:  # full disk, missing permission, lost network
+        path = f"{error.filename}: " if error.filename else ""
+        click.echo(f"Error: {path}{error.strerror or error}", err=True)
         sys.exit(1)
 
 

@@ -19,83 +19,112 @@ Examples:
   kdcache dump-teacher --config dump.yaml --set targets.codec.grid=32
   kdcache dump-teacher --task sequence-classification --teacher CLASSIFIER --corpus reviews.jsonl --output cache
 
-A dump that was interrupted goes on where it stopped when the same command runs again.
+To resume an interrupted dump, run the same command again.
 """
 
 
 @click.command("dump-teacher", context_settings=options.CONTEXT, epilog=_EPILOG)
-@click.option("--teacher", metavar="ID_OR_PATH", help="Hub id, local directory or .gguf file.")
+@click.option("--teacher", metavar="ID_OR_PATH", help="Teacher model: Hugging Face id, local directory or .gguf file.")
 @click.option(
     "--corpus",
     multiple=True,
     metavar="PATH",
-    help="A .txt, .jsonl or .parquet file, a directory, a glob, or hf:NAME[:CONFIG][@SPLIT]. Repeatable.",
+    help="Documents: a .txt, .jsonl or .parquet file, a directory, a glob, or hf:NAME[:CONFIG][@SPLIT]. Repeatable.",
 )
-@click.option("--output", metavar="CACHE", help="Directory of the cache.")
+@click.option("--output", metavar="CACHE", help="Directory or URL of the new cache.")
 @click.option(
     "--task",
     type=click.Choice(list(TASKS)),
-    help="What a row is: " + "; ".join(f"{name}: {task.summary}" for name, task in TASKS.importable().items()) + ".  "
+    help="What the teacher predicts, that is, one position: "
+    + "; ".join(f"{name}: {task.summary}" for name, task in TASKS.importable().items())
+    + ".  "
     "[default: causal-lm]",
 )
-@click.option("--preset", type=click.Choice(list(PRESETS)), help="Settings that go well together (kdcache estimate).")
+@click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    help="Start from settings that work well together; kdcache estimate compares them.",
+)
 @click.option(
     "--targets",
     type=click.Choice(KINDS),
-    help="What is kept at every position: the most probable ids, samples, both, or the last hidden state.  "
+    help="Store per position: the top-k ids, samples, both (hybrid), the last hidden state, or raw outputs only.  "
     "[default: top-k]",
 )
-@click.option("--top-k", type=int, help="Most token ids kept at a position.  [default: 64; hybrid 4; hidden 1]")
-@click.option("--min-prob", type=float, help="Keep only ids of at least this probability (and the first).")
-@click.option("--min-mass", type=float, help="Keep the fewest ids that together have this probability.")
-@click.option("--samples", type=int, help="Samples at every position.  [default: 50; hybrid 16]")
-@click.option("--temperatures", metavar="T,T,...", help="Store the mass outside the kept ids at these too.")
-@click.option("--tail-prior/--no-tail-prior", default=None, help="Store the mean tail.  [default: for top-k]")
-@click.option("--codec", type=click.Choice(list(TOPK_CODECS)), help="How kept values are stored.  [default: compact]")
-@click.option("--hidden-states", metavar="LAYERS", help="Also store these hidden states, such as last,12.")
-@click.option("--hidden-codec", type=click.Choice(list(VECTOR_CODECS)), help="How they are stored.  [default: bf16]")
+@click.option("--top-k", type=int, help="Keep at most this many ids per position.  [default: 64; hybrid 4; hidden 1]")
+@click.option(
+    "--min-prob", type=float, help="Drop ids below this probability, except the most probable one.  [default: 0]"
+)
+@click.option("--min-mass", type=float, help="Keep the fewest top ids that reach this total probability.  [default: 1]")
+@click.option("--samples", type=int, help="Samples per position.  [default: 50; hybrid 16]")
+@click.option(
+    "--temperatures", metavar="T,T,...", help="Also store the tail mass at these temperatures.  [default: none]"
+)
+@click.option(
+    "--tail-prior/--no-tail-prior",
+    default=None,
+    help="Store the mean tail distribution, once per cache.  [default: on for top-k]",
+)
+@click.option(
+    "--codec",
+    type=click.Choice(list(TOPK_CODECS)),
+    help="Encoding of kept ids and log-probabilities.  [default: compact]",
+)
+@click.option(
+    "--hidden-states",
+    metavar="LAYERS",
+    help="Also store the hidden states of these layers, such as last,12.  [default: none]",
+)
+@click.option(
+    "--hidden-codec", type=click.Choice(list(VECTOR_CODECS)), help="Encoding of hidden states.  [default: bf16]"
+)
 @click.option(
     "--outputs-codec",
     type=click.Choice(list(VECTOR_CODECS)),
-    help="How embeddings, scores and logits of classes are stored.  [default: exact]",
+    help="Encoding of raw outputs: embeddings, scores, logits of classes.  [default: exact]",
 )
 @click.option(
     "--max-length",
     type=int,
-    help="Tokens that a model is fed at once; longer texts are split or cut.  [default: 512 or the task's]",
+    help="Tokens per sequence; longer documents are split or truncated.  [default: 512, or that of the task]",
 )
-@click.option("--pack", is_flag=True, help="Fill windows of --max-length with several documents, kept apart.")
-@click.option("--text-field", help="Field or column that holds the text.  [default: text]")
+@click.option("--pack", is_flag=True, help="Fill sequences with several documents, which do not attend to each other.")
+@click.option("--text-field", help="Field or column with the text.  [default: text]")
 @click.option(
     "--column",
     multiple=True,
     metavar="ROLE=NAME",
-    help="Column for what a task reads besides the text, such as label=sentiment. Repeatable.",
+    help="Column with another input or the label of a task, such as label=sentiment. Repeatable.",
 )
 @click.option(
     "--split-text",
     type=click.Choice(["file", "paragraph", "line"]),
-    help="Documents of .txt files; file takes up to 64 MB.  [default: file]",
+    help="What one document of a .txt file is; a whole file may have up to 64 MB.  [default: file]",
 )
-@click.option("--limit-documents", type=int, help="Use only the first documents.")
-@click.option("--batch-tokens", type=int, help="Tokens per forward pass.  [default: 4096 on a CPU, else 16384]")
-@click.option("--dtype", help="float32, bfloat16 or float16.  [default: the checkpoint's own]")
-@click.option("--device", help="cpu, cuda, cuda:1, mps.  [default: the best there is]")
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--limit-documents", type=int, help="Read only the first documents.  [default: all]")
+@click.option(
+    "--batch-tokens", type=int, help="Tokens per forward pass, padding included.  [default: 4096 on a CPU, else 16384]"
+)
+@click.option(
+    "--dtype", help="Precision of the teacher: float32, bfloat16 or float16.  [default: as in the checkpoint]"
+)
+@click.option("--device", help="Device: cpu, cuda, cuda:1, mps.  [default: a GPU if there is one]")
+@click.option("--revision", help="Branch, tag or commit of a Hugging Face id.  [default: main]")
 @options.config_options
-@click.option("--dry-run", is_flag=True, help="Plan, time a pilot, print size and ETA; write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Time a pilot and print the size and duration of the dump; write nothing."
+)
 @options.json_option
 @options.quiet_option
 def command(
     config_file: str | None, assignments: tuple[str, ...], dry_run: bool, as_json: bool, quiet: bool, **given: Any
 ) -> None:
-    """Run a teacher over a corpus once and write what it knows to a cache.
+    """Run a teacher over a corpus once and store its predictions in a cache.
 
-    For every position the cache keeps the most probable token ids with their log-probabilities, the exact mass of all
-    others, the log-probability of the corpus's own token and the entropy; on request also hidden states. Instead
-    of ids, or beside them, it can hold samples from the distribution (fewest bytes) or the last hidden state and the
-    teacher's LM head, which give the whole distribution back at any temperature (most bytes). kdcache estimate
-    measures them all on your corpus.
+    Per position the cache stores the top-k ids with their log-probabilities, the exact tail mass, the log-probability
+    of the gold token and the entropy; with --hidden-states also hidden states. --targets chooses other kinds: samples
+    need the fewest bytes; the last hidden state with the teacher's LM head needs the most, and gives the whole
+    distribution at any temperature. kdcache estimate compares them on your corpus.
     """
     from kdcache.config import load, merge
     from kdcache.dump import DumpConfig, dump_teacher, preview_dump
@@ -105,7 +134,7 @@ def command(
         "outputs.codec": given["outputs_codec"],
         "output": given["output"],
     }
-    nested = options.nest({**settings.of_sources(given), **settings.of_targets(given), **own})
+    nested = options.settings_tree({**settings.of_sources(given), **settings.of_targets(given), **own})
     if given["preset"] is not None:
         nested = merge(dict(PRESETS[given["preset"]].settings), nested)
     config = load(DumpConfig, file=config_file, assignments=assignments, options=nested)
@@ -148,10 +177,10 @@ def command(
     if corpus.num_empty or corpus.num_too_short:
         click.echo(
             f"Of {corpus.num_documents:,} documents {corpus.num_empty:,} were empty and {corpus.num_too_short:,} "
-            f"{short}; they predict nothing and were left out."
+            f"{short}; they were left out."
         )
     if corpus.num_truncated:
-        click.echo(f"{corpus.num_truncated:,} documents were cut to fit --max-length.")
+        click.echo(f"{corpus.num_truncated:,} documents were truncated to --max-length.")
 
 
 def _echo_estimate(estimate: Any) -> None:

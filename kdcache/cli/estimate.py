@@ -16,13 +16,13 @@ Examples:
   kdcache estimate --config dump.yaml --preset compact --preset hybrid --positions 16384
   kdcache dump-teacher --preset hybrid --teacher HuggingFaceTB/SmolLM2-135M --corpus texts/ --output cache
 
-How to read the table: KL lost is what storing the kept ids and their tail costs in nats; full KL is what is
-missing of the whole distribution when the tail is completed in the best way that the preset allows. Samples lose
-nothing on average, but are noisy: the batch error is the noise (or, for kept ids, the bias) of the mean target
-of a batch of 4,096 positions.
+How to read the table: "KL lost" is the KL, in nats, from the kept ids and their tail to what the codec stores. "full
+KL" is the KL from the teacher's full distribution, with the best tail handling that the preset allows. "batch error"
+is the error of the mean target of a batch of 4,096 positions: noise for samples, which are unbiased, and bias for kept
+ids.
 """
 
-#: Options of ``dump-teacher`` that say which teacher runs on what and how; presets decide the others.
+#: Options of ``dump-teacher`` for teacher, corpus and sequences; a preset sets the others.
 _SHARED = (
     "teacher",
     "corpus",
@@ -44,8 +44,13 @@ _OPTIONS: list[click.Parameter] = [p for p in dump_teacher.command.params if p.n
 
 
 @click.command("estimate", context_settings=options.CONTEXT, epilog=_EPILOG, params=_OPTIONS)
-@click.option("--preset", multiple=True, metavar="NAME", help=f"{', '.join(PRESETS)}. Repeatable.  [default: all]")
-@click.option("--positions", type=int, default=4096, show_default=True, help="Positions of the pilot, about.")
+@click.option(
+    "--preset",
+    multiple=True,
+    metavar="NAME",
+    help=f"Preset to measure: {', '.join(PRESETS)}. Repeatable.  [default: all]",
+)
+@click.option("--positions", type=int, default=4096, show_default=True, help="Size of the pilot in positions, about.")
 @options.json_option
 @options.quiet_option
 def command(
@@ -57,19 +62,19 @@ def command(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Show what every preset of a dump would cost and keep, before a teacher runs for days; write nothing.
+    """Compare the presets of a dump on a pilot: size, time and information lost; write nothing.
 
-    Runs the teacher once over a pilot of sequences from all of the corpus, stores their targets in memory by every
-    preset, reads them back, and compares them with the teacher's full distribution. Prints bytes per token, size and
-    time for the whole corpus, what is lost, and which losses, tails and temperatures a student may then choose.
+    Runs the teacher over sequences from all of the corpus, encodes the targets with every preset in memory, and
+    compares what is decoded with the teacher's full distribution. Prints bytes per token, the size and duration of the
+    whole dump, the KL that is lost, and the losses, tail handling and temperatures that a student may use.
 
-    Of a configuration file for dump-teacher, the output and the settings of targets and hidden states play no part.
+    A configuration file for dump-teacher may be given; its output, targets and hidden states are ignored.
     """
     from kdcache.config import load
     from kdcache.dump import DumpConfig
     from kdcache.estimate import estimate_presets
 
-    nested = options.nest({**settings.of_sources(given), "output": "none"})
+    nested = options.settings_tree({**settings.of_sources(given), "output": "none"})
     config = load(DumpConfig, file=config_file, assignments=assignments, options=nested)
     result = estimate_presets(config, num_positions=positions, presets=preset, progress=not quiet)
     if as_json:
@@ -81,9 +86,9 @@ def command(
     )
     _echo_table([_row(item) for item in result.presets if item.measurement is not None])
     _echo_notes(result.presets)
-    click.echo("\nWhat a student may choose (train-student --set objective...):\n")
+    click.echo("\nWhat a student may use (train-student --set objective...):\n")
     _echo_choices(result.presets)
-    click.echo("\nNothing was written; kdcache dump-teacher --preset NAME makes the cache.")
+    click.echo("\nNothing was written; to make a cache, run kdcache dump-teacher --preset NAME.")
 
 
 def _row(item: Any) -> dict[str, str]:
@@ -126,7 +131,7 @@ def _echo_notes(presets: list[Any]) -> None:
 
 
 def _echo_choices(presets: list[Any]) -> None:
-    # Presets that allow the same are one entry.
+    # Presets that allow the same choices share an entry.
     groups: dict[str, list[str]] = {}
     for item in presets:
         if item.measurement is not None:
@@ -136,7 +141,7 @@ def _echo_choices(presets: list[Any]) -> None:
 
 
 def _choice_lines(choices: list[Any]) -> list[str]:
-    # Losses that allow the same, or are refused for the same reason, share a line.
+    # Losses with the same choices, or unsupported for the same reason, share a line.
     groups: dict[str, list[str]] = {}
     for choice in choices:
         parts = []
@@ -145,6 +150,6 @@ def _choice_lines(choices: list[Any]) -> list[str]:
         if choice.modes is not None:
             modes = [f"{temperatures} ({mode})" for mode, temperatures in choice.modes.items()]
             parts.append(f"temperature {', '.join(['1', *modes])}")
-        said = f"no: {choice.refusal}" if choice.refusal is not None else "; ".join(parts) or "yes"
-        groups.setdefault(said, []).append(choice.loss)
-    return [f"  {', '.join(losses)}: {said}" for said, losses in groups.items()]
+        words = f"no: {choice.refusal}" if choice.refusal is not None else "; ".join(parts) or "yes"
+        groups.setdefault(words, []).append(choice.loss)
+    return [f"  {', '.join(losses)}: {words}" for words, losses in groups.items()]

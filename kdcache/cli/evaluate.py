@@ -16,17 +16,31 @@ Examples:
 
 
 @click.command("evaluate", context_settings=options.CONTEXT, epilog=_EPILOG)
-@click.option("--cache", required=True, metavar="CACHE", help="A cache of texts that no student was trained on.")
-@click.option("--student", "students", multiple=True, metavar="RUN", help="A student: directory or hub id. Repeatable.")
-@click.option("--batch-tokens", default=8192, show_default=True, help="Tokens per forward pass, padding included.")
-@click.option("--limit-sequences", type=int, help="Use only that many sequences, spread over the cache.")
-@click.option("--qrels", metavar="FILE", help="Relevant documents of queries, for search by embeddings: BEIR or TREC.")
-@click.option("--id-column", metavar="NAME", help="Column with the ids of --qrels.  [default: document_id]")
-@click.option("--generate", type=int, metavar="N", help="Let students of seq2seq-lm write N texts; chrF and ROUGE-L.")
-@click.option("--beams", default=1, show_default=True, help="Beams of --generate; 1 is greedy.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps.")
 @click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True, help="Of the students."
+    "--cache", required=True, metavar="CACHE", help="Held-out cache: documents that no student was trained on."
+)
+@click.option(
+    "--student", "students", multiple=True, metavar="RUN", help="Student: directory or Hugging Face id. Repeatable."
+)
+@click.option("--batch-tokens", default=8192, show_default=True, help="Tokens per forward pass, padding included.")
+@click.option(
+    "--limit-sequences", type=int, help="Evaluate this many sequences, spread over the cache.  [default: all]"
+)
+@click.option(
+    "--qrels", metavar="FILE", help="Relevant documents per query, for retrieval with embeddings: BEIR or TREC format."
+)
+@click.option("--id-column", metavar="NAME", help="Column with the ids that --qrels uses.  [default: document_id]")
+@click.option(
+    "--generate", type=int, metavar="N", help="Generate N texts with students of seq2seq-lm; report chrF and ROUGE-L."
+)
+@click.option("--beams", default=1, show_default=True, help="Beams for --generate; 1 is greedy.")
+@click.option("--device", default="auto", show_default=True, help="Device: cpu, cuda, cuda:1, mps.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Precision of the students.",
 )
 @click.option("--markdown", is_flag=True, help="Print the table in Markdown.")
 @options.json_option
@@ -48,14 +62,15 @@ def command(
 ) -> None:
     """Compare students with the teacher on a held-out cache.
 
-    Loss and perplexity on the corpus, KL from the teacher, how often both favour the same token (agreement), accuracy,
-    expected calibration error (ECE), size and speed. The teacher's row comes from the cache alone.
+    Metrics: loss and perplexity on the corpus, KL from the teacher in nats, agreement (share of positions where both
+    have the same top-1), top-1 accuracy, expected calibration error (ECE), size and speed. The teacher's metrics come
+    from the cache.
 
-    Of embeddings: the rank correlation of the cosines of pairs with their labels, the mean cosine to the teacher, and
-    with --qrels nDCG@10, recall@10 and @100 and MRR@10 of searching all documents of the cache for its queries.
+    Embeddings: rank correlation of the cosines of pairs with their labels, and mean cosine to the teacher; with --qrels
+    also nDCG@10, recall@10, recall@100 and MRR@10 of retrieving the documents of the cache for its queries.
 
-    With --generate, students of task seq2seq-lm write texts for inputs spread over the cache, which chrF and ROUGE-L (0
-    to 100) compare with the corpus's own targets.
+    With --generate, students of seq2seq-lm generate texts for inputs spread over the cache; chrF and ROUGE-L (0 to 100)
+    compare them with the gold targets.
     """
     from kdcache.evaluate import evaluate_students
 

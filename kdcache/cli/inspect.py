@@ -14,9 +14,9 @@ from kdcache.schema import Manifest, OutputsRecord, TargetsRecord, TeacherRecord
 @click.argument("cache")
 @options.json_option
 def command(cache: str, as_json: bool) -> None:
-    """Show what CACHE holds: teacher, tokenizer, corpus, fields, sizes and statistics.
+    """Show the contents of CACHE: teacher, tokenizer, corpus, fields, sizes and statistics.
 
-    Reads the manifest alone; needs neither torch nor the teacher.
+    Reads only the manifest; needs neither torch nor the teacher.
     """
     from kdcache.cache import open_cache
     from kdcache.cache.layout import TARGETS_FIELD
@@ -46,7 +46,7 @@ def command(cache: str, as_json: bool) -> None:
     for item in manifest.fields:
         size = sum(shard.objects[item.name].num_bytes for shard in manifest.shards) / max(manifest.num_positions, 1)
         error = "" if item.relative_error is None else f", relative error {item.relative_error:.1e}"
-        # Where there is no distribution the field of the targets holds what every cache has beside them.
+        # Without a distribution, the field targets holds only tokens and labels.
         is_empty = manifest.targets.kind == "outputs" and item.name == TARGETS_FIELD
         holds = "tokens and labels" if is_empty else f"{_settings(item.codec)}{error}"
         rows.append((f"  {item.name}", f"{size:.2f} bytes/{unit} ({holds})"))
@@ -62,15 +62,15 @@ def command(cache: str, as_json: bool) -> None:
 
 
 def _unit(task: str) -> str:
-    """Return what a position is called."""
+    """Return the unit of a position: token or row."""
     from kdcache.tasks import TASKS
 
-    # A cache of a task that this version does not know can be inspected too.
+    # A cache of an unknown task can be inspected too.
     return TASKS[task].unit if task in TASKS else "row"
 
 
 def _documents(manifest: Manifest) -> str:
-    """Say how many documents there were, which of them are in no sequence, and which are there in part."""
+    """Return the number of documents, and how many were empty, too short or truncated."""
     from kdcache.tasks.causal_lm import CausalLM
 
     corpus = manifest.corpus
@@ -83,7 +83,7 @@ def _documents(manifest: Manifest) -> str:
 
 def _counted(manifest: Manifest, totals: dict[str, Any]) -> str:
     num_unlabelled = totals["num_targets"] - totals["num_labelled"]
-    # Where the teacher gives no distribution, it has no loss that labels would serve, and they are not counted.
+    # Without a distribution the teacher has no loss, and labels are not counted.
     is_known = manifest.targets.kind != "outputs" and num_unlabelled
     return f"{totals['num_targets']:,} count in the loss" + (
         f", {num_unlabelled:,} without a label" if is_known else ""
@@ -91,7 +91,7 @@ def _counted(manifest: Manifest, totals: dict[str, Any]) -> str:
 
 
 def _statistics(manifest: Manifest, totals: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Return what is known of the teacher's distributions; nothing where it gives none."""
+    """Return the statistics of the teacher's distributions; none for raw outputs."""
     if manifest.targets.kind == "outputs":
         return []
     loss = totals["teacher_loss"]

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how options become nested settings."""
+"""Options shared by several commands, settings made from options, and output formats."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ def config_options(function: F) -> F:
         "assignments",
         multiple=True,
         metavar="KEY.SUB=VALUE",
-        help="Change any setting, also those without an option of their own; the value is read as YAML. Repeatable.",
+        help="Change any setting; VALUE is read as YAML. Overrides options and --config. Repeatable.",
     )(function)
     return click.option(
         "--config",
         "config_file",
         type=click.Path(dir_okay=False),
-        help="YAML file with settings; options given here win over it, and --set over both.",
+        help="YAML file with settings. Options override the file.",
     )(function)
 
 
 def quiet_option(function: F) -> F:
     """Add ``--quiet``."""
-    return click.option("-q", "--quiet", is_flag=True, callback=_silence, help="No progress bars.")(function)
+    return click.option("-q", "--quiet", is_flag=True, callback=_silence, help="Hide progress bars.")(function)
 
 
 def _silence(ctx: click.Context, parameter: click.Parameter, quiet: bool) -> bool:
-    # Libraries draw bars of their own (the GGUF loader does). tqdm reads this when it is first imported, and nothing
-    # that is loaded before a command runs imports it.
+    # For bars of other libraries (the GGUF loader). tqdm reads this variable when it is first imported, and no module
+    # that is loaded before a command runs imports tqdm.
     if quiet:
         os.environ["TQDM_DISABLE"] = "1"
     return quiet
@@ -46,22 +46,19 @@ def _silence(ctx: click.Context, parameter: click.Parameter, quiet: bool) -> boo
 
 def json_option(function: F) -> F:
     """Add ``--json``."""
-    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")(
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON to standard output.")(
         function
     )
 
 
-def nest(values: Mapping[str, Any]) -> dict[str, Any]:
+def settings_tree(values: Mapping[str, Any]) -> dict[str, Any]:
     """Turn ``{"teacher.model": "x", "output": None}`` into ``{"teacher": {"model": "x"}}``, without None and ()."""
+    from kdcache.config import merge, nest
+
     tree: dict[str, Any] = {}
     for path, value in values.items():
-        if value is None or value == ():
-            continue
-        node = tree
-        *parents, last = path.split(".")
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = list(value) if isinstance(value, tuple) else value
+        if value is not None and value != ():
+            tree = merge(tree, nest(path, list(value) if isinstance(value, tuple) else value))
     return tree
 
 

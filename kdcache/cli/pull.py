@@ -23,8 +23,8 @@ Examples:
 def command(url: str, directory: str, **given: Any) -> None:
     """Copy the finished cache at URL, or a part of it, to the directory DIR.
 
-    Every file is compared with its hash before it gets its name. A part is a cache of its own, whose shards count from
-    0. It always has the field targets, and in a cache of the kind hidden the last state. Training reads a URL without
-    this; pull what is trained from often.
+    Every file is checked against its hash. A part is a cache of its own with shards numbered from 0. It always has the
+    field targets, and the last hidden state if the cache is of the kind hidden. Training can also read a URL directly;
+    pull a cache that you train from often.
     """
     transfer.run(url, directory, given)

@@ -23,7 +23,7 @@ Examples:
 def command(cache: str, url: str, **given: Any) -> None:
     """Copy the finished CACHE, or a part of it, to an object store (any fsspec URL) or another directory.
 
-    A part is a cache of its own, whose shards count from 0. It always has the field targets, and in a cache of the
-    kind hidden the last state.
+    A part is a cache of its own with shards numbered from 0. It always has the field targets, and the last hidden state
+    if CACHE is of the kind hidden.
     """
     transfer.run(cache, url, given)

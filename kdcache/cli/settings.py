@@ -1,4 +1,4 @@
-"""Which settings the options stand for that several commands have."""
+"""The settings behind the options that several commands share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-#: Where the teacher and the texts come from, and how they are cut and run.
+#: Teacher, corpus and sequences: option by setting.
 SOURCES = {
     "teacher.model": "teacher",
     "teacher.dtype": "dtype",
@@ -21,7 +21,7 @@ SOURCES = {
     "task": "task",
     "batch_tokens": "batch_tokens",
 }
-#: What is kept of the teacher.
+#: Targets and hidden states: option by setting.
 TARGETS = {
     "targets.kind": "targets",
     "targets.top_k": "top_k",
@@ -36,14 +36,14 @@ TARGETS = {
 
 
 def of_sources(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of teacher and texts by their dotted names."""
+    """Return the settings of teacher, corpus and sequences by their dotted names."""
     packing = "window" if given["pack"] else None
     named = {setting: given[option] for setting, option in SOURCES.items()}
     return {"sequences.packing": packing, **of_columns(given["column"]), **named}
 
 
 def of_columns(columns: Sequence[str]) -> dict[str, Any]:
-    """Return the settings of columns, given as ``ROLE=NAME``, by their dotted names."""
+    """Return the settings of ``--column ROLE=NAME`` options by their dotted names."""
     return {f"corpus.columns.{role}": name for role, name in map(_column, columns)}
 
 
@@ -55,5 +55,5 @@ def _column(text: str) -> tuple[str, str]:
 
 
 def of_targets(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of targets and of the codec of hidden states by their dotted names."""
+    """Return the settings of targets and of the codec of hidden states, by their dotted names."""
     return {setting: given[option] for setting, option in TARGETS.items()}

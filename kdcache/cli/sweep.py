@@ -14,30 +14,30 @@ if TYPE_CHECKING:
 
 _EPILOG = """\b
 The file:
-  output: runs                       # a directory per student, sweep.json, table.md, quality.png
-  held_out: held-out-cache           # judges the students
-  jobs: 2                            # students side by side
+  output: runs                       # one directory per student, sweep.json, table.md, quality.png
+  held_out: held-out-cache           # for evaluation
+  jobs: 2                            # students trained in parallel
   base: {cache: cache, student: {size: tiny}, epochs: 2}         # or base_file: train.yaml
   grid: {objective.forward_kl.temperature: [1, 2], student.size: [nano, tiny]}
   runs: [{name: ce, set: {objective.cross_entropy.weight: 1}}]
   seeds: [0, 1]
 
 \b
-Grid and runs change base as --set of train-student changes --config.
+grid and runs change base as --set changes --config in train-student.
 """
 
 
 @click.command("sweep", context_settings=options.CONTEXT, epilog=_EPILOG)
 @click.argument("file", metavar="FILE", type=click.Path(dir_okay=False))
-@click.option("--jobs", type=click.IntRange(min=1), help="Students side by side, instead of the file's.")
-@click.option("--dry-run", is_flag=True, help="Check everything and list the students; train nothing.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Train this many students in parallel.  [default: as in FILE]")
+@click.option("--dry-run", is_flag=True, help="Check all settings and list the students; train nothing.")
 @options.json_option
 @options.quiet_option
 def command(file: str, jobs: int | None, dry_run: bool, as_json: bool, quiet: bool) -> None:
-    """Train many students from one cache, several at a time, and compare them in one table and one plot.
+    """Train many students from one cache, several in parallel, and compare them in a table and a plot.
 
-    Everything in FILE is checked before the first student trains. The same command goes on after an interruption:
-    finished students are kept, the others continue from their last checkpoints. Exits with 1 if a student failed.
+    FILE is checked completely before the first student trains. To resume an interrupted sweep, run the same command
+    again: finished students are kept, the others resume from their last checkpoints. Exits with 1 if a student failed.
     """
     from kdcache.sweep import preview_sweep, read_sweep, sweep_students
 
@@ -64,12 +64,12 @@ def command(file: str, jobs: int | None, dry_run: bool, as_json: bool, quiet: bo
 def _about_plot(result: SweepResult) -> str:
     if result.plot is not None:
         return f" The plot is {result.plot}."
-    # The table alone remains, of which nothing may be known either.
+    # Without any quality there is nothing to plot.
     return "" if all(row.quality is None for row in result.rows) else " For a plot: pip install 'kdcache[report]'."
 
 
 def _echo_plan(plan: SweepPlan) -> None:
-    """Print the students of a sweep with what is special about each, and the sums."""
+    """Print the students of a sweep with their changes to base, and the totals."""
     for run in plan.runs:
         changes = ", ".join(f"{key}={value}" for key, value in run.variation.changes.items())
         objective = " + ".join(f"{_weight(part.weight)} {name}" for name, part in run.objective.parts.items())
@@ -77,8 +77,10 @@ def _echo_plan(plan: SweepPlan) -> None:
         click.echo(f"  {changes or 'as base'}; objective {objective}")
         click.echo(f"  {run.num_parameters:,} parameters, {run.steps:,} steps, {run.num_positions:,} positions")
     steps, positions = (sum(getattr(run, name) for run in plan.runs) for name in ("steps", "num_positions"))
-    judge = "no held-out cache" if plan.held_out is None else f"judged on {plan.held_out[0]}"
-    click.echo(f"\n{len(plan.runs)} students, {steps:,} steps, {positions:,} positions; {judge}. Nothing was trained.")
+    held_out = "no held-out cache" if plan.held_out is None else f"evaluated on {plan.held_out[0]}"
+    click.echo(
+        f"\n{len(plan.runs)} students, {steps:,} steps, {positions:,} positions; {held_out}. Nothing was trained."
+    )
 
 
 def _weight(weight: object) -> str:

@@ -28,31 +28,49 @@ Examples:
   accelerate launch --multi_gpu --num_processes 2 -m kdcache train-student --config train.yaml
 
 \b
-Whoever gives any weight of the objective gives them all; the default is 0.9 forward_kl + 0.1 cross_entropy.
+Setting any loss weight disables every loss that you do not list. The default is 0.9 forward_kl + 0.1 cross_entropy.
 """
 
 
 @click.command("train-student", context_settings=options.CONTEXT, epilog=_EPILOG)
-@click.option("--cache", metavar="CACHE", help="A finished cache, made by dump-teacher.")
-@click.option("--student", metavar="ID_OR_PATH", help="A pretrained student: hub id or local directory.")
-@click.option("--student-config", metavar="FILE", help="A fresh student: a Hugging Face config.json, or YAML.")
-@click.option("--student-size", metavar="SIZE", help="A fresh student: nano, tiny, small, base, medium or large.")
-@click.option("--output", metavar="RUN", help="Directory of the run and of the trained student.")
-@click.option("--max-steps", type=int, help="Optimiser steps, instead of --epochs.")
-@click.option("--epochs", type=float, help="Passes over the cache.  [default: 1]")
-@click.option("--where", metavar="FILTER", help="Train only on sequences of which this is true.")
-@click.option("--curriculum", metavar="COLUMN", help="Easy sequences first, by a column such as teacher_loss.")
+@click.option("--cache", metavar="CACHE", help="Cache to train on, finished: directory or URL.")
+@click.option(
+    "--student", metavar="ID_OR_PATH", help="Start from a pretrained model: Hugging Face id or local directory."
+)
+@click.option(
+    "--student-config", metavar="FILE", help="Start from random weights: a Hugging Face config.json, or YAML."
+)
+@click.option(
+    "--student-size", metavar="SIZE", help="Start from random weights: nano, tiny, small, base, medium or large."
+)
+@click.option("--output", metavar="RUN", help="Directory for checkpoints and the trained student.")
+@click.option("--max-steps", type=int, help="Train for this many optimiser steps, instead of --epochs.")
+@click.option("--epochs", type=float, help="Train for this many passes over the cache.  [default: 1]")
+@click.option("--where", metavar="FILTER", help="Train only on sequences that match, such as teacher_loss < 5.")
+@click.option("--curriculum", metavar="COLUMN", help="Train on easy sequences first, by a column such as teacher_loss.")
 @click.option("--batch-sequences", type=int, help="Sequences per device and micro-batch.  [default: 8]")
 @click.option("--gradient-accumulation", type=int, help="Micro-batches per optimiser step.  [default: 1]")
-@click.option("--learning-rate", type=float, help="Peak.  [default: 1e-3 for a fresh student, else 3e-4]")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Arithmetic of the student.  [default: fp32]")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[default: auto]")
-@click.option("--local-store", metavar="DIR", help="For a remote cache: where to keep shards on this machine.")
-@click.option("--local-store-bytes", metavar="SIZE", help="How much to keep there, such as 20GB.  [default: 50GB]")
-@click.option("--seed", type=int, help="Order of the data and dropout.  [default: 0]")
+@click.option("--learning-rate", type=float, help="Peak learning rate.  [default: 1e-3 from random weights, else 3e-4]")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    help="Compute in fp32, or in bf16 with autocast.  [default: fp32]",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="Device; auto takes a GPU if there is one.  [default: auto]",
+)
+@click.option(
+    "--local-store", metavar="DIR", help="Keep shards of a remote cache in this directory.  [default: ~/.cache/kdcache]"
+)
+@click.option(
+    "--local-store-bytes", metavar="SIZE", help="Keep at most this much there, such as 20GB.  [default: 50GB]"
+)
+@click.option("--seed", type=int, help="Seed of data order and dropout.  [default: 0]")
 @options.config_options
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --output.")
-@click.option("--dry-run", is_flag=True, help="Look before training: losses, memory, time, warnings; write nothing.")
+@click.option("--resume", is_flag=True, help="Resume from the newest checkpoint in --output.")
+@click.option("--dry-run", is_flag=True, help="Print initial losses, memory, time and warnings; write nothing.")
 @options.json_option
 @options.quiet_option
 def command(
@@ -64,9 +82,9 @@ def command(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Train a student from a cache; the teacher is never loaded.
+    """Train a student from a cache, without the teacher.
 
-    What the cache knows (teacher, tokenizer, top-k, codec) is not configured again. The result in --output is a plain
+    Teacher, tokenizer, top-k and codec come from the cache and are not configured. The result in --output is a plain
     Hugging Face model with its tokenizer: AutoModelForCausalLM.from_pretrained(RUN) needs no kdcache.
     """
     from kdcache.config import load
@@ -76,7 +94,7 @@ def command(
     # After the configuration was read: what these import takes seconds.
     from kdcache.train import leave_processes, preview_training, train_student
 
-    is_first = int(os.environ.get("RANK", "0")) == 0  # of several processes the first one speaks for all
+    is_first = int(os.environ.get("RANK", "0")) == 0  # of several processes only the first prints
     if dry_run:
         report = preview_training(config)
         if not is_first:
@@ -101,13 +119,13 @@ def command(
     )
 
 
-#: Beginnings of options that give settings of another name.
+#: First parts of options whose settings have other names.
 _NESTED = ("student", "curriculum", "local_store")
 
 
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that the options give; those that exclude a given one are None, over whatever a file says."""
-    settings = options.nest(
+    """Return the settings of the given options; those that an option excludes are None, which overrides a file."""
+    settings = options.settings_tree(
         {
             "student.model": given["student"],
             "student.config_file": given["student_config"],
@@ -115,12 +133,12 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
             "curriculum.by": given["curriculum"],
             "local_store.directory": given["local_store"],
             "local_store.max_bytes": given["local_store_bytes"],
-            # The other options are called like the settings that they give.
+            # The other options have the names of their settings.
             **{name: value for name, value in given.items() if not name.startswith(_NESTED)},
         }
     )
     if "student" in settings:
-        # Another student has no use for the revision of the file's.
+        # The revision in the file belongs to the student in the file.
         settings["student"] = dict.fromkeys(("model", "config_file", "size", "revision")) | settings["student"]
     if "epochs" in settings or "max_steps" in settings:
         settings = dict.fromkeys(("epochs", "max_steps")) | settings
@@ -128,7 +146,7 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _echo_report(report: TrainingReport) -> None:
-    """Print a dry run: the sizes, the memory, the terms, and what to think of before starting."""
+    """Print a dry run: sizes, memory, loss terms and warnings."""
     from kdcache.table import render_table
 
     sample, memory, speed = report.sample, report.memory, report.speed
@@ -179,7 +197,7 @@ _TERM_COLUMNS = {
 
 
 class _TermRow:
-    """A term as the table shows it: weight and temperature with their course."""
+    """A loss term for the table: weight and temperature with their schedules."""
 
     def __init__(self, term: TermReport) -> None:
         from kdcache.train.report import course

@@ -13,43 +13,52 @@ from kdcache.schema import KINDS
 _EPILOG = """\b
 Examples:
   kdcache transcode cache small --top-k 32
-  kdcache transcode cache smaller --min-prob 0.001 --codec compact --drop-hidden
+  kdcache transcode cache smaller --min-prob 0.001 --codec compact --no-hidden-states
   kdcache transcode cache coarse --set targets.codec.grid=8
   kdcache transcode cache easy --where "teacher_loss < 5 and num_positions >= 64"
   kdcache transcode cache tenth --where "sequence % 10 == 0 and source in ['wiki', 'books']"
   kdcache transcode hidden-cache top-64 --targets top-k --temperatures 0.5,2
-  kdcache transcode hidden-cache drawn --targets sampled --samples 50
+  kdcache transcode hidden-cache sampled --targets sampled --samples 50
 
-What is not given stays as in SRC (after --targets with another kind, numbers are those of a dump of that kind). From
-kept ids fewer can be made, from samples nothing else; a cache of the kind hidden holds everything the teacher knew and
-becomes any kind, and then keeps its last state only if --layers names it. kdcache inspect shows what SRC holds. Tails,
-entropy and the gold token stay exact; the tail prior does unless --where or --limit-sequences chooses some sequences,
-for which that of all of them stands. A column whose name is no word stands in `backquotes` in --where.
+Settings that are not given stay as in SRC; with another kind of --targets they are the defaults of a dump of that
+kind. kdcache inspect shows the settings of SRC.
 
-A transcoding that was interrupted goes on where it stopped when the same command runs again.
+A cache of kept ids can become one of fewer ids. Samples stay as they are. A cache of the kind hidden can become any
+kind; it then keeps its last hidden state only if --hidden-states names it. Tail mass, entropy and the gold token stay
+exact. The tail prior stays exact too, unless --where or --limit-sequences selects sequences: then it is that of SRC.
+In --where, put column names that are not plain words in `backquotes`.
+
+To resume an interrupted transcoding, run the same command again.
 """
 
 
 @click.command("transcode", context_settings=options.CONTEXT, epilog=_EPILOG)
 @click.argument("source", metavar="SRC")
 @click.argument("output", metavar="DST")
-@click.option("--targets", type=click.Choice(KINDS), help="Another kind; SRC has to be of the kind hidden.")
-@click.option("--top-k", type=int, help="Most token ids kept at a position; what is dropped goes to the tail.")
-@click.option("--min-prob", type=float, help="Keep only ids of at least this probability (and the first).")
-@click.option("--min-mass", type=float, help="Keep the fewest ids that together have this probability.")
-@click.option("--samples", type=int, help="Samples at every position (with --targets sampled or hybrid).")
-@click.option("--temperatures", metavar="T,T,...", help="Other temperatures at which the tail is kept; '' for none.")
-@click.option("--tail-prior/--no-tail-prior", default=None, help="Whether the mean tail is kept.")
-@click.option("--codec", type=click.Choice(list(TOPK_CODECS)), help="How kept values are stored.")
-@click.option("--layers", metavar="LAYERS", help="Keep only these of the stored hidden states, such as last,12.")
-@click.option("--drop-hidden", is_flag=True, help="Keep no hidden states (the kind hidden keeps its last one).")
-@click.option("--hidden-codec", type=click.Choice(list(VECTOR_CODECS)), help="How hidden states are stored.")
-@click.option("--where", metavar="FILTER", help="Keep only sequences of which this is true, such as teacher_loss < 5.")
-@click.option("--limit-sequences", type=int, help="Keep only the first ones (that --where chooses).")
-@click.option("--device", help="Of the LM head of a SRC of the kind hidden.  [default: the best there is]")
+@click.option("--targets", type=click.Choice(KINDS), help="Change the kind of targets; SRC must be of the kind hidden.")
+@click.option("--top-k", type=int, help="Keep at most this many ids per position; the others go to the tail.")
+@click.option("--min-prob", type=float, help="Drop ids below this probability, except the most probable one.")
+@click.option("--min-mass", type=float, help="Keep the fewest top ids that reach this total probability.")
+@click.option("--samples", type=int, help="Samples per position, with --targets sampled or hybrid.")
+@click.option("--temperatures", metavar="T,T,...", help="Keep the tail mass at these temperatures; '' for none.")
+@click.option("--tail-prior/--no-tail-prior", default=None, help="Store the mean tail distribution, once per cache.")
+@click.option("--codec", type=click.Choice(list(TOPK_CODECS)), help="Encoding of kept ids and log-probabilities.")
+@click.option(
+    "--hidden-states", "layers", metavar="LAYERS", help="Keep only the hidden states of these layers, such as last,12."
+)
+@click.option(
+    "--no-hidden-states",
+    "drop_hidden",
+    is_flag=True,
+    help="Drop all hidden states, except the last one of the kind hidden.",
+)
+@click.option("--hidden-codec", type=click.Choice(list(VECTOR_CODECS)), help="Encoding of hidden states.")
+@click.option("--where", metavar="FILTER", help="Keep only sequences that match, such as teacher_loss < 5.")
+@click.option("--limit-sequences", type=int, help="Keep only the first sequences, after --where.  [default: all]")
+@click.option("--device", help="Device of the LM head, for SRC of the kind hidden.  [default: a GPU if there is one]")
 @options.config_options
-@click.option("--dry-run", is_flag=True, help="Print what would be made, with its size; write nothing.")
-@click.option("--no-verify", is_flag=True, help="Do not read the finished cache again to check its hashes.")
+@click.option("--dry-run", is_flag=True, help="Print the settings and the size of DST; write nothing.")
+@click.option("--no-verify", is_flag=True, help="Skip the check of all hashes of DST at the end.")
 @options.json_option
 @options.quiet_option
 def command(
@@ -65,21 +74,21 @@ def command(
 ) -> None:
     """Make the cache DST from the finished cache SRC, without the teacher.
 
-    Fewer kept ids, rows of as many ids as count, another codec, fewer hidden states, some of the sequences; and any
-    kind of targets from a cache of the kind hidden. SRC is only read. Needs torch only for targets from hidden states.
+    DST may keep fewer ids, use another codec, drop hidden states or hold a part of the sequences. From a cache of the
+    kind hidden, it may hold any kind of targets. SRC is not changed. Only targets from hidden states need torch.
     """
     from kdcache.config import load
     from kdcache.transcode import TranscodeConfig, preview_transcoding, transcode_cache
 
     if given["drop_hidden"] and given["layers"] is not None:
-        raise click.UsageError("--drop-hidden and --layers exclude each other")
+        raise click.UsageError("--no-hidden-states and --hidden-states exclude each other; give one of them")
     own = {
         "source": source,
         "output": output,
         "hidden_states.layers": [] if given["drop_hidden"] else given["layers"],
         **{name: given[name] for name in ("where", "limit_sequences", "device")},
     }
-    nested = options.nest({**settings.of_targets(given), **own})
+    nested = options.settings_tree({**settings.of_targets(given), **own})
     config = load(TranscodeConfig, file=config_file, assignments=assignments, options=nested)
     if dry_run:
         estimate = preview_transcoding(config)

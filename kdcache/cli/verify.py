@@ -9,15 +9,24 @@ import click
 
 from kdcache.cli import options
 
+_EPILOG = """\b
+Examples:
+  kdcache verify cache
+  kdcache verify cache --deep
+  kdcache verify cache --against-teacher 20 --teacher ./teacher
+"""
 
-@click.command("verify", context_settings=options.CONTEXT)
+
+@click.command("verify", context_settings=options.CONTEXT, epilog=_EPILOG)
 @click.argument("cache")
-@click.option("--deep", is_flag=True, help="Also decode every row and check that it makes sense.")
-@click.option("--against-teacher", type=int, metavar="N", help="Also run the teacher again over N sequences.")
+@click.option("--deep", is_flag=True, help="Also decode every position and check its values.")
+@click.option(
+    "--against-teacher", type=int, metavar="N", help="Also run the teacher again over N sequences and compare."
+)
 @click.option(
     "--teacher",
     metavar="ID_OR_PATH",
-    help="Where to load it from.  [default: the name in the manifest, if that is a hub id]",
+    help="Teacher model for --against-teacher.  [default: the name in the manifest, if it is a Hugging Face id]",
 )
 @click.option("--device", default="auto", help="Device of the teacher.", show_default=True)
 @options.json_option
@@ -31,10 +40,9 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Check that CACHE is what was written.
+    """Check CACHE for damage: compare the size and SHA-256 of every file with the manifest.
 
-    Without options: size and SHA-256 of every file, which finds any flipped bit and names file, shard and field. Exits
-    with 1 when something is wrong. Only --against-teacher needs torch.
+    A problem names the file, the shard and the field. Exits with 1 if there is one. Only --against-teacher needs torch.
     """
     from kdcache.cache import open_cache
     from kdcache.verify.stored import verify_cache
@@ -73,17 +81,14 @@ def command(
 
 
 def _advice(report: Any) -> str:
-    """Say how to mend what is damaged: shards cost teacher time, the files beside them do not."""
+    """Return how to repair the problems: shards need the teacher again, other files do not."""
     advice = []
     if report.num_rewritable:
-        advice.append(
-            "For plan.parquet, the files of the tokenizer and the LM head, run the command that made the cache again: "
-            "it writes them again."
-        )
+        advice.append("To repair plan.parquet, tokenizer files and LM head, run the command that made the cache again.")
     if len(report.problems) > report.num_rewritable:
         advice.append(
-            "Fetch the damaged files again, or delete the commit record and the manifest of a damaged shard and run "
-            "the same dump-teacher command to make it again."
+            "To repair a shard, copy its files again; or delete its commit record and the manifest, and run the same "
+            "dump-teacher command again."
         )
     return " ".join(advice)
 
@@ -100,7 +105,7 @@ def _echo(report: Any, check: Any) -> None:
     )
     if check is None:
         return
-    weights = "same weights" if check.same_weights else "OTHER WEIGHTS than the cache was made with"
+    weights = "same weights" if check.same_weights else "OTHER WEIGHTS than the cache records"
     parts = [weights]
     if check.same_head is False:
         parts.append("ANOTHER LM HEAD than the teacher's")
@@ -121,7 +126,8 @@ def _echo(report: Any, check: Any) -> None:
     click.echo(f"Teacher over {where}: {', '.join(parts)}.")
     if check.samples_excess is not None:
         click.echo(
-            f"Samples: mean surprise off by {check.samples_excess:.2e} nats (allowed {check.allowed_samples_excess:.0e})."
+            f"Samples: mean surprise off by {check.samples_excess:.2e} nats (allowed "
+            f"{check.allowed_samples_excess:.0e})."
         )
     if check.states_error is not None:
         click.echo(

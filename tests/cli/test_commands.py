@@ -78,7 +78,7 @@ def test_the_list_of_commands_and_the_version(run):
 def test_an_unknown_command(run, name, close):
     outcome = run(name, "x")
     assert outcome.code == 2
-    assert f"there is no command '{name}'" in outcome.err
+    assert f"unknown command '{name}'; " in outcome.err
     assert close in outcome.err
     assert "Traceback" not in outcome.err
 

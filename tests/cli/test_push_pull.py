@@ -22,7 +22,7 @@ def url(object_store):
 def test_push_and_pull(run, dumped, url, tmp_path):
     planned = run("push", dumped, url, "--dry-run", "--quiet")
     assert planned.code == 0
-    assert planned.out.startswith("Would move ")
+    assert planned.out.startswith("Would copy ")
     assert planned.out.endswith("Nothing was written.\n")
     assert "there is no cache" in run("inspect", url).message()
 
@@ -54,7 +54,7 @@ def test_json_and_a_part(run, dumped, url, tmp_path):
     assert (manifest.num_shards, manifest.hidden_layers) == (3, ("hidden-1",))
     assert manifest.num_sequences == sum(s.num_sequences for s in open_cache(str(dumped)).manifest.shards[:3])
     assert verify_cache(url, deep=True).problems == []
-    assert "a part of it, a cache of its own" in run("pull", dumped, tmp_path / "x", "--shards", 0, "--quiet").out
+    assert "a part, as a cache of its own" in run("pull", dumped, tmp_path / "x", "--shards", 0, "--quiet").out
 
 
 def test_mistakes(run, dumped, url, tmp_path):

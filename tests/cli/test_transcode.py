@@ -15,7 +15,7 @@ from tests.cli.test_commands import SCRIPT
 
 def test_fewer_ids(run, dumped, tmp_path):
     out = tmp_path / "made"
-    outcome = run("transcode", dumped, out, "--top-k", 3, "--codec", "compact", "--drop-hidden", "--quiet")
+    outcome = run("transcode", dumped, out, "--top-k", 3, "--codec", "compact", "--no-hidden-states", "--quiet")
     assert outcome.code == 0, outcome.err
     assert outcome.err == ""
     manifest, source = open_cache(str(out)).manifest, open_cache(str(dumped)).manifest
@@ -25,7 +25,9 @@ def test_fewer_ids(run, dumped, tmp_path):
     assert (manifest.top_k, manifest.hidden_layers) == (3, ())
     assert manifest.field("targets").codec["name"] == "compact"
     assert verify_cache(str(out), deep=True).ok
-    again = run("transcode", dumped, out, "--top-k", 3, "--codec", "compact", "--drop-hidden", "--quiet", "--no-verify")
+    again = run(
+        "transcode", dumped, out, "--top-k", 3, "--codec", "compact", "--no-hidden-states", "--quiet", "--no-verify"
+    )
     assert again.out == f"{out} is complete already; nothing was written.\n"
 
 
@@ -43,7 +45,7 @@ def test_json(run, dumped, tmp_path):
 
 
 def test_a_dry_run_for_people(run, dumped, tmp_path):
-    outcome = run("transcode", dumped, tmp_path / "made", "--min-prob", "0.05", "--layers", "last", "--dry-run")
+    outcome = run("transcode", dumped, tmp_path / "made", "--min-prob", "0.05", "--hidden-states", "last", "--dry-run")
     assert outcome.code == 0
     for words in ("kind top-k, top_k 6, min_prob 0.05", "bytes/token", "hidden-2", "Nothing was written"):
         assert words in outcome.out
@@ -70,7 +72,7 @@ def test_settings_from_a_file(run, dumped, tmp_path):
         (["--temperatures", "2,4"], "no tails at temperature 2, 4, but at no temperature but 1"),
         (["--where", "teacher_los < 3"], "did you mean 'teacher_loss'?"),
         (["--where", "__import__('os').system('id')"], "which no filter may"),
-        (["--layers", "0"], "holds no hidden-0; its hidden states are hidden-1, hidden-2"),
+        (["--hidden-states", "0"], "holds no hidden-0; its hidden states are hidden-1, hidden-2"),
         (["--set", "targets.topk=3"], "unknown setting 'topk'; did you mean 'top_k'?"),
         (["--set", "hidden_state.codec=int8"], "unknown setting 'hidden_state'; did you mean 'hidden_states'?"),
         (["--limit-sequences", 0], "'limit_sequences'"),
@@ -90,7 +92,12 @@ def test_places(run, dumped, tmp_path):
 
 
 def test_wrong_usage(run, dumped, tmp_path):
-    for options in (["--drop-hidden", "--layers", "1"], ["--codec", "zip"], ["--targets", "topk"], ["--samples", "x"]):
+    for options in (
+        ["--no-hidden-states", "--hidden-states", "1"],
+        ["--codec", "zip"],
+        ["--targets", "topk"],
+        ["--samples", "x"],
+    ):
         outcome = run("transcode", dumped, tmp_path / "made", *options)
         assert outcome.code == 2
         assert outcome.out == ""
