@@ -7,6 +7,7 @@ from kdcache.cache.arrow import to_arrow_reader as to_arrow_reader
 from kdcache.cache.batches import Batches as Batches
 from kdcache.cache.curriculum import Curriculum as Curriculum
 from kdcache.cache.hf_dataset import to_hf_dataset as to_hf_dataset
+from kdcache.cache.sequence_table import SequenceTable as SequenceTable
 from kdcache.corpus import CorpusConfig as CorpusConfig
 from kdcache.dump import DumpConfig as DumpConfig
 from kdcache.dump import DumpPreview as DumpPreview
@@ -39,7 +40,6 @@ from kdcache.losses import ObjectiveOutput as ObjectiveOutput
 from kdcache.losses import TeacherContext as TeacherContext
 from kdcache.losses import TeacherRows as TeacherRows
 from kdcache.losses.from_cache import context_of as context_of
-from kdcache.models.bi_encoder import BiEncoderConfig as BiEncoderConfig
 from kdcache.peek import View as View
 from kdcache.peek import peek_cache as peek_cache
 from kdcache.schema import ArrayRecord as ArrayRecord
@@ -63,6 +63,7 @@ from kdcache.storage.local_store import LocalStoreConfig as LocalStoreConfig
 from kdcache.students import Student as Student
 from kdcache.students import StudentConfig as StudentConfig
 from kdcache.students import load_student as load_student
+from kdcache.students.config import BiEncoderSettings as BiEncoderSettings
 from kdcache.students.config import LoraConfig as LoraConfig
 from kdcache.sweep import SweepConfig as SweepConfig
 from kdcache.sweep import SweepPlan as SweepPlan

@@ -19,6 +19,7 @@ from tests.test_architecture import ROOT
 CONVERSIONS = {"context_of", "load_student", "open_cache", "to_arrow", "to_arrow_reader", "to_hf_dataset", "to_torch"}
 #: Named by public signatures, but internal: what they are does not matter to a caller.
 INTERNAL = {
+    "Columns": "a table with named columns: a pyarrow.Table or a SequenceTable",
     "LMHead": "a student's LM head, handed from a student to an objective",
     "Needs": "the layers and outputs that an objective asks a student for",
     "Outputs": "raw outputs of both models, inside LayerStates",
