@@ -18,7 +18,6 @@ from benchmarks import study
 from benchmarks.teacher import gguf_path
 from kdcache.cache import open_cache
 from kdcache.config import build, merge
-from kdcache.losses import TeacherRows
 from kdcache.presets import PRESETS
 from kdcache.teachers import TeacherConfig, load_teacher
 from kdcache.train import Distiller
@@ -66,14 +65,11 @@ class LiveDistiller(Distiller):
         super().__init__(student, objective)
         self._teacher = (teacher,)  # in a tuple, so that it is no part of what is trained
 
-    def forward(self, batch: Any, num_valid: Any) -> Any:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    def inputs(self, batch: Any) -> Any:
+        fed = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
         with torch.no_grad():
-            states = self._teacher[0].model.base_model(**inputs, use_cache=False).last_hidden_state
-        rows = {**batch, "teacher_hidden": states.flatten(0, 1)[batch["rows"]].float()}
-        hidden_PD = self.student.hidden(batch)
-        result = self.objective(hidden_PD, self.student.head, TeacherRows.from_batch(rows), num_valid)
-        return result.loss, result.sums, result.num_valid
+            states = self._teacher[0].model.base_model(**fed, use_cache=False).last_hidden_state
+        return super().inputs({**batch, "teacher_hidden": states.flatten(0, 1)[batch["rows"]].float()})
 
 
 _PAGE = """# Students from a cache beside the live teacher

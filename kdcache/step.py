@@ -51,8 +51,8 @@ class StepInputs:
         """Number of positions, P."""
         return self.rows.num_positions
 
-    def objective(self, objective: Objective, student: Student, num_valid: float | Tensor) -> ObjectiveOutput:
-        """Return what ``objective`` makes of these inputs and the student's head (see `Objective`)."""
+    def loss(self, objective: Objective, student: Student, num_valid: float | Tensor) -> ObjectiveOutput:
+        """Call ``objective`` on these inputs and the student's head; ``num_valid`` is that of `Objective`."""
         return objective(self.hidden_PD, student.head, self.rows, num_valid, self.states)
 
     def backward(
@@ -60,7 +60,7 @@ class StepInputs:
     ) -> None:
         """Run ``objective`` forward and backward, as if these positions were the whole step."""
         with autocast():
-            output = self.objective(objective, student, self.num_positions)
+            output = self.loss(objective, student, self.num_positions)
         output.loss.backward()
 
     def leaves(self, count: int | None = None) -> StepInputs:

@@ -188,6 +188,7 @@ def _measurement(
     else:
         exact, decoded = (Rows.of_targets(targets, sample.vocab_size) for targets in (kept.targets, stored.targets))
         spreads = spreads_of(record, sample, kept, reference)
+        assert kept.targets.entropy_P is not None  # reduced from whole logits
         fidelity = compare(exact, decoded, kept.targets.entropy_P, spreads, reference.means_QV)
     mass = None if record.kind == "sampled" else 1.0 if record.kind == "hidden" else _kept_mass(kept)
     count = sample.num_positions

@@ -165,6 +165,7 @@ def _pilot(parts: Parts, num_positions: int, progress: bool) -> tuple[Sample, LM
     if isinstance(head, LMHead):
         logits = HeadLogits(rows.hidden[parts.plan.states_field], head)
     sample = Sample(chosen, table, parts.plan.tokenizer.vocab_size, logits, teacher.task)
+    assert rows.targets.gold_logprob_P is not None  # reduced from whole logits
     return sample, head, _Pilot(seconds, float(-rows.targets.gold_logprob_P.mean()))
 
 
@@ -199,6 +200,7 @@ def plan_of(config: DumpConfig, base: Plan, states_PD: NDArray[np.float32] | Non
     layers, pilot = [], {}
     if config.targets.kind == "hidden":
         assert states_PD is not None
+        assert base.teacher.num_layers is not None
         layers = [base.teacher.num_layers]
         error = relative_error(vector_codec(config.hidden_states.codec), states_PD)
         pilot = {layers[0]: LayerPilot(states_PD.shape[1], error)}

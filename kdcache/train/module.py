@@ -49,7 +49,7 @@ class Distiller(nn.Module):
 
         ``num_valid`` is the number of valid positions of the whole optimiser step, by which the loss is divided.
         """
-        result = self.inputs(batch).objective(self.objective, self.student, num_valid)
+        result = self.inputs(batch).loss(self.objective, self.student, num_valid)
         return result.loss, result.sums, result.num_valid
 
     def set_progress(self, progress: float) -> None:

@@ -27,19 +27,13 @@ from kdcache.cache.batches import MicroBatches
 from kdcache.losses import Objective, TermModule
 from kdcache.students import Student
 from kdcache.torch_data import training_batches
+from kdcache.train.checkpoints import STATE_FILE, TERMS_FILE, last_checkpoint, save_student, save_terms
 from kdcache.train.config import TrainConfig
 from kdcache.train.module import Distiller
 from kdcache.train.prepare import PreparedRun, check_processes, prepare, uses_cpu
 from kdcache.train.preview import report_start
 from kdcache.train.run_record import RunRecord, check_output, settings_that_decide
-from kdcache.train.term_file import TERMS_FILE, save_terms
-from kdcache.train.trainer import (
-    STATE_FILE,
-    DistillationTrainer,
-    ProgressBar,
-    last_checkpoint,
-    save_student,
-)
+from kdcache.train.trainer import DistillationTrainer, ProgressBar
 
 
 @dataclass(frozen=True)

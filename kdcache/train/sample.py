@@ -154,7 +154,7 @@ def _add_selected(measured: Measured, objective: Objective, rows: TeacherRows) -
 
 def _add_terms(measured: Measured, module: Distiller, inputs: StepInputs) -> None:
     """Add what is not a loss of a position's logits: the terms over other outputs of the student."""
-    sums = inputs.objective(module.objective, module.student, inputs.rows.loss_mask_P.sum()).sums
+    sums = inputs.loss(module.objective, module.student, inputs.rows.loss_mask_P.sum()).sums
     for name in module.objective.config.terms:
         measured.term_sums[name] = measured.term_sums.get(name, 0.0) + float(sums[name])
 

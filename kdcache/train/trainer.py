@@ -12,7 +12,7 @@ What the stock Trainer would do otherwise, and what is overridden for it:
   places: here one process uses one device;
 - checkpoints are those of the *student* alone, plain Hugging Face directories that load without kdcache; of a student
   with adapters they are the adapters, in peft's format. What is trained beside the student lies beside it
-  (``kdcache.train.term_file``).
+  (``kdcache.train.checkpoints``).
 
 The module it trains is any ``forward(batch, num_valid) -> (loss, sums, count)`` with the model under ``.student``:
 distributed wrappers then see one forward, whatever the loss is made of.
@@ -20,7 +20,6 @@ distributed wrappers then see one forward, whatever the loss is made of.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -37,20 +36,12 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kdcache.cache.batches import Batches
 from kdcache.errors import StudentError
-from kdcache.models.loading import quiet
-from kdcache.models.pooling import drop_pooler, load_projection, without_projection
-from kdcache.students.load import Student
-from kdcache.students.lora import ADAPTER_DIR, load_adapter, merge_adapter, save_adapter
-from kdcache.students.sentence_model import save_sentence_files
 from kdcache.torch_data import count_tokens
+from kdcache.train.checkpoints import load_terms, load_weights, save_terms, save_weights
 from kdcache.train.module import Distiller
-from kdcache.train.term_file import load_terms, save_terms
-
-STATE_FILE = "trainer_state.json"
 
 
 class DistillationTrainer(Trainer):
@@ -116,67 +107,17 @@ class DistillationTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
-            _save_checkpoint(self.student, output_dir or self.args.output_dir)
+            save_weights(self.student, output_dir or self.args.output_dir)
             save_terms(self.module, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_terms(self.module, resume_from_checkpoint)
-        if self.student.adapter is not None:
-            load_adapter(self.student.adapter, resume_from_checkpoint)
-            return
-        model = self.student.model
-        with quiet():
-            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
-        if self.student.sentence is not None:
-            load_projection(saved, resume_from_checkpoint, error=StudentError)
-        if getattr(model, "pooler", None) is None:
-            drop_pooler(saved)  # a model of embeddings was loaded without it
-        model.load_state_dict(saved.state_dict())
+        load_weights(self.student, resume_from_checkpoint)
 
     def load_checkpoint(self, checkpoint: Path, state: TrainerState) -> None:
         """Take over the student and the state of a finished run's last checkpoint."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
-
-
-def save_student(student: Student, output: str | Path) -> None:
-    """Write a trained student, model and tokenizer, as a plain Hugging Face directory.
-
-    Adapters are written to ``adapter`` under it and merged into the model, which ends their training.
-    """
-    if student.adapter is not None:
-        save_adapter(student.adapter, Path(output) / ADAPTER_DIR)
-        merge_adapter(student.adapter)
-    with quiet(), without_projection(student.model):
-        student.model.save_pretrained(output)
-    student.tokenizer.save_pretrained(output)
-    if student.sentence is not None:
-        save_sentence_files(student.model, student.sentence, output)
-
-
-def _save_checkpoint(student: Student, output: str | Path) -> None:
-    if student.adapter is None:
-        save_student(student, output)
-    else:
-        save_adapter(student.adapter, output)
-
-
-def last_checkpoint(output: str | Path) -> Path | None:
-    """Return the newest *complete* checkpoint under ``output``: its state is written last, so it must be readable."""
-    numbered = []
-    for path in Path(output).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        suffix = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if suffix.isdigit() and _readable(path / STATE_FILE):
-            numbered.append((int(suffix), path))
-    return max(numbered)[1] if numbered else None
-
-
-def _readable(path: Path) -> bool:
-    try:
-        json.loads(path.read_text())
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 class _Meter:

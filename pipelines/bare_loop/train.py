@@ -65,8 +65,7 @@ def train(
             loss = torch.zeros((), device=device)
             for micro_batch in micro_batches:
                 batch = {name: tensor.to(device) for name, tensor in micro_batch.items()}
-                teacher = kdcache.TeacherRows.from_batch(batch)
-                result = loss_of(learner.hidden(batch), learner.head, teacher, num_valid)
+                result = kdcache.StepInputs.of(learner, batch).loss(loss_of, learner, num_valid)
                 result.loss.backward()
                 loss += result.loss.detach()
             if not torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():

@@ -16,7 +16,7 @@ from kdcache.losses import Objective, ObjectiveConfig, TeacherRows
 from kdcache.students import StudentConfig, load_student
 from kdcache.torch_data import to_tensors
 from kdcache.train import TrainConfig, preview_training
-from kdcache.train.term_file import TERMS_FILE
+from kdcache.train.checkpoints import TERMS_FILE
 from tests.tiny import bpe_tokenizer, llama, make_cache, random_sequences
 from tests.train_runs import Recorder, settings, train
 

@@ -20,7 +20,13 @@ from kdcache.config import build
 from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.errors import ConfigError, StudentError
 from kdcache.evaluate import evaluate_students
-from kdcache.train.term_file import TERMS_FILE
+from kdcache.losses import Objective, ObjectiveConfig
+from kdcache.losses.from_cache import context_of
+from kdcache.step import StepInputs
+from kdcache.students import StudentConfig, load_student
+from kdcache.torch_data import to_torch
+from kdcache.train.checkpoints import TERMS_FILE
+from kdcache.train.module import Distiller, fit_terms
 from tests.train_runs import Recorder, relative_difference, settings, train, train_distributed
 
 #: The student nano has 4 layers of width 64, the teacher 2 of width 16.
@@ -76,6 +82,23 @@ def assert_same_gradients(found: Run, expected: Run) -> None:
         assert relative_difference(a, b) < 2e-6
         maps = [{name: gradients[name] for name in MAPS} for gradients in (a, b)]
         assert relative_difference(*maps) < 2e-6
+
+
+def test_a_loop_of_your_own_may_have_terms(packed):
+    """What the Trainer's module computes, from the parts that such a loop uses."""
+    cache = open_cache(str(packed))
+    student = load_student(StudentConfig(size="nano", seed=1), cache.manifest, cache.tokenizer_dir())
+    objective = Objective(build(ObjectiveConfig, OBJECTIVE), context=context_of(cache))
+    fit_terms(objective, student, seed=0)
+    batch = next(iter(to_torch(cache, 4, pad_id=student.pad_id, hidden=objective.needs.teacher_fields)))
+    num_valid = batch["loss_mask"].sum()
+    mine = StepInputs.of(student, batch, objective.needs).loss(objective, student, num_valid)
+    loss, sums, count = Distiller(student, objective)(batch, num_valid)
+    assert torch.equal(mine.loss, loss)
+    assert mine.sums.keys() == sums.keys() == OBJECTIVE.keys()
+    assert mine.num_valid == count
+    with pytest.raises(ConfigError, match="read these fields of the cache too"):
+        StepInputs.of(student, next(iter(to_torch(cache, 4, pad_id=student.pad_id))), objective.needs)
 
 
 # ------------------------------------------------------------------------------------------ what is trained on
