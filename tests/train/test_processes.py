@@ -1,6 +1,6 @@
 """The command under the launchers that people use: two processes do the work of one, each reads its share of the cache.
 
-As a script (``python -m tests.test_processes RECORD kdcache-arguments...``) it is the command, and records which shards
+As a script (``python -m tests.train.test_processes RECORD kdcache-arguments...``) it is the command, and records which shards
 its process opened.
 """
 
@@ -66,7 +66,7 @@ def alone(tmp_path_factory, cache):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_do_the_work_of_one(tmp_path, cache, alone, launcher):
-    script = ["-m", "tests.test_processes", str(tmp_path / "opened")]
+    script = ["-m", "tests.train.test_processes", str(tmp_path / "opened")]
     output, one = alone
     two = run(*LAUNCHERS[launcher], *script, *command(cache, tmp_path / "two", 2))
     assert one["steps"] == two["steps"] == 12

@@ -1,6 +1,6 @@
 """Runs that are killed, and that go on elsewhere: what they end with is what one run would have ended with.
 
-As a script (``python -m tests.test_resume settings.json STEP``) it trains, and kills itself after a step.
+As a script (``python -m tests.train.test_resume settings.json STEP``) it trains, and kills itself after a step.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def weights(output):
 def killed_after(step, values, folder):
     """Train in a process of its own, from the newest checkpoint on, which dies after ``step``."""
     (folder / "settings.json").write_text(json.dumps(values))
-    command = [sys.executable, "-m", "tests.test_resume", str(folder / "settings.json"), str(step)]
+    command = [sys.executable, "-m", "tests.train.test_resume", str(folder / "settings.json"), str(step)]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert found.returncode == -signal.SIGKILL, found.stderr
 
