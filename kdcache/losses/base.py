@@ -185,7 +185,7 @@ class LayerStates:
         needs: Needs,
         student_outputs: Tensor | None = None,
     ) -> LayerStates:
-        """Combine the student's states with the teacher's of a collated batch; raises ``ConfigError`` for missing keys."""
+        """Combine the student's states with the teacher's of a batch; raises ``ConfigError`` for missing keys."""
         missing = [name for name in needs.teacher_fields if name not in batch]
         if missing:
             raise ConfigError(
@@ -208,8 +208,8 @@ class LayerStates:
             for layer, states_PD in states.items():
                 if states_PD.shape[0] != num_positions:
                     raise StudentError(
-                        f"layer {layer} of the {whose} has {states_PD.shape[0]} states for {num_positions} positions of "
-                        "the teacher; select the real positions (the batch's 'rows') first"
+                        f"layer {layer} of the {whose} has {states_PD.shape[0]} states for {num_positions} positions "
+                        "of the teacher; select the real positions (the batch's 'rows') first"
                     )
 
     def select(self, rows_P: Tensor) -> LayerStates:
@@ -259,8 +259,8 @@ def build_terms(
 ) -> nn.ModuleDict:
     """Return the modules of ``terms`` by name; raises ``ConfigError``, naming the term, for an incompatible student.
 
-    Each has a generator of its own, seeded with ``seed``: initial parameters are the same on every rank and in a resumed
-    run, and neither dropout nor the data order of a run depends on whether there are terms.
+    Each has a generator of its own, seeded with ``seed``: initial parameters are the same on every rank and in a
+    resumed run, and neither dropout nor the data order of a run depends on whether there are terms.
     """
     modules = nn.ModuleDict()
     for name, term in terms.items():
@@ -278,8 +278,8 @@ def weighted_terms(
     """Return the sum over positions and terms of weight x value, and each term's own unweighted, detached sum.
 
     ``terms`` are the current settings (`Term.at`), ``masks`` [P] bool the positions of each. Every parameter gets a
-    gradient, 0 if there are no positions or the weight is 0: distributed data parallelism waits for all of them in every
-    micro-batch.
+    gradient, 0 if there are no positions or the weight is 0: distributed data parallelism waits for all of them in
+    every micro-batch.
     """
     total: Tensor | float = 0.0
     sums = {}

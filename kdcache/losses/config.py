@@ -73,12 +73,12 @@ class ObjectiveConfig(_OneFieldPerPart):
 
     @classmethod
     def setting_names(cls) -> list[str]:
-        """Return the names of all losses and terms, those of other packages among them; imports none."""
+        """Return the names of all losses and terms, including those of other packages; imports none."""
         return [*LOSSES, *TERMS]
 
     @property
     def parts(self) -> dict[str, Part]:
-        """All that is on, losses first, in the order of the tables."""
+        """All losses and terms that are on, in the order of the tables."""
         found = {name: part for name, part in self if part is not None}
         return {name: found[name] for name in self.setting_names() if name in found}
 
@@ -94,11 +94,11 @@ class ObjectiveConfig(_OneFieldPerPart):
 
     @property
     def shares(self) -> frozenset[str]:
-        """The measures by which a share of the positions is selected, which `resolve` has to know."""
+        """The measures by which a share of the positions is selected; `resolve` needs their values."""
         return frozenset(part.select.by for part in self._selective.values() if part.select.is_share)
 
     def resolve(self, values: Mapping[str, Tensor]) -> ObjectiveConfig:
-        """Return the objective with all shares turned into bounds on ``values``, [P] for each measure of `shares`."""
+        """Return the objective with all shares converted to bounds on ``values``, [P] for each measure of `shares`."""
         parts = {
             name: part.model_copy(update={"select": part.select.resolve(values[part.select.by])})
             for name, part in self._selective.items()

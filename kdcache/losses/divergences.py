@@ -1,27 +1,26 @@
 """The losses over distributions: cross-entropy, forward KL, other divergences, and losses on the kept logits.
 
-*Forward KL*, KL(teacher || student), is the loss that every kind of cache has an estimate or an exact value of. By
-default teacher and student are compared on K + 1 outcomes, the K kept ids and one bucket for everything else: the exact
-divergence of the coarsened pair, a lower bound of the full one, and the full one when K = V. Module `tails` has the
-other treatments of the tail, module `temperature` the temperatures other than 1.
+*Forward KL*, KL(teacher || student), is exact or estimated on every kind of cache. By default teacher and student are
+compared on K + 1 outcomes, the K kept ids and one bucket for everything else: the exact divergence of the coarsened
+pair, a lower bound of the full one, and the full one if K = V. Module `tails` has other ways to handle the tail, module
+`temperature` temperatures other than 1.
 
-*Other divergences* (`FDivergence`) are each a formula over two distributions on the same outcomes (`outcomes`); t are
-the teacher's probabilities of them, p the student's, both softened where a temperature is set, and the value is then
-multiplied by a power of T (`power`). None of them is linear in t, so samples alone cannot estimate them: such caches
-are refused. There is no treatment of the tail but the bucket either. A reverse KL over the kept ids alone would pull
-every other logit down, whatever the teacher thought of it.
+*Other divergences* (`FDivergence`) are formulas over two distributions on the same `outcomes`, with the probabilities t
+of the teacher and p of the student, both softened by the temperature; the value is multiplied by a power of T
+(`power`). None of them is linear in t, so samples cannot estimate them, and caches of samples alone are incompatible.
+The tail is always one bucket: a reverse KL over the kept ids alone would lower every other logit, whatever the
+teacher's probability.
 
-Probabilities of 0. Terms with 0 log 0 are 0. What the teacher rules out although the student does not (an id beyond the
-teacher's vocabulary, a tail that has underflowed) would make a reverse KL infinite, and one such position would end the
-run. So a teacher's probability counts as e^-104 at least, about the smallest float32 there is: the value stays finite,
-and the gradient takes the student's mass away from there.
+Probabilities of 0. Terms with 0 log 0 are 0. Where the teacher's probability is 0 and the student's is not (an id
+beyond the teacher's vocabulary, a tail that has underflowed), a reverse KL would be infinite, and one such position
+would ruin the run. So the teacher's probability is at least e^-104, about the smallest float32: the value stays finite,
+and the gradient moves the student's mass away.
 
-*Losses on the kept logits* (`LogitsMSE`, `Ranking`) look at what the kept ids say about each other, not how much mass
-they have together. Both are blind to the tail: a student may agree on them and still give the kept ids no mass. They
-are meant beside a cross-entropy or a divergence. What they compare are the kept ids (without the samples of a hybrid
-cache), or the whole vocabulary of the teacher where its logits can be made (caches of hidden targets). Ids that teacher
-or student rule out (logit -inf) have no finite difference from anything and are left out. Log-probabilities serve as
-the teacher's logits: both losses are free of a constant.
+*Losses on the kept logits* (`LogitsMSE`, `Ranking`) compare the kept ids with each other, not their mass. They do not
+see the tail: a student may agree on the kept ids and give them no mass. Use them together with a cross-entropy or a
+divergence. They compare the kept ids (without the samples of a hybrid cache), or the whole vocabulary of the teacher if
+its logits can be computed (caches of hidden targets). Ids with logit -inf in either model are left out.
+Log-probabilities replace the teacher's logits: both losses are invariant to a constant.
 
 Shape suffixes: C positions of a chunk, K compared ids, O outcomes, V the student's vocabulary, U the teacher's.
 """
@@ -56,7 +55,7 @@ from kdcache.losses.view import ChunkView
 
 
 class CrossEntropy(Loss):
-    """Negative log-likelihood of the corpus's own token or class; 0 where it has none."""
+    """Negative log-likelihood of the gold token or class; 0 where there is none."""
 
     is_divergence = False
     uses_teacher = False
@@ -68,15 +67,15 @@ class CrossEntropy(Loss):
         return torch.where(view.teacher.labels_P >= 0, -view.gold_logprob_C, 0.0)
 
     def incompatibility(self, context: TeacherContext) -> None:
-        """Return None: the teacher plays no part."""
+        """Return None: every cache is compatible, since the teacher's targets are not used."""
 
 
 class ForwardKL(TemperedLoss):
     """KL(teacher || student) at a temperature.
 
-    ``tail`` says what is done about ids that were not kept (see module ``tails``). ``mode`` says how a temperature
-    other than 1 is made (see module ``temperature``): ``full`` compares the whole vocabulary, at temperature 1 too. By
-    default it is ``full`` where the cache has the teacher's hidden states and LM head, else ``decoupled``. With samples
+    ``tail`` selects how ids that were not kept are handled (see module `tails`). ``mode`` selects how a temperature
+    other than 1 is applied (see module `temperature`); ``full`` compares the whole vocabulary, also at temperature 1.
+    The default is ``full`` if the cache has the teacher's hidden states and LM head, else ``decoupled``. With samples
     the value is an unbiased estimate.
     """
 
@@ -102,8 +101,8 @@ class ForwardKL(TemperedLoss):
     def incompatibility(self, context: TeacherContext) -> str | None:
         if context.head is not None and self.tail != "bucket":
             return (
-                f"the cache holds {context.holds}, from which the whole tail is known, so tail {self.tail} makes no "
-                "sense; leave it out, or transcode the cache to top-k targets"
+                f"tail {self.tail} is for caches of kept ids, and the cache holds {context.holds}, which give the "
+                "whole tail; leave it out, or transcode the cache to top-k targets"
             )
         if self.resolved_mode(context) == "full":
             return self.incompatibility_of_mode(context)
@@ -130,8 +129,8 @@ class ForwardKL(TemperedLoss):
     def _incompatibility_of_tail(self, context: TeacherContext) -> str:
         if context.is_sampled:
             return (
-                f"tail {self.tail} needs the exact mass of a tail, and in the cache samples stand for it: it holds "
-                f"{context.holds}; use tail bucket"
+                f"tail {self.tail} needs the exact mass of the tail, and the cache holds {context.holds}; "
+                "use tail bucket"
             )
         return (
             f"tail {self.tail} exists at temperature 1 only, found temperature {self.temperature:g}; use tail bucket "
@@ -140,17 +139,17 @@ class ForwardKL(TemperedLoss):
 
 
 LEAST_LOG_PROB = -104.0
-"""What the logarithm of a probability of 0 counts as; float32's own exp is 0 from there on."""
+"""Value for log 0; the exp of anything smaller is 0 in float32."""
 
 
 class FDivergence(TemperedLoss):
-    """Base of divergences that are a function of two distributions over the same outcomes."""
+    """Base class of divergences between two distributions over the same outcomes."""
 
     is_divergence = True
     ignores_samples = True
 
     power: ClassVar[int] = 2
-    """The power of T that keeps the length of gradients as T grows, as in ``temperature``: T^2 for all that is smooth."""
+    """The power of T that keeps the scale of gradients as T changes: 2 for smooth divergences."""
 
     def values(self, view: ChunkView) -> Tensor:
         """Return T^2 (see `power`) x the divergence of each position, [C]."""
@@ -163,10 +162,11 @@ class FDivergence(TemperedLoss):
 
 
 class ReverseKL(FDivergence):
-    """KL(student || teacher) = sum p (log p - log t): it punishes what the teacher would not say (mode seeking).
+    """KL(student || teacher) = sum p (log p - log t): penalises mass where the teacher has none (mode seeking).
 
-    In mode ``decoupled`` it is the KL of the split between kept ids and tail at temperature 1, plus the student's mass
-    on the kept ids x T^2 x KL among them at T. Source: Gu et al. 2024 (MiniLLM), there on the student's own texts.
+    In mode ``decoupled``: the KL of the split between kept ids and tail at temperature 1, plus the student's mass on
+    the kept ids x T^2 x KL among them at T. Source: Gu et al. 2024 (MiniLLM), there on texts that the student
+    generates.
     """
 
     modes: ClassVar[tuple[Mode, ...]] = ("decoupled", "grid", "full")
@@ -194,9 +194,9 @@ class ReverseKL(FDivergence):
 class JensenShannon(FDivergence):
     """The generalised Jensen-Shannon divergence: beta KL(t || m) + (1 - beta) KL(p || m), m = beta t + (1 - beta) p.
 
-    At the ends, where it would be 0 for any student, it is what it tends to when divided by beta (or 1 - beta): beta 0
-    is the forward KL and beta 1 the reverse KL, as in GKD. So there is a jump: at beta 0.01 the value is a hundredth
-    of that at beta 0. Source: Agarwal et al. 2024 (GKD), section 2.
+    At beta 0 and 1, where the formula is 0 for any student, it is its limit after division by beta (or 1 - beta): beta
+    0 is the forward KL and beta 1 the reverse KL, as in GKD. So there is a jump: the value at beta 0.01 is about a
+    hundredth of that at beta 0. Source: Agarwal et al. 2024 (GKD), section 2.
     """
 
     beta: float = Field(default=0.5, ge=0, le=1)
@@ -211,9 +211,9 @@ class JensenShannon(FDivergence):
 
 
 class TotalVariation(FDivergence):
-    """Half the sum of |t - p|, in 0..1 and no nats: the mass that one would have to move.
+    """Half the sum of |t - p|, between 0 and 1, not in nats.
 
-    At a temperature it is multiplied by T alone: it grows with the difference of the two, the others with its square.
+    At a temperature it is multiplied by T, not T^2: it is linear in the difference of the two near agreement.
     """
 
     power = 1
@@ -257,7 +257,7 @@ def _mixture(teacher_CO: Tensor, student_CO: Tensor, share: float) -> Tensor:
 
 
 def _split(log_CO: Tensor, num_ids: int) -> Tensor:
-    """Return log-probabilities of (any kept id, tail), [C, 2]; [C, 1] where there is no tail."""
+    """Return log-probabilities of (any kept id, tail), [C, 2]; [C, 1] if there is no tail."""
     return torch.cat([log_total(log_CO[:, :num_ids]), log_CO[:, num_ids:]], 1)
 
 
@@ -266,15 +266,15 @@ def _at_least(teacher: Tensor) -> Tensor:
 
 
 def _finite(student: Tensor) -> Tensor:
-    # Not a clamp: whatever is finite keeps its gradient, also that of a student who is e^-200 sure.
+    # Not a clamp: every finite value keeps its gradient, also a probability of e^-200.
     return student.masked_fill(student <= IMPOSSIBLE, LEAST_LOG_PROB)
 
 
 class LogitsMSE(Loss):
     """Mean squared difference between the logits of student and teacher, each centred over the compared ids.
 
-    0 for rows of one id. Source: Ba and Caruana 2014, section 2.2, who do not centre; without it the loss would pin the
-    constant that softmax ignores.
+    0 for rows of one id. Source: Ba and Caruana 2014, section 2.2, without centring, which would fix the constant that
+    softmax ignores.
     """
 
     is_divergence = False
@@ -297,12 +297,12 @@ class LogitsMSE(Loss):
 
 
 class Ranking(Loss):
-    """How improbable the teacher's order of ids is if the student samples them one by one without replacement.
+    """ListMLE: negative log-likelihood of the teacher's order of ids, if the student samples without replacement.
 
-    ListMLE: the mean over all places but the last of logsumexp(x of this and all later places) - x of this place, with
-    the student's logits x in the teacher's order; 0 for rows of one id. At most ``top_k`` ids take part, the teacher's
-    first: the order of unlikely ids is noise. Equal probabilities (codecs round) stand in the order in which the cache
-    gives them. It is not 0 when both agree. Source: Xia et al. 2008, section 5.1.
+    The mean over all ranks but the last of logsumexp(x of this and all later ranks) - x of this rank, with the
+    student's logits x in the teacher's order; 0 for rows of one id. Only the first ``top_k`` ids are used: the order of
+    unlikely ids is noise. Equal probabilities (codecs round) keep the order of the cache. It is not 0 if both agree.
+    Source: Xia et al. 2008, section 5.1.
     """
 
     is_divergence = False

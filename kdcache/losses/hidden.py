@@ -1,17 +1,17 @@
-"""Terms over hidden states: some layers of the student are to say what some layers of the teacher say.
+"""Terms over hidden states: match states of the student to those of the teacher, layer by layer.
 
-Layers are paired; where student and teacher differ in width, a linear map from the student's states to the teacher's
-is learnt along with the student and thrown away after training (FitNets; Romero et al., 2015, section 2.2). Every pair
-has a map of its own, without a bias, as in TinyBERT (Jiao et al., 2020, equation 8). A map starts as an orthogonal
-matrix, the identity where it is square: states keep their length and their angles, so that the first gradients that
-reach the student speak of its states and not of a random stretching, whatever the two widths.
+Layers are paired. If student and teacher differ in width, a linear projection from the student's states to the
+teacher's is trained with the student and discarded after training (FitNets; Romero et al., 2015, section 2.2). Every
+pair has a projection of its own, without a bias, as in TinyBERT (Jiao et al., 2020, equation 8). It is initialised as
+an orthogonal matrix, the identity if square: states keep their lengths and angles, so the first gradients of the
+student do not depend on a random scaling.
 
-Some positions, "sinks" such as the first token, have states a hundred times longer than the median. In a plain MSE
-they are all of the loss, so by default the error is measured by the size of the teacher's state (``normalise``).
+Some positions, attention sinks such as the first token, have states a hundred times longer than the median. They would
+dominate a plain MSE, so by default the error is relative to the size of the teacher's state (``normalise``).
 
 The value of a position is the mean over the width and over the pairs.
 
-Shape suffixes: P flat positions, D width (of the teacher, once a student's state has been mapped).
+Shape suffixes: P flat positions, D width (that of the teacher, after the projection).
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from kdcache.targets_config import layer_number
 
 Layer = int | Literal["last"]
 
-#: Added to mean squares, as in RMSNorm: a state of zeros has no direction.
+#: Added to mean squares, as in RMSNorm, for states of zeros.
 _EPS = 1e-6
 
 
 class HiddenTerm(Term):
-    """What both terms over hidden states have in common.
+    """Base class of terms over hidden states.
 
     ``layers`` maps layers of the student to layers of the teacher: 0 is the embeddings, n the state after block n,
-    ``last`` or -1 the state after the final norm. By default every layer that the cache stores is paired with the
-    student's layer at the same relative depth, s = round(t x student's blocks / teacher's blocks); of several teacher
-    layers at one layer of the student the deepest one counts.
+    ``last`` or -1 the state after the final norm. By default every stored layer is paired with the student's layer at
+    the same relative depth, s = round(t x student's blocks / teacher's blocks); of several teacher layers at one layer
+    of the student the deepest is used.
 
-    ``projection``: ``linear`` learns a map for every pair, ``none`` for none, ``auto`` where widths differ.
+    ``projection``: ``linear`` trains a projection for every pair, ``none`` for none, ``auto`` where widths differ.
     """
 
     needs = "the teacher's hidden states of the mapped layers"
@@ -54,10 +54,10 @@ class HiddenTerm(Term):
 
     @abstractmethod
     def compare(self, student_PD: Tensor, teacher_PD: Tensor) -> Tensor:
-        """Return the distance of the states at each position, [P], in their dtype."""
+        """Return the distance between the states at each position, [P], in their dtype."""
 
     def incompatibility(self, context: TeacherContext) -> str | None:
-        """Return why these settings make no sense with such a cache and what to do instead; None if they do."""
+        """Return why these settings cannot be used with such a cache, and what to do instead; None if they can."""
         stored = context.layer_widths
         if not stored:
             return (
@@ -75,7 +75,7 @@ class HiddenTerm(Term):
         return None
 
     def pairs(self, context: TeacherContext, num_student_layers: int) -> dict[int, int]:
-        """Return the teacher's layer of every mapped layer of the student; raises ``ConfigError``."""
+        """Return the teacher's layer for each paired layer of the student; raises ``ConfigError``."""
         if self.layers is None:
             depth = num_student_layers / context.num_layers
             return {round(layer * depth): layer for layer in sorted(context.layer_widths)}
@@ -87,7 +87,9 @@ class HiddenTerm(Term):
                     f"the student has no layer {student_layer}; it has 0 (embeddings) to {num_student_layers} (last)"
                 )
             if number in pairs:
-                raise ConfigError(f"layer {number} of the student is named twice in layers; give it one teacher layer")
+                raise ConfigError(
+                    f"layers has layer {number} of the student twice; pair it with one layer of the teacher"
+                )
             pairs[number] = layer_number(teacher_layer, context.num_layers)
         return pairs
 
@@ -110,9 +112,9 @@ class HiddenTerm(Term):
 class HiddenMSE(HiddenTerm):
     """Mean squared error of hidden states.
 
-    ``normalise`` says what both states are divided by at each position. ``teacher``: by the root mean square of the
-    teacher's, so that the value is the squared relative error |s - t|^2 / |t|^2. ``none``: by nothing, the plain MSE of
-    TinyBERT (Jiao et al., 2020, equation 8). To divide each by its own would be 2 x `HiddenCosine`.
+    ``normalise`` selects the divisor of both states at each position. ``teacher``: the root mean square of the
+    teacher's state, so that the value is the squared relative error |s - t|^2 / |t|^2. ``none``: no division, the plain
+    MSE of TinyBERT (Jiao et al., 2020, equation 8). (Dividing each by its own would give 2 x `HiddenCosine`.)
     """
 
     normalise: Literal["teacher", "none"] = "teacher"
@@ -132,9 +134,9 @@ class HiddenCosine(HiddenTerm):
 
 
 class HiddenModule(TermModule):
-    """The mean over ``pairs`` {student layer: teacher layer} of the distance that ``term`` measures.
+    """The mean over ``pairs`` {student layer: teacher layer} of the distance defined by ``term``.
 
-    ``maps`` has the linear maps by student layer; a layer without one is compared as it is.
+    ``maps`` are the linear projections by student layer; a layer without one is compared directly.
     """
 
     def __init__(self, term: HiddenTerm, pairs: Mapping[int, int], maps: Mapping[int, nn.Linear]) -> None:
@@ -153,7 +155,7 @@ class HiddenModule(TermModule):
         return torch.stack(values).mean(0)
 
     def describe(self) -> dict[str, object]:
-        """Return the pairs, and for which layers of the student there is a map."""
+        """Return the pairs, and the layers of the student that have a projection."""
         return {"layers": {str(s): t for s, t in self.pairs.items()}, "projections": [int(name) for name in self.maps]}
 
     def _mapped(self, student_PD: Tensor, layer: int) -> Tensor:
@@ -164,7 +166,7 @@ class HiddenModule(TermModule):
 
 
 def _orthogonal(width: int, teacher_width: int, generator: torch.Generator) -> nn.Linear:
-    # Without the usual initialisation, which would draw from the generator that dropout samples from.
+    # Without the default initialisation, which would use the generator of dropout.
     linear = nn.utils.skip_init(nn.Linear, width, teacher_width, bias=False)
     if width == teacher_width:
         nn.init.eye_(linear.weight)

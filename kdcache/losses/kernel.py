@@ -1,10 +1,10 @@
-"""The sum of all losses over many positions, without the [P, V] logits ever existing.
+"""Sum all losses over many positions in chunks, without materialising the [P, V] logits.
 
-Training a small model with a large vocabulary spends most of its memory on logits and their gradient. Here a chunk
-of positions at a time goes through the LM head, the losses and back again *during the forward pass*: the chunk's
-logits become its share of three gradients (hidden states, head weight, head bias) and are dropped. The backward pass
-only multiplies those gradients by the incoming scalar, so the head product is never computed twice, as checkpointing
-would. The price: the gradients are computed even if nobody calls backward, hence nothing of it under ``no_grad``.
+Training a small model with a large vocabulary spends most of its memory on logits and their gradient. Here each chunk
+of positions goes through the LM head, the losses and back *during the forward pass*: the logits of the chunk become its
+share of three gradients (hidden states, head weight, head bias) and are freed. The backward pass only multiplies these
+gradients by the incoming scalar, so the head product is computed once, not twice as with checkpointing. The cost: the
+gradients are computed even if backward is never called, unless gradients are disabled (``no_grad``).
 
 Precision. The head product runs in the dtype of the model, or of an enclosing ``torch.autocast``; softmax, losses and
 sums in float32 at least. Head gradients are accumulated over chunks in float32 at least, also for bfloat16 and
@@ -31,8 +31,8 @@ from kdcache.losses.view import ChunkView
 from kdcache.models.lm_head import LMHead
 from kdcache.models.products import hidden_gradient, logits_of
 
-#: On a CPU the arrays of a chunk, of which three are alive at once, should stay where the allocator reuses them: the C
-#: library gives back whatever is free above 64 MiB, and the page faults of fresh memory cost more than a softmax.
+#: On a CPU the arrays of a chunk, three of which are alive at once, should be small enough for the allocator to reuse:
+#: the C library returns free memory above 64 MiB to the system, and page faults of new memory cost more than a softmax.
 _CPU_CHUNK_BYTES = 20 << 20
 
 #: Elsewhere a chunk should fill the device: 1,024 rows of a vocabulary of 150,000 take 0.6 GB per float32 array.
@@ -41,7 +41,7 @@ _DEVICE_CHUNK_POSITIONS = 1024
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be summed: losses by name, the teacher's rows, the head, the length of a chunk, the rows' context."""
+    """The inputs of a sum: losses by name, the teacher's rows and their context, the head, the chunk size."""
 
     losses: Mapping[str, Loss]
     teacher: TeacherRows
@@ -51,7 +51,7 @@ class Work:
 
 
 def default_chunk_positions(device: torch.device, vocab_size: int) -> int:
-    """Return how many positions to send through a head of ``vocab_size`` ids at once on ``device``."""
+    """Return the number of positions per chunk for a head of ``vocab_size`` ids on ``device``."""
     if device.type != "cpu":
         return _DEVICE_CHUNK_POSITIONS
     rows = _CPU_CHUNK_BYTES // (4 * vocab_size)
@@ -59,7 +59,7 @@ def default_chunk_positions(device: torch.device, vocab_size: int) -> int:
 
 
 def weighted_sum(hidden_PD: Tensor, work: Work) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the sum over positions and losses of weight x value, and each loss's own unweighted, detached sum.
+    """Return the sum over positions and losses of weight x value, and the unweighted, detached sum of each loss.
 
     Differentiable with respect to ``hidden_PD`` and the parameters of the head, once (no second derivatives).
     """
@@ -70,7 +70,7 @@ def weighted_sum(hidden_PD: Tensor, work: Work) -> tuple[Tensor, dict[str, Tenso
 
 
 def chunks(hidden_PD: Tensor, teacher: TeacherRows, size: int) -> Iterator[tuple[slice, Tensor, TeacherRows]]:
-    """Yield the rows, hidden states and teacher of one chunk after another."""
+    """Yield the slice, hidden states and teacher's rows of each chunk."""
     for start in range(0, hidden_PD.shape[0], size):
         rows = slice(start, start + size)
         yield rows, hidden_PD[rows], teacher.slice(rows.start, rows.stop)
@@ -79,8 +79,8 @@ def chunks(hidden_PD: Tensor, teacher: TeacherRows, size: int) -> Iterator[tuple
 def in_compute_dtype(hidden_PD: Tensor, head: LMHead) -> tuple[Tensor, LMHead]:
     """Return hidden states and head cast once to the dtype of the head product (autocast's, if one is active).
 
-    Autocast itself would cast in every chunk, and what it caches under ``no_grad`` has no gradient for later users of
-    a tied weight; so the cast is made here and autocast is switched off around the chunks.
+    Autocast itself would cast in every chunk, and its cache under ``no_grad`` has no gradient for later users of a tied
+    weight; so the cast is made here, and autocast is disabled around the chunks.
     """
     dtype, device = head.weight_VD.dtype, hidden_PD.device.type
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
@@ -90,7 +90,7 @@ def in_compute_dtype(hidden_PD: Tensor, head: LMHead) -> tuple[Tensor, LMHead]:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` in float32, or as it is when it is float32 or float64."""
+    """Return ``tensor`` in float32, or unchanged if it is float32 or float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -131,7 +131,7 @@ def _accumulator(tensor: Tensor | None, sums_over_chunks: bool) -> Tensor:
 
 
 def _sweep(hidden_PD: Tensor, work: Work, gradients: list[Tensor | None]) -> Tensor:
-    """Return the sum of each loss; add the gradient of their weighted sum to those ``gradients`` that are wanted."""
+    """Return the sum of each loss; add the gradient of their weighted sum to all ``gradients`` that are not None."""
     hidden_PD, head = in_compute_dtype(hidden_PD, work.head)
     sums = torch.zeros(
         len(work.losses), dtype=torch.promote_types(hidden_PD.dtype, torch.float32), device=hidden_PD.device

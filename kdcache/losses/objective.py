@@ -1,9 +1,9 @@
-"""The objective: which losses with which weights, and the only place that masks, weights and averages.
+"""`Objective`: the weighted sum of losses and terms; the only place that masks, weights and averages.
 
 The denominator is one number for the whole optimiser step: the valid positions of all micro-batches and all ranks,
-given by the caller. A mean per micro-batch would weigh short batches as much as long ones, and the gradient would
-change with padding, batch composition, gradient accumulation and the number of processes. That holds for a loss that
-looks at selected positions only, too: its sum is over fewer, and the denominator is the same.
+given by the caller. A mean per micro-batch would give short batches the same weight as long ones, and the gradient
+would depend on padding, batch composition, gradient accumulation and the number of processes. The denominator of a loss
+at selected positions is the same; only its sum is over fewer positions.
 
 Shape suffixes: P flat positions, V vocabulary, D width.
 """
@@ -30,8 +30,7 @@ from kdcache.schema import NO_LABEL
 class ObjectiveOutput:
     """``loss`` to call backward on; ``sums`` of each loss over ``num_valid`` positions, unweighted, detached.
 
-    A loss that looks at selected positions only is 0 at the others; beside its sum stands their number, under
-    ``<name>_selected``.
+    For a loss at selected positions, ``sums`` also has their number, under ``<name>_selected``.
     """
 
     loss: Tensor
@@ -42,10 +41,10 @@ class ObjectiveOutput:
 class Objective:
     """Compute a training loss from hidden states, an LM head and the teacher's rows.
 
-    ``chunk_positions`` is how many positions go through the head at once: more is faster on an accelerator and takes
-    more memory (default: by device). ``context`` says what kind of cache the rows come from (default: top-k, K ids in
-    every row); raises ``ConfigError`` when a loss needs what such a cache does not hold, or selects a share of
-    positions that `ObjectiveConfig.resolve` has not turned into a bound.
+    ``chunk_positions`` is the number of positions that go through the head at once: more is faster on an accelerator
+    and takes more memory (default: by device). ``context`` describes the cache of the rows (default: top-k, K ids in
+    every row). Raises ``ConfigError`` if a loss is incompatible with such a cache, or selects a share of positions that
+    `ObjectiveConfig.resolve` has not converted to a bound.
 
     Set ``progress`` before every optimiser step, from 0 at the first to 1 at the last: schedules are functions of it.
     """
@@ -70,25 +69,25 @@ class Objective:
                 part.select.check_resolved()
 
     def build_terms(self, student_widths: Sequence[int], seed: int) -> None:
-        """Make the modules of all terms, ``terms``, for a student whose states 0, 1, ..., n have these widths.
+        """Build the modules of all terms, ``terms``, for a student whose states 0, 1, ..., n have these widths.
 
-        ``seed`` decides their parameters. Raises ``ConfigError`` when a term does not fit the student.
+        ``seed`` determines their initial parameters. Raises ``ConfigError`` if a term is incompatible with the student.
         """
         self.terms = build_terms(self.config.terms, self.context, student_widths, seed)
 
     @property
     def needs(self) -> Needs:
-        """The layers whose states `__call__` wants, of the terms that have been built."""
+        """What `__call__` needs in ``states``, for the terms that have been built."""
         return Needs.union(cast(TermModule, module).needs for module in self.terms.values())
 
     @property
     def losses(self) -> dict[str, Loss]:
-        """The losses with the weights and temperatures of this moment."""
+        """The losses with their current weights and temperatures."""
         return {name: loss.at(self.progress) for name, loss in self.config.losses.items()}
 
     @property
     def scheduled(self) -> dict[str, float]:
-        """What changes during the run, at this moment, such as ``forward_kl_weight``."""
+        """The current values of all schedules, such as ``forward_kl_weight``."""
         return {
             f"{name}_{setting}": schedule.at(self.progress)
             for name, part in self.config.parts.items()
@@ -106,9 +105,9 @@ class Objective:
         """Return sum over losses and valid positions of weight x value, divided by ``num_valid``.
 
         ``num_valid`` counts the valid positions of the whole optimiser step (number or 0-d tensor; 0 gives loss 0).
-        Without valid positions the loss is 0, its gradients are 0, and backward still works. Raises ``StudentError``
-        when the rows do not belong to the student: other positions, or ids outside its or the teacher's vocabulary.
-        ``states`` are those of the layers in ``needs``; only terms want them.
+        Without valid positions the loss and its gradients are 0, and backward still works. Raises ``StudentError`` if
+        the rows do not match the student: another number of positions, or ids outside its or the teacher's vocabulary.
+        ``states`` are the hidden states and outputs in ``needs``; only terms use them.
         """
         check_positions(hidden_PD, teacher)
         losses = self.losses
@@ -156,12 +155,12 @@ def check_positions(hidden_PD: Tensor, teacher: TeacherRows) -> None:
 
 
 def check_ids(head: LMHead, teacher: TeacherRows, context: TeacherContext) -> None:
-    """Raise ``StudentError`` unless all ids and labels of the rows are in the vocabularies they belong to.
+    """Raise ``StudentError`` unless all ids are in the teacher's vocabulary and all labels in the student's.
 
-    The student has to have every id of the teacher's vocabulary, and may have more.
+    The student must have every id of the teacher's vocabulary, and may have more.
     """
     if context.kind == "outputs":
-        return  # numbers, and no ids
+        return  # such caches have no ids
     vocab_size = head.vocab_size if context.vocab_size is None else context.vocab_size
     if vocab_size > head.vocab_size:
         raise StudentError(
@@ -172,7 +171,7 @@ def check_ids(head: LMHead, teacher: TeacherRows, context: TeacherContext) -> No
     checked = {name: limit for name, limit in limits.items() if limit[0].numel()}
     if not checked:
         return
-    # One transfer from the device for both checks; an id out of range would otherwise abort a CUDA process.
+    # One transfer from the device for both checks; an id out of range would abort a CUDA process.
     extremes = torch.stack([bound for tensor, *_ in checked.values() for bound in tensor.aminmax()]).tolist()
     for (name, (_, size, least)), low, high in zip(checked.items(), extremes[::2], extremes[1::2], strict=True):
         if low < least or high >= size:
@@ -184,13 +183,13 @@ def check_ids(head: LMHead, teacher: TeacherRows, context: TeacherContext) -> No
 
 
 def _selected(parts: Mapping[str, Part], teacher: TeacherRows) -> dict[str, Tensor]:
-    """Return the valid positions, [P] bool, that each part looks at which does not look at all."""
+    """Return the valid positions, [P] bool, of each part that has a selection."""
     selecting = {name: part.select for name, part in parts.items() if part.select is not None}
     return {name: select.mask(teacher) & teacher.loss_mask_P for name, select in selecting.items()}
 
 
 def _needed(losses: Mapping[str, Loss], selected: Mapping[str, Tensor], teacher: TeacherRows) -> Tensor:
-    """Return the valid positions, [P] bool, that any loss looks at: no others need go through the LM head."""
+    """Return the valid positions, [P] bool, of any loss: only these go through the LM head."""
     masks = [selected[name] for name in losses if name in selected]
     if not masks or len(masks) < len(losses):
         return teacher.loss_mask_P
@@ -198,7 +197,7 @@ def _needed(losses: Mapping[str, Loss], selected: Mapping[str, Tensor], teacher:
 
 
 def _untrained(hidden_PD: Tensor, head: LMHead) -> Tensor:
-    """Return 0, with a gradient of 0 for what only losses train: the last layers and the LM head.
+    """Return 0, with a gradient of 0 for the hidden states and the LM head, which only losses train.
 
     Distributed data parallelism waits for the gradient of every parameter.
     """
@@ -207,7 +206,7 @@ def _untrained(hidden_PD: Tensor, head: LMHead) -> Tensor:
 
 
 def _denominator(num_valid: float | Tensor) -> float | Tensor:
-    # Infinity where nothing is valid: the quotient and its gradient are then 0 rather than NaN.
+    # Infinity if no position is valid: the quotient and its gradient are then 0 rather than NaN.
     if isinstance(num_valid, Tensor):
         return torch.where(num_valid > 0, num_valid, torch.inf)
     return num_valid if num_valid > 0 else torch.inf

@@ -1,8 +1,8 @@
 """Scores of every position from one pass over the logits, for evaluation.
 
-Evaluation wants cross-entropy, divergence from the teacher, the student's favourite token and its confidence at the
-same positions. Each needs the [P, V] logits, which are too large to keep; so all come from one sweep in chunks.
-Nothing is masked or averaged here: every position gets its values, and the caller decides which count.
+Evaluation needs cross-entropy, divergence from the teacher, the student's top-1 token and its confidence at the same
+positions. Each needs the [P, V] logits, which are too large to keep, so all are computed in one pass in chunks. Nothing
+is masked or averaged here: every position gets its values, and the caller selects those that count.
 
 Shape suffixes: P flat positions, C positions of a chunk, V vocabulary, D width.
 """
@@ -25,10 +25,10 @@ from kdcache.models.lm_head import LMHead
 
 @dataclass(frozen=True)
 class PositionScores:
-    """Values of P positions: each loss by name (nats), the gold token's log-probability, the favourite tokens.
+    """Values of P positions: each loss by name (nats), the gold token's log-probability, the top-1 tokens.
 
-    ``top1_prob_P`` is the student's probability of its own ``top1_ids_P``: its confidence. ``teacher_top1_P`` is the
-    teacher's favourite: the first of its kept ids, or where none are kept the one that was drawn most often.
+    ``top1_prob_P`` is the student's probability of ``top1_ids_P``: its confidence. ``teacher_top1_P`` is the teacher's
+    top-1 token: the first kept id, or the most frequent sample if none are kept.
     """
 
     losses: dict[str, Tensor]
@@ -50,10 +50,9 @@ def score_positions(
 ) -> PositionScores:
     """Return the unweighted values of ``losses`` and the student's predictions at every position, masked or not.
 
-    Any losses can be asked for, whatever the student was trained on; values are float32, or float64 for a float64
-    student. A loss that selects positions has its value at all of them here, and one with schedules is that of the end
-    of a run. Raises ``StudentError`` when the rows do not belong to the student, ``ConfigError`` when a loss needs what
-    a cache of this ``context`` (default: top-k) does not hold.
+    Values are float32, or float64 for a float64 student. Selections are ignored, and schedules have the values of the
+    end of a run. Raises ``StudentError`` if the rows do not match the student, ``ConfigError`` if a loss is
+    incompatible with a cache of this ``context`` (default: top-k).
     """
     context = (context if context is not None else TeacherContext()).to(hidden_PD.device)
     for name, loss in losses.items():
@@ -76,7 +75,7 @@ def per_position_values(
 ) -> dict[str, Tensor]:
     """Return the unweighted value of each loss of ``objective`` at every position, [P] each, without gradients.
 
-    Temperatures are those of the moment (``objective.progress``).
+    Temperatures are those at ``objective.progress``.
     """
     chunk_positions, context = objective.chunk_positions, objective.context
     scores = score_positions(

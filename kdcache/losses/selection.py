@@ -1,12 +1,12 @@
-"""Learn where it matters: a loss at some positions only, chosen by what the cache says about them.
+"""Selections: restrict a loss to some positions, by a measure of the teacher's targets.
 
-A position is chosen by the teacher alone, so the choice is the same in every epoch and for every student. Bounds are
-numbers (``min``, ``max``), or a share of the positions of the cache (``top``, ``bottom``), which is turned into a bound
+The selection depends on the cache alone, so it is the same in every epoch and for every student. Bounds are numbers
+(``min``, ``max``), or a share of the positions of the cache (``top``, ``bottom``), which is converted to a bound
 *once*, before training: a share of each batch would make the gradient depend on how a step is split.
 
-A position that is not chosen contributes 0, and the denominator stays the number of valid positions of the step. With
-a share s chosen the gradient of the loss is therefore about s times as long; weight / s makes up for that. For Adam,
-which divides by the size of gradients, it matters only against the other losses and ``max_grad_norm``.
+A position that is not selected contributes 0, and the denominator stays the number of valid positions of the step. If
+the share s is selected, the gradient of the loss is about s times as large; the weight / s compensates for that. Adam
+divides by the size of gradients, so it matters only relative to other losses and for ``max_grad_norm``.
 
 Shape suffixes: P flat positions.
 """
@@ -26,10 +26,10 @@ from kdcache.losses.teacher import Fact, TeacherContext, TeacherRows
 
 
 class Select(Config):
-    """Which positions a loss looks at: by which measure (see `MEASURES`), and within which bounds.
+    """The positions of a loss: a measure (see `MEASURES`) and its bounds.
 
-    ``min`` and ``max`` are included; nats, or a probability for ``confidence``. ``top`` and ``bottom`` are the share of
-    positions with the highest or lowest values, between 0 and 1; of equal values at the bound all are chosen.
+    ``min`` and ``max`` are inclusive, in nats, or a probability for ``confidence``. ``top`` and ``bottom`` are the
+    share of positions with the highest or lowest values, between 0 and 1; all values equal to the bound are selected.
     """
 
     by: str
@@ -60,20 +60,23 @@ class Select(Config):
 
     @property
     def is_share(self) -> bool:
-        """Whether a share is to be turned into a bound first."""
+        """Whether the bounds are a share, which `resolve` converts to a bound."""
         return self.top is not None or self.bottom is not None
 
     def resolve(self, values_P: Tensor) -> Select:
-        """Return the selection with its share turned into a bound on ``values_P``, of a sample of all positions.
+        """Return the selection with its share converted to a bound, from the measure ``values_P`` of a sample.
 
-        ``values_P`` is what `MEASURES` makes of them. Raises ``ConfigError`` when the sample is empty.
+        Raises ``ConfigError`` if the sample is empty.
         """
         if not self.is_share:
             return self
-        values_P = values_P[~values_P.isnan()]  # of rows without an answer of the corpus
+        values_P = values_P[~values_P.isnan()]  # positions without a label
         if not len(values_P):
             end = "highest" if self.top is not None else "lowest"
-            raise ConfigError(f"no position counts, so there is no share of them with the {end} {self.by}")
+            raise ConfigError(
+                f"select: no position has a {self.by}, so the share with the {end} values is empty; select by another "
+                "measure"
+            )
         share = self.top or self.bottom
         assert share is not None
         count = max(round(share * len(values_P)), 1)
@@ -84,9 +87,9 @@ class Select(Config):
         )
 
     def mask(self, teacher: TeacherRows) -> Tensor:
-        """Return which of the teacher's rows are chosen, [P] bool.
+        """Return which positions are selected, [P] bool.
 
-        Raises ``ConfigError`` when a share has not been turned into a bound, or the rows lack what it goes by.
+        Raises ``ConfigError`` if a share has not been converted to a bound, or the rows do not have the measure.
         """
         self.check_resolved()
         values_P = MEASURES[self.by](teacher)
@@ -95,19 +98,19 @@ class Select(Config):
         return (values_P >= low) & (values_P <= high)
 
     def keep(self, values_P: Tensor, teacher: TeacherRows) -> Tensor:
-        """Return ``values_P`` where the teacher's row is chosen and 0 elsewhere, [P]; raises what `mask` raises."""
+        """Return ``values_P`` where the position is selected and 0 elsewhere, [P]; raises what `mask` raises."""
         return torch.where(self.mask(teacher), values_P, 0.0)
 
     def check_resolved(self) -> None:
-        """Raise ``ConfigError`` when a share has not been turned into a bound."""
+        """Raise ``ConfigError`` if a share has not been converted to a bound."""
         if self.is_share:
             raise ConfigError(
-                "select: a share of the positions has to be turned into a bound on the values of a cache first; "
-                "kdcache.losses.from_cache.resolve_selection does that"
+                "select: a share of the positions must be converted to a bound on the values of a cache first; call "
+                "kdcache.losses.from_cache.resolve_selection"
             )
 
     def incompatibility(self, context: TeacherContext) -> str | None:
-        """Return why such a cache does not know the measure and what to do instead; None if it does."""
+        """Return why such a cache does not have the measure, and what to do instead; None if it does."""
         if self.by == "confidence" and context.kind == "sampled":
             return (
                 f"select by confidence needs the teacher's top-1 token, and the cache holds {context.holds}; "

@@ -1,23 +1,23 @@
-"""Forward KL at temperature 1: what is done about the ids that were not kept.
+"""Tail handling of the forward KL at temperature 1: the probability mass outside the top-k.
 
-A row knows the mass of its tail exactly and nothing of its inside. t are the teacher's probabilities of the kept ids,
-a their sum, m = 1 - a the mass of the tail, p the student's probabilities over its whole vocabulary.
+The mass of the tail is known exactly, its distribution over ids is not. t are the teacher's probabilities of the kept
+ids, a their sum, m = 1 - a the mass of the tail, p the student's probabilities over its whole vocabulary.
 
 ============= ========================================== =====================================================
-tail          value                                      what the student learns
+tail          value                                      target of the student
 ============= ========================================== =====================================================
-bucket        KL of the kept ids and the tail as one     t on the kept ids, m on all others; a lower bound of
+bucket        KL of the kept ids and one bucket          t on the kept ids, m on all others; a lower bound of
                                                          the full divergence
-prior         KL of the completed target                 ... spread like the mean tail of the cache
-uniform       KL of the completed target                 ... spread evenly
-renormalise   sum t/a (log t/a - log p)                  t/a: that the tail does not exist
-drop          sum t (log t - log p)                      t/a as well; no divergence, it can be negative
+prior         KL of the completed target                 ... distributed like the mean tail of the cache
+uniform       KL of the completed target                 ... distributed uniformly
+renormalise   sum t/a (log t/a - log p)                  t/a: no mass outside the kept ids
+drop          sum t (log t - log p)                      t/a as well; not a divergence, it can be negative
 ============= ========================================== =====================================================
 
-The last two are what many tools do and are here for comparison. Rows of samples are no part of the distribution but an
-unbiased estimate of all of it, and have a value of their own (`sampled_kl`).
+The last two are common in other tools and are here for comparison. Samples are an unbiased estimate of the whole
+distribution and have a formula of their own (`sampled_kl`).
 
-The completed target costs no array over the vocabulary: its cross-entropy needs the weighted sum of the student's
+The completed target needs no array over the vocabulary: its cross-entropy needs the weighted sum of the student's
 logits outside the kept ids, one matrix-vector product, whose gradient is a rank-one update.
 
 Shape suffixes: C positions of a chunk, K kept ids.
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from kdcache.losses.view import ChunkView, Spread
 
-# A prior's mass outside the kept ids is a difference of float64 sums; less than this part of the whole is rounding.
+# The mass of the prior outside the kept ids is a difference of float64 sums; below this fraction it is rounding.
 _NO_MASS = 1e-12
 
 
@@ -43,19 +43,19 @@ def bucket_kl(view: ChunkView) -> Tensor:
 
 
 def truncated_kl(view: ChunkView) -> Tensor:
-    """Return the terms of the KL that belong to kept ids, [C]."""
+    """Return the sum of the KL's terms over the kept ids, [C]."""
     return kl_terms(view.teacher.logprobs_PK, view.student_logprobs_CK).sum(1)
 
 
 def renormalised_kl(view: ChunkView) -> Tensor:
-    """Return the KL from the kept ids, scaled to mass 1, to the student, [C]."""
+    """Return the KL from the kept ids, renormalised to mass 1, to the student, [C]."""
     return kl_terms(view.teacher.logprobs_PK.log_softmax(1), view.student_logprobs_CK).sum(1)
 
 
 def completed_kl(view: ChunkView, spread: Spread) -> Tensor:
-    """Return the KL from the kept ids and the tail's mass, spread over the teacher's other ids, to the student, [C].
+    """Return the KL from the completed target to the student, [C]: the tail's mass is distributed over the other ids.
 
-    Equals `bucket_kl` where nothing is outside the kept ids, or no prior mass: nothing is known about the tail there.
+    Equals `bucket_kl` where no id, or no mass of the prior, is outside the kept ids.
     """
     if view.covers_vocabulary:
         return bucket_kl(view)
@@ -70,10 +70,10 @@ def completed_kl(view: ChunkView, spread: Spread) -> Tensor:
 
 
 def sampled_kl(view: ChunkView) -> Tensor:
-    """Return an unbiased estimate of the full KL from rows of samples, [C]; single positions may be negative.
+    """Return an unbiased estimate of the full KL from samples, [C]; it may be negative at single positions.
 
-    Cross-entropy to the row minus the entropy of the teacher. The gradient is p - q for the row's frequencies q, whose
-    expectation is the gradient of the full KL.
+    Cross-entropy to the samples minus the entropy of the teacher. The gradient is p - q, with the frequencies q of the
+    samples; its expectation is the gradient of the full KL.
     """
     cross_C = _expected(view.teacher.logprobs_PK, -view.student_logprobs_CK).sum(1)
     if view.student_log_tail_C is not None:
@@ -82,7 +82,7 @@ def sampled_kl(view: ChunkView) -> Tensor:
 
 
 def tail_term(view: ChunkView) -> Tensor:
-    """Return the term of the KL that belongs to the tail bucket, [C]."""
+    """Return the KL's term of the tail bucket, [C]."""
     if view.student_log_tail_C is None:
         return torch.zeros_like(view.lse_C)
     return kl_terms(view.teacher.log_tail_P, view.student_log_tail_C)

@@ -1,8 +1,8 @@
 """The teacher's rows of a batch, and what all rows of a cache have in common.
 
-`TeacherRows` holds one row per real position, padding already removed. `TeacherContext` holds what no row repeats: the
-kind of targets, the tail prior, the teacher's LM head. Both are plain records: losses know no caches, collators or
-devices.
+`TeacherRows` holds one row per real position, padding already removed. `TeacherContext` holds what exists once per
+cache: the kind of targets, the tail prior, the teacher's LM head. Both are plain records, independent of caches,
+collators and devices.
 
 Shape suffixes: P flat positions, K kept ids, G grid temperatures, D width of the teacher, V its vocabulary.
 """
@@ -64,7 +64,7 @@ class TeacherRows:
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Tensor]) -> TeacherRows:
-        """Take the rows out of a collated training batch; raises ``ConfigError`` naming the keys that are missing."""
+        """Take the rows from a collated training batch; raises ``ConfigError``, naming missing keys."""
         missing = [key for key in BATCH_KEYS.values() if key not in batch]
         if missing:
             raise ConfigError(
@@ -86,17 +86,17 @@ class TeacherRows:
         return self.ids_PK.shape[1]
 
     def require(self, name: str) -> Tensor:
-        """Return an optional part of the rows; raises ``ConfigError`` naming its key when the batch had none."""
+        """Return an optional field; raises ``ConfigError``, naming its key, if the batch did not have it."""
         value: Tensor | None = getattr(self, name)
         if value is None:
             raise ConfigError(
-                f"the loss needs {OPTIONAL_BATCH_KEYS[name]} in every training batch, found none; read that part of "
+                f"the loss needs {OPTIONAL_BATCH_KEYS[name]} in every training batch, found none; read this field of "
                 "the cache too, and use the collator of the cache's task"
             )
         return value
 
     def slice(self, start: int, stop: int) -> TeacherRows:
-        """Return rows ``start`` to ``stop`` (views)."""
+        """Return rows ``start`` to ``stop``, as views."""
         return self._each(lambda tensor: tensor[start:stop])
 
     def select(self, rows: Tensor) -> TeacherRows:
@@ -113,7 +113,8 @@ class TeacherRows:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TeacherRows:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TeacherRows(**{name: None if value is None else change(value) for name, value in values.items()})
+        changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
+        return TeacherRows(**changed)
 
 
 _HOLDS: dict[Kind, str] = {
@@ -147,17 +148,17 @@ _FACTS: dict[Fact, tuple[str, str]] = {
 
 @dataclass(frozen=True, eq=False)
 class TeacherContext:
-    """What a cache says about all of its positions; `has` tells what it knows.
+    """Properties that all positions of a cache share; `has` tells what the cache stores.
 
-    ``kind`` of the targets; ``vocab_size`` the teacher's true vocabulary V (None: the student's); ``is_ragged``
-    whether rows keep different numbers of ids; ``temperatures`` [G] those of ``TeacherRows.log_tails_PG``;
-    ``prior_V`` the mean probability of every id while it is not kept (None: not stored); ``head`` the teacher's LM
-    head over V ids (None: not stored). ``num_layers`` of the teacher, and ``layer_widths`` of those layers whose
-    hidden states are stored, by number (0: the embeddings, ``num_layers``: after the final norm). ``num_kept`` is how
-    many ids at the front of every row are the most probable ones, with their exact probabilities; who reads samples needs
-    it (0: none, or unknown). ``outputs`` describes the raw outputs of the teacher (None: not stored). ``scalars`` are the
-    numbers stored of every position, ``probabilities`` whether those of the kept ids are over the vocabulary or
-    renormalised over the kept ids. Raises ``CorruptCacheError`` when prior or head are of another vocabulary.
+    ``kind`` of the targets; ``vocab_size`` the teacher's true vocabulary V (None: the student's); ``is_ragged`` whether
+    rows keep different numbers of ids; ``temperatures`` [G] those of ``TeacherRows.log_tails_PG``; ``prior_V`` the mean
+    probability of every id while it is not kept (None: not stored); ``head`` the teacher's LM head over V ids (None:
+    not stored). ``num_layers`` of the teacher, and ``layer_widths`` of the layers whose hidden states are stored, by
+    number (0: the embeddings, ``num_layers``: after the final norm). ``num_kept`` is the number of ids at the front of
+    every row that are kept with their exact probabilities, before the samples (0: none, or unknown). ``outputs``
+    describes the raw outputs of the teacher (None: not stored). ``scalars`` are the numbers stored of every position,
+    ``probabilities`` whether those of the kept ids are over the vocabulary or renormalised over the kept ids. Raises
+    ``CorruptCacheError`` when prior or head are of another vocabulary.
     """
 
     kind: Kind = "top-k"
@@ -188,7 +189,7 @@ class TeacherContext:
         return replace(self, prior_V=prior_V, head=None if head is None else head.to(device))
 
     def has(self, fact: Fact) -> bool:
-        """Tell whether the cache knows a fact about its positions."""
+        """Return whether the cache stores ``fact``."""
         match fact:
             case "entropy" | "gold_logprob":
                 return fact in self.scalars
@@ -202,7 +203,7 @@ class TeacherContext:
                 return self.outputs is not None
 
     def lacks(self, *facts: Fact) -> str | None:
-        """Return what is missing of ``facts`` and what to do about it, for an error; None where nothing is."""
+        """Return the first of ``facts`` that is missing and what to do about it, for an error; None if none is."""
         for fact in facts:
             if not self.has(fact):
                 what, advice = _FACTS[fact]
@@ -211,17 +212,17 @@ class TeacherContext:
 
     @property
     def holds(self) -> str:
-        """What the cache holds, in words, for messages."""
+        """Description of what the cache stores, for messages."""
         return f"{self.kind} targets ({_HOLDS[self.kind]})"
 
     @property
     def is_sampled(self) -> bool:
-        """Whether rows are an unbiased estimate of the teacher's distribution rather than a part of it."""
+        """Whether rows are an unbiased estimate of the teacher's distribution."""
         return self.kind in ("sampled", "hybrid")
 
     @property
     def has_pads(self) -> bool:
-        """Whether rows may end in places that stand for nothing (log-probability -inf, the row's first id again)."""
+        """Whether rows may end in padding (the row's first id again, with log-probability -inf)."""
         return self.is_ragged or self.is_sampled
 
     @cached_property
@@ -231,7 +232,7 @@ class TeacherContext:
         return torch.special.xlogy(self.prior_V.double(), self.prior_V.double())
 
     def grid_index(self, temperature: float) -> int | None:
-        """Return the column of ``TeacherRows.log_tails_PG`` that belongs to ``temperature``; None if there is none."""
+        """Return the column of ``TeacherRows.log_tails_PG`` for ``temperature``; None if it is not stored."""
         near = (i for i, t in enumerate(self.temperatures) if math.isclose(t, temperature, rel_tol=1e-6))
         return next(near, None)
 

@@ -1,23 +1,23 @@
-"""Temperatures other than 1: which modes there are, and how each compares teacher and student.
+"""Temperatures other than 1: the modes, and how each compares teacher and student.
 
 A row of kept ids has its tail mass at T = 1 and at the temperatures that the dump stored; at T = 2 most of the mass of
-a large vocabulary may lie in the tail, so softening a renormalised top-k is not distillation at T = 2. Three modes,
-none of which guesses:
+a large vocabulary may be in the tail, so softening a renormalised top-k is not distillation at T = 2. There are three
+modes, and all are exact:
 
-- *decoupled*: the split between kept ids and tail is learnt at T = 1, and the distribution among the kept ids at T
-  (`chain_rule`). Exact from any row at any T, and the bucket at T = 1; but it is another loss than the next two.
-- *grid*: the tail's mass at T was stored, so kept ids and tail bucket are compared at T.
-- *full*: the teacher's logits come from its hidden state and LM head, and the whole vocabulary is compared at T.
+- *decoupled*: compares the split between kept ids and tail at T = 1, and the distribution among the kept ids at T
+  (`chain_rule`). It needs kept ids only, and equals the bucket at T = 1; but it is another loss than the next two.
+- *grid*: compares kept ids and tail bucket at T; needs the stored mass of the tail at T.
+- *full*: compares the whole vocabulary at T; needs the teacher's hidden states and LM head.
 
-The factor T^2 of Hinton et al. (2015, section 2) is applied to what is softened, so gradients keep their scale as T
-changes. A loss lists its modes in `TemperedLoss.modes`, and one that the cache cannot serve is refused before training.
+The factor T^2 of Hinton et al. (2015, section 2) is applied to the softened part, so gradients keep their scale as T
+changes. A loss lists its modes in `TemperedLoss.modes`; a mode that the cache does not support is rejected before
+training.
 
 `outcomes` gives teacher and student as two distributions over the same outcomes: the whole vocabulary where the
 teacher's logits can be made, otherwise its kept ids and one bucket for everything else, an exact coarsening of both
-distributions. An f-divergence of a coarsened pair is a lower bound of the full one, and grows as ids are added. Behind
-the kept ids of a hybrid cache stand samples, which share the tail's mass: they go back into the bucket, so that nothing
-is an estimate. Padding of ragged rows has probability 0 on both sides. There is no bucket where the kept ids are the
-whole vocabulary.
+distributions. An f-divergence of a coarsened pair is a lower bound of the full one, and grows as ids are added. The
+samples of a hybrid cache, which share the tail's mass, are added to the bucket, so that nothing is an estimate. Padding
+of ragged rows has probability 0 on both sides. There is no bucket if the kept ids are the whole vocabulary.
 
 Shape suffixes: C positions of a chunk, K kept ids, O outcomes, V the student's vocabulary, U the teacher's.
 """
@@ -41,30 +41,31 @@ Mode = Literal["decoupled", "grid", "full"]
 
 
 class TemperedLoss(Loss):
-    """Base of losses between two distributions that may be softened by a temperature.
+    """Base class of losses between two distributions with a temperature.
 
-    ``mode`` says how a temperature other than 1 is made: ``full`` compares the whole vocabulary, at temperature 1 too.
-    By default it is ``full`` where the cache has the teacher's hidden states and LM head, else the first of ``modes``.
+    ``mode`` selects how a temperature other than 1 is applied; ``full`` compares the whole vocabulary, also at
+    temperature 1. The default is ``full`` if the cache has the teacher's hidden states and LM head, else the first of
+    ``modes``.
     """
 
     modes: ClassVar[tuple[Mode, ...]] = ("grid", "full")
-    """The modes that the loss has at temperatures other than 1, the default first."""
+    """The modes of the loss at temperatures other than 1, the default first."""
 
     temperature: Temperature = 1.0
     mode: Mode | None = None
 
     def resolved_mode(self, context: TeacherContext) -> Mode:
-        """Return the mode that is used with such a cache."""
+        """Return the mode for such a cache."""
         if self.mode is not None:
             return self.mode
         return "full" if context.head is not None else self.modes[0]
 
     def incompatibility(self, context: TeacherContext) -> str | None:
-        """Return why these settings make no sense with such a cache and what to do instead; None if they do."""
+        """Return why these settings cannot be used with such a cache, and what to do instead; None if they can."""
         return super().incompatibility(context) or self.incompatibility_of_mode(context)
 
     def incompatibility_of_mode(self, context: TeacherContext) -> str | None:
-        """Return why mode and temperature make no sense with such a cache and what to do instead; None if they do."""
+        """Return why mode and temperature cannot be used with such a cache; None if they can."""
         mode = self.resolved_mode(context)
         if mode == "full":
             return self._incompatibility_of_full(context)
@@ -72,7 +73,7 @@ class TemperedLoss(Loss):
             return None
         if mode not in self.modes:
             return (
-                f"mode {mode} needs a chain rule, which this divergence has not; use temperature 1 (found "
+                f"mode {mode} needs a chain rule, which this divergence does not have; use temperature 1 (found "
                 f"{self.temperature:g}), mode grid with a cache that stores the tail at this temperature, or a cache "
                 "of hidden targets"
             )
@@ -101,14 +102,14 @@ class TemperedLoss(Loss):
 
 
 IMPOSSIBLE = -1e30
-"""A logarithm of 0 that sums can be differentiated at, unlike -inf; differences of two stay finite in float32."""
+"""Stands for log 0: sums are differentiable there, unlike at -inf, and differences of two are finite in float32."""
 
 
 def outcomes(view: ChunkView, mode: Mode, temperature: float) -> tuple[Tensor, Tensor]:
     """Return log-probabilities of teacher and student at ``temperature``, [C, O] each.
 
-    What is at most `IMPOSSIBLE` (-inf too) stands for a probability of 0. In mode ``decoupled``, which tempers among
-    the kept ids only, ask for temperature 1.
+    Values of `IMPOSSIBLE` or less (also -inf) stand for a probability of 0. In mode ``decoupled``, which applies the
+    temperature among the kept ids only, pass temperature 1.
     """
     if mode == "full":
         return _vocabulary(view, temperature)
@@ -121,12 +122,12 @@ def outcomes(view: ChunkView, mode: Mode, temperature: float) -> tuple[Tensor, T
 
 
 def num_kept(view: ChunkView) -> int:
-    """Return how many columns of the rows are kept ids: all but samples."""
+    """Return the number of columns that are kept ids, not samples."""
     return view.context.num_kept if view.context.is_sampled else view.teacher.top_k
 
 
 def log_total(log_CK: Tensor) -> Tensor:
-    """Return the logarithm of the sum of probabilities, [C, 1]; where all are 0, `IMPOSSIBLE` with gradient 0."""
+    """Return the log of the sum of probabilities, [C, 1]; if all are 0, `IMPOSSIBLE` with gradient 0."""
     return log_CK.clamp(min=IMPOSSIBLE).logsumexp(1, keepdim=True)
 
 
@@ -136,7 +137,7 @@ def _vocabulary(view: ChunkView, temperature: float) -> tuple[Tensor, Tensor]:
         teacher_CU, student_CV = teacher_CU / temperature, student_CV / temperature
     num_extra = student_CV.shape[1] - teacher_CU.shape[1]
     teacher_CU = teacher_CU.log_softmax(1)
-    # The teacher gives nothing to ids beyond its vocabulary.
+    # Ids beyond the teacher's vocabulary have probability 0.
     return pad(teacher_CU, (0, num_extra), value=-torch.inf) if num_extra else teacher_CU, student_CV.log_softmax(1)
 
 
@@ -144,7 +145,7 @@ def _teacher_on_grid(view: ChunkView, temperature: float) -> tuple[Tensor, Tenso
     column = view.context.grid_index(temperature)
     assert column is not None
     log_tail_C = view.teacher.require("log_tails_PG")[:, column]
-    # The tail's mass is what was stored; the kept ids share the rest as softmax(z / T) shares it among them.
+    # The tail has the stored mass; the rest is distributed over the kept ids as softmax(z / T) does.
     kept_CK = view.teacher.logprobs_PK[:, : num_kept(view)] / temperature
     return kept_CK.log_softmax(1) + torch.log1p(-log_tail_C.exp())[:, None], log_tail_C
 
@@ -160,14 +161,14 @@ def _with_bucket(view: ChunkView, logprobs_CK: Tensor, log_tail_C: Tensor | None
 
 
 def decoupled_kl(view: ChunkView, temperature: float) -> Tensor:
-    """Return KL(head or tail) at temperature 1 plus head mass x T^2 x KL among the kept ids at T, [C].
+    """Return KL of (kept ids, tail) at temperature 1 + mass of the kept ids x T^2 x KL among them at T, [C].
 
     Equals `tails.bucket_kl` at temperature 1 (chain rule of the KL), which is then cheaper.
     """
     teacher_log_head_C = view.teacher.logprobs_PK.logsumexp(1)
     split_C = kl_terms(teacher_log_head_C, view.student_log_head_C) + tail_term(view)
     teacher_CK = among_kept(view.teacher.logprobs_PK, temperature)
-    # A student may rule out all kept ids: the lowest number has a gradient, -inf in a whole row has none.
+    # A student may give all kept ids -inf: the lowest finite number has a gradient, a whole row of -inf has none.
     student_CK = among_kept(view.student_logits_CK, temperature, torch.finfo(teacher_CK.dtype).min)
     return chain_rule(split_C, teacher_log_head_C, kl_terms(teacher_CK, student_CK).sum(1), temperature)
 
@@ -201,9 +202,9 @@ def full_kl(view: ChunkView, temperature: float) -> Tensor:
 class _FullKL(torch.autograd.Function):
     """T^2 KL(softmax(z / T) || softmax(x / T)) [C] of student logits x [C, V] and teacher logits z [C, U], U <= V.
 
-    The teacher gives no mass to ids beyond U. The gradient, T (p - t), is made in the forward out of an array that is
-    there anyway; autograd's own would keep both distributions and their difference. The backward scales it in place,
-    so it can run only once.
+    Ids beyond U have probability 0 in the teacher. The gradient, T (p - t), is computed in the forward, in place; that
+    of autograd would keep both distributions and their difference. The backward scales it in place, so it can run only
+    once.
     """
 
     @staticmethod
@@ -211,7 +212,7 @@ class _FullKL(torch.autograd.Function):
         log_t_CU, log_p_CV = _log_softmax(teacher_logits_CU, temperature), _log_softmax(logits_CV, temperature)
         t_CU = log_t_CU.exp()
         num_ids = t_CU.shape[1]
-        # An id that the teacher rules out contributes 0, although log t is then -inf.
+        # An id of probability 0 in the teacher contributes 0, although log t is then -inf.
         terms_CU = log_t_CU.sub_(log_p_CV[:, :num_ids]).mul_(t_CU).masked_fill_(t_CU == 0, 0.0)
         values_C = temperature**2 * terms_CU.sum(1)
         if ctx.needs_input_grad[0]:

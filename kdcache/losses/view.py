@@ -1,15 +1,14 @@
-"""The student beside the teacher at a few positions: the numbers every loss is made of, computed once.
+"""`ChunkView`: student and teacher at a few positions, with the quantities that losses share, computed once.
 
-All losses on a cache of kept ids see the student through the same K + 2 numbers per position: its logits at the
-teacher's K ids, the logsumexp of its logits outside them, and its logit of the gold token. `_Coarsen` reads them off
-the [C, V] logits in one go and has a hand-written backward, because plain autograd would build a [C, V] gradient for
-each of the reductions and gathers and then add them up. Everything after it is [C, K] arithmetic, left to autograd: a
-new loss writes a formula and never a backward. Two more numbers come out of the same pass where a loss asks for them:
-the mean logit outside the ids under weights of the vocabulary, and the logsumexp at another temperature.
+All losses on a cache of kept ids use the same K + 2 numbers of the student per position: its logits at the teacher's K
+ids, the logsumexp of its logits outside them, and its logit of the gold token. `_Coarsen` computes them in one pass
+over the [C, V] logits and has a hand-written backward, because autograd would build a [C, V] gradient for each
+reduction and gather and then add them up. Everything after it is [C, K] arithmetic, which autograd differentiates: a
+new loss needs a formula and no backward. Two more numbers come from the same pass if a loss needs them: the weighted
+sum of the logits outside the ids, and the logsumexp at another temperature.
 
-Rows with fewer ids than columns are padded; at the pads the student's logits are -inf here, as the teacher's are, so
-a formula over rows need not know of them. A loss may still use ``logits_CV`` itself (a target over the whole
-vocabulary must); it then pays for its own pass.
+Rows with fewer ids than columns are padded. At the padding the logits of student and teacher are -inf, so formulas need
+no special case. A loss may also use ``logits_CV`` itself, at the cost of a pass of its own.
 
 Shape suffixes: C positions of a chunk, K kept ids, V vocabulary (U the teacher's, where the two may differ).
 """
@@ -32,8 +31,8 @@ _DEFAULT_CONTEXT = TeacherContext()
 class ChunkView:
     """Student logits [C, V] (float32 or float64), the teacher's rows for the same C positions, and their context.
 
-    Student quantities are natural logarithms at temperature 1, computed on first use and shared by all losses. The
-    teacher's are in the dtype of the logits, so that a float64 student is compared in float64 throughout.
+    Student quantities are natural logarithms at temperature 1, computed on first use and shared by all losses. Those of
+    the teacher have the dtype of the logits, so a float64 student is compared in float64 throughout.
     """
 
     def __init__(self, logits_CV: Tensor, teacher: TeacherRows, context: TeacherContext = _DEFAULT_CONTEXT) -> None:
@@ -44,18 +43,18 @@ class ChunkView:
 
     @property
     def covers_vocabulary(self) -> bool:
-        """Whether the teacher's ids are the student's whole vocabulary, so that there is no tail."""
+        """Whether the teacher's ids are the whole vocabulary of the student, without a tail."""
         return not self.context.has_pads and self.teacher.top_k == self.logits_CV.shape[1]
 
     @property
     def teacher_vocab_size(self) -> int:
-        """Number of ids that the teacher gives mass to; the student may have more."""
+        """Size of the teacher's vocabulary; the student's may be larger."""
         known = self.context.vocab_size
         return self.logits_CV.shape[1] if known is None else known
 
     @cached_property
     def pads_CK(self) -> Tensor | None:
-        """True at places that stand for nothing; None where rows have none."""
+        """True at padding; None where rows have none."""
         return self.teacher.logprobs_PK.isneginf() if self.context.has_pads else None
 
     @cached_property
@@ -89,15 +88,15 @@ class ChunkView:
 
     @cached_property
     def gold_logprob_C(self) -> Tensor:
-        """Student log-probability of the corpus's own answer; where there is none, of the first id."""
+        """Student log-probability of the gold label; of id 0 where there is none."""
         return self._coarse()[2] - self.lse_C
 
     @cached_property
     def teacher_logits_CU(self) -> Tensor:
-        """The teacher's logits over its whole vocabulary, from its hidden state: float32 at least, no gradient.
+        """The teacher's logits over its whole vocabulary, from its hidden state; float32 or float64, no gradient.
 
-        Only where the context has the teacher's LM head. The product runs in the dtype of that head, as the teacher's
-        own did. Raises ``ConfigError`` when the rows have no hidden state.
+        The context must have the teacher's LM head. The product runs in the dtype of that head, as in the teacher.
+        Raises ``ConfigError`` if the rows have no hidden state.
         """
         head = self.context.head
         assert head is not None
@@ -108,8 +107,8 @@ class ChunkView:
     def tail_logit_sum_C(self, spread: Spread) -> Tensor:
         """Return the sum over ids outside the teacher's, and in its vocabulary, of weight x student logit, [C].
 
-        Weights are 1 (``uniform``) or the tail prior's. Ask for it before other quantities: they then come out of the
-        same pass over the logits.
+        Weights are 1 (``uniform``) or those of the tail prior. Call it before using other quantities, which then come
+        from the same pass over the logits.
         """
         return self._coarse(spread)[3]
 

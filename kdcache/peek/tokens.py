@@ -178,7 +178,8 @@ def _rows(context: PeekContext, names: list[int] | None = None) -> list[int]:
     needed = _NEEDED.get(context.select)
     if needed is not None and getattr(targets, f"{needed}_P") is None:
         raise ConfigError(
-            f"positions cannot be selected by {context.select}: the cache stores no {needed}; use --select spread or --at"
+            f"positions cannot be selected by {context.select}: the cache does not store {needed}; use --select spread "
+            "or --at"
         )
     rows: list[int] = SELECTIONS[context.select](targets, context.count).tolist()
     return rows

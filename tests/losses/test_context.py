@@ -62,14 +62,14 @@ REFUSED = [
         "teacher at temperature 1 only, found temperature 2; use temperature 1, or a cache of top-k or hidden targets",
     ),
     ("hybrid", {"temperature": 2, "mode": "grid"}, "holds hybrid targets .* at temperature 1 only"),
-    ("hybrid", {"tail": "prior"}, "tail prior needs the exact mass of a tail, and in the cache samples stand for it"),
-    ("sampled", {"tail": "renormalise"}, "it holds sampled targets .*; use tail bucket"),
+    ("hybrid", {"tail": "prior"}, "tail prior needs the exact mass of the tail, and the cache holds hybrid targets"),
+    ("sampled", {"tail": "renormalise"}, "cache holds sampled targets .*; use tail bucket"),
     ("sampled", {"mode": "full"}, "the cache holds sampled targets"),
-    ("hidden", {"tail": "uniform", "mode": "full"}, "the whole tail is known, so tail uniform makes no sense"),
-    ("hidden", {"tail": "drop", "temperature": 2}, "the whole tail is known, so tail drop makes no sense"),
-    ("hidden", {"tail": "prior"}, "the whole tail is known, so tail prior .* or transcode the cache to top-k targets"),
+    ("hidden", {"tail": "uniform", "mode": "full"}, "tail uniform is for caches of kept ids, .* which give the whole tail"),
+    ("hidden", {"tail": "drop", "temperature": 2}, "tail drop is for caches of kept ids, .* which give the whole tail"),
+    ("hidden", {"tail": "prior"}, "tail prior is for caches of kept ids, .* or transcode the cache to top-k targets"),
     # Its rows keep a single id: without the others there would be only that to learn.
-    ("hidden", {"tail": "renormalise", "mode": "decoupled"}, "the whole tail is known, so tail renormalise"),
+    ("hidden", {"tail": "renormalise", "mode": "decoupled"}, "tail renormalise is for caches of kept ids, .* which give the whole tail"),
     ("hidden", {"mode": "grid", "temperature": 2}, "stores the tail at temperature 1 only"),
 ]
 

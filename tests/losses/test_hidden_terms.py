@@ -390,7 +390,7 @@ def test_layers_that_the_cache_does_not_store_are_refused_before_a_student_is_lo
     [
         ({"layers": {3: 2}}, r"the student has no layer 3; it has 0 \(embeddings\) to 2 \(last\)"),
         ({"layers": {-4: 2}}, "the student has no layer -4"),
-        ({"layers": {2: 2, "last": 4}}, "layer 2 of the student is named twice"),
+        ({"layers": {2: 2, "last": 4}}, "layers has layer 2 of the student twice"),
         ({"projection": "none"}, "projection none needs equal widths, but layer 0 of the student is 3 wide and .* 6;"),
     ],
 )
@@ -430,7 +430,7 @@ def test_states_that_are_missing_or_of_other_positions_are_refused():
         objective(case.hidden_PD, case.head, case.rows, 7)
     with pytest.raises(ConfigError, match="hidden_mse: call build_terms"):
         loss_of(Objective(config_of({"hidden_mse": {}}), context=CONTEXT), case, states)
-    with pytest.raises(StudentError, match="layer 0 of the student has 12 states for 13 rows"):
+    with pytest.raises(StudentError, match="layer 0 of the student has 12 states for 13 positions of the teacher"):
         loss_of(objective, case, states.select(torch.arange(12)))
     with pytest.raises(ConfigError, match="needs hidden-2, hidden-4 in every training batch, found hidden-0"):
         LayerStates.from_batch({}, {"hidden-0": case.hidden_PD}, objective.needs)

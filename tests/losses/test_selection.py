@@ -229,11 +229,11 @@ def test_an_objective_resolves_its_own_shares_alone():
 
 def test_a_share_that_is_no_bound_yet_is_refused():
     config = objective_of({"by": "teacher_entropy", "top": 0.25}, None)
-    with pytest.raises(ConfigError, match=r"turned into a bound .*kdcache.losses.from_cache.resolve_selection"):
+    with pytest.raises(ConfigError, match=r"converted to a bound .*kdcache.losses.from_cache.resolve_selection"):
         Objective(config)
     for share, end in (("top", "highest"), ("bottom", "lowest")):
         config = objective_of({"by": "teacher_entropy", share: 0.25}, None)
-        with pytest.raises(ConfigError, match=rf"no position counts, .* {end} teacher_entropy"):
+        with pytest.raises(ConfigError, match=rf"no position has a teacher_entropy, .* {end} teacher_entropy"):
             config.resolve({"teacher_entropy": torch.zeros(0)})
 
 

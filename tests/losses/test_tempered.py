@@ -133,7 +133,7 @@ def test_asking_twice_for_a_gradient_that_was_made_in_place_is_an_error():
 def test_a_batch_without_what_the_mode_needs_names_the_key():
     case = with_teacher_head(make_case(masked=False))
     bare = replace(case, rows=replace(case.rows, hidden_PD=None, log_tails_PG=None))
-    with pytest.raises(ConfigError, match="needs teacher_hidden in every training batch, found none; read that part"):
+    with pytest.raises(ConfigError, match="needs teacher_hidden in every training batch, found none; read this field"):
         loss_of(bare, full(1.0), case.context)
     grid = ObjectiveConfig(forward_kl=ForwardKL(weight=1.0, temperature=GRID[0], mode="grid"))
     with pytest.raises(ConfigError, match="needs teacher_log_tails in every training batch"):
