@@ -1,19 +1,25 @@
 """A Python that has imported torch, transformers and kdcache already, for tests that start many processes.
 
-The fixture ``preloaded`` is the path of an executable that takes the arguments of ``python``: ``-m MODULE ...`` or
-``SCRIPT ...``. Every call runs in a process of its own with the caller's directory, environment and standard streams,
-and ends with its exit code; the process is forked from a server that did the imports, which take seconds otherwise.
-What is read at import (``HF_HUB_OFFLINE``, ``OMP_NUM_THREADS``) is that of the tests. Tests about imports or about
-killed processes need a real Python.
+The fixture ``preloaded`` is the path of an executable that takes the arguments of ``python``: ``-m MODULE ...``, ``-c
+CODE ...`` or ``SCRIPT ...``. Every call runs in a process of its own with the directory, environment, standard streams
+and open files that it was given, and ends with its exit code or signal; the process is forked from a server that did
+the imports, which take seconds otherwise. Whoever kills what was started kills the process, too.
+
+A real Python is needed by tests about imports, about memory, and about variables that are read at import
+(``HF_HUB_OFFLINE``, ``OMP_NUM_THREADS``: here those of the tests).
 
 This file is the fixture and the server (``python -m tests.preloaded SOCKET``).
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import gc
 import importlib
 import json
+import multiprocessing
+import multiprocessing.spawn
 import os
 import pkgutil
 import runpy
@@ -24,8 +30,10 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +62,15 @@ def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.wait(timeout=60)
 
 
+@pytest.fixture(scope="module")
+def preloaded_workers(preloaded: str) -> Iterator[None]:
+    """Start the processes that multiprocessing spawns (those of sweeps) in the same way."""
+    real = multiprocessing.spawn.get_executable()
+    multiprocessing.set_executable(preloaded)
+    yield
+    multiprocessing.set_executable(real)
+
+
 def serve(path: str) -> None:
     """Import, then fork a process for every call."""
     import kdcache
@@ -79,38 +96,51 @@ def serve(path: str) -> None:
 
 def handle(connection: socket.socket) -> None:
     """Fork the process of a call, say how it ended, and end it where its caller is gone."""
-    header, streams, _, _ = socket.recv_fds(connection, 8, 3)
-    length, request = int.from_bytes(header, "big"), b""
-    while len(request) < length:
-        request += connection.recv(length - len(request))
+    header, streams, _, _ = socket.recv_fds(connection, 8, 64)
+    length, message = int.from_bytes(header, "big"), b""
+    while len(message) < length:
+        message += connection.recv(length - len(message))
     child = os.fork()
     if child == 0:
-        connection.close()
-        become(json.loads(request), streams)
+        become(json.loads(message), streams)
+    for stream in streams:
+        os.close(stream)
     ended = os.pidfd_open(child)
     if connection in select.select([connection, ended], [], [])[0]:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    connection.sendall(str(code if code >= 0 else 128 - code).encode())
+    with contextlib.suppress(OSError):
+        connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
     os._exit(0)
 
 
-def become(request: dict, streams: list[int]) -> None:
+def become(request: dict[str, Any], streams: list[int]) -> None:
     """Run what was asked for in this process, and end as Python does."""
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-        os.close(stream)
+    above = 1 + max(*request["numbers"], *streams)
+    copies = [fcntl.fcntl(stream, fcntl.F_DUPFD, above) for stream in streams]
+    os.closerange(3, above)  # the server's own among them
+    for number, copy in zip(request["numbers"], copies, strict=True):
+        os.dup2(copy, number)
+        os.close(copy)
     os.chdir(request["directory"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    first, *rest = request["arguments"]
-    if first == "-m":
+    sys.path[1:1] = [path for path in os.environ.get("PYTHONPATH", "").split(":") if path]
+    arguments = request["arguments"]
+    while arguments[0].startswith("-") and arguments[0] not in ("-c", "-m"):
+        arguments = arguments[1:]  # an option of the interpreter
+    kind, *rest = arguments
+    if kind == "-m":
         sys.path[0], sys.argv = os.getcwd(), rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        sys.path[0], sys.argv = os.getcwd(), ["-c", *rest[1:]]
+        main = types.ModuleType("__main__")
+        sys.modules["__main__"] = main
+        exec(compile(rest[0], "<string>", "exec"), main.__dict__)
     else:
-        sys.path[0], sys.argv = str(Path(first).resolve().parent), [first, *rest]
-        runpy.run_path(first, run_name="__main__")
+        sys.path[0], sys.argv = str(Path(kind).resolve().parent), [kind, *rest]
+        runpy.run_path(kind, run_name="__main__")
     sys.exit(0)
 
 

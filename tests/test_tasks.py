@@ -124,7 +124,7 @@ OTHER_STUDENTS = {
 
 
 @pytest.mark.slow
-def test_two_processes_do_the_work_of_one(caches: dict[str, dict[str, str]], tmp_path: Path) -> None:
+def test_two_processes_do_the_work_of_one(caches: dict[str, dict[str, str]], tmp_path: Path, preloaded: str) -> None:
     """Whatever a task has of parameters and losses, the gradients are those of one process."""
     students = [(task, {}) for task in NAMES] + list(OTHER_STUDENTS.items())
     runs = {
@@ -137,7 +137,7 @@ def test_two_processes_do_the_work_of_one(caches: dict[str, dict[str, str]], tmp
         )
         for number, (task, changes) in enumerate(students)
     }
-    recorded = train_distributed(runs, tmp_path)
+    recorded = train_distributed(runs, tmp_path, preloaded)
     for number, (name, values) in enumerate(runs.items()):
         alone = Recorder(trained_only=True)
         train({**values, "output": str(tmp_path / f"one-{number}"), "batch_sequences": 4}, callbacks=[alone])

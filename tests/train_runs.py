@@ -123,14 +123,22 @@ class NotMultiplied(Distiller):
 
 
 def train_distributed(
-    runs: dict[str, dict[str, Any]], folder: Path, *, not_multiplied: Sequence[str] = (), num_ranks: int = 2
+    runs: dict[str, dict[str, Any]],
+    folder: Path,
+    python: str,
+    *,
+    not_multiplied: Sequence[str] = (),
+    num_ranks: int = 2,
 ) -> dict[str, dict[str, Any]]:
-    """Train each of ``runs`` (settings by name) on several processes; return what `Recorder` recorded of each."""
+    """Train each of ``runs`` (settings by name) on several processes; return what `Recorder` recorded of each.
+
+    ``python`` is an interpreter, such as that of the fixture ``preloaded``.
+    """
     (folder / "runs.json").write_text(json.dumps([runs, list(not_multiplied)]))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.train_runs", str(folder / "runs.json"), str(folder / "recorded.pt")]
+    command = [python, "-m", "tests.train_runs", str(folder / "runs.json"), str(folder / "recorded.pt")]
     world = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     cpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     ranks = [

@@ -50,8 +50,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run_here
 
 
-def run_process(*arguments: object) -> Outcome:
+def run_process(*arguments: object, python: str = sys.executable) -> Outcome:
     """Run a command line as a process of its own."""
-    command = [sys.executable, "-m", "kdcache", *map(str, arguments)]
+    command = [python, "-m", "kdcache", *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return Outcome(result.returncode, result.stdout, result.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ READERS = [
     ["train-student", "--cache", "CACHE", "--student-size", "nano", "--output", "OUT", "--dry-run"],
     ["evaluate", "--cache", "CACHE", "--student", "TEACHER"],
 ]
+MISSPELT = ["--set", "targets.topk=1"]
 readers = pytest.mark.parametrize("arguments", READERS, ids=lambda arguments: " ".join(arguments[:1] + arguments[-1:]))
 
 
@@ -337,16 +339,17 @@ def test_evaluate_without_a_student_that_is_there(run, dumped):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("python", "arguments"),
     [
-        ["dump-teacher", "--teacher", "/no/such/model", "--corpus", "CORPUS", "--output", "OUT"],
-        ["dump-teacher", "--teacher", "TEACHER", "--corpus", "CORPUS", "--output", "OUT", "--set", "targets.topk=1"],
-        ["verify", "/no/such/cache"],
+        ("preloaded", ["dump-teacher", "--teacher", "/no/such/model", "--corpus", "CORPUS", "--output", "OUT"]),
+        ("preloaded", ["dump-teacher", "--teacher", "TEACHER", "--corpus", "CORPUS", "--output", "OUT", *MISSPELT]),
+        ("a new one", ["verify", "/no/such/cache"]),
     ],
-    ids=" ".join,
+    ids=str,
 )
-def test_a_real_process_prints_one_message(tmp_path, teacher_dir, corpus_file, arguments):
-    outcome = run_process(*fill(arguments, CORPUS=corpus_file, OUT=tmp_path / "out", TEACHER=teacher_dir))
+def test_a_real_process_prints_one_message(tmp_path, teacher_dir, corpus_file, python, arguments, preloaded):
+    arguments = fill(arguments, CORPUS=corpus_file, OUT=tmp_path / "out", TEACHER=teacher_dir)
+    outcome = run_process(*arguments, python=preloaded if python == "preloaded" else sys.executable)
     lines = [line for line in outcome.err.splitlines() if "it/s" not in line and line.strip()]
     assert outcome.code == 1
     assert "Traceback" not in outcome.err

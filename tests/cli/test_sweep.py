@@ -8,6 +8,8 @@ import sys
 import pytest
 import yaml
 
+pytestmark = pytest.mark.usefixtures("preloaded_workers")
+
 
 @pytest.fixture
 def file(dumped, tmp_path):

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,9 @@ from tests.dump.fake import BigramTeacher, run_dump
 ROOT = Path(__file__).parents[2]
 
 
-def run_server(*arguments: object) -> list[dict]:
+def run_server(python: str, *arguments: object) -> list[dict]:
     result = subprocess.run(
-        [sys.executable, "-m", "tests.dump.crash_server", *map(str, arguments)],
+        [python, "-m", "tests.dump.crash_server", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -58,27 +57,27 @@ def check_attempts(attempts: list[dict], output: Path, uninterrupted: Path) -> N
 
 
 @pytest.mark.slow
-def test_killed_ten_times_at_random(tmp_path, corpus_file, uninterrupted):
-    attempts = run_server("random", corpus_file, tmp_path / "out", 0, 10)
+def test_killed_ten_times_at_random(tmp_path, corpus_file, uninterrupted, preloaded):
+    attempts = run_server(preloaded, "random", corpus_file, tmp_path / "out", 0, 10)
     assert len(attempts) == 11
     numbers = [len(attempt["committed"]) for attempt in attempts]
     assert len(set(numbers)) > 2  # some attempts got further, none lost anything
     check_attempts(attempts, tmp_path / "out", uninterrupted)
 
 
-def test_killed_in_the_middle_of_every_kind_of_write(tmp_path, corpus_file, uninterrupted):
-    attempts = run_server("writing", corpus_file, tmp_path / "out", 0, 12)
+def test_killed_in_the_middle_of_every_kind_of_write(tmp_path, corpus_file, uninterrupted, preloaded):
+    attempts = run_server(preloaded, "writing", corpus_file, tmp_path / "out", 0, 12)
     assert len(attempts) == 13
     check_attempts(attempts, tmp_path / "out", uninterrupted)
 
 
-def test_a_killed_dump_is_no_cache_yet(tmp_path, corpus_file):
+def test_a_killed_dump_is_no_cache_yet(tmp_path, corpus_file, preloaded):
     # The second write of a start is plan.parquet, the sixth is inside the first shard.
     for num_kills, words in ((2, "there is no cache"), (6, r"unfinished: \d+ of \d+ shards are written")):
         output = tmp_path / str(num_kills)
         command = "import sys; from tests.dump.crash_server import *; kill_in_write(int(sys.argv[3])); "
         command += "run_dump(Path(sys.argv[1]), Path(sys.argv[2]), BigramTeacher(), layers=(1,), shard_positions=40)"
-        arguments = [sys.executable, "-c", command, str(corpus_file), str(output), str(num_kills)]
+        arguments = [preloaded, "-c", command, str(corpus_file), str(output), str(num_kills)]
         result = subprocess.run(arguments, cwd=ROOT, capture_output=True, timeout=60)
         assert result.returncode == -9, result.stderr
         for use in (open_cache, verify_cache):

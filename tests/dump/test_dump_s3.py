@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -48,10 +47,10 @@ def config(teacher_dir, corpus_file, object_store):
     return dump_settings(f"{object_store}/dumps/one", teacher_dir, corpus_file)
 
 
-def test_killed_and_finished(config, dumped, tmp_path):
+def test_killed_and_finished(config, dumped, tmp_path, preloaded):
     url = config["output"]
     (tmp_path / "dump.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-c", KILLED, "dump-teacher", "--config", str(tmp_path / "dump.yaml"), "--quiet"]
+    command = [preloaded, "-c", KILLED, "dump-teacher", "--config", str(tmp_path / "dump.yaml"), "--quiet"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == -9, result.stderr
     with pytest.raises(IncompleteCacheError, match="unfinished: 2 of "):

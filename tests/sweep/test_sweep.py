@@ -20,6 +20,8 @@ from kdcache.sweep import preview_sweep, sweep_students
 from kdcache.sweep.pool import places
 from kdcache.train import TrainConfig, train_student
 
+pytestmark = pytest.mark.usefixtures("preloaded_workers")
+
 RUNS = [
     {"name": "ce", "set": {"objective.cross_entropy.weight": 1}},
     {"name": "wild", "set": {"learning_rate": 1e30, "max_grad_norm": 0, "warmup_ratio": 0}},
@@ -28,7 +30,7 @@ RUNS = [
 
 
 @pytest.fixture(scope="module")
-def swept(dumped, tmp_path_factory):
+def swept(dumped, tmp_path_factory, preloaded_workers):
     """A finished sweep whose second student diverges."""
     from kdcache.config import build
     from kdcache.sweep import SweepConfig

@@ -184,7 +184,7 @@ def gpt2_file(folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_two_processes_do_not_change_the_gradient(tmp_path, dumped):
+def test_two_processes_do_not_change_the_gradient(tmp_path, dumped, preloaded):
     alone = {"hidden_mse": {"weight": 1.0, "layers": {1: 1}, "projection": "linear"}, "hidden_cosine": {"weight": 0.0}}
     rising = {"schedule": "linear", "start": 0.0, "end": 1.0}
     selected = {
@@ -201,7 +201,7 @@ def test_two_processes_do_not_change_the_gradient(tmp_path, dumped):
     }
     halves = {"learning_rate": 1e-6, "batch_sequences": 2, "gradient_accumulation": 2, "save_steps": 2}
     runs = {name: settings(dumped, tmp_path / name, **halves, **given) for name, given in changes.items()}
-    recorded = train_distributed(runs, tmp_path)
+    recorded = train_distributed(runs, tmp_path, preloaded)
     for name, given in changes.items():
         whole = run(dumped, tmp_path / f"{name}-whole", **given)
         for a, b in zip(recorded[name]["gradients"], whole.gradients, strict=True):

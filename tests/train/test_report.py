@@ -177,11 +177,8 @@ def test_allocated_bytes_are_counted_until_they_are_freed():
 BIG = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, pytest.param({"batch_sequences": 64, "gradient_checkpointing": True}, marks=pytest.mark.slow)],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"batch_sequences": 64, "gradient_checkpointing": True}], ids=str)
 def test_memory_is_about_what_a_run_takes(tmp_path, cache_path, changes):
     student = tmp_path / "student.json"
     student.write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": True, **BIG}))

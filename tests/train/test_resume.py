@@ -62,18 +62,18 @@ def weights(output):
     return AutoModelForCausalLM.from_pretrained(output).state_dict()
 
 
-def killed_after(step, values, folder):
+def killed_after(step, values, folder, python):
     """Train in a process of its own, from the newest checkpoint on, which dies after ``step``."""
     (folder / "settings.json").write_text(json.dumps(values))
-    command = [sys.executable, "-m", "tests.train.test_resume", str(folder / "settings.json"), str(step)]
+    command = [python, "-m", "tests.train.test_resume", str(folder / "settings.json"), str(step)]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert found.returncode == -signal.SIGKILL, found.stderr
 
 
-def test_a_run_that_was_killed_twice_ends_with_the_same_bits(tmp_path, cache, whole):
+def test_a_run_that_was_killed_twice_ends_with_the_same_bits(tmp_path, cache, whole, preloaded):
     values = settings(cache, tmp_path / "run", batch_sequences=2, gradient_accumulation=2, **LENGTH)
-    killed_after(3, values, tmp_path)  # goes on after step 2, inside the first epoch
-    killed_after(8, values, tmp_path)  # in the second epoch, right after its checkpoint
+    killed_after(3, values, tmp_path, preloaded)  # goes on after step 2, inside the first epoch
+    killed_after(8, values, tmp_path, preloaded)  # in the second epoch, right after its checkpoint
     assert train(values, resume=True).steps == 9
     expected, found = weights(whole), weights(tmp_path / "run")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -83,21 +83,21 @@ def test_a_run_that_was_killed_twice_ends_with_the_same_bits(tmp_path, cache, wh
 
 
 @pytest.mark.parametrize("interrupted", [pytest.param(3, marks=pytest.mark.slow), 5])
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path, cache, whole, interrupted):
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, cache, whole, interrupted, preloaded):
     one = settings(cache, tmp_path / "run", batch_sequences=2, gradient_accumulation=2, **LENGTH)
     with pytest.raises(KeyboardInterrupt):
         train(one, callbacks=[Interrupt(interrupted)])
     # After step 2 or 4, in the first epoch, on two processes of two sequences each.
     two = settings(cache, tmp_path / "run", batch_sequences=2, gradient_accumulation=1, **LENGTH)
-    recorded = train_distributed({"run": two}, tmp_path)["run"]
+    recorded = train_distributed({"run": two}, tmp_path, preloaded)["run"]
     assert len(recorded["gradients"]) == 9 - (interrupted - 1) // 2 * 2
     assert relative_difference(weights(tmp_path / "run"), weights(whole)) <= 1e-5
 
 
 @pytest.mark.slow
-def test_a_run_of_several_processes_goes_on_with_one_on_batches_of_another_size(tmp_path, cache, whole):
+def test_a_run_of_several_processes_goes_on_with_one_on_batches_of_another_size(tmp_path, cache, whole, preloaded):
     values = settings(cache, tmp_path / "run", batch_sequences=1, gradient_accumulation=2, **LENGTH)
-    train_distributed({"run": values}, tmp_path)
+    train_distributed({"run": values}, tmp_path, preloaded)
     two_processes = weights(tmp_path / "run")
     assert relative_difference(two_processes, weights(whole)) <= 1e-5
     # As if it had been lost after the checkpoint of step 8.

@@ -145,7 +145,7 @@ def test_adapters_alone(tmp_path, world, family):
     world.check(family, recorder.gradients, recorder.weights)
 
 
-def test_two_processes(tmp_path, world):
+def test_two_processes(tmp_path, world, preloaded):
     two = {
         # Of themselves they would not find each other here: the Trainer takes "no device named" for one process.
         "plain": {"family": "llama", "save_steps": 1, "device": "auto"},
@@ -157,7 +157,7 @@ def test_two_processes(tmp_path, world):
     }
     # Two ranks of three micro-batches for four sequences: uneven, and one rank has an empty one.
     runs = {name: world.settings(tmp_path / name, batch=1, accumulation=3, **changes) for name, changes in two.items()}
-    recorded = train_distributed(runs, tmp_path, not_multiplied=["not multiplied"])
+    recorded = train_distributed(runs, tmp_path, preloaded, not_multiplied=["not multiplied"])
     trap = recorded.pop("not multiplied")
     for name, found in recorded.items():
         world.check(two[name]["family"], found["gradients"], found["weights"])

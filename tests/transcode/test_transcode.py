@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -269,10 +268,10 @@ transcode(sys.argv[1], sys.argv[2], targets={"top_k": 4})
 """
 
 
-def test_killed_in_the_middle_of_writes(tmp_path, rich):
+def test_killed_in_the_middle_of_writes(tmp_path, rich, preloaded):
     transcode(rich, tmp_path / "whole", targets={"top_k": 4})
     for number in (2, 5, 9):  # before the plan, in the first shard, in a later one
-        command = [sys.executable, "-c", KILLED, str(rich), str(tmp_path / "made"), str(number)]
+        command = [preloaded, "-c", KILLED, str(rich), str(tmp_path / "made"), str(number)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         root = Path(__file__).parents[2]
         killed = subprocess.run(command, cwd=root, env=environment, capture_output=True, timeout=60)
