@@ -28,16 +28,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from kdcache.cache.filters import Columns, number_column
 from kdcache.cache.order import generator_of
 from kdcache.config import Config
 from kdcache.plugins import Table
+
+if TYPE_CHECKING:
+    from kdcache.cache.filters import Columns
 
 
 class Curriculum(Config):
@@ -78,6 +80,8 @@ class Curriculum(Config):
         Raises ``ConfigError`` when ``by`` is no column of numbers of the per-sequence ``table``, or has no value for
         some of them.
         """
+        from kdcache.cache.filters import number_column  # imports pyarrow, which reading a configuration does not need
+
         mixed_N = generator_of(f"{name}/ties").permutation(chosen_N)
         values_N = number_column(table, self.by, mixed_N, "curriculum.by")
         values_N = values_N if self.order == "easy-to-hard" else -values_N

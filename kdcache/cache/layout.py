@@ -21,10 +21,8 @@ import hashlib
 import json
 import math
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from kdcache.config import Config
@@ -41,6 +39,9 @@ from kdcache.schema import (
     TargetsRecord,
 )
 from kdcache.storage.folder import Folder
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MANIFEST, PLAN, PLAN_TABLE = "manifest.json", "plan.json", "plan.parquet"
 LM_HEAD, TAIL_PRIOR = "lm_head.safetensors", "tail_prior.zarr.zip"
@@ -155,6 +156,8 @@ def check_size(folder: Folder, record: ObjectRecord, where: str) -> None:
 
 def table_to_ipc(table: pa.Table) -> bytes:
     """Return ``table`` as an Arrow IPC file, zstd-compressed."""
+    import pyarrow as pa
+
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
         writer.write_table(table)
@@ -164,6 +167,9 @@ def table_to_ipc(table: pa.Table) -> bytes:
 
 def table_to_parquet(table: pa.Table) -> bytes:
     """Return ``table`` as a Parquet file; equal tables give equal bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     data: bytes = sink.getvalue().to_pybytes()

@@ -13,23 +13,19 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.cache import layout
 from kdcache.cache.batches import Batches, MicroBatches
 from kdcache.cache.decoder import BatchDecoder
 from kdcache.cache.fields import build_codecs, check_arrays, encoded_bytes
-from kdcache.cache.filters import columns_of, select_sequences
 from kdcache.cache.gather import Piece, join, runs_of
-from kdcache.cache.lookup import PlanTable, num_tokens_of, sequences_with
 from kdcache.cache.open_shards import OpenShards
 from kdcache.cache.order import NUM_STREAMS, Order, SequentialOrder, ShuffledOrder
 from kdcache.cache.prefetch import Prefetcher
-from kdcache.cache.sequence_table import SequenceTable
 from kdcache.cache.shards import ShardArrays, load_shard
 from kdcache.cache.tail_prior import read_prior
 from kdcache.cache.truncate import cut_targets, with_top_k
@@ -37,6 +33,14 @@ from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.schema import Manifest, ObjectRecord, SequenceBatch
 from kdcache.storage.folder import Folder
 from kdcache.storage.local_store import LocalStore, LocalStoreConfig
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from kdcache.cache.lookup import PlanTable
+    from kdcache.cache.sequence_table import SequenceTable
+
+# Whatever needs pyarrow is imported when it is used: it takes as long to import as `kdcache inspect` may take in all.
 
 #: Encoded shards that stay in memory take at most this much together (but one always stays).
 OPEN_BYTES = 2 << 30
@@ -77,8 +81,6 @@ class Cache:
         self._field_bytes = encoded_bytes(manifest)  # once: every read asks, and shards may be many
         counts = [shard.num_sequences for shard in manifest.shards]
         self.shard_starts: NDArray[np.int64] = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        self._sequences = SequenceTable(folder, manifest.shards)
-        self._plan = PlanTable(folder, manifest)
         self._is_closed = False
 
     def __enter__(self) -> Cache:
@@ -93,8 +95,10 @@ class Cache:
         if self._prefetcher is not None:
             self._prefetcher.close()
         self._shards.clear()
-        self._sequences.clear()
-        self._plan.clear()
+        for name in ("_sequences", "_plan"):  # those that were used
+            self.__dict__.pop(name, None)
+        if "_tokenizer_copy" in self.__dict__:
+            self._tokenizer_copy.cleanup()
 
     def __len__(self) -> int:
         return self.manifest.num_sequences
@@ -128,6 +132,8 @@ class Cache:
     @cached_property
     def sizes_N(self) -> NDArray[np.int64]:
         """About how many tokens of every sequence a model reads, [N]: the cost of a batch."""
+        from kdcache.cache.lookup import num_tokens_of
+
         return np.maximum(num_tokens_of(self.sequences) - 1, 1)
 
     @cached_property
@@ -170,6 +176,8 @@ class Cache:
 
         Raises ``ConfigError`` for an invalid filter, and when it selects nothing (see `kdcache.cache.filters`).
         """
+        from kdcache.cache.filters import columns_of, select_sequences
+
         self.sequences.load(columns_of(condition))
         return select_sequences(self.sequences, condition)
 
@@ -182,6 +190,8 @@ class Cache:
         if (document is None) == (sequence is None):
             raise TypeError("find() takes either document= or sequence=")
         column, value = ("document_id", document) if document is not None else ("sequence_id", sequence)
+        from kdcache.cache.lookup import sequences_with
+
         return sequences_with(self._plan, column, str(value), str(self.folder))
 
     def tokenizer_json(self) -> str:
@@ -329,6 +339,18 @@ class Cache:
         if self._prefetcher is not None:
             self._prefetcher.opened(shard)
         return arrays
+
+    @cached_property
+    def _sequences(self) -> SequenceTable:
+        from kdcache.cache.sequence_table import SequenceTable
+
+        return SequenceTable(self.folder, self.manifest.shards)
+
+    @cached_property
+    def _plan(self) -> PlanTable:
+        from kdcache.cache.lookup import PlanTable
+
+        return PlanTable(self.folder, self.manifest)
 
     def _check_open(self) -> None:
         if self._is_closed:

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from kdcache.corpus.json_check import check_json, safe_batch_bytes
 from kdcache.corpus.readers import CLASS_NAMES, no_columns
@@ -89,6 +87,8 @@ def open_json(path: Path, text_field: str) -> TableReader:
 
 def open_parquet(path: Path, text_field: str) -> TableReader:
     """Open a Parquet file."""
+    import pyarrow.parquet as pq
+
     try:
         if pq.read_metadata(path).num_rows == 0:  # which the library cannot convert
             return _no_rows(path, text_field)
@@ -188,6 +188,8 @@ def _check_text_column(name: str, dataset: Any, text_field: str) -> None:
         raise CorpusError(f"{name} has no field {text_field!r}, {hint}{listed}; choose with --text-field")
     if not _is_text(dataset, text_field):
         column = dataset.select_columns([text_field]).with_format("arrow")[:][text_field]
+        import pyarrow.compute as pc
+
         row = max(pc.index(pc.is_valid(column), True).as_py(), 0)
         raise CorpusError(
             f"{name}, row {row}: field {text_field!r} must be a string, found {column.type}; choose with --text-field"
