@@ -16,6 +16,7 @@ from kdcache.codecs import TOPK_CODECS, VECTOR_CODECS, TargetsCodec
 from kdcache.corpus.sources import FORMATS
 from kdcache.losses import LOSSES, MEASURES, SCHEDULES, TERMS, ChunkView, Loss, TeacherContext, incompatibility
 from kdcache.models.bodies import BODIES
+from kdcache.plugins import Table
 from kdcache.presets import PRESETS
 from kdcache.schema import Kind, TargetsRecord
 from kdcache.students.sizes import SIZES
@@ -137,6 +138,12 @@ def test_page_shows_the_row_of_its_loss_as_the_table_has_them() -> None:
     assert f'"{LOSSES["forward_kl"].__module__}:ForwardKL",' in source
 
 
+def test_page_lists_the_groups_of_entry_points() -> None:
+    listed = re.findall(r"^\| `(kdcache\.\w+)` \|", PAGE, re.MULTILINE)
+    assert {table.group for table in TABLES.values() if isinstance(table, Table)} <= set(listed)
+    assert len(listed) == len(set(listed))
+
+
 def test_names_that_the_prose_relies_on_exist() -> None:
     from kdcache.dump.batches import Teacher
     from kdcache.schema import TeacherRecord
@@ -182,6 +189,15 @@ def test_task_and_loss_of_the_page_work_from_a_package_of_their_own(tmp_path: Pa
     assert table["num_targets"] == sum(len(text.split()) for text in SENTENCES)
     assert after["kl"] < 0.2 * before["kl"]
     assert after["agreement"] > 0.9
+    # Its own metric: of the teacher, and of a student that has come close to it.
+    assert 0 <= table["teacher"]["metrics"]["all_right"] <= 1
+    assert set(after["metrics"]) == {"macro_f1", "all_right"}
+    # Its own view.
+    shown = json.loads(run("peek", "--json", "cache", "--sequence", "1"))
+    assert [(word, label) for word, _, _, label in shown["words"]] == [
+        (word.lower(), label) for word, label in zip(rows[1]["text"].split(), rows[1]["labels"], strict=True)
+    ]
+    assert run("peek", "cache", "--sequence", "1").count("  label ") == len(shown["words"])
 
 
 def titled_blocks(page: str) -> dict[str, str]:

@@ -233,7 +233,7 @@ def test_a_share_that_is_no_bound_yet_is_refused():
         Objective(config)
     for share, end in (("top", "highest"), ("bottom", "lowest")):
         config = objective_of({"by": "teacher_entropy", share: 0.25}, None)
-        with pytest.raises(ConfigError, match=rf"no position has a teacher_entropy, .* {end} teacher_entropy"):
+        with pytest.raises(ConfigError, match=rf"no position has a teacher_entropy, .* the {end} values"):
             config.resolve({"teacher_entropy": torch.zeros(0)})
 
 
