@@ -200,11 +200,11 @@ class _TermRow:
     """A loss term for the table: weight and temperature with their schedules."""
 
     def __init__(self, term: TermReport) -> None:
-        from kdcache.train.report import course
+        from kdcache.train.report import start_to_end
 
         self.__dict__.update(dict(term))
-        self.weight = course(term.weight, term.weight_end)
-        self.temperature = course(term.temperature, term.temperature_end)
+        self.weight = start_to_end(term.weight, term.weight_end)
+        self.temperature = start_to_end(term.temperature, term.temperature_end)
 
 
 def _parts(memory: MemoryReport) -> str:

@@ -57,7 +57,7 @@ def save_weights(student: Student, output: str | Path) -> None:
 
 
 def load_weights(student: Student, checkpoint: str | Path) -> None:
-    """Take over the weights that `save_weights` wrote for the same student."""
+    """Load the weights that `save_weights` wrote for the same student."""
     if student.adapter is not None:
         load_adapter(student.adapter, checkpoint)
         return
@@ -96,7 +96,7 @@ def term_parameters(module: nn.Module) -> dict[str, Tensor]:
 
 
 def save_terms(module: nn.Module, directory: str | Path) -> None:
-    """Write what is trained beside the student, if there is anything."""
+    """Write the parameters of the terms, if there are any."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in term_parameters(module).items()}
     if tensors:
         save_file(tensors, Path(directory) / TERMS_FILE)
@@ -104,7 +104,7 @@ def save_terms(module: nn.Module, directory: str | Path) -> None:
 
 @torch.no_grad()
 def load_terms(module: nn.Module, directory: str | Path) -> None:
-    """Take over what `save_terms` wrote; raises ``StudentError`` when that is missing, broken or of other terms."""
+    """Load what `save_terms` wrote; raises ``StudentError`` when it is missing, unreadable or of other terms."""
     parameters = term_parameters(module)
     if not parameters:
         return

@@ -1,18 +1,18 @@
-"""How much memory a training run will take, from short passes over the student rather than from a table of layers.
+"""Estimate the memory of a training run from short passes over the student, whatever its architecture.
 
 Weights, gradients and AdamW's two moments are counted. What a micro-batch adds is *measured*: a dispatch mode sees the
-storage of every tensor that an operation makes, on any device, and when it is freed, so whatever the architecture keeps
-for its backward, and whatever gradient checkpointing does not, is in the numbers. Two measurements of different size
-give a constant and a slope, and the run is put on that line:
+storage of every tensor that an operation makes, on any device, and when it is freed. So the numbers include whatever
+the architecture keeps for its backward pass, and leave out what gradient checkpointing does not keep. Two measurements
+of different size give a constant and a slope, from which the estimate follows:
 
 - the body: forward and backward of one and of two sequences of up to 128 tokens; the slope is per token of a padded
-  micro-batch, and the largest micro-batch is all of the longest sequence;
+  micro-batch, and the largest micro-batch consists of the longest sequence;
 - the loss: all of it on half a chunk and on a whole one; more positions than a chunk take no more memory, apart from
   the gradient of their hidden states.
 
-What is not seen: work buffers inside an operation, fragmentation, and attention that keeps an array of length x length
-(transformers' ``eager``); on a CPU also the interpreter and its libraries, which are there before. So it is an
-estimate, for choosing a batch size; the tests hold it against the measured peak of real runs.
+Not seen: work buffers inside an operation, fragmentation, and attention that stores a length x length array
+(transformers' ``eager``); on a CPU also the interpreter and its libraries, which are in memory before. It is an
+estimate for choosing a batch size; the tests compare it with the measured peak of real runs.
 
 Shape suffixes: B sequences, L positions, P flat positions, D width, V vocabulary.
 """
@@ -43,10 +43,10 @@ _PROBE_TOKENS = 128
 
 
 class MemoryReport(Config):
-    """Bytes of a training run by what they are for; ``available_bytes`` counts what this process holds of them already.
+    """Bytes of a training run by purpose; ``available_bytes`` includes what this process already holds of them.
 
-    ``shards_bytes`` lie in the main memory, everything else on the device. ``available_bytes`` is None where the
-    system does not say.
+    ``shards_bytes`` are in main memory, everything else on the device. ``available_bytes`` is None where the system
+    does not report it.
     """
 
     device: str
@@ -60,13 +60,13 @@ class MemoryReport(Config):
 
     @property
     def total_bytes(self) -> int:
-        """What the device has to hold: all of it on a CPU, all but the shards elsewhere."""
+        """Bytes that the device must hold: all on a CPU, all but the shards elsewhere."""
         parts = (self.weights_bytes, self.gradients_bytes, self.optimiser_bytes, self.activations_bytes)
         return sum(parts) + self.loss_bytes + (self.shards_bytes if self.device == "cpu" else 0)
 
     @property
     def fits(self) -> bool:
-        """Whether the total is not more than what is available, as far as that is known."""
+        """Whether the total is available; True where that is unknown."""
         return self.available_bytes is None or self.total_bytes <= self.available_bytes
 
 
@@ -146,7 +146,7 @@ def estimate_memory(
 
 @contextlib.contextmanager
 def _own_gradients(module: nn.Module) -> Iterator[None]:
-    """Give every trained parameter a gradient to add to, as in a run, and take it away again; dropout is on."""
+    """Give every trained parameter a gradient to add to, as in a run, and remove it afterwards; dropout is on."""
     before = [parameter.grad for parameter in module.parameters()]
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -159,7 +159,7 @@ def _own_gradients(module: nn.Module) -> Iterator[None]:
 
 
 def _body_bytes(module: Distiller, num_sequences: int, max_length: int, autocast: Callable[[], Any]) -> int:
-    """Return what forward and backward of the body take for ``num_sequences`` of ``max_length`` positions."""
+    """Return the bytes of the body's forward and backward for ``num_sequences`` of ``max_length`` positions."""
     length = min(max_length, _PROBE_TOKENS)
     one, two = (_body_peak(module, count, length, autocast) for count in (1, 2))
     constant, per_token = max(2 * one - two, 0), (two - one) / length
@@ -184,16 +184,16 @@ def _batch_peak(module: Distiller, batch: Batch, autocast: Callable[[], Any]) ->
 
 
 def _loss_bytes(module: Distiller, inputs: StepInputs, num_positions: int, autocast: Callable[[], Any]) -> int:
-    """Return what the loss of ``num_positions`` takes, with what the batch holds of the teacher."""
+    """Return the bytes of the loss of ``num_positions``, with the teacher's rows in the batch."""
     hidden_PD = inputs.hidden_PD
     chunk = module.objective.chunk_positions or default_chunk_positions(hidden_PD.device, module.student.vocab_size)
     size = min(chunk, num_positions, inputs.num_positions)
     whole, half = (_loss_peak(module, inputs.leaves(count), autocast) for count in (size, (size + 1) // 2))
     per_position = (whole - half) / max(size // 2, 1)
-    # Beyond a chunk: the hidden states that count, their gradient, and both once more in other places or dtypes.
+    # Beyond a chunk: the selected hidden states, their gradient, and both once more as copies or in other dtypes.
     further = 4 * hidden_PD.shape[1] * hidden_PD.element_size()
     in_chunk, beyond = min(chunk, num_positions) - size, max(num_positions - chunk, 0)
-    # The batch holds the teacher's rows, and those that count are selected.
+    # The batch holds the teacher's rows, and valid ones are copied out of it.
     return round(whole + per_position * in_chunk + further * beyond + 2 * _row_bytes(inputs) * num_positions)
 
 
@@ -204,7 +204,7 @@ def _loss_peak(module: Distiller, inputs: StepInputs, autocast: Callable[[], Any
 
 
 def _shards_bytes(cache: Cache, hidden: Sequence[str]) -> int:
-    """Return what the encoded shards take that are open at once."""
+    """Return the bytes of the encoded shards that are open at once."""
     mean_bytes = cache.encoded_bytes(hidden) / max(cache.manifest.num_shards, 1)
     return round(max(mean_bytes, min(mean_bytes * min(cache.max_open_shards, cache.manifest.num_shards), OPEN_BYTES)))
 

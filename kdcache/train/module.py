@@ -75,8 +75,8 @@ def fit_terms(objective: Objective, student: Student, seed: int) -> None:
         highest(loss.weight) > 0 for loss in objective.config.losses.values()
     ):
         log.warning(
-            "the objective has no loss beside %s, so the student's LM head learns nothing: whoever gives a weight "
-            "gives them all (objective.forward_kl.weight=0.9, say)",
+            "the objective has no loss besides %s, so the student's LM head learns nothing: setting any weight "
+            "disables all losses that are not listed; add one (objective.forward_kl.weight=0.9, say)",
             " and ".join(objective.config.terms),
         )
 

@@ -1,4 +1,4 @@
-"""What comes before the first step: one `PreparedRun`, for training, its dry run, and the plan of a sweep."""
+"""Preparing a run, for training, its dry run and the plan of a sweep: cache, student, objective, order, checks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class PreparedRun:
 
     @cached_property
     def chosen_N(self) -> NDArray[np.int64] | None:
-        """The sequences that the filter chooses, in ascending order; None where all are trained on."""
+        """The sequences that match the filter, in ascending order; None without a filter."""
         return chosen_sequences(self.config, self.cache)
 
     @cached_property
@@ -113,7 +113,7 @@ def check_logger(name: str) -> None:
 
     if name not in INTEGRATION_TO_CALLBACK:
         hint = did_you_mean(name, ["none", "all", *INTEGRATION_TO_CALLBACK])
-        raise ConfigError(f"report_to: there is no logger {name!r}, {hint}")
+        raise ConfigError(f"report_to: unknown logger {name!r}; {hint}")
     try:
         INTEGRATION_TO_CALLBACK[name]()  # there is no other way to ask that all of them answer
     except (RuntimeError, ImportError) as error:
@@ -121,17 +121,17 @@ def check_logger(name: str) -> None:
 
 
 def check_pairs(objective: Objective, cache: Cache) -> None:
-    """Raise ``ConfigError`` when a term is about pairs of texts and the cache has none: it would be 0 throughout."""
+    """Raise ``ConfigError`` when a term compares pairs of texts and the cache has none: it would always be 0."""
     terms = [name for name, term in objective.config.terms.items() if term.needs_pairs]
     if terms and cache.manifest.num_positions == cache.manifest.num_sequences:
         raise ConfigError(
-            f"objective.{terms[0]} is about pairs of texts, and every document of the cache is a single one; dump a "
-            "corpus with a column text_pair (or --column text_pair=NAME), or leave the term out"
+            f"objective.{terms[0]} compares pairs of texts, and every document of the cache is a single text; dump a "
+            "corpus with a column text_pair (or --column text_pair=NAME), or remove the term"
         )
 
 
 def open_training_cache(config: TrainConfig) -> Cache:
-    """Open the cache with room for the shards that a step may reach into."""
+    """Open the cache so that all shards that a step may read from can stay open."""
     # A stream may reach from one shuffle window into the next.
     local_store = config.local_store.model_copy(update={"num_processes": _processes_of_store(config)})
     cache = open_cache(config.cache, max_open_shards=2 * _shards_in_use(config), local_store=local_store)
@@ -141,18 +141,18 @@ def open_training_cache(config: TrainConfig) -> Cache:
 
 
 def _shards_in_use(config: TrainConfig) -> int:
-    """Return how many shards this process reads from at a time, if there are so many."""
+    """Return how many shards this process reads from at a time, if the cache has that many."""
     own_streams = config.num_streams // math.gcd(config.num_streams, started_processes())
     return own_streams * config.shuffle_window
 
 
 def _processes_of_store(config: TrainConfig) -> int:
-    """Return how many processes of this machine read through the local store, as far as this run knows."""
+    """Return how many processes of this machine share the local store, as far as this run knows."""
     return config.local_store.num_processes * int(os.environ.get("LOCAL_WORLD_SIZE", started_processes()))
 
 
 def check_local_store(config: TrainConfig, cache: Cache, hidden: Iterable[str]) -> None:
-    """Raise ``ConfigError`` when the store of a remote cache is so small that shards would be downloaded repeatedly.
+    """Raise ``ConfigError`` when the local store is so small that shards would be downloaded repeatedly.
 
     ``hidden`` are the hidden-state fields that are read too.
     """
@@ -180,7 +180,7 @@ def warn_of_rereading(config: TrainConfig, cache: Cache, hidden: Iterable[str]) 
     if num_bytes <= OPEN_BYTES:
         return
     if config.curriculum is not None:
-        cause, advice = "a curriculum reaches all over the cache, whose", "Train without one"
+        cause, advice = "a curriculum reads from all over the cache, whose", "Train without one"
     else:
         cause, advice = "the order of training mixes", "Lower num_streams or shuffle_window"
     log.warning(
@@ -195,7 +195,7 @@ def warn_of_rereading(config: TrainConfig, cache: Cache, hidden: Iterable[str]) 
 
 
 def check_device(config: TrainConfig) -> None:
-    """Raise ``ConfigError`` when device and precision are not to be had on this machine."""
+    """Raise ``ConfigError`` when this machine lacks the device or the precision."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but this machine has no usable CUDA device; use --device cpu or auto")
     on_cuda = config.device != "cpu" and torch.cuda.is_available()
@@ -204,7 +204,7 @@ def check_device(config: TrainConfig) -> None:
 
 
 def uses_cpu(config: TrainConfig) -> bool:
-    """Return whether the run is on the CPU; that has to be said for several processes to find each other there."""
+    """Return whether the run is on the CPU, which the Trainer must be told so that several processes work together."""
     return config.device == "cpu" or (config.device == "auto" and not torch.accelerator.is_available())
 
 
@@ -216,7 +216,7 @@ def started_processes() -> int:
 def check_processes(num_ranks: int) -> None:
     """Raise ``ConfigError`` when a launcher started several processes that would each train alone.
 
-    ``num_ranks`` is how many share the steps of this run.
+    ``num_ranks`` is the number of processes that share the steps of this run.
     """
     started = started_processes()
     if started != num_ranks:
@@ -227,16 +227,16 @@ def check_processes(num_ranks: int) -> None:
 
 
 def leave_processes() -> None:
-    """Part from the other processes of a run, when this one has nothing more to do with them.
+    """Leave the process group at the end of a run.
 
-    One that exits without it may be killed by its communication threads, after all its work is done.
+    A process that exits without it may be killed by its communication threads, although its work is done.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def training_objective(config: TrainConfig, cache: Cache) -> Objective:
-    """Return the objective of the run, its shares of positions turned into bounds on the texts that are trained on.
+    """Return the objective of the run; selected shares of positions become bounds on the sequences trained on.
 
     Raises ``ConfigError`` when it needs what the cache does not hold.
     """
@@ -249,7 +249,7 @@ def training_objective(config: TrainConfig, cache: Cache) -> Objective:
 def micro_batches(config: TrainConfig, cache: Cache, rank: int = 0, num_ranks: int = 1) -> MicroBatches:
     """Return the micro-batches of one rank.
 
-    Raises ``ConfigError`` when the filter chooses nothing, or the curriculum's column says nothing of a sequence.
+    Raises ``ConfigError`` when the filter matches nothing, or a sequence has no value in the curriculum's column.
     """
     return MicroBatches(
         cache,
@@ -271,9 +271,9 @@ def num_steps(config: TrainConfig, steps_per_epoch: int) -> int:
 
 
 def chosen_sequences(config: TrainConfig, cache: Cache) -> NDArray[np.int64] | None:
-    """Return the sequences that the filter chooses, [N] in ascending order; None where there is none and all count.
+    """Return the sequences that match the filter, [N] in ascending order; None without a filter.
 
-    Raises ``ConfigError`` when it chooses nothing.
+    Raises ``ConfigError`` when nothing matches.
     """
     return None if config.where is None else cache.where(config.where)
 

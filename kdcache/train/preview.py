@@ -1,9 +1,9 @@
-"""Look at a training run before its first step: how good student and teacher are, what it will cost, what is wrong.
+"""Report a training run before its first step: how good student and teacher are, what it costs, what looks wrong.
 
-`preview_training` does it for a run that is not made (a dry run): it loads the student, times it and throws it away.
-`report_start` does it for a run that is about to begin, and leaves no trace: weights, gradients, the state of the
-random numbers and the order of the data are what they were, so the run ends with the same weights, bit for bit. It
-times nothing, because the bar of the run will do better.
+`preview_training` reports a run that is not made (a dry run): it loads the student, times it and discards it.
+`report_start` reports a run that is about to begin and leaves no trace: weights, gradients, the state of the random
+numbers and the order of the data stay as they are, so the run ends with the same weights, bit for bit. It measures no
+times, because the progress bar of the run shows them.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from kdcache.train.report import TermReport, TrainingReport
 from kdcache.train.sample import SAMPLE_POSITIONS, Batch, Measured, first_batches, measure
 from kdcache.train.timing import SpeedReport, loss_s, optimiser_s, position_s
 
-#: Positions of one batch of the sample, by device type: a forward pass of it should be short, and fill the device.
+#: Positions of one batch of the sample, by device type: enough to fill the device, in a short forward pass.
 _BATCH_POSITIONS = {"cpu": 1024}
 _BATCH_POSITIONS_ELSEWHERE = 16_384
-#: Micro-batches that are timed at most, and positions that the loss is timed on.
+#: Most micro-batches that are timed, and positions that the loss is timed on.
 _TIMED_BATCHES = 4
 _LOSS_POSITIONS = {"cpu": 256}
 _LOSS_POSITIONS_ELSEWHERE = 4096
@@ -46,7 +46,7 @@ _LOSS_POSITIONS_ELSEWHERE = 4096
 
 @dataclass(frozen=True)
 class _Look:
-    """A prepared run with its module, on the device that it uses, and its micro-batches."""
+    """A prepared run, its module (on the device of the run) and its micro-batches."""
 
     run: PreparedRun
     module: Distiller
@@ -87,10 +87,10 @@ class _Look:
 
 
 def preview_training(config: TrainConfig) -> TrainingReport:
-    """Return what `train_student` would do, with what it would cost and what is wrong with it; writes nothing.
+    """Return what `train_student` would do, what it would cost, and warnings; writes nothing.
 
-    Loads the student and times a few micro-batches. Raises what `train_student` raises before its first step, unless
-    it is about the output.
+    Loads the student and times a few micro-batches. Raises what `train_student` raises before its first step, except
+    for problems with the output.
     """
     run = prepare(config)
     run.warn_of_rereading()
@@ -99,7 +99,7 @@ def preview_training(config: TrainConfig) -> TrainingReport:
 
 
 def report_start(run: PreparedRun, module: Distiller, batches: MicroBatches) -> TrainingReport:
-    """Return the report of a run that is about to begin with ``batches``, and leave no trace in it."""
+    """Return the report of a run that is about to begin with ``batches``; the run is not changed by it."""
     look = _Look(run, module, batches)
     devices = [look.device] if look.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -157,9 +157,9 @@ def _report(look: _Look, is_timed: bool) -> TrainingReport:
 
 
 def _statistics(cache: Cache, chosen_N: NDArray[np.int64] | None) -> tuple[float | None, float | None]:
-    """Return the teacher's loss and the kept mass, means over the positions that count of ``chosen_N`` (None: all).
+    """Return the teacher's loss and the kept mass, means over the valid positions of ``chosen_N`` (None: all).
 
-    None for what is not known: the loss where the corpus has no answers, both where there are no distributions.
+    None for what is unknown: the loss where the corpus has no labels, both where there are no distributions.
     """
     if cache.manifest.targets.kind == "outputs":
         return None, None
@@ -174,7 +174,7 @@ def _statistics(cache: Cache, chosen_N: NDArray[np.int64] | None) -> tuple[float
 
 
 def _weighted_mean(values_N: NDArray[np.float64], counts_N: NDArray[np.float64]) -> float | None:
-    # A sequence without positions that count has no value, and one without answers has no loss.
+    # A sequence without valid positions has no value, and one without labels has no loss.
     is_known_N = (counts_N > 0) & ~np.isnan(values_N)
     if counts_N.sum() and not is_known_N.any():
         return None
@@ -191,7 +191,7 @@ def _term(
 ) -> TermReport:
     first, last = part.at(0.0), part.at(1.0)
     mode = _mode(first, objective)
-    # Whole distributions and samples have no tail that something is to be done about.
+    # Whole distributions and samples have no tail to handle.
     has_tail = mode != "full" and not objective.context.is_sampled
     masses = [_kept_mass(part.at(progress), objective, kept_mass, measured) for progress in part.sample_points()]
     known = [mass for mass in masses if mass is not None]
@@ -214,7 +214,7 @@ def _term(
 
 
 def _mode(part: Part, objective: Objective) -> str | None:
-    """Return the mode in which a loss gets to its temperature; None where it has no such setting or needs none."""
+    """Return how a loss applies its temperature; None where it has no such setting or needs none."""
     if not isinstance(part, TemperedLoss):
         return None
     mode = part.resolved_mode(objective.context)
@@ -222,7 +222,7 @@ def _mode(part: Part, objective: Objective) -> str | None:
 
 
 def _kept_mass(part: Part, objective: Objective, at_one: float | None, measured: Measured) -> float | None:
-    """Return the teacher's mass on the ids that the term compares one by one; None where that says nothing.
+    """Return the teacher's mass on the ids that the term compares one by one; None where that has no meaning.
 
     Modes: ``full`` compares all ids, ``grid`` the kept ones at its temperature, whose tail was stored; ``decoupled``
     compares kept ids with the tail at temperature 1 and only softens what is among the kept ids.
@@ -242,8 +242,8 @@ def _kept_mass(part: Part, objective: Objective, at_one: float | None, measured:
 
 
 def _timed(look: _Look, inputs: StepInputs, steps: int, tokens_per_step: int) -> tuple[SpeedReport, dict[str, float]]:
-    """Return the times of the run and the seconds per position that each term adds; the student is spoilt by it."""
-    look.objective.progress = 0.5  # where schedules have begun, and nothing is off that will be on
+    """Return the times of the run and the seconds per position that each term adds; changes the student's weights."""
+    look.objective.progress = 0.5  # every loss that a schedule switches on is on
     size = _LOSS_POSITIONS.get(look.device.type, _LOSS_POSITIONS_ELSEWHERE)
     whole_s, costs_s = loss_s(look.module, inputs.leaves(size), look.autocast)
     per_position_s = position_s(look.module, look.read(_TIMED_BATCHES * SAMPLE_POSITIONS), look.autocast)

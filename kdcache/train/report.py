@@ -1,8 +1,8 @@
-"""What is known of a training run before its first step: records, their text, and what in them is cause for concern.
+"""What is known of a training run before its first step: records, their text, and warnings.
 
-A run that cannot work out looks like any other for hours: a teacher that is no better than the student, kept ids that
-hold half of the teacher's mass, a micro-batch that does not fit. All of that can be seen beforehand (module `plan`
-measures it). What is wrong for certain is refused with an error; what is listed here as a warning may be intended.
+A run that cannot succeed looks like any other for hours: a teacher that is no better than the student, kept ids with
+half of the teacher's mass, a micro-batch that does not fit. All of that can be seen beforehand (`kdcache.train.preview`
+measures it). Certain mistakes raise errors elsewhere; a warning here may be intended.
 """
 
 from __future__ import annotations
@@ -17,24 +17,23 @@ from kdcache.train.memory import MemoryReport
 from kdcache.train.sample import SampleReport
 from kdcache.train.timing import SpeedReport
 
-#: Kept mass below which there is a warning: where the tail is thrown away, and where its mass at least is learnt.
+#: Kept mass below which there is a warning: where the tail is discarded, and where its mass at least is learnt.
 LOW_MASS_WITHOUT_TAIL = 0.7
 LOW_MASS_WITH_TAIL = 0.5
-#: A student that knows nothing has log V; one that is this many nats worse is sure of wrong things.
+#: Guessing has loss log V; a student that is this many nats worse is confidently wrong.
 _WORSE_THAN_GUESSING = 1.0
 
 _GIB = 1 << 30
 
 
 class TermReport(Config):
-    """One term of the objective: its settings as this cache resolves them, and what it is before the first step.
+    """One term of the objective: its settings for this cache, and its value before the first step.
 
-    ``weight`` and ``temperature`` at the first step, with ``_end`` at the last (they differ where there is a schedule);
-    ``is_trained`` says whether the weight is above 0 at any time.
-    ``kept_mass`` is the teacher's mass on the ids that the term compares one by one, at its temperature and lowest over
-    the run; None where samples stand for the teacher or the teacher plays no part. ``selected`` is the share of the
-    sample's positions that the term looks at, None where that is all; ``value`` the mean per position on the sample,
-    unweighted; ``ms_per_1000_positions`` the time that the term adds to the others, where it was measured.
+    ``weight`` and ``temperature`` are those of the first step, with ``_end`` of the last (schedules change them);
+    ``is_trained`` is whether the weight is above 0 at any time. ``kept_mass`` is the teacher's mass on the ids that the
+    term compares one by one, at its temperature, the lowest of the run; None with samples or without a teacher.
+    ``selected`` is the share of the sample's positions that the term selects (None: all); ``value`` the unweighted mean
+    per position on the sample; ``ms_per_1000_positions`` the time that the term adds to the others, if measured.
     """
 
     name: str
@@ -69,7 +68,7 @@ class TrainingReport(Config):
     num_positions: int
     sequences_per_step: int
     tokens_per_step: int
-    """Positions of a step, each a token or a row as ``unit`` says."""
+    """Positions of a step; ``unit`` says what a position is."""
     unit: str = "token"
     steps_per_epoch: int
     steps: int
@@ -87,11 +86,11 @@ class TrainingReport(Config):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What whoever starts the run should know, with what to do about it."""
+        """What is likely to be wrong with the run, and what to do about it."""
         return (*_about_losses(self), *_about_kept_mass(self), *_about_selection(self), *_about_memory(self.memory))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything with the warnings as plain JSON types; None for a number that is not finite."""
+        """Return everything, warnings included, as plain JSON types; None for a number that is not finite."""
         memory = {"total_bytes": self.memory.total_bytes, "fits": self.memory.fits}
         data = self.model_dump(mode="python")
         plain: dict[str, Any] = finite({**data, "memory": data["memory"] | memory, "warnings": list(self.warnings)})
@@ -114,7 +113,7 @@ class TrainingReport(Config):
 
 
 def losses_text(sample: SampleReport) -> str:
-    """Return the losses of student and teacher in words; nothing where there are none."""
+    """Return the losses of student and teacher in words; empty where there are none."""
     if sample.student_loss is None or sample.teacher_loss is None:
         return ""
     return (
@@ -125,12 +124,16 @@ def losses_text(sample: SampleReport) -> str:
 
 def term_text(term: TermReport) -> str:
     """Return a term's settings in words: ``0.9 forward_kl (temperature 2, mode decoupled, tail bucket)``."""
-    settings = {"temperature": course(term.temperature, term.temperature_end), "mode": term.mode, "tail": term.tail}
+    settings = {
+        "temperature": start_to_end(term.temperature, term.temperature_end),
+        "mode": term.mode,
+        "tail": term.tail,
+    }
     given = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
-    return f"{course(term.weight, term.weight_end)} {term.name}" + (f" ({given})" if given else "")
+    return f"{start_to_end(term.weight, term.weight_end)} {term.name}" + (f" ({given})" if given else "")
 
 
-def course(start: float | None, end: float | None) -> str | None:
+def start_to_end(start: float | None, end: float | None) -> str | None:
     """Return ``2``, or ``2 -> 1`` where a value changes during the run; None for None."""
     if start is None or end is None:
         return None
@@ -144,20 +147,20 @@ def _about_losses(report: TrainingReport) -> Iterator[str]:
         return
     if not math.isfinite(student):
         yield (
-            f"the student's loss at the start is {student}: its weights or its precision cannot take these texts, and "
-            "the run will fail; choose another checkpoint, or precision fp32"
+            f"the student's loss at the start is {student}, so the run will fail: its weights or its precision are "
+            "unusable; choose another checkpoint, or precision fp32"
         )
     elif student > guessing + _WORSE_THAN_GUESSING:
         yield (
             f"the student's loss at the start, {student:.2f}, is worse than that of guessing among all ids "
-            f"({guessing:.2f}): a pretrained student should be better, so check that it has the teacher's tokenizer "
-            "and was saved whole; a fresh one has weights that are too large"
+            f"({guessing:.2f}): of a pretrained student check that it has the teacher's tokenizer and was saved whole; "
+            "a fresh one has weights that are too large"
         )
     elif distils and teacher >= student:
         yield (
             f"the teacher's loss, {teacher:.4f}, is not below the student's own, {student:.4f}, on the same positions: "
-            "the student already predicts these texts as well, and distillation would pull it back. Use texts that the "
-            "teacher knows better, a better teacher, or cross_entropy alone"
+            "the student already predicts these texts as well, and distillation would make it worse. Use texts that "
+            "the teacher knows better, a better teacher, or cross_entropy alone"
         )
 
 
@@ -170,12 +173,12 @@ def _about_kept_mass(report: TrainingReport) -> Iterator[str]:
         kept = f"{term.name}: the kept ids hold {mass:.0%} of the teacher's mass{at}"
         if term.tail in ("renormalise", "drop") and mass < LOW_MASS_WITHOUT_TAIL:
             yield (
-                f"{kept}, and tail {term.tail} teaches that there is nothing else; use tail bucket (or prior), or a "
+                f"{kept}, and tail {term.tail} teaches that all other ids have none; use tail bucket (or prior), or a "
                 "cache with more ids, samples (hybrid) or hidden targets"
             )
         elif mass < LOW_MASS_WITH_TAIL:
             yield (
-                f"{kept}; of the rest the student learns its sum and not which ids it is made of. Use {cooler}a "
+                f"{kept}; of the tail the student learns the total mass, not which ids have it. Use {cooler}a "
                 "cache with more ids, samples (hybrid) or hidden targets"
             )
 
@@ -184,8 +187,8 @@ def _about_selection(report: TrainingReport) -> Iterator[str]:
     for term in report.terms:
         if term.is_trained and term.selected == 0:
             yield (
-                f"{term.name}: select chooses none of the {report.sample.num_positions:,} positions of a sample, so "
-                "there is hardly anything that it trains on; widen its bounds, or give a share (top or bottom)"
+                f"{term.name}: select chooses none of the {report.sample.num_positions:,} positions of a sample, so it "
+                "trains on almost nothing; widen its bounds, or give a share (top or bottom)"
             )
 
 

@@ -1,13 +1,12 @@
 """Train a student from a cache; the teacher is never loaded.
 
-The configuration says what only the user can know (which cache, which student, which objective, how long). What the
-cache knows (teacher, K, codec, tokenizer, lengths) is never repeated in it. The output directory is a plain Hugging
-Face model beside ``kdcache_run.json``, which says how it was made; its checkpoints are such models too, plus what
-resuming needs. A run that is resumed continues at the exact next batch and gives the weights that it would have given
-without the interruption.
+The configuration holds what only the user knows (which cache, which student, which objective, how long), never what the
+cache knows (teacher, K, codec, tokenizer, lengths). The output directory is a plain Hugging Face model with
+``kdcache_run.json``, which says how it was made; its checkpoints are such models too, with what resuming needs. A
+resumed run continues at the exact next batch and ends with the weights of an uninterrupted one.
 
-One process trains on one device; several are started with ``torchrun`` (for GPUs also with ``accelerate launch``) and
-share every step without changing its gradient.
+One process trains on one device; several, started with ``torchrun`` (or, for GPUs, ``accelerate launch``), share every
+step without changing its gradient.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from kdcache.train.trainer import DistillationTrainer, ProgressBar
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run can say: ``losses`` are means per position over the last logging window, in nats.
+    """The results of a finished run; ``losses`` are means per position over the last logging window, in nats.
 
     ``data_wait`` is the share of the time, 0 to 1, that the process waited for data.
     """
@@ -61,12 +60,12 @@ def train_student(
 ) -> TrainResult:
     """Train a student from a cache and save it under ``config.output``.
 
-    ``module`` joins student and objective; one of your own may get the teacher's part of a batch from elsewhere.
+    ``module`` joins student and objective; a subclass of `Distiller` may get the teacher's rows from elsewhere.
 
-    With ``resume`` the newest complete checkpoint there is continued (from the beginning if there is none); a run
-    that has finished gives its result again. Raises ``ConfigError`` when the output holds a run already, or another
-    one than is to be resumed, or when the cache does not allow a loss; ``StudentError`` when the student does not fit
-    the cache; ``CacheError`` when the cache is incomplete, damaged or missing. A loss that is not finite raises
+    With ``resume``, training continues from the newest complete checkpoint (from the beginning if there is none); a
+    finished run returns its result again. Raises ``ConfigError`` when the output holds a run already, or another one
+    than is to be resumed, or when a loss needs what the cache does not hold; ``StudentError`` when the student does not
+    fit the cache; ``CacheError`` when the cache is incomplete, damaged or missing. A loss that is not finite raises
     ``StudentError`` at the next logging step.
     """
     check_output(config.output, resume=resume)
@@ -118,7 +117,7 @@ def _make_trainer(
 
 
 def _describe_terms(objective: Objective) -> dict[str, Any]:
-    """Return what the record of the run says about the terms and their parameters; nothing where there are none."""
+    """Return what the record of the run says about the terms and their parameters; empty without terms."""
     num_parameters = sum(parameter.numel() for parameter in objective.terms.parameters())
     where = {"file": TERMS_FILE if num_parameters else None, "num_parameters": num_parameters}
     described = {name: cast(TermModule, module).describe() for name, module in objective.terms.items()}
@@ -151,7 +150,7 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
 
 
 def _run(trainer: DistillationTrainer, checkpoint: Path | None) -> float:
-    """Train from ``checkpoint`` on; return the seconds it took."""
+    """Train, from ``checkpoint`` if given; return the seconds it took."""
     started_s = time.perf_counter()
     if checkpoint is not None:
         state = trainer.state.load_from_json(str(checkpoint / STATE_FILE))

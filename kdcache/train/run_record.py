@@ -1,8 +1,8 @@
-"""``kdcache_run.json``: what a training run was made from and how it went, beside the model that it made.
+"""``kdcache_run.json``: how a training run was made and how it went, next to the model.
 
-It is written when the run begins (so that a half-finished run is recognised and protected) and again when it ends.
-Resuming compares it with the new configuration, because a run that continues with another learning rate or on another
-cache is neither of the two runs.
+It is written when the run begins, so that an unfinished run is recognised and protected, and again when it ends.
+Resuming compares it with the new configuration: a run that continued with another learning rate or on another cache
+would be neither of the two runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kdcache.json_files import write_json
 from kdcache.students.load import Student
 from kdcache.students.run_file import RUN_FILE, read_run
 
-#: Settings that may differ between a run and its continuation: where things are, and how the work is divided or told.
+#: Settings that may change when a run is resumed: paths, how the work is divided, what is logged and saved.
 _FREE = {
     "cache",
     "output",
@@ -50,13 +50,13 @@ _RESULTS = ("steps", "losses", "seconds", "tokens_per_s", "data_wait")
 
 
 def settings_that_decide(config: Mapping[str, Any], sequences_per_step: int, steps: int) -> dict[str, Any]:
-    """Return the settings that decide the weights which a run ends with."""
+    """Return the settings on which the final weights of a run depend."""
     decided = {name: value for name, value in config.items() if name not in _FREE}
     return {**decided, "sequences_per_step": sequences_per_step, "steps": steps}
 
 
 def check_output(output: str | Path, *, resume: bool) -> None:
-    """Raise ``ConfigError`` if training into ``output`` would destroy what lies there."""
+    """Raise ``ConfigError`` if training into ``output`` would overwrite anything that is there."""
     path = Path(output)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"output {path} is a file; give a directory")
@@ -65,7 +65,7 @@ def check_output(output: str | Path, *, resume: bool) -> None:
         raise ConfigError(f"output {path} already holds a run; continue it with --resume or choose another directory")
     found = sorted(item.name for item in path.iterdir()) if path.exists() else []
     if found and not holds_run:
-        what = "holds a model or a cache that no run made" if _MADE_BY_OTHERS & set(found) else "is not empty"
+        what = "holds a model or a cache that is not a run's" if _MADE_BY_OTHERS & set(found) else "is not empty"
         raise ConfigError(f"output {path} {what} (found {found[0]}); choose another directory")
 
 
@@ -76,7 +76,7 @@ class RunRecord:
     path: Path
     content: dict[str, Any]
     finished: dict[str, Any] | None = None
-    """The results, if the run that is resumed has finished already."""
+    """The results, if the resumed run has already finished."""
 
     @classmethod
     def begin(
@@ -91,9 +91,9 @@ class RunRecord:
         write: bool,
         terms: Mapping[str, Any] | None = None,
     ) -> RunRecord:
-        """Make the record (and write it, on the process that ``write``s); compare it with the run that is resumed.
+        """Make the record, write it (with ``write``), and compare it with the run that is resumed.
 
-        ``terms`` says what is trained beside the student and where it lies.
+        ``terms`` describes the objective's terms and the file of their parameters.
 
         Raises ``ConfigError`` when the run in ``output`` had other settings or another cache.
         """
@@ -134,7 +134,7 @@ class RunRecord:
 
 
 def _read_resumed(output: str | Path) -> dict[str, Any] | None:
-    """Return the record of the run to resume, None if it has to begin; checkpoints without a record are refused."""
+    """Return the record of the run to resume, None if there is none; raises for checkpoints without a record."""
     record, path = read_run(output), Path(output)
     if record is None and ((path / RUN_FILE).exists() or any(path.glob("checkpoint-*"))):
         state = "cannot be read" if (path / RUN_FILE).exists() else "is missing"
@@ -146,8 +146,8 @@ def _read_resumed(output: str | Path) -> dict[str, Any] | None:
 
 
 def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Return what decides a run and differs between two of them, in words, such as ``seed was 0 and is 1``."""
-    # A setting of None is one that is not there: a newer version may know more of them.
+    """Return the settings that differ between two runs, such as ``seed was 0 and is 1``."""
+    # None is the same as absent: a newer version may have more settings.
     before, after = _given(before), _given(after)
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     return [f"{name} was {before.get(name)!r} and is {after.get(name)!r}" for name in changed]

@@ -1,9 +1,9 @@
-"""Student and teacher on the same small sample of the cache, before the first step.
+"""Compare student and teacher on a small sample of the cache, before the first step.
 
-The sample is the beginning of the training order (as filters and curricula make it), so it is what the student will see
-first, and the same at every start. The student's losses are measured with dropout off; the teacher's come from the
-cache. Only positions whose loss mask is 1 count. At 2,000 positions the mean of a loss is uncertain by a few percent,
-but student and teacher are compared on the same positions.
+The sample is the beginning of the training order (after filters and curricula), so it is what the student will see
+first, and it is the same at every start. The student's losses are computed with dropout off; the teacher's come from
+the cache. Only positions whose loss mask is 1 count. At 2,000 positions the mean of a loss is uncertain by a few
+percent, but student and teacher are compared on the same positions.
 
 Shape suffixes: P flat positions, G grid temperatures.
 """
@@ -26,7 +26,7 @@ from kdcache.models.batching import batches_in_order
 from kdcache.step import StepInputs
 from kdcache.train.module import Distiller
 
-#: Positions of the sample, at least (fewer where the cache has fewer).
+#: Least number of positions of the sample, if the cache has as many.
 SAMPLE_POSITIONS = 2048
 
 Batch = dict[str, Tensor]
@@ -39,14 +39,16 @@ class SampleReport(Config):
     num_positions: int
     teacher_loss: float | None
     student_loss: float | None
-    """None where the corpus has no answers of its own, or the task no distributions."""
+    """None where the corpus has no labels, or the task no distributions."""
 
 
 @dataclass
 class Measured:
-    """Sums over the positions of a sample that count: of the losses of teacher and student, of each term of the
-    objective, of ones where a term's selection chooses the position, and of the teacher's mass outside the kept ids at
-    each of the cache's other temperatures.
+    """Sums over the valid positions of a sample.
+
+    ``teacher_sum`` and ``student_sum`` are of the losses, ``term_sums`` of the terms of the objective,
+    ``selected_sums`` of the positions that a term selects, ``tail_sums_G`` of the teacher's tail mass at the cache's
+    other temperatures.
     """
 
     num_sequences: int = 0
@@ -153,7 +155,7 @@ def _add_selected(measured: Measured, objective: Objective, rows: TeacherRows) -
 
 
 def _add_terms(measured: Measured, module: Distiller, inputs: StepInputs) -> None:
-    """Add what is not a loss of a position's logits: the terms over other outputs of the student."""
+    """Add the terms, which compare other outputs than a position's logits."""
     sums = inputs.loss(module.objective, module.student, inputs.rows.loss_mask_P.sum()).sums
     for name in module.objective.config.terms:
         measured.term_sums[name] = measured.term_sums.get(name, 0.0) + float(sums[name])
@@ -161,7 +163,7 @@ def _add_terms(measured: Measured, module: Distiller, inputs: StepInputs) -> Non
 
 @contextlib.contextmanager
 def mode_of(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """Switch dropout and its like on or off in ``module``; afterwards every part of it is as it was."""
+    """Put ``module`` into training or eval mode, and restore the mode of every submodule afterwards."""
     was_training = {part: part.training for part in module.modules()}
     module.train(training)
     try:

@@ -1,8 +1,8 @@
-"""What a step costs, measured on a few micro-batches that are then forgotten.
+"""Time a step on a few micro-batches.
 
-Every number is approximate: a few seconds on a machine that may do other things as well. A term's cost is the time
-of the whole loss with it minus the time without it, because terms share the head product and the passes over the
-logits: two terms are not as dear as each alone. The last trained term is charged with what is shared.
+Every number is approximate: it comes from a few seconds on a machine that may be busy. The cost of a term is the time
+of the whole loss minus the time without the term. Terms share the head product and the passes over the logits, so two
+terms cost less than the sum of each alone; the last trained term is charged with what is shared.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _ROUNDS = 3
 
 
 class SpeedReport(Config):
-    """Approximate times: of the ``loss`` per 1,000 positions, of an optimiser step, and of the whole run.
+    """Approximate times of an optimiser step and of the whole run, in seconds.
 
-    ``tokens_per_s`` counts predicted positions of one process; ``loss_share`` is the part of a micro-batch's time that
+    ``tokens_per_s`` counts predicted positions of one process; ``loss_share`` is the share of a micro-batch's time that
     loss and LM head take.
     """
 
@@ -41,7 +41,7 @@ class SpeedReport(Config):
 
 
 def position_s(module: Distiller, batches: Iterable[Batch], autocast: Callable[[], Any]) -> float:
-    """Return the seconds that reading ``batches``, forward and backward take per position; leaves gradients."""
+    """Return the seconds per position of reading ``batches``, forward and backward; leaves gradients."""
     device = next(module.parameters()).device
     num_positions, began_s = 0, _now_s(device)
     module.train()
@@ -56,7 +56,7 @@ def position_s(module: Distiller, batches: Iterable[Batch], autocast: Callable[[
 
 
 def optimiser_s(parameters: Iterable[nn.Parameter]) -> float:
-    """Return the seconds of an AdamW step: of the largest parameter, times all of them. Changes that parameter."""
+    """Return the seconds of an AdamW step, scaled up from the largest parameter; changes that parameter."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     largest = max(trained, key=lambda parameter: parameter.numel())
     largest.grad = torch.zeros_like(largest)
@@ -67,7 +67,7 @@ def optimiser_s(parameters: Iterable[nn.Parameter]) -> float:
 
 
 def loss_s(module: Distiller, inputs: StepInputs, autocast: Callable[[], Any]) -> tuple[float, dict[str, float]]:
-    """Return the seconds per position of the whole loss, and how many of them each term adds; leaves gradients.
+    """Return the seconds per position of the whole loss, and those that each term adds; leaves gradients.
 
     ``inputs`` are leaves (`StepInputs.leaves`).
     """
@@ -81,12 +81,12 @@ def loss_s(module: Distiller, inputs: StepInputs, autocast: Callable[[], Any]) -
 
 
 def _variants(objective: Objective) -> dict[str, Objective]:
-    """Return the objective under the empty name, and under the name of each of its terms the one without it."""
+    """Return the objective under the empty name, and under each term's name the objective without that term."""
     return {"": objective} | {name: _without(objective, name) for name in objective.config.parts}
 
 
 def _without(objective: Objective, name: str) -> Objective:
-    # Where no other term trains, nothing is left to do for the LM head: the last term bears what all of them share.
+    # Without the last trained term nothing is computed for the LM head, so that term is charged with what all share.
     variant = copy.copy(objective)
     variant.config = objective.config.model_copy(update={name: None})
     variant.terms = nn.ModuleDict({other: term for other, term in objective.terms.items() if other != name})
@@ -94,7 +94,7 @@ def _without(objective: Objective, name: str) -> Objective:
 
 
 def _best_s(calls: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
-    """Return the shortest time of each call, in turns, so that a busy moment hits none of them alone."""
+    """Return the shortest time of each call; they take turns, so that a busy moment affects them all."""
     times_s: dict[str, float] = {}
     began_s = _now_s(device)
     for _ in range(_ROUNDS):

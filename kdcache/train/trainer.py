@@ -1,21 +1,20 @@
-"""The Hugging Face Trainer, made to keep one promise: the gradient of a step does not depend on how it is split.
+"""The Hugging Face Trainer with one guarantee: the gradient of a step does not depend on how the step is split.
 
-What the stock Trainer would do otherwise, and what is overridden for it:
+What the stock Trainer would do otherwise, and what is overridden:
 
-- it counts labels to find the loss's denominator, wrongly for some models and not at all for those whose ``forward``
-  takes no keyword arguments: here the loss masks of all micro-batches and ranks are summed;
-- distributed data parallelism *averages* gradients over ranks, so the loss is multiplied by their number;
-- its samplers repeat or drop sequences at the end of an epoch, and accelerate re-shards them: here `Batches` already
-  yields this rank's share;
-- it resumes by running through what was used: here the data begin at the sample that follows from the steps done;
-- several visible GPUs without a launcher would mean ``nn.DataParallel``, which splits a batch of flat rows at the wrong
-  places: here one process uses one device;
-- checkpoints are those of the *student* alone, plain Hugging Face directories that load without kdcache; of a student
-  with adapters they are the adapters, in peft's format. What is trained beside the student lies beside it
-  (``kdcache.train.checkpoints``).
+- It counts labels to find the loss's denominator, wrongly for some models and not at all for those whose ``forward``
+  takes no keyword arguments. Here the loss masks of all micro-batches and ranks are summed.
+- Distributed data parallelism *averages* gradients over ranks, so the loss is multiplied by their number.
+- Its samplers repeat or drop sequences at the end of an epoch, and accelerate re-shards them. Here `Batches` already
+  yields this rank's share.
+- It resumes by skipping through the batches that were used. Here the data begin at the sample that follows from the
+  number of steps done.
+- Several visible GPUs without a launcher would mean ``nn.DataParallel``, which splits a batch of flat positions inside
+  sequences. Here one process uses one device.
+- Checkpoints hold the *student* alone; the parameters of terms have a file of their own (`kdcache.train.checkpoints`).
 
-The module it trains is any ``forward(batch, num_valid) -> (loss, sums, count)`` with the model under ``.student``:
-distributed wrappers then see one forward, whatever the loss is made of.
+It trains any `Distiller`: ``forward(batch, num_valid)`` returns the loss, the sums of the terms and the number of valid
+positions, so a distributed wrapper sees one forward, whatever the loss is made of.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ class DistillationTrainer(Trainer):
         return (loss, sums) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # The Trainer also logs a summary at the end, which repeats what has been said.
+        # The Trainer also logs a summary at the end, which repeats earlier lines.
         if "loss" in logs:
             super().log({**logs, **self.meter.read(self.accelerator), **self.module.logged()}, start_time)
             self._check_loss(logs["loss"])
@@ -115,13 +114,13 @@ class DistillationTrainer(Trainer):
         load_weights(self.student, resume_from_checkpoint)
 
     def load_checkpoint(self, checkpoint: Path, state: TrainerState) -> None:
-        """Take over the student and the state of a finished run's last checkpoint."""
+        """Load the student and the state of the last checkpoint of a run that has made all its steps."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
 
 
 class _Meter:
-    """Sums of each loss term and of tokens since it was last read; ``total_tokens`` since it was made."""
+    """Sums of each loss term and of tokens since the last `read`; ``total_tokens`` since the beginning."""
 
     def __init__(self, batches: Batches[dict[str, Tensor]]) -> None:
         self.total_tokens = 0
@@ -136,16 +135,16 @@ class _Meter:
         self._waited_s = self._batches.wait_s
 
     def add(self, sums: Mapping[str, Tensor], num_valid: int, num_tokens: int | Tensor) -> None:
-        """Add a micro-batch; sums stay on the device, so nothing waits for it."""
+        """Add a micro-batch; sums stay on the device, so nothing waits for them."""
         for name, value in sums.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._num_valid += num_valid
         self._num_tokens = self._num_tokens + num_tokens
 
     def read(self, accelerator: Any) -> dict[str, float]:
-        """Return each term's mean per valid position, tokens per second and waiting for data, and start anew.
+        """Return each term's mean per valid position, tokens per second and ``data_wait``, and reset the sums.
 
-        ``data_wait`` is this process's share of the time, 0 to 1.
+        ``data_wait`` is the share of the time, 0 to 1, that this process waited for data.
         """
         names = list(self._sums)
         counts = [self._num_valid, float(self._num_tokens)]
@@ -161,9 +160,9 @@ class _Meter:
 
 
 class _Flow(TrainerCallback):
-    """Say where to go on to the batches, how far the run is to the module; log the last step.
+    """Set the next batch of the loader and the progress of the module, and log the last step.
 
-    All from the number of steps done, so that a resumed run is told what an uninterrupted one was.
+    All follow from the number of steps done, so they are the same in a resumed run.
     """
 
     def __init__(self, module: Distiller, batches: Batches[dict[str, Tensor]]) -> None:
@@ -186,7 +185,7 @@ class _Flow(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """A bar with steps, their rate, the time left, and the latest loss of every term."""
+    """A progress bar with the latest loss of every term."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar = tqdm(
@@ -202,8 +201,8 @@ class ProgressBar(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         logs = logs or {}
-        hidden = ("epoch", "learning_rate", "grad_norm", "step", "tokens_per_s", "data_wait")
-        shown = {name: f"{value:.4g}" for name, value in logs.items() if name not in hidden}
+        not_shown = ("epoch", "learning_rate", "grad_norm", "step", "tokens_per_s", "data_wait")
+        shown = {name: f"{value:.4g}" for name, value in logs.items() if name not in not_shown}
         flow = {"tokens/s": f"{logs.get('tokens_per_s', 0):,.0f}", "data wait": f"{logs.get('data_wait', 0):.1%}"}
         self._bar.set_postfix(shown | flow)
 

@@ -175,7 +175,7 @@ def test_a_curriculum_keeps_all_shards_open_and_warns_when_they_are_too_many(cac
     monkeypatch.setattr(prepare, "OPEN_BYTES", 1000)
     prepare.warn_of_rereading(config, cache, ())
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "a curriculum reaches all over the cache" in caplog.text
+    assert "a curriculum reads from all over the cache" in caplog.text
     assert "batches will read shards again and again. Train without one" in caplog.text
 
 

@@ -226,7 +226,7 @@ def test_terms_about_pairs_want_a_cache_with_pairs(found, tmp_path):
     (tmp_path / "single.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in SENTENCES))
     made = {**found, "corpus": str(tmp_path / "single.jsonl")}
     dump_teacher(dump_config("embedding", made, tmp_path / "cache"), progress=False)
-    with pytest.raises(ConfigError, match=r"objective\.contrastive is about pairs"):
+    with pytest.raises(ConfigError, match=r"objective\.contrastive compares pairs"):
         train(
             {**found, "cache": str(tmp_path / "cache")},
             tmp_path / "run",

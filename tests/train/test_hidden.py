@@ -226,7 +226,7 @@ def test_hidden_states_alone_leave_the_head_untrained_and_a_warning(tmp_path, du
     found = run(dumped, tmp_path / "out", objective={"hidden_mse": {"weight": 1.0}}, student=student, max_steps=2)
     assert found.gradients[0]["lm_head.weight"].abs().sum() == 0
     assert found.history[0]["loss"] == pytest.approx(found.history[0]["hidden_mse"])
-    assert "no loss beside hidden_mse, so the student's LM head learns nothing" in caplog.text
+    assert "no loss besides hidden_mse, so the student's LM head learns nothing" in caplog.text
     caplog.clear()
     run(dumped, tmp_path / "both", objective=OBJECTIVE, max_steps=1)
     assert "learns nothing" not in caplog.text

@@ -262,9 +262,9 @@ def test_a_student_whose_loss_is_no_number(tmp_path, cache_path):
 @pytest.mark.parametrize(
     ("loss", "expected"),
     [
-        ({"tail": "renormalise"}, "tail renormalise teaches that there is nothing else; use tail bucket"),
+        ({"tail": "renormalise"}, "tail renormalise teaches that all other ids have none; use tail bucket"),
         ({"tail": "drop"}, "tail drop teaches"),
-        ({}, "of the rest the student learns its sum"),
+        ({}, "of the tail the student learns the total mass"),
         ({"weight": 0}, None),
     ],
 )
