@@ -1,4 +1,4 @@
-"""Progress bars: one look for every command (rate, elapsed time, ETA), on standard error, silent when told so."""
+"""Progress bars on standard error, with rate, elapsed time and ETA; the same format for every command."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 
 def bar(total: int, title: str, unit: str, *, enabled: bool = True, initial: int = 0) -> tqdm[Any]:
-    """Return a progress bar over ``total`` units."""
+    """Return a progress bar over ``total`` units, ``initial`` of them done; silent unless ``enabled``."""
     return tqdm(
         total=total,
         initial=initial,
@@ -24,7 +24,7 @@ def bar(total: int, title: str, unit: str, *, enabled: bool = True, initial: int
 
 
 def reporter(progress: tqdm[Any]) -> Callable[[int, int], None]:
-    """Return a callback (done, total) that moves ``progress``."""
+    """Return a callback ``(done, total)`` that updates ``progress``."""
 
     def report(done: int, total: int) -> None:
         if progress.total != total:

@@ -1,4 +1,4 @@
-"""Rows of numbers as an aligned text table or as Markdown."""
+"""Render rows as an aligned text table or in Markdown."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 
 def render_table(columns: Mapping[str, tuple[str, str]], rows: Sequence[Any], *, markdown: bool = False) -> str:
-    """Return a table of ``rows``; ``columns`` maps an attribute of a row to its heading and number format.
+    """Return ``rows`` as a table. ``columns`` maps attributes of a row to (heading, format specification).
 
-    A value of None is shown as a dash; texts are aligned left, numbers right. A column without any value is left out.
+    Format ``s`` is for text, which is aligned left; numbers are aligned right. None is shown as ``-``. A column in
+    which every value is None is left out.
     """
     shown = {name: column for name, column in columns.items() if any(getattr(row, name) is not None for row in rows)}
     cells = [[heading for heading, _ in shown.values()]]

@@ -99,8 +99,8 @@ def _statistics(manifest: Manifest, totals: dict[str, Any]) -> list[tuple[str, A
     return [
         *options.known_row("teacher loss", loss, ".4f", perplexity),
         *([] if loss is None else [("top-1 accuracy", _known(totals["teacher_top1_accuracy"]))]),
-        ("entropy", f"{totals['teacher_entropy']:.4f} nats"),
-        ("kept mass", f"{totals['kept_mass']:.4f}"),
+        *options.known_row("entropy", totals["teacher_entropy"], ".4f", " nats"),
+        *options.known_row("kept mass", totals["kept_mass"], ".4f"),
     ]
 
 
@@ -116,7 +116,7 @@ def _outputs(record: OutputsRecord) -> str:
 
 
 def _targets(record: TargetsRecord) -> str:
-    """Say what is kept at every position."""
+    """Return what is stored per position."""
     if record.kind == "outputs":
         return "outputs: numbers, no distribution"
     parts = [f"{record.kind}: " + (f"top {record.top_k}" if record.top_k else "no ids exactly")]
@@ -125,22 +125,26 @@ def _targets(record: TargetsRecord) -> str:
     parts += [f"{record.num_samples} samples (seed {record.seed})"] if record.num_samples else []
     parts += [f"tails at T = {', '.join(f'{t:g}' for t in record.temperatures)}"] if record.temperatures else []
     parts += ["tail prior"] if record.tail_prior else []
+    parts += ["tail = 1 - kept mass"] if record.tail == "remainder" else []
+    parts += ["probabilities renormalised over the kept ids"] if record.probabilities == "kept" else []
+    missing = [name for name in ("gold_logprob", "entropy") if name not in record.scalars]
+    parts += [f"without {' and '.join(missing)}"] if missing else []
     return ", ".join(parts)
 
 
 def _created(provenance: dict[str, Any]) -> str:
-    # For people only, so a manifest may say anything here, or nothing.
+    # Provenance is free text for people; any member may be missing.
     versions = provenance.get("versions")
     version = versions.get("kdcache") if isinstance(versions, dict) else None
     return f"{provenance.get('created', 'unknown')} by kdcache {version or 'of an unknown version'}"
 
 
 def _known(value: float | None) -> str:
-    return "unknown: samples only suggest the favourite" if value is None else f"{value:.4f}"
+    return "unknown: samples do not determine the top-1 id" if value is None else f"{value:.4f}"
 
 
 def _transcoded(provenance: dict[str, Any]) -> list[str]:
-    """Say which caches this one was made from, the oldest first."""
+    """Return the caches that this one was made from, oldest first."""
     links = provenance.get("transcoded")
     known = [link for link in links if isinstance(link, dict)] if isinstance(links, list) else []
     return [f"from {str(link.get('source'))[:16]}..., {link.get('created', 'unknown')}" for link in known]

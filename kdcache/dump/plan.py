@@ -90,7 +90,9 @@ def shard_positions(config: DumpConfig, sequences: Sequences | Plan, teacher: Te
     """
     if config.shard_positions is not None:
         return config.shard_positions
-    per_position = 8 * (config.targets.top_k + config.targets.num_samples) + 4 * (teacher.hidden_size or 0) * num_layers + 16
+    per_position = (
+        8 * (config.targets.top_k + config.targets.num_samples) + 4 * (teacher.hidden_size or 0) * num_layers + 16
+    )
     num_fed = sequences.num_tokens - sequences.num_sequences
     wanted = min(max(num_fed // 32, 1 << 14), 1 << 19)
     if num_fed > sequences.num_positions:

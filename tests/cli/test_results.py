@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from kdcache.cache import open_cache
+from kdcache.schema import TargetsRecord
 from kdcache.train import TrainResult
 from kdcache.verify.stored import verify_cache
+from tests.synthetic import SyntheticCache
 
 
 def parse(outcome) -> dict:
@@ -116,6 +118,19 @@ def test_inspect(run, dumped):
         assert word in people
 
 
+def test_inspect_leaves_out_what_the_teacher_did_not_give(run, tmp_path):
+    record = TargetsRecord(top_k=4, scalars=(), tail="remainder")
+    cache = SyntheticCache(record=record).write(tmp_path / "cache")
+    out = run("inspect", cache).out
+    assert "top 4, tail = 1 - kept mass, without gold_logprob and entropy" in out
+    assert "\nkept mass" in out
+    totals = parse(run("inspect", cache, "--json"))["totals"]
+    for name in ("teacher_loss", "teacher_perplexity", "teacher_entropy"):
+        assert totals[name] is None
+    for words in ("teacher loss", "\nentropy", "top-1"):
+        assert words not in out
+
+
 def test_inspect_a_manifest_that_says_nothing_about_its_making(run, dumped, tmp_path):
     manifest = json.loads((dumped / "manifest.json").read_text())
     for provenance in ({}, {"versions": "old"}, {"created": None, "versions": {}}):
@@ -219,7 +234,7 @@ def test_peek_shows_draws_after_kept_ids_and_as_draws(run, tmp_path, teacher_dir
 def test_inspect_does_not_guess_the_favourite_from_draws(run, tmp_path, teacher_dir, corpus_file):
     cache = dump_kind(run, tmp_path, teacher_dir, corpus_file, "--targets", "sampled")
     assert parse(run("inspect", cache, "--json"))["totals"]["teacher_top1_accuracy"] is None
-    assert "unknown: samples only suggest the favourite" in run("inspect", cache).out
+    assert "unknown: samples do not determine the top-1 id" in run("inspect", cache).out
 
 
 @pytest.mark.parametrize("select", ["spread", "entropy", "loss"])
