@@ -1,4 +1,4 @@
-"""Tasks: what a row is, what the models are fed, and which row belongs to which label."""
+"""Tasks: the positions that are predicted, the inputs of the models, and the labels."""
 
 from kdcache.plugins import Table
 from kdcache.tasks.base import Sequences, Task, TaskSettings

@@ -1,12 +1,12 @@
-"""What a task is: which rows a sequence has, what models are fed, and which label belongs to which row.
+"""`Task`: the positions of a sequence that are predicted, the inputs of the models, and the label of each position.
 
-Everything downstream of a task sees rows. The teacher answers each of them with a distribution over tokens or classes,
-or with a vector of numbers (``gives``); codecs, shards, reader, losses and objective do not ask what a row stands for.
-A task is used at three places: when a corpus is planned (`Task.plan`), when a teacher or a student is fed
-(`Task.pad_batch`), and when a cache is read for training (`Task.collate`). Alignment happens here and nowhere else.
+Everything downstream of a task sees positions. The teacher predicts a distribution over tokens or classes at each of
+them, or a vector of numbers (``gives``); codecs, shards, reader, losses and objective do not depend on the task. A task
+is used when a corpus is planned (`Task.plan`), when a batch for teacher or student is made (`Task.pad_batch`), when a
+cache is read for training (`Task.collate`), and when a sequence is shown or a model evaluated (`Task.view`,
+`Task.metrics`). Labels and positions are aligned here and nowhere else.
 
-How a model of the task is run is said by name (``model_class``, ``body``), because nothing here knows torch: see
-``kdcache.models.bodies``.
+Tasks do not import torch, so models are named: ``model_class`` and ``body``, see ``kdcache.models.bodies``.
 
 Shape suffixes: B rows of the padded grid, L its columns, P flat rows, K kept ids, D width.
 """
@@ -39,17 +39,17 @@ _VIEWS: dict[Gives, str] = {
 
 
 class TaskSettings(Config):
-    """How documents become sequences; ``max_length`` counts the tokens that a model is fed at once."""
+    """How documents become sequences; ``max_length`` is the most tokens of one model input."""
 
     max_length: int = Field(default=256, ge=4, le=2**24)
 
 
 class Sequences(Protocol):
-    """All sequences of a corpus, by number; what `Task.plan` returns."""
+    """All sequences of a corpus, by number; the result of `Task.plan`."""
 
     config: Any
     lengths_N: NDArray[np.int64]
-    """Rows of every sequence."""
+    """Positions of every sequence."""
     num_documents: int
     num_empty: int
     num_too_short: int
@@ -62,12 +62,12 @@ class Sequences(Protocol):
 
     @property
     def longest(self) -> int:
-        """Most tokens that a model is fed at once."""
+        """Most tokens of one model input."""
         ...
 
     @property
     def num_positions(self) -> int:
-        """Rows of all sequences."""
+        """Positions of all sequences."""
         ...
 
     @property
@@ -80,7 +80,7 @@ class Sequences(Protocol):
         ...
 
     def table(self) -> pa.Table:
-        """Return one row per piece of a document in a sequence."""
+        """Return one row for each piece of a document in a sequence."""
         ...
 
     def sequence_table(self, start: int, stop: int) -> pa.Table:
@@ -89,60 +89,60 @@ class Sequences(Protocol):
 
 
 class Task(ABC):
-    """Base of all tasks; they have no state."""
+    """Base class of tasks, which have no state."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    """For the command line: what a row is."""
+    """What is predicted, for the help text of the command line."""
     roles: ClassVar[tuple[Role, ...]] = (TEXT,)
-    """What is read of every row of the corpus, the main text first."""
+    """The columns that are read of every document, the main text first."""
     settings: ClassVar[type[Config]] = TaskSettings
     gives: ClassVar[Gives] = "tokens"
-    """What the ids of the distribution at a row are; ``outputs``: there is none, only numbers."""
+    """What the teacher predicts: a distribution over ``tokens`` or ``classes``, or numbers (``outputs``)."""
     model_class: ClassVar[str]
     """Name of the class in transformers that loads a model of this task."""
     body: ClassVar[str]
-    """Row of ``BODIES`` in ``kdcache.models.bodies``."""
+    """Document of ``BODIES`` in ``kdcache.models.bodies``."""
     objective: ClassVar[dict[str, Any]] = {"forward_kl": {"weight": 0.9}, "cross_entropy": {"weight": 0.1}}
-    """What students are trained on unless told otherwise."""
+    """The default objective of students."""
 
     @property
     def unit(self) -> str:
-        """What a position is called in messages: a token, or a row where teachers answer whole texts."""
+        """The name of a position in messages: ``token``, or ``row`` where whole texts are predicted."""
         return "token" if self.gives == "tokens" else "row"
 
     @property
     def is_causal(self) -> bool:
-        """Whether its models predict a token from those before it alone."""
+        """Whether models predict a token from the tokens before it alone."""
         return self.body == "tokens"
 
     @abstractmethod
     def plan(
         self, corpus: Corpus, encoder: Encoder, settings: Any, outputs: OutputsRecord | None, progress: Any = None
     ) -> Sequences:
-        """Tokenise ``corpus`` and make its sequences; ``progress`` is called with documents done and in total."""
+        """Tokenise ``corpus`` into sequences; ``progress`` is called with the number of documents done and in total."""
 
     def arrays(self, settings: Any, outputs: OutputsRecord | None) -> tuple[ArrayRecord, ...]:
-        """Describe the arrays of a `Sequence` that have to be stored besides tokens and loss mask."""
+        """Return the arrays of a `Sequence` that are stored in addition to tokens and loss mask."""
         return ()
 
     @abstractmethod
     def pad_batch(self, sequences: list[Sequence], pad_id: int) -> dict[str, NDArray[Any]]:
-        """Return what models are fed of ``sequences``, padded, and ``rows`` [P]: the places of all rows in the grid.
+        """Return the padded model inputs of ``sequences``, and ``rows`` [P]: indices of the positions in the states.
 
-        The grid is that of the states which the task's body returns, flattened: ``states.reshape(B * L, D)[rows]``
-        lines up with the flat arrays of a `SequenceBatch`.
+        They index the flattened states of the task's body: ``states.reshape(B * L, D)[rows]`` is aligned with the flat
+        arrays of a `SequenceBatch`.
         """
 
     def labels(self, sequences: list[Sequence]) -> NDArray[np.int64]:
-        """Return the corpus's own answer at every row, [P] int64; `NO_LABEL` where there is none."""
+        """Return the label of every position, [P] int64; `NO_LABEL` where there is none."""
         stored = [sequence.labels_L for sequence in sequences]
         if stored and stored[0] is not None and stored[0].dtype.kind == "i":
             return np.concatenate(stored).astype(np.int64)  # type: ignore[arg-type]
         return np.full(sum(sequence.num_positions for sequence in sequences), NO_LABEL, np.int64)
 
     def stored_labels(self, sequences: list[Sequence]) -> NDArray[Any]:
-        """Return the labels at every row, [P], as they are stored: numbers where they are numbers, else `labels`."""
+        """Return the label of every position, [P], as it is stored: floats where labels are numbers, else `labels`."""
         numbers = [s.labels_L for s in sequences if s.labels_L is not None and s.labels_L.dtype.kind == "f"]
         return np.concatenate(numbers) if numbers else self.labels(sequences)
 
@@ -211,7 +211,7 @@ def _numbers(batch: SequenceBatch) -> dict[str, NDArray[Any]]:
 
 
 def pad(arrays: list[NDArray[Any]], fill: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Return arrays of different lengths right-padded with ``fill``, [B, L] int64, and which places are real."""
+    """Return arrays right-padded with ``fill``, [B, L] int64, and a mask that is False at padding, [B, L]."""
     lengths_B = np.array([len(array) for array in arrays], dtype=np.int64)
     real_BL = np.arange(int(lengths_B.max(initial=1))) < lengths_B[:, None]
     padded_BL = np.full(real_BL.shape, fill, dtype=np.int64)
@@ -222,10 +222,7 @@ def pad(arrays: list[NDArray[Any]], fill: int) -> tuple[NDArray[np.int64], NDArr
 def padded_inputs(
     tokens: list[NDArray[Any]], pad_id: int, segments: list[NDArray[Any]] | None = None
 ) -> dict[str, NDArray[Any]]:
-    """Return ``input_ids`` and ``attention_mask`` [B, L] of some runs of tokens.
-
-    With ``segments``, the part of each token, also ``token_type_ids``.
-    """
+    """Return ``input_ids`` and ``attention_mask`` [B, L] of some texts; with ``segments`` also ``token_type_ids``."""
     input_ids_BL, real_BL = pad(tokens, pad_id)
     inputs: dict[str, NDArray[Any]] = {"input_ids": input_ids_BL, "attention_mask": real_BL.astype(np.int64)}
     return inputs if segments is None else inputs | {"token_type_ids": pad(segments, 0)[0]}

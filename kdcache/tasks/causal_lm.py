@@ -1,7 +1,7 @@
-"""Causal language modelling: row l of a sequence predicts token l + 1 from tokens 0..l.
+"""Causal language modelling: position l of a sequence predicts token l + 1 from tokens 0..l.
 
-A sequence of L + 1 tokens is fed to teacher and student as its first L tokens; its labels are its last L tokens; row l
-of every stored array belongs to label l. Nobody downstream shifts, and labels are not stored.
+The inputs of a sequence of L + 1 tokens are its first L tokens, the labels its last L tokens; index l of every stored
+array belongs to label l. Nothing downstream shifts, and labels are not stored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class CausalLM(Task):
     """Predict the next token: GPT-like models."""
 
     name = "causal-lm"
-    summary = "a token that follows (GPT-like)"
+    summary = "the next token (GPT-like)"
     settings = SequenceConfig
     model_class = "AutoModelForCausalLM"
     body = "tokens"
@@ -29,16 +29,16 @@ class CausalLM(Task):
     def plan(
         self, corpus: Corpus, encoder: Encoder, settings: Any, outputs: OutputsRecord | None, progress: Any = None
     ) -> Sequences:
-        """Cut long documents, or pack short ones into windows; see ``kdcache.corpus.sequences``."""
+        """Split long documents, or pack short ones into windows; see ``kdcache.corpus.sequences``."""
         return plan_sequences(corpus, encoder, settings, progress=progress)
 
     def arrays(self, settings: Any, outputs: OutputsRecord | None) -> tuple[ArrayRecord, ...]:
-        """Packed documents that do not see each other have segment ids."""
+        """Return segment ids, for packed documents that do not attend to each other."""
         is_packed = settings.packing == "window" and not settings.attend_across_documents
         return (SEGMENT_IDS,) if is_packed else ()
 
     def labels(self, sequences: list[Sequence]) -> NDArray[np.int64]:
-        """Return the next token of every row, [P] int64, sequence by sequence."""
+        """Return the next token of every position, [P] int64, sequence by sequence."""
         return np.concatenate([sequence.tokens_T[1:] for sequence in sequences]).astype(np.int64)
 
     def pad_batch(self, sequences: list[Sequence], pad_id: int) -> dict[str, NDArray[Any]]:

@@ -1,8 +1,8 @@
-"""Sequences that a task makes of documents one by one, kept in flat arrays (tokens on disk) and handed out by number.
+"""Sequences that a task builds document by document, in flat arrays (tokens on disk), accessible by number.
 
-For tasks whose sequences are not cut from one stream of tokens: a text with its label, a pair, a question with its
-documents, a text with some tokens masked. A task yields `Made` sequences document by document, in order; this module
-keeps them and writes the tables that say where each came from.
+For tasks whose sequences are not cut from one stream of tokens: a text with its label, a pair, a query with its
+documents, a text with masked tokens. A task yields `BuiltSequence` objects in the order of the documents; this module
+stores them, and writes the tables of their origin.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from kdcache.schema import Sequence, token_hash
 
 _BATCH_DOCUMENTS = 256
 
-#: A row of the corpus: its main text, and what else the task reads, by role.
-Row = tuple[str, dict[str, Any]]
+#: A document of the corpus: its main text, and the other columns that the task reads, by role.
+Document = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Made:
-    """One sequence of a document. ``num_rows`` is for tasks without labels and places, whose arrays tell it."""
+class BuiltSequence:
+    """One sequence of a document. ``num_rows`` is its number of positions if it has no array of labels or indices."""
 
     tokens_T: NDArray[np.uint32]
     segment_ids_T: NDArray[np.uint16] | None = None
@@ -37,42 +37,44 @@ class Made:
     token_index_L: NDArray[np.uint32] | None = None
     num_rows: int = 1
     token_offset: int = 0
-    """Of the sequence's first token in its document, where a document becomes several sequences."""
+    """Offset of the first token in the document, if a document becomes several sequences."""
     suffix: str = ""
-    """What tells sequences of the same place apart, in their ids."""
+    """Appended to the id of the sequence, for several sequences of one piece of text."""
     is_truncated: bool = False
 
     def __post_init__(self) -> None:
         rows = [len(array) for array in (self.labels_L, self.token_index_L) if array is not None]
-        if len(set(rows)) > 1:  # all rows behind it would be wrong
-            raise ValueError(f"a sequence has as many labels as places, found {rows[0]} and {rows[1]}")
+        if len(set(rows)) > 1:  # all positions after it would be misaligned
+            raise ValueError(f"a sequence must have as many labels as token indices, found {rows[0]} and {rows[1]}")
 
     @property
     def num_positions(self) -> int:
-        """Number of rows."""
+        """Number of positions."""
         arrays = [array for array in (self.labels_L, self.token_index_L) if array is not None]
         return len(arrays[0]) if arrays else self.num_rows
 
 
 class DocumentSequences:
-    """All sequences of a corpus, by number; made by `make_sequences`."""
+    """All sequences of a corpus, by number; the result of `build_sequences`."""
 
-    def __init__(self, corpus: Corpus, config: Any, kept: _Kept, num_empty: int, num_too_short: int) -> None:
+    def __init__(
+        self, corpus: Corpus, config: Any, buffer: _SequenceBuffer, num_empty: int, num_too_short: int
+    ) -> None:
         self.config = config
         self.num_documents = len(corpus)
         self.num_empty = num_empty
         self.num_too_short = num_too_short
-        self.num_truncated = kept.num_truncated
-        self.lengths_N = np.array(kept.num_positions, np.int64)
-        self._corpus, self._tokens = corpus, kept.tokens
-        self._document_N = np.array(kept.documents, np.int64)
-        self._token_offset_N = np.array(kept.token_offsets, np.int64)
-        self._suffixes = kept.suffixes
-        self._num_tokens_N = np.array(kept.num_tokens, np.int64)
+        self.num_truncated = buffer.num_truncated
+        self.lengths_N = np.array(buffer.num_positions, np.int64)
+        self._corpus, self._tokens = corpus, buffer.tokens
+        self._document_N = np.array(buffer.documents, np.int64)
+        self._token_offset_N = np.array(buffer.token_offsets, np.int64)
+        self._suffixes = buffer.suffixes
+        self._num_tokens_N = np.array(buffer.num_tokens, np.int64)
         self._tokens_at = np.concatenate([[0], np.cumsum(self._num_tokens_N)])
         self._rows_at = np.concatenate([[0], np.cumsum(self.lengths_N)])
-        self._segments, self._labels, self._places = (
-            np.concatenate(parts) if parts else None for parts in (kept.segments, kept.labels, kept.places)
+        self._segments, self._labels, self._token_index = (
+            np.concatenate(parts) if parts else None for parts in (buffer.segments, buffer.labels, buffer.token_index)
         )
 
     @property
@@ -82,13 +84,13 @@ class DocumentSequences:
 
     @property
     def longest(self) -> int:
-        """Most tokens that a model is fed at once: a sequence may be several texts, each within ``max_length``."""
+        """Most tokens of one model input; a sequence may have several texts, each within ``max_length``."""
         most = max(self.config.max_length, getattr(self.config, "max_target_length", 0))
         return min(most, int(self._num_tokens_N.max()))
 
     @property
     def num_positions(self) -> int:
-        """Rows of all sequences."""
+        """Positions of all sequences."""
         return int(self.lengths_N.sum())
 
     @property
@@ -97,9 +99,9 @@ class DocumentSequences:
         return int(self._num_tokens_N.sum())
 
     def sequence(self, index: int) -> Sequence:
-        """Return sequence ``index``; raises ``IndexError`` if there is none."""
+        """Return sequence ``index``; raises ``IndexError`` if it does not exist."""
         if not 0 <= index < self.num_sequences:
-            raise IndexError(f"there are sequences 0 to {self.num_sequences - 1}, not {index}")
+            raise IndexError(f"sequence {index} does not exist; there are 0 to {self.num_sequences - 1}")
         tokens, rows = (slice(at[index], at[index + 1]) for at in (self._tokens_at, self._rows_at))
 
         def part(array: NDArray[Any] | None, span: slice) -> Any:
@@ -111,7 +113,7 @@ class DocumentSequences:
             np.ones(int(self.lengths_N[index]), np.uint8),
             part(self._segments, tokens),
             part(self._labels, rows),
-            part(self._places, rows),
+            part(self._token_index, rows),
         )
 
     def table(self) -> pa.Table:
@@ -135,7 +137,8 @@ class DocumentSequences:
         """Return one row for each sequence from ``start`` to ``stop``: columns as ``SequencePlan.sequence_table``."""
         rows = slice(start, stop)
         document_ids = self._corpus.document_ids(self._document_N[rows])
-        hashes = [token_hash(self._tokens[a:b]) for a, b in zip(self._tokens_at[rows], self._tokens_at[1:][rows])]  # noqa: B905
+        bounds = zip(self._tokens_at[rows], self._tokens_at[1:][rows], strict=False)  # the first has one more
+        hashes = [token_hash(self._tokens[first:last]) for first, last in bounds]
         columns: dict[str, Any] = {
             "sequence": np.arange(start, start + len(document_ids)),
             "sequence_id": self._sequence_ids(start, stop, document_ids),
@@ -154,8 +157,8 @@ class DocumentSequences:
         return pa.array([f"{document_id}@{offset}{suffix}" for document_id, offset, suffix in named], pa.string())
 
 
-class _Kept:
-    """What has been made so far: tokens in a file, everything else in memory."""
+class _SequenceBuffer:
+    """The sequences built so far: tokens in a file, everything else in memory."""
 
     def __init__(self, spool: TokenSpool) -> None:
         self._spool = spool
@@ -167,59 +170,59 @@ class _Kept:
         self.suffixes: list[str] = []
         self.segments: list[NDArray[np.uint16]] = []
         self.labels: list[NDArray[Any]] = []
-        self.places: list[NDArray[np.uint32]] = []
+        self.token_index: list[NDArray[np.uint32]] = []
         self.num_truncated = 0
 
-    def add(self, document: int, made: Made) -> None:
-        self._spool.append([made.tokens_T])
-        self.num_tokens.append(len(made.tokens_T))
-        self.num_positions.append(made.num_positions)
+    def add(self, document: int, built: BuiltSequence) -> None:
+        self._spool.append([built.tokens_T])
+        self.num_tokens.append(len(built.tokens_T))
+        self.num_positions.append(built.num_positions)
         self.documents.append(document)
-        self.token_offsets.append(made.token_offset)
-        self.suffixes.append(made.suffix)
-        for parts, array in ((self.segments, made.segment_ids_T), (self.labels, made.labels_L)):
+        self.token_offsets.append(built.token_offset)
+        self.suffixes.append(built.suffix)
+        for parts, array in ((self.segments, built.segment_ids_T), (self.labels, built.labels_L)):
             if array is not None:
                 parts.append(array)
-        if made.token_index_L is not None:
-            self.places.append(made.token_index_L)
-        self.num_truncated += made.is_truncated
+        if built.token_index_L is not None:
+            self.token_index.append(built.token_index_L)
+        self.num_truncated += built.is_truncated
 
 
-def make_sequences(
+def build_sequences(
     corpus: Corpus,
     config: Any,
-    make: Callable[[int, list[Row]], Iterator[list[Made]]],
+    build: Callable[[int, list[Document]], Iterator[list[BuiltSequence]]],
     progress: Progress | None = None,
 ) -> DocumentSequences:
-    """Make the sequences of all documents of ``corpus``.
+    """Build the sequences of all documents of ``corpus``.
 
-    ``make(start, rows)`` yields, for each row of a batch whose first document is number ``start``, its sequences: none
-    for a document that is empty or too short. Raises ``CorpusError`` if there is no sequence at all.
+    ``build(start, documents)`` yields the sequences of each document of a batch whose first has number ``start``; none
+    for a document that is empty or too short. Raises ``CorpusError`` if there are no sequences at all.
     """
     with TokenSpool() as spool:
-        kept = _Kept(spool)
+        buffer = _SequenceBuffer(spool)
         num_empty = num_too_short = 0
-        for start, rows in corpus.iter_rows(_BATCH_DOCUMENTS):
-            for number, (row, made) in enumerate(zip(rows, make(start, rows), strict=True)):
-                num_empty += not made and not row[0]
-                num_too_short += not made and bool(row[0])
-                for one in made:
-                    kept.add(start + number, one)
+        for start, documents in corpus.iter_rows(_BATCH_DOCUMENTS):
+            for number, (document, built) in enumerate(zip(documents, build(start, documents), strict=True)):
+                num_empty += not built and not document[0]
+                num_too_short += not built and bool(document[0])
+                for sequence in built:
+                    buffer.add(start + number, sequence)
             if progress is not None:
-                progress(start + len(rows), len(corpus))
-        kept.tokens = spool.finish()
-    if not kept.documents:
+                progress(start + len(documents), len(corpus))
+        buffer.tokens = spool.finish()
+    if not buffer.documents:
         raise CorpusError(
             f"no document of {', '.join(corpus.sources)} can be used: {num_empty} are empty and {num_too_short} too "
-            "short for the task"
+            "short for the task; choose other documents or columns"
         )
-    return DocumentSequences(corpus, config, kept, num_empty, num_too_short)
+    return DocumentSequences(corpus, config, buffer, num_empty, num_too_short)
 
 
 def joined(parts: list[list[int]], around: list[list[int]]) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
-    """Return ``parts`` with the special tokens ``around`` them, and to which part every token belongs, from 0.
+    """Return ``parts`` joined with the special tokens ``around`` them, and the part of every token, from 0.
 
-    Special tokens belong to the part before them, those at the beginning to the first.
+    Special tokens belong to the part before them, those at the beginning to the first part.
     """
     ids, segments = list(around[0]), [0] * len(around[0])
     for number, (part, after) in enumerate(zip(parts, around[1:], strict=True)):
@@ -229,10 +232,10 @@ def joined(parts: list[list[int]], around: list[list[int]]) -> tuple[NDArray[np.
 
 
 def shorten(parts: list[list[int]], room: int) -> list[list[int]]:
-    """Return one or two ``parts`` cut to ``room`` tokens together: the longer loses first, from its end.
+    """Return one or two ``parts`` truncated to ``room`` tokens in total, at their ends, the longer first.
 
-    Two that are both too long get half of the room each, and the longer (of equal ones the second) an odd token, which
-    is what tokenizers do with ``truncation="longest_first"``.
+    If both are too long, each gets half of the room, and the longer (of equal ones the second) an odd token, as
+    tokenizers do with ``truncation="longest_first"``.
     """
     if len(parts) == 1:
         return [parts[0][:room]]
@@ -248,14 +251,14 @@ def shorten(parts: list[list[int]], room: int) -> list[list[int]]:
 
 
 def special_tokens(around: list[list[int]]) -> int:
-    """Return how many tokens stand around the parts."""
+    """Return the number of special tokens around the parts."""
     return sum(map(len, around))
 
 
 def texts_of(encoder: Encoder, texts: list[Any], prefix: str = "") -> list[list[int]]:
-    """Return the token ids of every text without special tokens, ``prefix`` before it; none of a blank or missing one.
+    """Return the token ids of every text, after ``prefix``, without special tokens; none for a blank or missing text.
 
-    Raises ``CorpusError`` for what is no text.
+    Raises ``CorpusError`` for values that are not texts.
     """
     strange = next((text for text in texts if text is not None and not isinstance(text, str)), None)
     if strange is not None:

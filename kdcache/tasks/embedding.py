@@ -1,8 +1,8 @@
-"""Embeddings of texts, for search: a row is a text, and the teacher's answer is one pooled vector.
+"""Embeddings of texts, for search: a position is a text, and the teacher predicts one pooled vector.
 
-A document is one text, or a pair of texts (column ``text_pair``) such as a question and its answer or two sentences
-that were compared: the pair is one sequence with two rows, so that its texts reach a student together. The corpus's own
-judgement of a pair (column ``label``) stands at both of its rows.
+A document is one text, or a pair of texts (column ``text_pair``), such as a question and its answer or two sentences
+that were compared. A pair is one sequence with two positions, so that its texts are in the same micro-batch. The label
+of a pair (column ``label``) is stored at both positions.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from kdcache.corpus import TEXT, Corpus, Encoder, Role
 from kdcache.plugins import import_row
 from kdcache.schema import ArrayRecord, OutputsRecord, Sequence
 from kdcache.tasks.base import Metrics, Sequences, Task, TaskSettings, padded_inputs
-from kdcache.tasks.documents import Made, Row, joined, make_sequences, special_tokens, texts_of
+from kdcache.tasks.documents import BuiltSequence, Document, build_sequences, joined, special_tokens, texts_of
 from kdcache.tasks.labels import number_label, numbers
 
 
 class EmbeddingSettings(TaskSettings):
-    """How states of tokens become one vector; ``auto``: as the teacher's own files say, else mean and normalised."""
+    """How states of tokens become one vector; ``auto``: as in the teacher's files, else mean and normalised."""
 
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"
     normalise: bool | Literal["auto"] = "auto"
     prefix: str = ""
-    """Text before every text, such as ``query: ``."""
+    """Prepended to every text, such as ``query: ``."""
 
 
 class Embedding(Task):
@@ -47,11 +47,11 @@ class Embedding(Task):
     def plan(
         self, corpus: Corpus, encoder: Encoder, settings: Any, outputs: OutputsRecord | None, progress: Any = None
     ) -> Sequences:
-        """Make one sequence of every text or pair."""
-        return make_sequences(corpus, settings, partial(_make, corpus, encoder, settings), progress)
+        """Build one sequence from every text or pair."""
+        return build_sequences(corpus, settings, partial(_build, corpus, encoder, settings), progress)
 
     def arrays(self, settings: Any, outputs: OutputsRecord | None) -> tuple[ArrayRecord, ...]:
-        """Which text of a pair a token belongs to, and the corpus's judgement."""
+        """Return segment ids (the text of a pair that a token belongs to) and labels."""
         return (SEGMENT_IDS, NUMBER_LABELS)
 
     def pad_batch(self, sequences: list[Sequence], pad_id: int) -> dict[str, NDArray[Any]]:
@@ -74,9 +74,9 @@ def split_parts(sequence: Sequence) -> list[NDArray[np.uint32]]:
     return np.split(sequence.tokens_T, np.flatnonzero(np.diff(segments_T)) + 1)
 
 
-def _make(
-    corpus: Corpus, encoder: Encoder, settings: EmbeddingSettings, start: int, rows: list[Row]
-) -> Iterator[list[Made]]:
+def _build(
+    corpus: Corpus, encoder: Encoder, settings: EmbeddingSettings, start: int, rows: list[Document]
+) -> Iterator[list[BuiltSequence]]:
     around = encoder.around(1)
     room = settings.max_length - special_tokens(around)
     firsts, seconds = (
@@ -93,4 +93,4 @@ def _make(
         fed = [joined([part[:room]], around)[0] for part in parts]
         segments = np.repeat(np.arange(len(fed), dtype=np.uint16), [len(part) for part in fed])
         is_cut = any(len(part) > room for part in parts)
-        yield [Made(np.concatenate(fed), segments, numbers([label] * len(fed)), is_truncated=is_cut)]
+        yield [BuiltSequence(np.concatenate(fed), segments, numbers([label] * len(fed)), is_truncated=is_cut)]

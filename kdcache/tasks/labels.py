@@ -1,10 +1,10 @@
-"""Labels of a corpus as numbers: classes by number or name, or numbers as they are.
+"""Labels of a corpus as numbers: classes by number or name, or plain numbers.
 
-A column may say itself what its numbers are called (``ClassLabel`` of HF datasets). Where these are the teacher's
-classes, in whatever order, it is the names that count.
+A column may name its classes (``ClassLabel`` of HF datasets). If these are the teacher's classes, in any order, names
+are used, not numbers.
 
-Null and NaN are no label; so is -1 among classes, which is how GLUE and SNLI write it. A number that could mean two
-classes, because one is called like it and another has that number, is refused and not guessed.
+Null and NaN mean no label; so does -1 for classes, as in GLUE and SNLI. A number that is ambiguous, because one class
+has it as its name and another as its number, is an error.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from kdcache.schema import NO_LABEL
 
 
 def class_label(value: Any, names: Sequence[str], document: str) -> int:
-    """Return the number of the class that ``value`` names (a name, or its number); `NO_LABEL` for none.
+    """Return the number of the class ``value`` (a name or a number); `NO_LABEL` for no label.
 
-    Raises ``CorpusError``, saying which ``document``, for a class that the teacher does not have.
+    Raises ``CorpusError``, naming the ``document``, for a class that the teacher does not have.
     """
     if _is_missing(value):
         return NO_LABEL
@@ -44,14 +44,14 @@ def class_label(value: Any, names: Sequence[str], document: str) -> int:
         raise CorpusError(f"{document}: the teacher has no class {value!r}, {hint}")
     if str(number) in names and names[number] != str(number):
         raise CorpusError(
-            f"{document}: the label {value!r} may be the class called {str(number)!r} or class number {number}, which "
-            f"is called {names[number]!r}; write labels as names, which are strings"
+            f"{document}: the label {value!r} is ambiguous: it is the name of one class, and the number of class "
+            f"{names[number]!r}; write labels as names, as strings"
         )
     return number
 
 
 def number_label(value: Any, document: str) -> float:
-    """Return ``value`` as a number, NaN for none; raises ``CorpusError`` for what is none or has no end."""
+    """Return ``value`` as a float, NaN for no label; raises ``CorpusError`` for anything else and for infinity."""
     if _is_missing(value):
         return math.nan
     try:
@@ -65,31 +65,31 @@ def number_label(value: Any, document: str) -> float:
 
 
 def classes(values: list[int]) -> NDArray[np.int64]:
-    """Return classes as a `Sequence` holds them."""
+    """Return classes as an array of a `Sequence`."""
     return np.array(values, np.int64)
 
 
 def numbers(values: list[float]) -> NDArray[np.float32]:
-    """Return numbers as a `Sequence` holds them."""
+    """Return numbers as an array of a `Sequence`."""
     return np.array(values, np.float32)
 
 
 @lru_cache
 def _numbers_by_name(corpus_names: tuple[str, ...], names: tuple[str, ...]) -> list[int] | None:
-    """Return the teacher's number of each of the corpus's classes; None where their names are others or in one order.
+    """Return the teacher's number of each class of the corpus; None if the names differ, or have the same numbers.
 
-    Raises ``CorpusError`` where some are called alike and have other numbers: neither names nor numbers are right then.
+    Raises ``CorpusError`` if some names are equal and have other numbers: then neither names nor numbers are reliable.
     """
     numbers = {name.casefold(): number for number, name in enumerate(names)}
     found = [numbers.get(name.casefold()) for name in corpus_names]
     known = [number for number in found if number is not None]
     if len(known) == len(found):
         return known
-    if all(number in (None, place) for place, number in enumerate(found)):
+    if all(number in (None, index) for index, number in enumerate(found)):
         return None
     raise CorpusError(
-        f"the corpus calls its classes {', '.join(corpus_names)} and the teacher {', '.join(names)}, some alike and "
-        "under other numbers; write the labels as the teacher's names, which are strings"
+        f"the corpus has the classes {', '.join(corpus_names)} and the teacher {', '.join(names)}: some names are "
+        "equal but have other numbers; write the labels as the teacher's names, as strings"
     )
 
 
@@ -98,7 +98,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def _whole(value: Any) -> int | None:
-    """Return ``value`` as a whole number; None for what is none, such as true and false."""
+    """Return ``value`` as an integer; None for anything else, such as true and false."""
     if isinstance(value, bool):
         return None
     if isinstance(value, str):

@@ -1,10 +1,10 @@
-"""Ranking, for search: a sequence is a query with its candidate documents, a row is one of them, with a raw score.
+"""Ranking, for search: a sequence is a query with its candidate documents; a position is a document, with a raw score.
 
-A cross-encoder reads query and document together. What is stored is exactly that: the pairs as they are fed, one after
-another; segment ids count 2 for every pair and 1 more in its document, so that a bi-encoder student finds query and
-documents in the same tokens. The corpus's own judgement of the documents (column ``relevance``) is stored where it has
-one. Too long documents are cut; queries are not. A document that is null or empty keeps its place, as an empty text:
-row k is document k of the corpus.
+A cross-encoder reads query and document together. So the pairs are stored as model inputs, one after another; the
+segment ids of pair k are 2k in the query and 2k + 1 in the document, so a bi-encoder student finds query and documents
+in the same tokens. The relevance of the documents (column ``relevance``) is stored if the corpus has it. Too long
+documents are truncated, queries are not. A document that is null or empty is an empty text, so position k is always
+document k of the corpus.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from kdcache.errors import CorpusError
 from kdcache.plugins import import_row
 from kdcache.schema import ArrayRecord, OutputsRecord, Sequence
 from kdcache.tasks.base import Metrics, Sequences, Task, TaskSettings, padded_inputs
-from kdcache.tasks.documents import Made, Row, joined, make_sequences, special_tokens, texts_of
+from kdcache.tasks.documents import BuiltSequence, Document, build_sequences, joined, special_tokens, texts_of
 from kdcache.tasks.labels import number_label, numbers
 
 
 class RankingSettings(TaskSettings):
-    """``max_length`` is that of a query with one document, special tokens included."""
+    """``max_length`` is the most tokens of a query with one document, special tokens included."""
 
     max_documents: int = Field(default=32, ge=2, le=10_000)
-    """Documents of a query that are used, from the first on."""
+    """Most documents of a query; only the first ones are used."""
 
 
 class Ranking(Task):
@@ -49,11 +49,11 @@ class Ranking(Task):
     def plan(
         self, corpus: Corpus, encoder: Encoder, settings: Any, outputs: OutputsRecord | None, progress: Any = None
     ) -> Sequences:
-        """Make one sequence of every query with its documents."""
-        return make_sequences(corpus, settings, partial(_make, corpus, encoder, settings), progress)
+        """Build one sequence from every query with its documents."""
+        return build_sequences(corpus, settings, partial(_build, corpus, encoder, settings), progress)
 
     def arrays(self, settings: Any, outputs: OutputsRecord | None) -> tuple[ArrayRecord, ...]:
-        """Which pair and which text of it a token belongs to, and the corpus's judgement."""
+        """Return segment ids (the pair and the text of it that a token belongs to) and the relevance."""
         return (SEGMENT_IDS, NUMBER_LABELS)
 
     def pad_batch(self, sequences: list[Sequence], pad_id: int) -> dict[str, NDArray[Any]]:
@@ -76,7 +76,7 @@ class Ranking(Task):
 
 
 class BiEncoderRanking(Ranking):
-    """The same task as a student does it that reads query and document apart."""
+    """The same task for a student that reads query and document separately."""
 
     model_class = "AutoModel"
     body = "bi-encoder"
@@ -85,9 +85,9 @@ class BiEncoderRanking(Ranking):
 BI_ENCODER = BiEncoderRanking()
 
 
-def _make(
-    corpus: Corpus, encoder: Encoder, settings: RankingSettings, start: int, rows: list[Row]
-) -> Iterator[list[Made]]:
+def _build(
+    corpus: Corpus, encoder: Encoder, settings: RankingSettings, start: int, rows: list[Document]
+) -> Iterator[list[BuiltSequence]]:
     around = encoder.around(2)
     ids = corpus.document_ids(range(start, start + len(rows)))
     queries = texts_of(encoder, [query for query, _ in rows])
@@ -106,17 +106,17 @@ def _make(
         pairs = [joined([query, part[:room]], around) for part in parts]
         segments = np.concatenate([2 * n + kinds for n, (_, kinds) in enumerate(pairs)]).astype(np.uint16)
         is_cut = any(len(part) > room for part in parts) or len(more["documents"]) > settings.max_documents
-        yield [Made(np.concatenate([tokens for tokens, _ in pairs]), segments, relevance, is_truncated=is_cut)]
+        yield [BuiltSequence(np.concatenate([tokens for tokens, _ in pairs]), segments, relevance, is_truncated=is_cut)]
 
 
 def _candidates(more: dict[str, Any], where: str, most: int) -> tuple[list[str | None], NDArray[np.float32]]:
-    """Return the first documents of a query, and the corpus's judgement of each."""
-    texts = _a_list(more.get("documents"), f"{where}: documents", "texts")
+    """Return the first documents of a query, and the relevance of each."""
+    texts = _require_list(more.get("documents"), f"{where}: documents", "texts")
     strange = next((text for text in texts if text is not None and not isinstance(text, str)), None)
     if strange is not None:
         raise CorpusError(f"{where}: expected a list of texts as documents, found {strange!r} among them")
     judged = more.get("relevance")
-    relevance = [None] * len(texts) if judged is None else _a_list(judged, f"{where}: relevance", "numbers")
+    relevance = [None] * len(texts) if judged is None else _require_list(judged, f"{where}: relevance", "numbers")
     if len(relevance) != len(texts):
         raise CorpusError(
             f"{where}: there are {len(texts)} documents, but {len(relevance)} values of relevance; give one number (or "
@@ -125,7 +125,7 @@ def _candidates(more: dict[str, Any], where: str, most: int) -> tuple[list[str |
     return texts[:most], numbers([number_label(value, where) for value in relevance[:most]])
 
 
-def _a_list(value: Any, where: str, of: str) -> list[Any]:
+def _require_list(value: Any, where: str, of: str) -> list[Any]:
     if value is not None and not isinstance(value, list):
         raise CorpusError(
             f"{where}: expected a list of {of}, found {type(value).__name__}; other columns: --column ROLE=NAME"

@@ -1,9 +1,9 @@
-"""Classification of a text or of a pair of texts: one row for each, whose ids are the classes.
+"""Classification of a text or of a pair of texts: one position each, whose ids are the classes.
 
-All classes are kept, so the cache holds the whole distribution, exact at every temperature, beside the raw logits. The
-corpus's own classes are stored where it has them (column ``label``); without them students learn from the teacher
-alone. Too long texts are cut at their ends, the longer of a pair first. A row without a second text, or with an empty
-one, is a text alone.
+All classes are kept, so the cache has the whole distribution, exact at every temperature, and the raw logits. Labels
+(column ``label``) are stored if the corpus has them; without labels students learn from the teacher alone. Too long
+texts are truncated at their ends, the longer of a pair first. A document without a second text, or with an empty one,
+is a single text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kdcache.errors import ConfigError
 from kdcache.plugins import import_row
 from kdcache.schema import ArrayRecord, OutputsRecord, Sequence
 from kdcache.tasks.base import Gives, Metrics, Sequences, Task, padded_inputs
-from kdcache.tasks.documents import Made, Row, joined, make_sequences, shorten, special_tokens, texts_of
+from kdcache.tasks.documents import BuiltSequence, Document, build_sequences, joined, shorten, special_tokens, texts_of
 from kdcache.tasks.labels import class_label, classes, number_label, numbers
 
 
@@ -39,12 +39,12 @@ class SequenceClassification(Task):
     def plan(
         self, corpus: Corpus, encoder: Encoder, settings: Any, outputs: OutputsRecord | None, progress: Any = None
     ) -> Sequences:
-        """Make one sequence of every text, or of every pair."""
+        """Build one sequence from every text or pair."""
         assert outputs is not None
-        return make_sequences(corpus, settings, partial(self._make, corpus, encoder, settings, outputs), progress)
+        return build_sequences(corpus, settings, partial(self._build, corpus, encoder, settings, outputs), progress)
 
     def arrays(self, settings: Any, outputs: OutputsRecord | None) -> tuple[ArrayRecord, ...]:
-        """The corpus's own label, and which text a token belongs to."""
+        """Return segment ids (the text of a pair that a token belongs to) and the label."""
         return (SEGMENT_IDS, self.label_array)
 
     def pad_batch(self, sequences: list[Sequence], pad_id: int) -> dict[str, NDArray[Any]]:
@@ -54,18 +54,18 @@ class SequenceClassification(Task):
         return {**inputs, "rows": np.arange(len(sequences))}
 
     def label(self, value: Any, outputs: OutputsRecord, document: str) -> NDArray[Any]:
-        """Return the label of a document as a `Sequence` holds it."""
+        """Return the label of a document as an array of a `Sequence`."""
         return classes([class_label(value, outputs.labels, document)])
 
-    def _make(
+    def _build(
         self,
         corpus: Corpus,
         encoder: Encoder,
         settings: Any,
         outputs: OutputsRecord,
         start: int,
-        rows: list[Row],
-    ) -> Iterator[list[Made]]:
+        rows: list[Document],
+    ) -> Iterator[list[BuiltSequence]]:
         firsts = texts_of(encoder, [text for text, _ in rows])
         seconds = texts_of(encoder, [more.get("text_pair") for _, more in rows])
         around = {num_parts: encoder.around(num_parts) for num_parts in ((1, 2) if any(seconds) else (1,))}
@@ -78,22 +78,22 @@ class SequenceClassification(Task):
             parts = [first, second] if second else [first]
             specials = around[len(parts)]
             short = shorten(parts, _room(settings.max_length, specials))
-            yield [Made(*joined(short, specials), label, is_truncated=short != parts)]
+            yield [BuiltSequence(*joined(short, specials), label, is_truncated=short != parts)]
 
 
 def _room(max_length: int, around: list[list[int]]) -> int:
-    """Return the tokens of a sequence that are left for its texts."""
+    """Return the number of tokens for the texts of a sequence."""
     num_special, num_parts = special_tokens(around), len(around) - 1
     if max_length < num_special + num_parts:
         raise ConfigError(
-            f"--max-length {max_length} leaves no room for {num_parts} text{'s' * (num_parts > 1)} beside the "
-            f"{num_special} special tokens around; use {num_special + num_parts} or more"
+            f"--max-length {max_length} leaves no room for {num_parts} text{'s' * (num_parts > 1)} in addition "
+            f"to {num_special} special tokens; use {num_special + num_parts} or more"
         )
     return max_length - num_special
 
 
 class SequenceRegression(SequenceClassification):
-    """Give texts or pairs of texts a score: one raw number for each, such as a similarity."""
+    """Predict a score of texts or pairs of texts, such as a similarity."""
 
     name = "sequence-regression"
     summary = "a text or a pair of texts, with a score"
@@ -102,7 +102,7 @@ class SequenceRegression(SequenceClassification):
     label_array = NUMBER_LABELS
 
     def label(self, value: Any, outputs: OutputsRecord, document: str) -> NDArray[Any]:
-        """Return the label of a document as a `Sequence` holds it."""
+        """Return the label of a document as an array of a `Sequence`."""
         return numbers([number_label(value, document)])
 
     def metrics(self, answers: Any, teacher: Any) -> Metrics:

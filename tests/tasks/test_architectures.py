@@ -24,7 +24,7 @@ from kdcache.models.tokenizer import TextEncoder
 from kdcache.schema import OUTPUTS_FIELD
 from kdcache.students import StudentConfig, load_student
 from kdcache.tasks import task_of
-from kdcache.tasks.documents import Made
+from kdcache.tasks.documents import BuiltSequence
 from kdcache.tasks.seq2seq_lm import Seq2SeqSettings
 from kdcache.torch_data import to_tensors
 from tests.task_models import SENTENCES, WORDS, bert, bert_tokenizer
@@ -146,7 +146,7 @@ def test_a_tokenizer_that_encodes_targets_differently_is_refused(languages, tmp_
     (tmp_path / "c.jsonl").write_text(json.dumps({"input": "the cat", "target": "a dog"}))
     task = task_of("seq2seq-lm")
     corpus = load_corpus(CorpusConfig(paths=(str(tmp_path / "c.jsonl"),)), task.roles)
-    with pytest.raises(ConfigError, match="encodes targets in another way than inputs"):
+    with pytest.raises(ConfigError, match="encodes targets differently from inputs"):
         task.plan(corpus, TextEncoder(tokenizer), Seq2SeqSettings(), None)
 
 
@@ -201,5 +201,5 @@ def test_unlabelled_rows_of_named_classes(tmp_path):
 
 
 def test_a_task_that_gives_places_and_labels_of_different_numbers_is_told():
-    with pytest.raises(ValueError, match="as many labels as places, found 2 and 3"):
-        Made(np.arange(5, dtype=np.uint32), None, np.zeros(2), np.arange(3, dtype=np.uint32))
+    with pytest.raises(ValueError, match="as many labels as token indices, found 2 and 3"):
+        BuiltSequence(np.arange(5, dtype=np.uint32), None, np.zeros(2), np.arange(3, dtype=np.uint32))

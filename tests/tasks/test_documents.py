@@ -10,7 +10,7 @@ import pytest
 from kdcache.corpus import Corpus, CorpusConfig, load_corpus
 from kdcache.errors import CorpusError
 from kdcache.tasks import TaskSettings
-from kdcache.tasks.documents import Made, joined, make_sequences, shorten
+from kdcache.tasks.documents import BuiltSequence, build_sequences, joined, shorten
 from tests.task_models import bert_tokenizer
 
 
@@ -66,12 +66,12 @@ def made_of(start: int, rows: list[tuple[str, dict[str, Any]]]) -> Any:
     """Two sequences of each text, none of one that is too short; tokens say which document they are of."""
     for number, (text, _) in enumerate(rows):
         tokens = np.full(len(text), start + number, np.uint32)
-        yield [Made(tokens, num_rows=1), Made(tokens[1:], num_rows=1, token_offset=1)] if len(text) > 1 else []
+        yield [BuiltSequence(tokens, num_rows=1), BuiltSequence(tokens[1:], num_rows=1, token_offset=1)] if len(text) > 1 else []
 
 
 def test_sequences_are_those_of_all_documents_in_order(tmp_path):
     texts = ["" if n % 7 == 0 else "x" * (1 + n % 5) for n in range(600)]
-    sequences = make_sequences(corpus_of(tmp_path, *texts), TaskSettings(), made_of)
+    sequences = build_sequences(corpus_of(tmp_path, *texts), TaskSettings(), made_of)
     long = [n for n, text in enumerate(texts) if len(text) > 1]
     assert sequences.num_sequences == 2 * len(long)
     assert sequences.num_empty == texts.count("")
@@ -90,10 +90,10 @@ def test_sequences_are_those_of_all_documents_in_order(tmp_path):
 
 def test_a_corpus_without_a_usable_document_is_refused(tmp_path):
     with pytest.raises(CorpusError, match=r"no document of .*c\.jsonl can be used: 1 are empty and 2 too short"):
-        make_sequences(corpus_of(tmp_path, "", "x", "y"), TaskSettings(), made_of)
+        build_sequences(corpus_of(tmp_path, "", "x", "y"), TaskSettings(), made_of)
 
 
 def test_a_number_beyond_the_last_sequence_is_refused(tmp_path):
-    sequences = make_sequences(corpus_of(tmp_path, "xx"), TaskSettings(), made_of)
-    with pytest.raises(IndexError, match="sequences 0 to 1, not 2"):
+    sequences = build_sequences(corpus_of(tmp_path, "xx"), TaskSettings(), made_of)
+    with pytest.raises(IndexError, match="sequence 2 does not exist; there are 0 to 1"):
         sequences.sequence(2)

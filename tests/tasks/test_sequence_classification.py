@@ -90,7 +90,7 @@ def test_a_number_that_may_be_two_classes_is_not_guessed():
     stars = ("1", "2", "3")
     assert [class_label(name, stars, "d") for name in stars] == [0, 1, 2]
     assert class_label(0, stars, "d") == 0, "no class is called so"
-    with pytest.raises(CorpusError, match="label 1 may be the class called '1' or class number 1, which is called '2'"):
+    with pytest.raises(CorpusError, match="label 1 is ambiguous: it is the name of one class, and the number of class '2'"):
         class_label(1, stars, "d")
     assert [class_label(n, ("0", "1"), "d") for n in (0, 1)] == [0, 1]
 
@@ -197,7 +197,7 @@ def test_empty_texts_are_counted_and_left_out(tmp_path):
 
 def test_a_length_without_room_is_refused(tmp_path):
     rows = [{"text": "the cat", "text_pair": "a dog"}]
-    with pytest.raises(ConfigError, match="--max-length 5 leaves no room for 2 texts beside the 4 special tokens"):
+    with pytest.raises(ConfigError, match="--max-length 5 leaves no room for 2 texts in addition to 4 special tokens"):
         plan(tmp_path, rows, roberta_tokenizer(), max_length=5)
     assert len(plan(tmp_path, rows, roberta_tokenizer(), max_length=6).sequence(0).tokens_T) == 6
 
