@@ -1,17 +1,17 @@
-"""Which sequences a step trains on, and reading them ahead of their use.
+"""Split the steps of training into micro-batches, and read them ahead of their use.
 
-A *step* is the next S samples of the epoch's order, S = sequences per micro-batch x micro-batches of a step x ranks;
-where the order comes from is none of this module's business (`kdcache.cache.order.Order`). Rank r of R takes every R-th
-sample of the step, which are whole streams of the order, groups them by length (which only saves padding) and cuts them
-into its micro-batches. So any split of a step sees the same sequences, none twice: the usual sampler repeats sequences
-at an epoch's end to make ranks even. What resuming has to know is the epoch and the next sample, whatever the split.
+A *step* is the next S samples of the epoch's order (see `kdcache.cache.order`), S = sequences per micro-batch x
+micro-batches of a step x ranks. Rank r of R takes every R-th sample of the step, which are whole streams of the order,
+groups them by length (which only saves padding) and cuts them into its micro-batches. So a step has the same sequences
+however it is split, and none twice; the usual distributed sampler repeats sequences at the end of an epoch to give all
+ranks the same number. To resume, only the epoch and the next sample are needed, whatever the split.
 
-The last step of an epoch may be smaller. When it has fewer sequences than micro-batches, some micro-batches are
-*empty*: they stand in with one sequence whose loss mask is 0, because every rank has to take part in every step.
+The last step of an epoch may be smaller. If it has fewer sequences than micro-batches, some micro-batches are *empty*:
+they contain one sequence whose loss mask is 0, because every rank has to take part in every step.
 
-Threads read ahead, since everything slow (decompression, checksums, decoding, the network) releases the interpreter's
-lock; a worker process would have to send decoded batches, which are larger than encoded ones. Memory stays bounded by
-the batches that are ready or under way.
+Threads read ahead, because everything slow (decompression, checksums, decoding, the network) releases the global
+interpreter lock. Worker processes would have to send decoded batches, which are larger than encoded ones. Memory is
+bounded by the batches that are ready or being read.
 """
 
 from __future__ import annotations
@@ -80,35 +80,35 @@ class MicroBatches:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences of an epoch, over all ranks."""
+        """Number of sequences in an epoch, over all ranks."""
         return self._order.num_sequences
 
     @property
     def sequences_per_step(self) -> int:
-        """Sequences of a full optimiser step, over all micro-batches and ranks."""
+        """Number of sequences in a full optimiser step, over all micro-batches and ranks."""
         return self.batch_sequences * self.accumulation * self.num_ranks
 
     @property
     def largest(self) -> int:
-        """Sequences of the largest micro-batch, which has no more than its share of an epoch."""
+        """Number of sequences in the largest micro-batch, at most its share of an epoch."""
         return -(-min(self.sequences_per_step, self.num_sequences) // (self.accumulation * self.num_ranks))
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps of as many sequences as an epoch has."""
+        """Number of optimiser steps in an epoch."""
         return -(-self.num_sequences // self.sequences_per_step)
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.accumulation
 
     def steps(self, epoch: int, next_sample: int = 0) -> Iterator[list[list[int]]]:
-        """Yield this rank's micro-batches of every step of ``epoch``, from its sample ``next_sample`` on."""
+        """Yield this rank's micro-batches of every step of ``epoch``, starting at sample ``next_sample``."""
         order = self._order.epoch(epoch)
         for start in range(next_sample, len(order), self.sequences_per_step):
             yield self._mine(order[start : start + self.sequences_per_step])
 
     def mine(self, epoch: int, next_sample: int = 0) -> NDArray[np.int64]:
-        """Return the sequences that this rank will read, in about the order of their use, [N]."""
+        """Return the sequences that this rank will read, approximately in the order of their use, [N]."""
         return self._order.epoch(epoch)[next_sample + self._rank :: self.num_ranks]
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -117,7 +117,7 @@ class MicroBatches:
 
     def _mine(self, step: NDArray[np.int64]) -> list[list[int]]:
         mine = step[self._rank :: self.num_ranks]
-        # By what a model reads: the rows of a text may be one, whatever its length.
+        # By tokens, because a long text may have a single position.
         by_length = mine[np.argsort(self._cache.sizes_N[mine], kind="stable")]
         # Neighbours in a shard are read together.
         return [np.sort(piece).tolist() for piece in np.array_split(by_length, self.accumulation)]
@@ -126,11 +126,11 @@ class MicroBatches:
 class Batches(Generic[T]):
     """Decoded micro-batches of one rank, epoch after epoch, read ahead by threads; make one with `Cache.batches`.
 
-    Iterating gives the batches of one epoch; the next time those of the next epoch. ``make`` turns what was read into
-    what is given out, in the thread that reads; ``threads=0`` reads when asked. At least as many batches are read
-    ``ahead`` as there are ``threads``, or some would have nothing to do. ``state_dict()`` is taken over by
-    ``load_state_dict()`` of any other object over the same texts, whatever its ranks and batch sizes. With several
-    micro-batches in a step it names the first step that has not been given out completely.
+    Each iteration yields the batches of one epoch, the next iteration those of the next epoch. ``make`` converts each
+    batch, in the thread that reads it. With ``threads=0`` batches are read when they are requested. At least as many
+    batches are read ``ahead`` as there are ``threads``. ``load_state_dict()`` accepts the ``state_dict()`` of any other
+    object over the same texts, with any number of ranks and any batch size. With several micro-batches in a step, the
+    state is that of the first step that was not yielded completely.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Batches(Generic[T]):
     ) -> None:
         self.micro_batches = micro_batches
         self.wait_s = 0.0
-        """Seconds that whoever iterated has waited for data so far."""
+        """Seconds that the caller has waited for data so far."""
         self._cache = cache
         self._make = make
         self._hidden = tuple(hidden)
@@ -161,16 +161,16 @@ class Batches(Generic[T]):
         return len(self.micro_batches)
 
     def set_epoch(self, epoch: int) -> None:
-        """Make ``epoch`` the next one, from its beginning, unless a state within it was loaded."""
+        """Continue with the beginning of ``epoch``, unless a state within that epoch was loaded."""
         if epoch != self._epoch:
             self._epoch, self._next_sample, self._start = epoch, 0, 0
 
     def state_dict(self) -> dict[str, int]:
-        """Return where a run that has used every batch given out so far goes on."""
+        """Return the state from which a run resumes that has used every batch yielded so far."""
         return {"epoch": self._epoch, "next_sample": self._next_sample}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` says; raises ``ConfigError`` when it is none of this data."""
+        """Resume from ``state``; raises ``ConfigError`` when it does not match this data set."""
         epoch, sample = state.get("epoch"), state.get("next_sample")
         most = self.micro_batches.num_sequences
         if not (isinstance(epoch, int) and isinstance(sample, int) and epoch >= 0 and 0 <= sample <= most):
@@ -182,7 +182,7 @@ class Batches(Generic[T]):
         self._start = self._next_sample
 
     def __iter__(self) -> Iterator[T]:
-        """Give out an epoch: from the state that was loaded last, else from its beginning."""
+        """Yield an epoch: from the state that was loaded last, else from its beginning."""
         epoch, start, self._start = self._epoch, self._start, 0
         self._next_sample = start
         self._expect(epoch, start)
@@ -215,8 +215,8 @@ def read_ahead(
 ) -> Iterator[tuple[T, float]]:
     """Yield ``read(item)`` of every item, in order, and the seconds that the caller waited for it.
 
-    At most ``ahead`` results are ready or under way beside the one that was given out. An error of ``read`` comes out
-    where its result would have.
+    At most ``ahead`` results are ready or being read in addition to the one that was yielded last. An error of ``read``
+    is raised in place of its result.
     """
     items = iter(wanted)
     if threads < 1:
@@ -236,5 +236,5 @@ def read_ahead(
             yield result, seconds
             began_s = time.perf_counter()
     finally:
-        # Of an iteration that was left early: nobody waits for what is under way.
+        # If the iteration was left early, do not wait for reads in progress.
         pool.shutdown(wait=False, cancel_futures=True)

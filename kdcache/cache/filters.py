@@ -1,12 +1,12 @@
-"""Choosing sequences by what the per-sequence table says about them.
+"""Filters: select sequences by a condition on the columns of the per-sequence table.
 
-A filter is an expression such as ``teacher_loss < 5 and source in ["wiki", "books"]``. Python's parser reads it, but
-nothing ever runs it: its tree is walked, and every node that is not listed at the end of this module is refused, so
-that an expression from somebody else's configuration can do nothing but compare. Each node is evaluated for all
-sequences at once, with Arrow. Missing values follow SQL: a comparison with one is neither true nor false, and a
-sequence is chosen only where the whole expression is true.
+A filter is an expression such as ``teacher_loss < 5 and source in ["wiki", "books"]``. Python's parser parses it, but
+it is never executed: this module walks the syntax tree and rejects every node that is not listed at its end, so an
+expression from an untrusted configuration can only compare. Each node is evaluated for all sequences at once, with
+Arrow. Missing values follow SQL: a comparison with one is neither true nor false, and a sequence is selected only if
+the whole expression is true.
 
-Not for what a row of the table does not say: a filter sees sequences, never positions.
+Filters see whole sequences, not single positions.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 
 from kdcache.errors import ConfigError, did_you_mean
 
-#: A constant, or a name in backquotes, which may hold anything.
+#: A text constant, or a column name in backquotes, which may contain any character.
 _QUOTED = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|`([^`]*)`""")
 _LANGUAGE = (
-    "a filter is made of column names, numbers, 'texts', comparisons, in ['a', 'b'], and, or, not, and + - * / // %"
+    "a filter may contain column names, numbers, 'texts', comparisons, in ['a', 'b'], and, or, not, and + - * / // %"
 )
 
 
@@ -60,21 +60,21 @@ def columns_of(where: str) -> list[str]:
 
 
 def select_sequences(table: Columns, where: str | None, limit: int | None = None) -> NDArray[np.int64]:
-    """Return the rows of the per-sequence ``table`` that ``where`` chooses (all without one), at most ``limit``.
+    """Return the rows of the per-sequence ``table`` that ``where`` selects (None: all), at most ``limit``.
 
-    Raises ``ConfigError`` for an expression that is not a filter, names a column that there is not, or chooses nothing.
+    Raises ``ConfigError`` for an invalid expression, an unknown column, or a filter that selects nothing.
     """
     if where is None:
         return np.arange(table.num_rows)[:limit]
     chosen = np.flatnonzero(filter_mask(table, where))
     if not len(chosen):
         seen = "; ".join(_ranges(table, where))
-        raise ConfigError(f"filter {where!r} chooses none of the {table.num_rows} sequences{seen and f' ({seen})'}")
+        raise ConfigError(f"filter {where!r} selects none of the {table.num_rows} sequences{seen and f' ({seen})'}")
     return chosen[:limit]
 
 
 def filter_mask(table: Columns, where: str) -> NDArray[np.bool_]:
-    """Return for every row of ``table`` whether the expression ``where`` is true of it, [N]; raises ``ConfigError``."""
+    """Return for every row of ``table`` whether the expression ``where`` is true, [N]; raises ``ConfigError``."""
     value = _Evaluation(table, where).result()
     if not isinstance(value, pa.Scalar):
         return np.asarray(pc.fill_null(value, False)).astype(bool)
@@ -84,8 +84,8 @@ def filter_mask(table: Columns, where: str) -> NDArray[np.bool_]:
 def number_column(table: Columns, name: str, rows_N: NDArray[np.int64], setting: str) -> NDArray[np.float64]:
     """Return the values of the column ``name`` of ``table`` in the rows ``rows_N``, [N] float64.
 
-    Raises ``ConfigError``, naming the ``setting``, for a column that there is not, that holds no numbers, or that has
-    no value (null or not a number) in one of the rows.
+    Raises ``ConfigError``, naming the ``setting``, for an unknown column, one without numbers, and one that has no
+    value (null or NaN) in one of the rows.
     """
     if name not in table.column_names:
         raise ConfigError(f"{setting}: {_unknown_column(name, _number_names(table), 'columns of numbers')}")
@@ -97,8 +97,8 @@ def number_column(table: Columns, name: str, rows_N: NDArray[np.int64], setting:
     if num_missing:
         quoted = name if name.isidentifier() else f"`{name}`"
         raise ConfigError(
-            f"{setting}: column {name!r} has no value for {num_missing} of {len(rows_N)} sequences; leave them out "
-            f"with the filter (where) {f'{quoted} == {quoted}'!r}"
+            f"{setting}: column {name!r} has no value for {num_missing} of {len(rows_N)} sequences; exclude them with "
+            f"the filter (where) {f'{quoted} == {quoted}'!r}"
         )
     return values_N
 
@@ -132,7 +132,7 @@ class _Evaluation:
     def value(self, node: ast.AST) -> Any:
         evaluate = _NODES.get(type(node))
         if evaluate is None:
-            raise self.error(f"holds {self._source(node)}, which no filter may; {_LANGUAGE}")
+            raise self.error(f"contains {self._source(node)}, which is not allowed; {_LANGUAGE}")
         return evaluate(self, node)
 
     def values(self, nodes: Iterable[ast.AST], kind: str) -> list[Any]:
@@ -141,13 +141,13 @@ class _Evaluation:
         for node in nodes:
             value = self.value(node)
             if _kind(value) != kind:
-                raise self.error(f"uses {self._source(node)}, a {_kind(value)}, where a {kind} must stand")
+                raise self.error(f"uses {self._source(node)}, a {_kind(value)}, where a {kind} is expected")
             found.append(value)
         return found
 
     def operation(self, table: dict[type[ast.AST], Any], node: ast.AST, operator: ast.AST) -> Any:
         if type(operator) not in table:
-            raise self.error(f"holds {self._source(node)}, whose operator no filter has; {_LANGUAGE}")
+            raise self.error(f"contains {self._source(node)}, whose operator is unsupported; {_LANGUAGE}")
         return table[type(operator)]
 
     def column(self, node: ast.Name) -> Any:
@@ -160,7 +160,7 @@ class _Evaluation:
 
     def constant(self, node: ast.Constant) -> Any:
         if not isinstance(node.value, bool | int | float | str):
-            raise self.error(f"holds {self._source(node)}, which no filter may; {_LANGUAGE}")
+            raise self.error(f"contains {self._source(node)}, which is not allowed; {_LANGUAGE}")
         return pa.scalar(node.value)
 
     def logic(self, node: ast.BoolOp) -> Any:
@@ -228,7 +228,7 @@ def _short(text: str) -> str:
 
 
 def _plain(values: Any) -> Any:
-    """Return values of the widest type of their kind, so that types need no care beyond their kinds."""
+    """Return values as the widest type of their kind, so that only kinds have to agree."""
     if pa.types.is_dictionary(values.type):
         values = pc.cast(values, values.type.value_type)
     if pa.types.is_integer(values.type) and values.type != pa.uint64():
@@ -239,7 +239,7 @@ def _plain(values: Any) -> Any:
 
 
 def _kind(value: Any) -> str:
-    """Say in a word what ``value`` holds; only values of one kind can be compared."""
+    """Return the kind of the values, in a word; only values of the same kind can be compared."""
     if pa.types.is_boolean(value.type):
         return "condition"
     if pa.types.is_integer(value.type) or pa.types.is_floating(value.type):
@@ -253,7 +253,7 @@ def _number_names(table: Columns) -> list[str]:
 
 
 def _ranges(table: Columns, where: str) -> list[str]:
-    """Say between which values the columns of numbers lie that a filter names."""
+    """Return the range of each numeric column that a filter names, in words."""
     named = {name: _plain(table[name]) for name in _Evaluation(table, where).columns()}
     bounds = {name: pc.min_max(column).as_py() for name, column in named.items() if _kind(column) == "number"}
     known = {name: found for name, found in bounds.items() if found["min"] is not None}
@@ -299,7 +299,7 @@ _UNARY: dict[type[ast.AST], tuple[str, Callable[..., Any]]] = {
     ast.UAdd: ("number", _plain),
 }
 
-#: Every kind of node that a filter may hold, and what becomes of it.
+#: Every kind of node that a filter may contain, and its evaluation.
 _NODES: dict[type[ast.AST], Callable[[_Evaluation, Any], Any]] = {
     ast.BoolOp: _Evaluation.logic,
     ast.UnaryOp: _Evaluation.unary,

@@ -1,17 +1,17 @@
-"""The order of training, as a pure function of (key, seed, epoch): nothing to save, nothing to drift.
+"""The order of training, a pure function of (key, seed, epoch), so there is no state to save.
 
-Shards are permuted, cut into windows of a few shards, and sequences are shuffled inside each window. The list that
-this gives is cut into *canonical streams* of equal length, and an epoch takes one sequence from each in turn: sample g
-of the epoch is number ``g // num_streams`` of stream ``g % num_streams``. So
+Shards are permuted and grouped into windows of a few shards, and the sequences of each window are shuffled. The
+resulting list is cut into *canonical streams* of equal length, and an epoch takes one sequence from each in turn:
+sample g of the epoch is number ``g // num_streams`` of stream ``g % num_streams``. So
 
-- every batch mixes as many places of the cache as there are streams, while a reader keeps only
+- every batch mixes as many parts of the cache as there are streams, while a reader keeps only
   ``num_streams x window_shards`` shards in memory;
-- rank r of R takes the samples ``g = r (mod R)``. Where R divides the number of streams, these are whole streams, and
-  a rank reads only its share of the shards; for any other R all is right as well, but ranks read shards in common;
-- the order knows nothing of ranks, so a run goes on with another number of them, and resuming needs no more than
-  "epoch e, sample g".
+- rank r of R takes the samples ``g = r (mod R)``. If R divides the number of streams, these are whole streams, and a
+  rank reads only its share of the shards; any other R gives correct results too, but several ranks read the same
+  shards;
+- the order does not depend on the ranks, so a run can resume with another number of ranks, from "epoch e, sample g".
 
-An `Order` is all that dealing out batches knows about it. `ShuffledOrder` is the plain one; the other one follows a
+`Order` is the interface that `kdcache.cache.batches` uses. `ShuffledOrder` is the default; `PacedOrder` follows a
 curriculum (`kdcache.cache.curriculum`).
 """
 
@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 
 from kdcache.errors import ConfigError
 
-#: Canonical streams of an epoch, if nobody says otherwise: so many ranks read disjoint shards.
+#: Default number of canonical streams of an epoch: up to so many ranks can read disjoint shards.
 NUM_STREAMS = 8
 
 
 class Order(Protocol):
-    """What a run trains on, epoch by epoch; the same epoch is always the same."""
+    """The sequences of a run, epoch by epoch; deterministic."""
 
     @property
     def num_sequences(self) -> int:
@@ -45,7 +45,7 @@ class Order(Protocol):
 class ShuffledOrder:
     """Every sequence once an epoch, shuffled within windows of shards; see `epoch_order` for the fields.
 
-    Raises ``ConfigError`` for no streams, and for windows of no shards.
+    Raises ``ConfigError`` for fewer than one stream or shard of a window.
     """
 
     shard_starts: NDArray[np.int64]
@@ -80,7 +80,7 @@ class ShuffledOrder:
 
 @dataclass(frozen=True)
 class SequentialOrder:
-    """The sequences as they are stored, every epoch the same; ``chosen_N`` [N] are those that take part."""
+    """The sequences ``chosen_N`` [N] in the stored order, the same in every epoch."""
 
     chosen_N: NDArray[np.int64]
 
@@ -106,8 +106,8 @@ def epoch_order(
 ) -> NDArray[np.int64]:
     """Return every sequence once, [N] int64, in the order of ``epoch``.
 
-    ``shard_starts`` [num_shards + 1] are the first sequence of every shard and the total; ``chosen_N`` the sequences
-    that take part (None: all).
+    ``shard_starts`` [num_shards + 1] are the first sequence of every shard and the total; ``chosen_N`` are the
+    sequences to include (None: all).
     """
     generator = generator_of(f"{key}/{seed}/{epoch}")
     shards = generator.permutation(len(shard_starts) - 1)
@@ -136,6 +136,6 @@ def _interleave(laid_out: NDArray[np.int64], num_streams: int) -> NDArray[np.int
 
 
 def generator_of(name: str) -> np.random.Generator:
-    """Return the random numbers that belong to ``name``."""
+    """Return a random generator that is seeded by ``name``."""
     digest = hashlib.sha256(name.encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))

@@ -1,10 +1,10 @@
-"""Downloading the shards that are needed next, while the ones before them are trained on.
+"""Prefetch: download the shards that are needed next while training uses the current ones.
 
-A plan lists shards in the order of their first use. A few threads take them from its front, download their objects into
-the local store and hold them there until the reader opens the shard, so that nobody evicts what is about to be read.
-How far they run ahead is bounded in bytes and in shards. Errors are not theirs to report: a shard that could not be
-downloaded is downloaded, and its error raised, by the reader that needs it. The other half of the module is arithmetic:
-how large a store has to be for that.
+The plan lists shards in the order of their first use. A few threads take them from its front, download their objects
+into the local store, and hold them there until the reader opens the shard, so that they are not evicted before use. How
+far the threads run ahead is bounded in bytes and in shards. The threads report no errors: if a download fails, the
+reader that needs the shard downloads it again and raises the error. `required_bytes` computes how large a store this
+needs.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from kdcache.storage.local_store import LocalStore
 
 log = logging.getLogger(__name__)
 
-#: Downloads at the same time.
+#: Concurrent downloads.
 THREADS = 4
-#: Shards that are held ahead at most: every object of one is an open file.
+#: Most shards that are held ahead: every object of a held shard is an open file.
 MAX_SHARDS = 32
-#: Seconds between looks at a store that other processes fill.
+#: Seconds between attempts to get room in a store that other processes fill.
 _RETRY_S = 0.5
 
 
 @dataclass
 class _Held:
-    """A shard that is downloaded ahead: its size from the start, its objects once they are there."""
+    """A shard that is downloaded ahead: its size, and its objects as they arrive."""
 
     num_bytes: int
     files: list[IO[bytes]] = field(default_factory=list)
 
     def close(self) -> None:
-        """Let go of the objects."""
+        """Release the objects."""
         for file in self.files:
             file.close()
 
@@ -56,43 +56,43 @@ class Prefetcher:
         store.give_way = self.release
 
     def expect(self, shards: Iterable[int], fields: Iterable[str], num_open: int) -> None:
-        """Replace the plan: ``shards`` in the order of first use, and the fields that are read of them.
+        """Replace the plan by ``shards``, in the order of their first use, with the fields that will be read.
 
-        What this process's share of the store holds beside ``num_open`` shards is downloaded ahead, but `THREADS`
-        shards always are.
+        The threads run ahead as far as this process's share of the store has room beyond ``num_open`` shards, and by
+        `THREADS` shards in any case.
         """
         names = list(fields)
         plan = {shard: {name: self._manifest.shards[shard].objects[name] for name in names} for shard in shards}
         largest = largest_shard_bytes(self._manifest, names)
         with self._changed:
             for shard in [shard for shard in self._held if shard not in plan]:
-                self._let_go(shard)
+                self._release(shard)
             self._plan = {shard: objects for shard, objects in plan.items() if shard not in self._held}
             self._max_bytes = max(self._store.share_bytes - num_open * largest, THREADS * largest)
             self._start()
             self._changed.notify_all()
 
     def opened(self, shard: int) -> None:
-        """Note that the reader has ``shard`` in memory: it need not be held or downloaded ahead any more."""
+        """Drop ``shard`` from the plan and release it, because the reader has it in memory."""
         if shard in self._plan or shard in self._held:
             with self._changed:
                 self._plan.pop(shard, None)
-                self._let_go(shard)
+                self._release(shard)
                 self._changed.notify_all()
 
     def release(self) -> None:
-        """Let go of everything held ahead; it stays in the store as long as there is room."""
+        """Release all held shards; they stay in the store as long as there is room."""
         with self._changed:
             for shard in list(self._held):
-                self._let_go(shard)
+                self._release(shard)
 
     def close(self) -> None:
-        """Stop the threads and let go of everything; a download under way ends at its next bytes."""
+        """Stop the threads and release all shards; a download in progress stops at its next bytes."""
         with self._changed:
             self._closed = True
             self._plan = {}
             for shard in list(self._held):
-                self._let_go(shard)
+                self._release(shard)
             self._changed.notify_all()
 
     def _start(self) -> None:
@@ -102,7 +102,7 @@ class Prefetcher:
             self._threads.append(thread)
             thread.start()
 
-    def _let_go(self, shard: int) -> None:
+    def _release(self, shard: int) -> None:
         held = self._held.pop(shard, None)
         if held is not None:
             held.close()
@@ -139,14 +139,14 @@ class Prefetcher:
                     return
 
     def _drop(self, shard: int, held: _Held) -> None:
-        """Forget a shard of which not all could be downloaded, or that nobody wants any more."""
+        """Forget a shard that could not be downloaded in full, or is not in the plan any more."""
         if self._held.get(shard) is held:
             del self._held[shard]
         held.close()
         self._changed.notify_all()
 
     def _wait_for(self, shard: int, name: str, record: ObjectRecord, held: _Held) -> IO[bytes] | None:
-        """Return an object, held; None once nobody wants it. Waits while other processes fill the store."""
+        """Return an object as a held file, None once it is unwanted. Waits while other processes fill the store."""
 
         def unwanted() -> bool:
             return self._held.get(shard) is not held
@@ -165,7 +165,7 @@ def _sum_bytes(objects: Iterable[ObjectRecord]) -> int:
 
 
 def largest_shard_bytes(manifest: Manifest, fields: Iterable[str]) -> int:
-    """Return the bytes of the named fields' objects of the largest shard."""
+    """Return the bytes of the largest shard, counting the objects of the named fields."""
     names = list(fields)
     return max((sum(shard.objects[name].num_bytes for name in names) for shard in manifest.shards), default=0)
 
@@ -177,11 +177,11 @@ def required_bytes(
     shards_at_a_time: int,
     num_processes: int = 1,
 ) -> int:
-    """Return how many bytes a local store needs for every shard to be downloaded once while it is in use.
+    """Return how many bytes a local store needs so that no shard is downloaded twice while it is in use.
 
-    Each of the ``num_processes`` that use the store reads from ``shards_at_a_time`` shards (its streams x shuffle
-    window) while `THREADS` more come in. No cache needs room for more than all of its shards. One on the border of two
-    streams is in use twice an epoch, and unless all fit it may be downloaded twice.
+    Each of the ``num_processes`` that share the store reads from ``shards_at_a_time`` shards (its streams x shuffle
+    window) while `THREADS` more are downloaded. The bound is the size of the whole cache. A shard on the border of two
+    streams is used twice in an epoch; unless all shards fit, it may be downloaded twice.
     """
     num_shards = min(num_processes * (shards_at_a_time + THREADS), manifest.num_shards)
     return num_shards * largest_shard_bytes(manifest, fields)

@@ -1,4 +1,4 @@
-"""The corpus: documents in, token sequences out (never torch or transformers)."""
+"""The corpus: read documents and cut them into token sequences (imports neither torch nor transformers)."""
 
 from kdcache.corpus.documents import TEXT, Corpus, CorpusConfig, Role, load_corpus
 from kdcache.corpus.layout import assign_shards

@@ -1,9 +1,8 @@
-"""A corpus: documents in one fixed order with stable ids, read from text, JSON lines, Parquet or the hub.
+"""A corpus: documents in a fixed order with stable ids, from text files, JSON lines, Parquet or the Hugging Face hub.
 
-The order of the documents and their ids depend on the names and contents of the files only, so a dump can be resumed
-on another machine, and the fingerprint says whether two dumps read the same texts. Texts are read in batches of a
-bounded number of characters and not kept; only a single document has to fit in memory. See `readers` for how texts
-are reached.
+Order and ids of the documents depend only on the names and contents of the files, so a dump can be resumed on another
+machine. Equal fingerprints mean equal documents. Texts are read in batches of a bounded number of characters and are
+not kept in memory; only a single document has to fit. `kdcache.corpus.readers` defines the interface of the formats.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _BATCH_CHARACTERS = 4 << 20
 
 @dataclass(frozen=True)
 class Role:
-    """What a task reads of a row: a column is called like its role unless the configuration names another."""
+    """A column that a task reads; it has the name of its role unless the configuration names another."""
 
     name: str
     is_required: bool = True
@@ -91,12 +90,12 @@ class Corpus:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The paths as they were given."""
+        """The configured paths."""
         return self.config.paths
 
     @property
     def metadata_columns(self) -> tuple[str, ...]:
-        """All columns besides the text, over all files; a file that lacks one has nulls."""
+        """All columns other than the text, over all files; a file that lacks one has nulls."""
         return tuple(self._schema.names)
 
     @property
@@ -146,10 +145,10 @@ class Corpus:
             yield start, batch
 
     def iter_rows(self, num_documents: int) -> Iterator[tuple[int, list[tuple[str, dict[str, Any]]]]]:
-        """Yield the index of the first document of each batch and, for all of its documents, text and ``more`` by role.
+        """Yield for each batch the index of its first document, and text and further columns of all its documents.
 
-        Batches are those of `iter_texts`. A role whose column a file does not have, or has null, is None. A complete
-        pass leaves the `fingerprint` known.
+        Batches are those of `iter_texts`. The further columns are a dict by role; a value is None where a file lacks
+        the column or has null. A complete pass also computes the `fingerprint`.
         """
         digest = hashlib.sha256() if self._fingerprint is None else None
         for start, texts in self.iter_texts(num_documents):
@@ -165,11 +164,11 @@ class Corpus:
         for document_id, (text, more) in zip(self.document_ids(range(start, start + len(rows))), rows, strict=True):
             further = [json.dumps(more, sort_keys=True, default=str).encode()] if more else []
             for data in (document_id.encode(), text.encode(), *further):
-                # Each length goes first, or moving a character from the text to the id would not be seen.
+                # With the length in front, moving a character from the text to the id changes the digest.
                 digest.update(len(data).to_bytes(8, "little") + data)
 
     def _more_rows(self, start: int, stop: int) -> list[dict[str, Any]]:
-        """Return ``more`` of documents ``start`` to ``stop`` by role, the values as each file has them."""
+        """Return the further columns of documents ``start`` to ``stop`` by role, with the values of each file."""
         found: list[dict[str, Any]] = []
         for reader, rows in self._locate(np.arange(start, stop)):
             table, schema = self._readers[reader].metadata(rows.tolist()), self._readers[reader].metadata_schema
@@ -233,11 +232,11 @@ class Corpus:
 
 
 def load_corpus(config: CorpusConfig, roles: Sequence[Role] = (TEXT,)) -> Corpus:
-    """Find and open all sources of a corpus; ``roles`` are what a task reads of every row, the main text first.
+    """Find and open all sources of a corpus; ``roles`` are the columns that a task reads, the main text first.
 
-    Raises ``CorpusError`` if one is missing, unsupported, broken or without the text field, or if there is no
-    document at all. Sources after the first ``limit_documents`` documents are not opened. Rows whose text is null or
-    missing are documents without text; a warning counts them.
+    Raises ``CorpusError`` if a source is missing, unsupported, broken or without the text field, or if there are no
+    documents. Sources beyond the first ``limit_documents`` documents are not opened. Rows with a null or missing text
+    are documents without text; a warning counts them.
     """
     readers: list[tuple[str, Reader]] = []
     num_documents = 0
@@ -264,7 +263,8 @@ def _named(config: CorpusConfig, roles: Sequence[Role]) -> tuple[str, dict[str, 
     strange = sorted(set(config.columns) - {role.name for role in roles})
     if strange:
         known = [role.name for role in roles]
-        raise CorpusError(f"the task reads no {strange[0]!r}, {did_you_mean(strange[0], known)}")
+        hint = did_you_mean(strange[0], known)
+        raise CorpusError(f"--column {strange[0]}=NAME: the task reads no {strange[0]!r}; {hint}")
     text, *more = roles
     text_field = config.columns.get(text.name) or config.text_field or text.name
     return text_field, {role.name: config.columns.get(role.name, role.name) for role in more}
@@ -310,7 +310,7 @@ def _values(table: pa.Table, schema: pa.Schema, name: str) -> list[Any]:
 
 
 def _plain(value: Any, kind: pa.DataType, names: tuple[str, ...]) -> Any:
-    """Return a value of a column; those of mixed types are read as JSON, texts in quotes."""
+    """Return a value of a column; a column of mixed types is parsed as JSON."""
     if isinstance(value, list):
         return [_plain(item, kind.value_type, names) for item in value]
     if names and isinstance(value, int):

@@ -1,9 +1,9 @@
-"""Keep the fast JSON reader honest: find the line that it stumbled over, and where it would guess types wrongly.
+"""Checks for the fast JSON reader: find the line that it cannot parse, and batches whose types it would guess wrongly.
 
-The fast reader says only that some batch of the file could not be parsed; `check_json` is the slow pass that names
-the line, run after a failure and never on a good file. And the reader guesses types batch by batch: a last batch of
-one row whose text is ``2024-01-01`` becomes a timestamp, one whose text is 5 a number, and both come back as strings
-that the file does not have. `safe_batch_bytes` chooses batches that begin with a plain string, which rules that out.
+The fast reader reports only that some batch of the file could not be parsed. `check_json` is a slow pass that names the
+line; it runs only after a failure. The fast reader also infers types for each batch: a last batch of one row with the
+text ``2024-01-01`` becomes a timestamp, and with the text 5 a number, and both are read back as strings that are not in
+the file. `safe_batch_bytes` chooses batches that begin with a plain string, which prevents this.
 """
 
 from __future__ import annotations

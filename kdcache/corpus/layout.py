@@ -1,4 +1,4 @@
-"""Where sequences begin and end in the stream of all kept documents: arithmetic on whole arrays, no tokens.
+"""Compute where sequences begin and end in the stream of all kept documents, for all sequences at once.
 
 The stream is the kept documents one after another; a sequence is a range of it. Both ways of cutting predict every
 token exactly once, because neighbouring ranges share one token: the last target of one is the first input of the

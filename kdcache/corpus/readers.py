@@ -1,8 +1,8 @@
-"""One source of documents, whatever its format: the interface that the formats implement and the corpus reads.
+"""The interface of a source of documents, which every file format implements.
 
-A reader is opened once and then only asked for ranges of rows. It never holds the texts: text files are read where
-they lie, tables are memory-mapped by HF datasets, so a corpus may be larger than memory. A single document may not:
-it is read and tokenised whole.
+A reader is opened once and then asked for ranges of rows. It does not hold the texts: text files are read in place, and
+HF datasets memory-maps tables. So a corpus may be larger than memory, but not a single document, which is read and
+tokenised whole.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Protocol
 
 import pyarrow as pa
 
-#: Key of a field's metadata under which the names of its classes stand, as a JSON list.
+#: Metadata key of a field for the names of its classes, a JSON list.
 CLASS_NAMES = b"class_names"
 
 
 class NamedClass(int):
-    """A class of a column that says what its numbers are called: the number, and ``names`` of all."""
+    """A class number from a column that names its classes; ``names`` are those of all classes."""
 
     names: tuple[str, ...]
 
@@ -29,7 +29,7 @@ class NamedClass(int):
 
 
 class Reader(Protocol):
-    """Rows of one file or of one hub data set; ``name`` is how messages call it."""
+    """Rows of one file or of one hub data set; ``name`` is its name in messages."""
 
     name: str
     num_rows: int
@@ -38,7 +38,7 @@ class Reader(Protocol):
 
     @property
     def metadata_schema(self) -> pa.Schema:
-        """Columns besides the text, with the types of the source; those of classes with `CLASS_NAMES`."""
+        """Columns other than the text, with the types of the source; columns of classes have `CLASS_NAMES`."""
         ...
 
     def texts(self, start: int, stop: int) -> list[str]:
@@ -46,7 +46,7 @@ class Reader(Protocol):
         ...
 
     def num_missing(self, stop: int) -> int:
-        """Return how many of the first ``stop`` rows have no text at all (null or missing), without reading texts."""
+        """Return how many of the first ``stop`` rows have a null or missing text, without reading texts."""
         ...
 
     def metadata(self, rows: Sequence[int]) -> pa.Table:

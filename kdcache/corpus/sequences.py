@@ -1,9 +1,9 @@
-"""Documents to training sequences: tokenise once, decide where every sequence begins, hand them out by number.
+"""Turn documents into sequences: tokenise once, decide where every sequence begins, return sequences by number.
 
-Everything is planned before a teacher runs, so that a shard is a known range of sequences whoever writes it. By
-default a sequence belongs to one document and long documents are cut without losing a target (see `layout`);
-packing fills windows with many documents instead and masks the rows that would predict the first token of another.
-The tokenizer arrives as an `Encoder`: this layer knows neither transformers nor torch.
+Everything is planned before the teacher runs, so every shard is a known range of sequences. By default a sequence
+belongs to one document, and long documents are cut without losing a target (see `kdcache.corpus.layout`). Packing fills
+windows with many documents instead, and masks the positions that would predict the first token of another document. The
+tokenizer is passed as an `Encoder`, so this layer imports neither transformers nor torch.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ class Encoder(Protocol):
 
     @property
     def mask_id(self) -> int | None:
-        """Token that stands for a hidden one, or None."""
+        """The mask token, or None."""
         ...
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Tokens that stand for no text: those that begin, end, separate, pad, hide, or are unknown."""
+        """Special tokens: those that begin, end, separate, pad or mask texts, and the unknown token."""
         ...
 
     def encode_plain(self, texts: list[str]) -> list[list[int]]:
@@ -90,7 +90,7 @@ class Encoder(Protocol):
 
     @property
     def treats_targets_alike(self) -> bool:
-        """Whether a text that a decoder is to write is encoded as one that an encoder reads."""
+        """Whether target texts of a decoder are encoded like input texts of an encoder."""
         ...
 
 
@@ -127,17 +127,17 @@ class SequencePlan:
 
     @property
     def longest(self) -> int:
-        """Most tokens that a model is fed at once: it never sees the last one."""
+        """Most tokens that a model is fed at once; it is not fed the last token of a sequence."""
         return int(self.lengths_N.max())
 
     @property
     def num_positions(self) -> int:
-        """Rows of all sequences, masked ones included."""
+        """Number of positions of all sequences, including masked ones."""
         return int(self.lengths_N.sum())
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all sequences: shared border tokens and BOS prefixes count in each, so positions + sequences."""
+        """Number of tokens of all sequences, positions + sequences: shared border tokens and BOS count in each."""
         return self.num_positions + self.num_sequences
 
     def sequence(self, index: int) -> Sequence:

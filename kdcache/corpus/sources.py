@@ -1,7 +1,7 @@
-"""From what the user names (file, directory, glob, hub data set) to an ordered list of sources with stable ids.
+"""Resolve paths (file, directory, glob, hub data set) to an ordered list of sources with stable ids.
 
-The id of a document starts with its file's path relative to the common parent of all files, so that moving a corpus
-or reading only its beginning changes no id. Order: as the paths are given, and sorted inside a directory or glob.
+The id of a document starts with the path of its file relative to the common parent of all files, so moving a corpus or
+reading only its beginning changes no id. Sources are in the order of the paths, and sorted inside a directory or glob.
 """
 
 from __future__ import annotations

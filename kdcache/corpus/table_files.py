@@ -1,7 +1,7 @@
 """Tables of documents: JSON lines, Parquet and hub data sets, memory-mapped by HF datasets.
 
-Every file is a data set of its own. So a row knows its file, adding a file converts only that file, and files may
-differ in their other columns. Converted files stay in the cache directory of HF datasets (``HF_DATASETS_CACHE``).
+Every file becomes a data set of its own. So each row can be traced to its file, adding a file converts only that file,
+and files may differ in their other columns. Converted files stay in the cache of HF datasets (``HF_DATASETS_CACHE``).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Plain text files: one document per file, paragraph or line, exactly as the bytes say.
+"""Plain text files: one document per file, paragraph or line, byte for byte.
 
-HF datasets has a text builder, but it rewrites line ends, splits paragraphs only at bare LF pairs and takes whole
-files into memory, so kdcache finds the byte range of every document itself and decodes it when asked. Only a
-byte-order mark is removed. Line mode also drops the line end (LF or CRLF), paragraph mode the blank lines between
-paragraphs. A lone CR is an ordinary character. Compressed text files are not supported: store them as JSON lines.
+HF datasets has a text builder, but it rewrites line ends, splits paragraphs only at bare LF pairs, and reads whole
+files into memory. So kdcache finds the byte range of every document itself and decodes it on request. Only a byte-order
+mark is removed. Line mode also drops the line end (LF or CRLF), paragraph mode the blank lines between paragraphs. A
+lone CR is an ordinary character. Compressed text files are unsupported; store them as JSON lines.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""A lease: the object that says who writes to a cache on an object store, where operating system locks do not reach.
+"""A lease: the object that names the one writer of a folder on an object store, where file locks do not work.
 
-``writer.json`` names its holder and carries a counter that the holder changes all the time. Who finds one watches it:
-a counter that changes belongs to a writer that lives, and one that stands still to a dead one, whose lease is taken
-over. No clocks are compared, so machines may disagree about the time.
+``writer.json`` names its holder and contains a counter that the holder increases regularly. A second writer that finds
+the object watches it: if the counter changes, the holder is alive; if it stands still, the holder is dead and its lease
+is taken over. No clocks are compared, so machines may disagree about the time.
 
-A holder that was silent for so long (a suspended machine, a network that went away) and wakes up finds another token
-and stops before it commits anything. Looking and committing are two requests, and no object store joins them: a
-writer that is held up *between* the two for longer than others watch may still commit a shard whose files its
-successor has removed. `CacheWriter.finalise` therefore looks for every file before it writes a manifest.
+A holder that was silent for that long (a suspended machine, a lost network) finds another token when it wakes up, and
+stops before it commits anything. Checking the lease and committing are two requests, which no object store makes
+atomic: a writer that is delayed *between* the two for longer than the watch may still commit a shard whose files its
+successor has removed. `CacheWriter.finalise` therefore checks that every file exists before it writes a manifest.
 
-On a store without conditional writes two writers that begin in the same second may both believe that they are first;
-one of them finds out at its next beat, and no later than before it commits.
+On a store without conditional writes, two writers that start in the same second may both take the lease; one of them
+finds out at its next beat, and at the latest before it commits.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ log = logging.getLogger(__name__)
 
 #: Name of the object.
 LEASE = "writer.json"
-#: Seconds that a lease is watched before its holder is taken for dead.
+#: Seconds without a change of the counter after which the holder counts as dead.
 WATCH_S = 20.0
-#: Beats of a holder in the time that others watch: one may be late, or lost.
+#: Increases of the counter during a watch: single ones may be late or get lost.
 _BEATS = 4
 
 
 class LeaseRecord(Config):
-    """What the object holds."""
+    """Content of the object."""
 
     token: str
     host: str
     pid: int
     machine: str
-    """Which processes ``pid`` counts: of one start of one machine, and one container on it; empty if unknown."""
+    """The scope of ``pid``: one boot of one machine, and one container on it; empty if unknown."""
     counter: int = 0
 
     def to_bytes(self) -> bytes:
@@ -71,9 +71,9 @@ class Lease:
         self._beating: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Take the lease and keep it alive; waits up to ``watch_s`` seconds where a dead writer may have left one.
+        """Take the lease and keep it alive; watches the lease of another writer for up to ``watch_s`` seconds.
 
-        Raises ``CacheError``, naming host and process, when another writer holds it.
+        Raises ``CacheError``, naming host and process, when that writer is alive.
         """
         while not self._try_to_take():
             pass
@@ -81,20 +81,20 @@ class Lease:
         self._beating.start()
 
     def check(self) -> None:
-        """Raise ``CacheError`` when the lease is no longer this process's."""
+        """Raise ``CacheError`` when this process no longer holds the lease."""
         with self._lock:
             found = self._read()
         if found is None or found.token != self._record.token:
             raise CacheError(self._lost(found))
 
     def release(self) -> None:
-        """Give the lease back, if it is still this process's."""
+        """Give the lease back if this process still holds it."""
         self._stop.set()
         if self._beating is None:
             return
         self._beating.join()
         self._beating = None
-        with contextlib.suppress(CacheError, OSError):  # it is left behind, as that of a dead writer is
+        with contextlib.suppress(CacheError, OSError):  # the object stays, like that of a dead writer
             found = self._read()
             if found is not None and found.token == self._record.token:
                 self.folder.remove(LEASE)
@@ -108,7 +108,7 @@ class Lease:
         if found is None:
             return False  # given back meanwhile
         self.folder.write(LEASE, self._record.to_bytes())
-        # Of several who take over at once the last one's token stands, for all of them to see.
+        # If several processes take over at once, the token of the last write stays, and all of them read it.
         time.sleep(self.watch_s / _BEATS / 2)
         found = self._read()
         if found is None or found.token != self._record.token:
@@ -116,9 +116,9 @@ class Lease:
         return True
 
     def _watch(self, first: LeaseRecord) -> LeaseRecord | None:
-        """Return the lease if it stands still for as long as it is watched, None when it is given back."""
+        """Return the lease if its counter stands still during the watch, None when it is given back."""
         log.warning(
-            "%s is leased by process %d on %s; looking for up to %.0f s whether it lives",
+            "%s is leased by process %d on %s; watching for up to %.0f s whether it is alive",
             self.folder,
             first.pid,
             first.host,
@@ -153,7 +153,7 @@ class Lease:
         return True
 
     def _read(self) -> LeaseRecord | None:
-        """Return the lease that lies there; one that cannot be read stands for a writer that nobody knows."""
+        """Return the current lease; one that cannot be parsed counts as that of an unknown writer."""
         try:
             data = self.folder.read(LEASE)
         except FileNotFoundError:
@@ -165,18 +165,18 @@ class Lease:
 
     def _refusal(self, found: LeaseRecord | None) -> str:
         who = f"process {found.pid} on {found.host}" if found else "one that has just ended"
-        return f"another process is writing to {self.folder} ({who}); wait for it or choose another output"
+        return f"another process is writing to {self.folder} ({who}); wait for it, or choose another output"
 
     def _lost(self, found: LeaseRecord | None) -> str:
         what = f"process {found.pid} on {found.host} has taken it over" if found else f"{LEASE} was removed"
         return (
-            f"this process may no longer write to {self.folder}: {what}, as happens when a writer does not answer for "
-            f"{self.watch_s:.0f} s. What it had committed stays; let the other one finish, or run the command again"
+            f"this process may no longer write to {self.folder}: {what}, which happens when a writer is silent for "
+            f"{self.watch_s:.0f} s. Committed shards stay; let the other process finish, or run the command again"
         )
 
 
 def _is_dead(record: LeaseRecord) -> bool:
-    """Whether the holder ran on this very machine, and is gone."""
+    """Return whether the holder ran on this machine and has ended."""
     if not record.machine or record.machine != _machine():
         return False
     try:
@@ -189,7 +189,7 @@ def _is_dead(record: LeaseRecord) -> bool:
 
 
 def _machine() -> str:
-    """Return what tells this start of this machine, and this container on it, from all others."""
+    """Return a name of this boot of this machine and of the container, empty if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

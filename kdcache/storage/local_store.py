@@ -4,20 +4,20 @@
 
     <directory>/
       objects/ab/<sha256>               whole, checked objects, under the hash of their content
-      partial/<sha256>.<num_bytes>      downloads under way; never used
-      lock                              held for moments, by whoever changes what is in the store
+      partial/<sha256>.<num_bytes>      downloads in progress; never read
+      lock                              held briefly by a process that changes the content of the store
 
-All coordination is by locks of the operating system (flock), which vanish with the process that held them; so there
-are no counts to go wrong and nothing to repair. A reader holds a *shared* lock on the object that it reads or has
-downloaded ahead, and what cannot be locked *exclusively* is not evicted. A download holds an exclusive lock on its
-partial file: whoever wants the same object waits for it, and a partial file that nobody has locked is the remains of a
-killed process. Before a download starts its full size is reserved by that file's name, so the bound holds at every
-moment. What was used least recently goes first (its modification time is the time of its last use).
+Processes coordinate through locks of the operating system (flock), which end with the process that holds them. So no
+counter can go wrong, and nothing needs repair after a crash. A reader holds a *shared* lock on an object that it reads
+or has prefetched; only an object that can be locked *exclusively* is evicted. A download holds an exclusive lock on its
+partial file: other readers of the same object wait for it, and an unlocked partial file was left by a killed process.
+The name of the partial file reserves the full size before the download starts, so the bound holds at every moment. The
+least recently used object is evicted first (its modification time is the time of its last use).
 
-What the manifest records with a hash goes through the store: objects of shards, the tokenizer, an LM head. Caches on a
-local path never do. When other processes hold so much that an object cannot get in, it is read without being stored:
-slow, but nobody waits for anybody. Not for a directory on a network file system whose flock is not that of all its
-clients.
+Every file that the manifest records with a hash goes through the store: objects of shards, the tokenizer, an LM head.
+Caches on a local path do not use it. If other processes hold so much that an object does not fit, it is read without
+being stored, which is slow, but no process blocks another. Do not put the store on a network file system where flock
+does not hold between its clients.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 def parse_bytes(value: Any) -> Any:
-    """Turn a size such as ``"20GB"``, ``"1.5 TB"`` or ``"512MiB"`` into bytes; numbers pass as they are.
+    """Convert a size such as ``"20GB"``, ``"1.5 TB"`` or ``"512MiB"`` to bytes; return numbers unchanged.
 
     Raises ``ValueError`` for any other text.
     """
@@ -65,14 +65,14 @@ def parse_bytes(value: Any) -> Any:
 
 
 class LocalStoreConfig(Config):
-    """Where and how much of remote caches is kept on this machine."""
+    """Where this machine stores copies of remote caches, and how much of them."""
 
     directory: str | None = None
     """Default: ``$KDCACHE_STORE``, else ``~/.cache/kdcache``."""
     max_bytes: Annotated[int, BeforeValidator(parse_bytes)] = Field(default=50 * 10**9, ge=1)
-    """Bytes, or a size such as ``20GB``; never more than the disk has room for."""
+    """Bytes, or a size such as ``20GB``. The free space of the disk is a bound as well."""
     num_processes: int = Field(default=1, ge=1)
-    """Processes that will read through the store at the same time; each downloads ahead into its share of it."""
+    """Processes that read through the store at the same time; each prefetches into its share of it."""
 
     @property
     def path(self) -> Path:
@@ -91,11 +91,11 @@ class LocalStore:
 
     def __init__(self, config: LocalStoreConfig) -> None:
         if fcntl is None:
-            raise CacheError("this system has no flock, which the local store needs; fetch the cache with kdcache pull")
+            raise CacheError("the local store needs flock, which this system lacks; copy the cache with kdcache pull")
         self.directory, self.max_bytes = config.path, config.max_bytes
         self.share_bytes = config.max_bytes // config.num_processes
         self.give_way: Callable[[], None] = lambda: None
-        """Called when an object that is needed now does not fit: lets go of what this process holds ahead."""
+        """Called when an object that is needed now does not fit; releases what this process has prefetched."""
         self._has_warned = False
         self._objects, self._partial = self.directory / "objects", self.directory / "partial"
         try:
@@ -104,14 +104,14 @@ class LocalStore:
         except OSError as error:
             raise CacheError(
                 f"cannot make the local store in {self.directory}: {error.strerror}; remote caches are read through "
-                "one, give it another directory with local_store.directory or KDCACHE_STORE"
+                "it, set another directory with local_store.directory or KDCACHE_STORE"
             ) from None
 
     def read(self, folder: Folder, record: ObjectRecord, where: str) -> bytes:
-        """Return the bytes of an object, from the store or else downloaded into it.
+        """Return the bytes of an object, downloading it into the store if it is not there.
 
-        Raises ``CorruptCacheError`` for an object that is missing or damaged at its source, and ``CacheError`` when it
-        cannot be downloaded or is larger than the whole store or the room on its disk; ``where`` names its place.
+        ``where`` names the object in errors. Raises ``CorruptCacheError`` for an object that is missing or damaged at
+        its source, ``CacheError`` when it cannot be downloaded, or is larger than the store or the free disk space.
         """
         held = self.hold(folder, record, where)
         if held is None:
@@ -125,10 +125,10 @@ class LocalStore:
     def hold(
         self, folder: Folder, record: ObjectRecord, where: str, cancelled: Callable[[], bool] = lambda: False
     ) -> IO[bytes] | None:
-        """Return an object as an open file that is not evicted until it is closed; None when there is no room for it.
+        """Return an object as an open file, which protects it from eviction; None when there is no room for it.
 
-        Waits where another thread or process is downloading it. Raises what `read` raises, and
-        ``DownloadCancelledError`` once ``cancelled`` says so.
+        Waits while another thread or process downloads the object. Raises what `read` raises, and
+        ``DownloadCancelledError`` once ``cancelled`` returns True.
         """
         while True:
             held = self._held(record)
@@ -147,7 +147,7 @@ class LocalStore:
                     fcntl.flock(partial, fcntl.LOCK_SH)  # returns when the other download ends, however it does
 
     def drop_damaged(self, record: ObjectRecord) -> bool:
-        """Remove an object of the store if its content has changed since it was downloaded; return whether it had."""
+        """Remove a stored object if its content has changed since the download; return whether it had."""
         path = self._path(record)
         try:
             if file_sha256(path) == record.sha256:
@@ -172,13 +172,13 @@ class LocalStore:
             os.utime(file.fileno())
             return file
         file.close()
-        if status.st_nlink:  # not what was put here: a damaged disk, or somebody's hand
+        if status.st_nlink:  # a damaged disk, or the file was edited
             with self._locked():
                 path.unlink(missing_ok=True)
         return None
 
     def _reserve(self, record: ObjectRecord) -> tuple[IO[bytes] | None, bool]:
-        """Return the partial file to fill, locked, and True; that of a download under way, and False; None if full."""
+        """Return the partial file of an object, and whether this caller locked it and must fill it; None if full."""
         path = self._partial / f"{record.sha256}.{record.num_bytes}"
         used, unwritten = self._under_way()
         if path.exists():
@@ -192,7 +192,7 @@ class LocalStore:
     def _fill(
         self, file: IO[bytes], folder: Folder, record: ObjectRecord, where: str, cancelled: Callable[[], bool]
     ) -> None:
-        """Download into a reserved partial file and put it where it can be used."""
+        """Download into a reserved partial file and move it to its final name."""
         partial, target = Path(file.name), self._path(record)
         try:
             download(folder, record, partial, where, cancelled)
@@ -206,7 +206,7 @@ class LocalStore:
             raise
 
     def _under_way(self) -> tuple[int, int]:
-        """Return the bytes that downloads have reserved, and how many of them are not written yet; remove remains."""
+        """Return the bytes that downloads have reserved, and how many are not written yet; remove abandoned files."""
         used = unwritten = 0
         for path in self._partial.iterdir():
             with open(path, "rb") as file:
@@ -219,7 +219,7 @@ class LocalStore:
         return used, unwritten
 
     def _make_room(self, num_bytes: int, under_way: int, unwritten: int) -> bool:
-        """Evict what was used least recently until ``num_bytes`` more fit; return whether they do."""
+        """Evict the least recently used objects until ``num_bytes`` more fit; return whether they do."""
         stored = self._stored()
         used = under_way + sum(item.num_bytes for item in stored)
         excess = max(used + num_bytes - self.max_bytes, num_bytes + unwritten - self._free_bytes())
@@ -241,7 +241,7 @@ class LocalStore:
         return shutil.disk_usage(self.directory).free
 
     def _read_past(self, folder: Folder, record: ObjectRecord, where: str) -> bytes:
-        """Return the bytes of an object for which other processes leave no room, without storing it."""
+        """Return the bytes of an object that does not fit beside those of other processes, without storing it."""
         free = self._free_bytes()
         if record.num_bytes > self.max_bytes or record.num_bytes > free:
             raise CacheError(
@@ -252,8 +252,8 @@ class LocalStore:
         level, self._has_warned = logging.DEBUG if self._has_warned else logging.WARNING, True
         log.log(
             level,
-            "the local store %s (%.1f GB) is filled by what other processes hold; %s is read without being stored. "
-            "Raise local_store.max_bytes",
+            "other processes fill the local store %s (%.1f GB); %s is read without being stored. Raise "
+            "local_store.max_bytes",
             self.directory,
             self.max_bytes / 1e9,
             record.path,
@@ -265,7 +265,10 @@ class LocalStore:
 
     def _path(self, record: ObjectRecord) -> Path:
         if re.fullmatch("[0-9a-f]{64}", record.sha256) is None:  # it becomes a path, and may come from a stranger
-            raise CacheError(f"file {record.path}: the manifest's sha256 {record.sha256!r} is none")
+            raise CacheError(
+                f"file {record.path}: the manifest records the sha256 {record.sha256!r}, which is not 64 hexadecimal "
+                "digits; copy the cache again from a trusted source"
+            )
         return self._objects / record.sha256[:2] / record.sha256
 
     @contextlib.contextmanager
@@ -276,7 +279,7 @@ class LocalStore:
 
 
 def _try_lock(file: IO[bytes]) -> bool:
-    """Return whether nobody else has the file locked; it is locked for the caller then."""
+    """Lock the file for the caller unless it is locked; return whether it worked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -285,7 +288,7 @@ def _try_lock(file: IO[bytes]) -> bool:
 
 
 def _evict(path: Path) -> bool:
-    """Remove an object unless somebody holds it; return whether it is gone."""
+    """Remove an object unless a reader holds it; return whether it is gone."""
     try:
         with open(path, "rb") as file:
             if not _try_lock(file):

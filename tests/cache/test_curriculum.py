@@ -180,7 +180,7 @@ def test_ranking_is_of_the_chosen_sequences_alone():
         ("teacher_los", "curriculum.by: unknown column 'teacher_los'; did you mean 'teacher_loss'?"),
         ("source", "curriculum.by: column 'source' holds a text, not numbers; columns of numbers are sequence, "),
         ("good", "column 'good' holds a condition, not numbers"),
-        ("grade", "column 'grade' has no value for 1 of 6 sequences; leave them out .*'grade == grade'"),
+        ("grade", "column 'grade' has no value for 1 of 6 sequences; exclude them .*'grade == grade'"),
         ("read ease", "has no value for 1 of 6 sequences; .*'`read ease` == `read ease`'"),
     ],
 )

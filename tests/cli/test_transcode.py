@@ -71,7 +71,7 @@ def test_settings_from_a_file(run, dumped, tmp_path):
         (["--targets", "sampled"], "only those of the kind hidden can become sampled"),
         (["--temperatures", "2,4"], "no tails at temperature 2, 4, but at no temperature but 1"),
         (["--where", "teacher_los < 3"], "did you mean 'teacher_loss'?"),
-        (["--where", "__import__('os').system('id')"], "which no filter may"),
+        (["--where", "__import__('os').system('id')"], "which is not allowed; a filter may contain"),
         (["--hidden-states", "0"], "holds no hidden-0; its hidden states are hidden-1, hidden-2"),
         (["--set", "targets.topk=3"], "unknown setting 'topk'; did you mean 'top_k'?"),
         (["--set", "hidden_state.codec=int8"], "unknown setting 'hidden_state'; did you mean 'hidden_states'?"),

@@ -252,7 +252,7 @@ def test_a_full_store_delays_nobody(server, tmp_path, caplog):
         assert cache.read([5, 6]).indices == [5, 6]
         assert set(stored(tmp_path)) == {records[0].sha256}
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "is filled by what other processes hold" in warning
+    assert "other processes fill the local store" in warning
 
 
 def test_an_object_larger_than_the_store(server, tmp_path):
@@ -272,7 +272,7 @@ def test_a_full_disk(server, tmp_path, monkeypatch):
 def test_a_hash_that_is_none(server, tmp_path):
     cache = open_cache(server.url, local_store=store_config(tmp_path))
     record = targets(cache)[0].model_copy(update={"sha256": "../../../escape"})
-    with pytest.raises(CacheError, match=r"sha256 .*escape. is none"):
+    with pytest.raises(CacheError, match=r"sha256 .*escape., which is not 64 hexadecimal digits"):
         layout.read_object(cache.folder, record, "here")
 
 

@@ -150,7 +150,7 @@ def test_what_the_recipe_says_to_change_can_be_changed():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"where": "num_positions > 99"}, "chooses none of the 19 sequences .num_positions is 1 to 1[0-9]"),
+        ({"where": "num_positions > 99"}, "selects none of the 19 sequences .num_positions is 1 to 1[0-9]"),
         ({"where": "teacher_los < 5"}, "did you mean 'teacher_loss'"),
         ({"curriculum": {"by": "entropy"}}, "curriculum.by: unknown column 'entropy'; did you mean 'teacher_entr"),
     ],

@@ -374,8 +374,8 @@ def test_a_dry_run_writes_nothing_and_tells_the_truth(tmp_path, corpus_file):
         ({"targets": {"codec": 3}}, "expected a codec's name"),
         ({"targets": {"num_samples": 3}}, "take no samples"),
         ({"where": "teacher_los < 3"}, "did you mean 'teacher_loss'"),
-        ({"where": "__import__('os').getcwd() == 'x'"}, "which no filter may"),
-        ({"where": "num_positions > 99"}, "chooses none of the 40 sequences"),
+        ({"where": "__import__('os').getcwd() == 'x'"}, "which is not allowed; a filter may contain"),
+        ({"where": "num_positions > 99"}, "selects none of the 40 sequences"),
     ],
     ids=str,
 )
