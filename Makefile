@@ -12,13 +12,13 @@ demo: $(READY)  ## dump a real teacher, train a student with and without it, com
 	PYTHON="$(CURDIR)/$(BIN)/python" pipelines/causal_lm/run.sh
 
 test: $(READY)  ## the default tests: quick, no model files, no network; `make lint` checks the code itself
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)  ## the tests that need the real embedded teacher, kill processes or take long
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadgroup --durations 40
 
 coverage: $(READY)  ## lines and branches of kdcache/ that the default tests run; child processes are not counted
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --cov=kdcache --cov-branch \
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --cov=kdcache --cov-branch \
 		--cov-report=term:skip-covered
 
 lint: $(READY)  ## style, types, layers

@@ -57,7 +57,7 @@ def ways_of(cache_path: Path, directory: Path, batch: int, num_zarr: int) -> lis
     def unpack() -> None:
         cache = open_cache(path)
         for shard in range(cache.manifest.num_shards):
-            cache.open_shard(shard)
+            cache._open_shard(shard)
 
     first = order_of(cache)[:num_zarr].tolist()
     zarr_positions = int(cache.lengths_N[first].sum())
@@ -91,7 +91,7 @@ def gather(cache: Cache, indices: list[int]) -> dict[str, np.ndarray]:
     for index in indices:
         shard = cache.shard_of(index)
         local = np.array([index - cache.shard_starts[shard]])
-        pieces.append(Piece(shard, cache.open_shard(shard), local))
+        pieces.append(Piece(shard, cache._open_shard(shard), local))
     rows = RowSpans.of([piece.arrays.position_offsets_N1 for piece in pieces], [piece.local for piece in pieces])
     arrays = [piece.arrays.fields["targets"] for piece in pieces]
     return {name: rows.gather([one[name] for one in arrays]) for name in position_arrays(cache)}
@@ -111,7 +111,7 @@ def read_with_zarr(cache: Cache, indices: list[int]) -> None:
             store = zarr.storage.ZipStore(cache.folder.local_path / object_path(cache, shard), mode="r")
             group = zarr.open_group(store, mode="r")
             arrays[shard] = [group[record.path] for record in records]
-        offsets = cache.open_shard(shard).position_offsets_N1
+        offsets = cache._open_shard(shard).position_offsets_N1
         local = index - int(cache.shard_starts[shard])
         for array in arrays[shard]:
             array[int(offsets[local]) : int(offsets[local + 1])]

@@ -3,7 +3,8 @@
 The fixture ``preloaded`` is the path of an executable that takes the arguments of ``python``: ``-m MODULE ...``, ``-c
 CODE ...`` or ``SCRIPT ...``. Every call runs in a process of its own with the directory, environment, standard streams
 and open files that it was given, and ends with its exit code or signal; the process is forked from a server that did
-the imports, which take seconds otherwise. Whoever kills what was started kills the process, too.
+the imports, which take seconds otherwise. Whoever kills what was started kills the process, too. The processes that it
+starts with ``sys.executable`` or multiprocessing are made in the same way.
 
 A real Python is needed by tests about imports, about memory, and about variables that are read at import
 (``HF_HUB_OFFLINE``, ``OMP_NUM_THREADS``: here those of the tests).
@@ -50,7 +51,7 @@ def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Path of an executable as in this module's description."""
     folder = tmp_path_factory.mktemp("preloaded")
     path, python = folder / "socket", folder / "python"
-    client = [sys.executable, "-I", "-S", str(CLIENT), str(path)]
+    client = [sys.executable, "-I", "-S", str(CLIENT), str(path), str(python)]
     python.write_text(f'#!/bin/sh\nexec {shlex.join(client)} "$@"\n')
     python.chmod(0o755)
     server = subprocess.Popen([sys.executable, "-m", "tests.preloaded", str(path)], cwd=Path(__file__).parents[1])
@@ -126,6 +127,9 @@ def become(request: dict[str, Any], streams: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.path[1:1] = [path for path in os.environ.get("PYTHONPATH", "").split(":") if path]
+    # What this process starts with its own interpreter is preloaded as well.
+    sys.executable = request["python"]
+    multiprocessing.set_executable(sys.executable)
     arguments = request["arguments"]
     while arguments[0].startswith("-") and arguments[0] not in ("-c", "-m"):
         arguments = arguments[1:]  # an option of the interpreter

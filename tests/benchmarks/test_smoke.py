@@ -3,12 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-#: Four minutes of starting processes, for what no user runs.
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
@@ -67,9 +65,11 @@ def options_of(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> lis
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
-def test_benchmark_runs_and_writes_json(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_benchmark_runs_and_writes_json(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, preloaded: str
+) -> None:
     out = tmp_path / "result.json"
-    command = [sys.executable, "-m", f"benchmarks.{name}", *options_of(name, request, tmp_path), "--json", str(out)]
+    command = [preloaded, "-m", f"benchmarks.{name}", *options_of(name, request, tmp_path), "--json", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -81,12 +81,12 @@ def test_benchmark_runs_and_writes_json(name: str, request: pytest.FixtureReques
     assert "tokens/s" in done.stdout
 
 
-def test_fidelity_writes_its_page_and_plot(hidden_cache: Path, tmp_path: Path) -> None:
+def test_fidelity_writes_its_page_and_plot(hidden_cache: Path, tmp_path: Path, preloaded: str) -> None:
     from benchmarks.peers import PEERS
     from kdcache.presets import PRESETS
 
     out = tmp_path / "result.json"
-    command = [sys.executable, "-m", "benchmarks.fidelity", str(hidden_cache), "--output", str(tmp_path)]
+    command = [preloaded, "-m", "benchmarks.fidelity", str(hidden_cache), "--output", str(tmp_path)]
     done = subprocess.run([*command, "--json", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "fidelity.md").read_text()
@@ -110,8 +110,8 @@ def test_fidelity_writes_its_page_and_plot(hidden_cache: Path, tmp_path: Path) -
     assert layouts["megatron"]["full_kl"]["uniform"] == pytest.approx(layouts["fp16"]["full_kl"]["uniform"], rel=0.01)
 
 
-def test_fidelity_needs_a_cache_that_holds_states(dumped: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.fidelity", str(dumped), "--output", str(tmp_path)]
+def test_fidelity_needs_a_cache_that_holds_states(dumped: Path, tmp_path: Path, preloaded: str) -> None:
+    command = [preloaded, "-m", "benchmarks.fidelity", str(dumped), "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "kdcache dump-teacher --targets hidden" in done.stderr
