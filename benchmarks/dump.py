@@ -118,7 +118,6 @@ def run(options, directory: Path) -> None:
                 table=table,
                 starts=starts,
                 tokenizer_files={},
-                layers=[],
                 batch_tokens=options.batch_tokens,
             )
 

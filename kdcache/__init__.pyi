@@ -82,6 +82,8 @@ from kdcache.targets_config import HiddenStatesConfig as HiddenStatesConfig
 from kdcache.targets_config import OutputsConfig as OutputsConfig
 from kdcache.targets_config import TargetsConfig as TargetsConfig
 from kdcache.tasks.seq2seq_lm import Seq2SeqSettings as Seq2SeqSettings
+from kdcache.teachers import BackendConfig as BackendConfig
+from kdcache.teachers import Capabilities as Capabilities
 from kdcache.teachers import TeacherConfig as TeacherConfig
 from kdcache.torch_data import TorchBatches as TorchBatches
 from kdcache.torch_data import to_torch as to_torch
@@ -100,6 +102,7 @@ from kdcache.transcode import TranscodePreview as TranscodePreview
 from kdcache.transcode import TranscodeResult as TranscodeResult
 from kdcache.transcode import preview_transcoding as preview_transcoding
 from kdcache.transcode import transcode_cache as transcode_cache
+from kdcache.transcode.config import StoredStatesConfig as StoredStatesConfig
 from kdcache.transfer import TransferResult as TransferResult
 from kdcache.transfer import preview_transfer as preview_transfer
 from kdcache.transfer import pull_cache as pull_cache
@@ -114,6 +117,7 @@ from kdcache.write import WriteResult as WriteResult
 from kdcache.write import WritingConfig as WritingConfig
 from kdcache.write import preview_targets as preview_targets
 from kdcache.write import write_targets as write_targets
+from kdcache.write.config import Sampling as Sampling
 from kdcache.write.writer import WriteCounts as WriteCounts
 
 __version__: str

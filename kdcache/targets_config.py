@@ -1,27 +1,29 @@
-"""What is kept of a teacher, as settings: the targets at every position and the hidden states beside them.
+"""Settings of what is stored of a teacher: the targets at every position, raw outputs and hidden states.
 
-Dumps make these from a running teacher, transcoding makes them from a cache that holds at least as much; both read
-the same settings, so that a target means the same thing however it came about.
+Dumps make these from a running teacher, transcoding makes them from a cache that holds at least as much. Both read the
+same settings, so a target means the same thing in both. A setting that is None was not given; its value follows from
+the kind of targets, and in a dump also from what the teacher can give.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kdcache.codecs import TOPK_CODECS, VECTOR_CODECS
 from kdcache.config import Config, build
 from kdcache.errors import ConfigError
 from kdcache.plugins import Table
-from kdcache.schema import TargetsRecord
+from kdcache.schema import Kind, TargetsRecord
+from kdcache.schema.records import Scalar
 
 _CODEC, _HIDDEN_CODEC = "compact", "bf16"
 
 
-def _codec_settings(value: Any, table: Table[Any], default: str) -> Any:
+def codec_settings(value: Any, table: Table[Any], default: str) -> Any:
     """Return all settings of the codec that ``value`` describes: its name, or settings with or without ``name``."""
     if not isinstance(value, str | dict):
         raise ValueError("expected a codec's name or a mapping of its settings")
@@ -35,7 +37,7 @@ def _codec_settings(value: Any, table: Table[Any], default: str) -> Any:
         raise ValueError(str(error)) from None
 
 
-#: What a kind of targets keeps unless told otherwise.
+#: Settings of a kind of targets that are not given.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "top-k": {"top_k": 64, "tail_prior": True},
     "sampled": {"top_k": 0, "num_samples": 50},
@@ -49,30 +51,34 @@ _CAN_SAMPLE = ("sampled", "hybrid")
 _KEEP_NO_IDS = ("sampled", "outputs")
 
 
-class TargetsConfig(TargetsRecord):
-    """What is kept of the teacher's distribution at every position, and how the kept ids are stored.
+class TargetsConfig(Config):
+    """What is stored of the teacher's distribution at every position, and how the kept ids are encoded.
 
-    Numbers that are not given depend on ``kind``: 64 ids and the tail prior for top-k; 50 samples for sampled; 4 ids and
-    16 samples for hybrid; for hidden the single most probable id, beside the state that holds everything.
+    Numbers that are None follow from ``kind``: 64 ids and the tail prior for top-k; 50 samples for sampled; 4 ids and
+    16 samples for hybrid; the single most probable id, in addition to the state, for hidden. See `TargetsRecord` for
+    what the members mean.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    num_samples: int = Field(default=0, ge=0, le=_MOST_SAMPLES)
-    codec: dict[str, Any] = Field(default={"name": _CODEC}, validate_default=True)
+    kind: Kind = "top-k"
+    top_k: int | None = Field(default=None, ge=0)
+    min_prob: float = Field(default=0.0, ge=0, lt=1)
+    min_mass: float = Field(default=1.0, gt=0, le=1)
+    num_samples: int | None = Field(default=None, ge=0, le=_MOST_SAMPLES)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    temperatures: tuple[float, ...] = ()
+    tail_prior: bool | None = None
+    scalars: tuple[Scalar, ...] | None = None
+    """None: all that the kind has and the teacher gives."""
+    tail: Literal["exact", "remainder"] | None = None
+    """None: ``exact``, or ``remainder`` for a teacher that does not give the exact tail."""
+    probabilities: Literal["vocabulary", "kept"] = "vocabulary"
+    codec: dict[str, Any] | None = None
     """A codec's name, or a mapping of its settings, in which ``name`` may be left out for the default codec."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        return {**_DEFAULTS.get(str(data.get("kind", "top-k")), {}), **data}
 
     @field_validator("codec", mode="before")
     @classmethod
     def _known_codec(cls, value: Any) -> Any:
-        return _codec_settings(value, TOPK_CODECS, _CODEC)
+        return None if value is None else codec_settings(value, TOPK_CODECS, _CODEC)
 
     @field_validator("temperatures", mode="before")
     @classmethod
@@ -90,37 +96,47 @@ class TargetsConfig(TargetsRecord):
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> TargetsConfig:
-        for wrong, words in self._contradictions():
+        for wrong, words in _contradictions(self.record):
             if wrong:
                 raise ValueError(f"targets of the kind {self.kind} {words}")
         return self
 
-    def _contradictions(self) -> Iterator[tuple[bool, str]]:
-        samples = self.kind in _CAN_SAMPLE
-        yield (
-            (self.top_k > 0) is (self.kind in _KEEP_NO_IDS),
-            (
-                "keep no ids, leave top_k out (the kind hybrid keeps some)"
-                if self.top_k
-                else "need a top_k of 1 or more"
-            ),
-        )
-        yield (
-            (self.num_samples > 0) is not samples,
-            ("need num_samples of 1 or more" if samples else "take no samples (the kinds sampled and hybrid do)"),
-        )
-        top_k_only = (self.is_ragged, "min_prob and min_mass"), (self.tail_prior, "tail prior")
-        for given, name in (*top_k_only, (bool(self.temperatures), "temperatures of the tail")):
-            yield given and self.kind != "top-k", f"have no {name} (the kind top-k has)"
-
     @property
     def record(self) -> TargetsRecord:
-        """What the plan says about the targets; the codec is the field's."""
-        return TargetsRecord(**self.model_dump(include=set(TargetsRecord.model_fields)))
+        """What the plan says about the targets, with a value for every setting; the codec is the field's."""
+        given = self.model_dump(exclude={"codec"}, exclude_none=True)
+        if self.tail == "remainder" and self.scalars is None:
+            without_tail = tuple(n for n in TargetsRecord(kind=self.kind).scalars if n != "log_tail")
+            given["scalars"] = without_tail
+        return TargetsRecord(**{**_DEFAULTS[self.kind], **given})
+
+    @property
+    def codec_settings(self) -> dict[str, Any]:
+        """All settings of the codec of the kept ids, the default one where none is given."""
+        return codec_settings(_CODEC, TOPK_CODECS, _CODEC) if self.codec is None else self.codec
+
+
+def _contradictions(record: TargetsRecord) -> Iterator[tuple[bool, str]]:
+    """Yield, for each rule, whether ``record`` breaks it, and the rule in words."""
+    samples = record.kind in _CAN_SAMPLE
+    yield (
+        (record.top_k > 0) is (record.kind in _KEEP_NO_IDS),
+        "keep no ids, leave top_k out (the kind hybrid keeps some)" if record.top_k else "need a top_k of 1 or more",
+    )
+    yield (
+        (record.num_samples > 0) is not samples,
+        "need num_samples of 1 or more" if samples else "take no samples (the kinds sampled and hybrid do)",
+    )
+    top_k_only = (record.is_ragged, "min_prob and min_mass"), (record.tail_prior, "tail prior")
+    for given, name in (*top_k_only, (bool(record.temperatures), "temperatures of the tail")):
+        yield given and record.kind != "top-k", f"have no {name} (the kind top-k has)"
 
 
 def layer_number(layer: str | int, num_layers: int) -> int:
-    """Return the number of a layer: ``last``, a number, or one that counts from the end; may be one there is not."""
+    """Return the number of a layer, given as ``last``, a number, or one that counts from the end.
+
+    Layers that the model does not have are not noticed here. Raises ``ConfigError`` for anything else than these.
+    """
     text = str(layer).strip()
     try:
         number = num_layers if text == "last" else int(text)
@@ -130,14 +146,14 @@ def layer_number(layer: str | int, num_layers: int) -> int:
 
 
 class OutputsConfig(Config):
-    """How the teacher's raw outputs are stored, for tasks that have some: exactly, unless a codec is chosen."""
+    """How the teacher's raw outputs are stored, for tasks that have some."""
 
     codec: dict[str, Any] = Field(default={"name": "exact"}, validate_default=True)
 
     @field_validator("codec", mode="before")
     @classmethod
     def _known_codec(cls, value: Any) -> Any:
-        return _codec_settings(value, VECTOR_CODECS, "exact")
+        return codec_settings(value, VECTOR_CODECS, "exact")
 
 
 class HiddenStatesConfig(Config):
@@ -150,15 +166,26 @@ class HiddenStatesConfig(Config):
     @field_validator("layers", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
-        layers = value if isinstance(value, list | tuple) else (value,)
-        # To Python true is the number 1.
-        if any(isinstance(layer, bool) for layer in layers):
-            raise ValueError("expected layer numbers or last, such as [last, 12]")
-        return layers
+        return split_layers(value)
 
     @field_validator("codec", mode="before")
     @classmethod
     def _known_codec(cls, value: Any) -> Any:
-        return _codec_settings(value, VECTOR_CODECS, _HIDDEN_CODEC)
+        return state_codec_settings(value)
+
+
+def split_layers(value: Any) -> Any:
+    """Return the layers that a setting names, as ``last,12`` or in a list; raises ``ValueError``."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    layers = value if isinstance(value, list | tuple) else (value,)
+    # To Python true is the number 1.
+    if any(isinstance(layer, bool) for layer in layers):
+        raise ValueError("expected layer numbers or last, such as [last, 12]")
+    return layers
+
+
+def state_codec_settings(value: Any) -> dict[str, Any]:
+    """Return all settings of a codec of hidden states; raises ``ValueError``."""
+    found: dict[str, Any] = codec_settings(value, VECTOR_CODECS, _HIDDEN_CODEC)
+    return found

@@ -26,6 +26,11 @@ To resume an interrupted dump, run the same command again.
 @click.command("dump-teacher", context_settings=options.CONTEXT, epilog=_EPILOG)
 @click.option("--teacher", metavar="ID_OR_PATH", help="Teacher model: Hugging Face id, local directory or .gguf file.")
 @click.option(
+    "--backend",
+    metavar="NAME",
+    help="Run the teacher with this backend; installed packages may add some.  [default: transformers]",
+)
+@click.option(
     "--corpus",
     multiple=True,
     metavar="PATH",
@@ -133,6 +138,7 @@ def command(
         "hidden_states.layers": given["hidden_states"],
         "outputs.codec": given["outputs_codec"],
         "output": given["output"],
+        "teacher.backend": given["backend"],
     }
     nested = options.settings_tree({**settings.of_sources(given), **settings.of_targets(given), **own})
     if given["preset"] is not None:

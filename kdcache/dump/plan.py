@@ -45,10 +45,9 @@ class LayerPilot(NamedTuple):
 
 def check_top_k(config: DumpConfig, vocab_size: int) -> None:
     """Raise ``ConfigError`` when more ids would be kept than there are."""
-    if config.targets.top_k > vocab_size:
-        raise ConfigError(
-            f"--top-k {config.targets.top_k} is more than the {vocab_size} ids of the tokenizer's vocabulary"
-        )
+    top_k = config.targets_config.record.top_k
+    if top_k > vocab_size:
+        raise ConfigError(f"--top-k {top_k} is more than the {vocab_size} ids of the tokenizer's vocabulary")
 
 
 def make_fields(
@@ -62,7 +61,8 @@ def make_fields(
     """Describe the fields that this dump stores; ``pilot`` says what is known about the hidden states of a layer."""
     num_ids = len(outputs.labels) if outputs is not None and outputs.labels else vocab_size
     check_top_k(config, num_ids)
-    codec = targets_codec(config.targets.codec, config.targets.record, num_ids)
+    targets = config.targets_config
+    codec = targets_codec(targets.codec_settings, targets.record, num_ids)
     fields = [targets_field(codec, vocab_size, config.of_task.arrays(config.sequences, outputs))]
     if outputs is not None:
         own = vector_codec(config.outputs.codec)
@@ -90,9 +90,9 @@ def shard_positions(config: DumpConfig, sequences: Sequences | Plan, teacher: Te
     """
     if config.shard_positions is not None:
         return config.shard_positions
-    per_position = (
-        8 * (config.targets.top_k + config.targets.num_samples) + 4 * (teacher.hidden_size or 0) * num_layers + 16
-    )
+    targets = config.targets_config.record
+    states_bytes = 4 * (teacher.hidden_size or 0) * num_layers
+    per_position = 8 * (targets.top_k + targets.num_samples) + states_bytes + 16
     num_fed = sequences.num_tokens - sequences.num_sequences
     wanted = min(max(num_fed // 32, 1 << 14), 1 << 19)
     if num_fed > sequences.num_positions:
@@ -133,7 +133,7 @@ def make_plan(
             licence=config.corpus.licence,
             num_truncated=sequences.num_truncated,
         ),
-        targets=config.targets.record,
+        targets=config.targets_config.record,
         sequences=config.sequences.model_dump(mode="json"),
         fields=tuple(fields),
         outputs=outputs,
@@ -161,6 +161,6 @@ def _provenance(config: DumpConfig) -> dict[str, Any]:
 
 def _public_configuration(config: DumpConfig) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude={"output"})
-    settings["teacher"]["model"] = public_name(config.teacher.model)
+    settings["teacher"] = config.teacher.public()
     settings["corpus"]["paths"] = [public_name(path) for path in config.corpus.paths]
     return settings

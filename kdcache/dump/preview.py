@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,9 @@ from kdcache.cache import layout
 from kdcache.cache.output_dir import check_same_plan
 from kdcache.cache.shard_file import pack
 from kdcache.codecs import id_dtype, targets_codec, vector_codec
-from kdcache.dump.batches import ShardRows
+from kdcache.dump.answers import ShardRows, request_of, vector_codecs
 from kdcache.dump.config import DumpConfig
-from kdcache.dump.loading import load_parts, runner_of
+from kdcache.dump.loading import load_parts
 from kdcache.dump.pilot import pilot_sequences, run_rows
 from kdcache.schema import Plan
 from kdcache.storage.folder import Folder
@@ -40,9 +41,9 @@ class DumpPreview:
     tokens_per_s: float
     eta_s: float
     kept_mass: float | None
-    """None where the teacher gives no distribution."""
+    """None where the targets are no distribution."""
     teacher_loss: float | None
-    """None also where the corpus has no answers of its own."""
+    """None also where the corpus has no labels, or the teacher gives no log-probability of them."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -54,20 +55,27 @@ def preview_dump(config: DumpConfig, *, progress: bool = True) -> DumpPreview:
 
     Raises what `dump_teacher` raises, also when the output holds another cache.
     """
-    parts = load_parts(config, progress)
+    parts = load_parts(config, progress, is_preview=True)
     plan, sequences = parts.plan, parts.sequences
     committed = _committed(config.output, plan)
-    runner = runner_of(parts.teacher, plan, parts.layers)
+    run = partial(
+        run_rows,
+        sequences=sequences,
+        teacher=parts.teacher,
+        request=request_of(plan),
+        codecs=vector_codecs(plan),
+        batch_tokens=parts.batch_tokens,
+    )
     chosen = pilot_sequences(sequences, _PILOT_POSITIONS)
-    warm = chosen[: max(1, len(chosen) // 4)]
-    run_rows(warm, sequences, runner, parts.batch_tokens)
+    run(chosen[: max(1, len(chosen) // 4)])  # warms up
     began = time.perf_counter()
-    rows, picked = run_rows(chosen, sequences, runner, parts.batch_tokens)
+    rows, picked = run(chosen)
     elapsed = time.perf_counter() - began
     count = rows.targets.num_positions
     num_bytes = _encoded_bytes(rows, picked, plan)
     has_distribution = plan.targets.kind != "outputs"
-    has_labels = has_distribution and not np.isnan(rows.targets.gold_logprob_P).all()
+    gold_P = rows.targets.gold_logprob_P
+    has_labels = has_distribution and gold_P is not None and not np.isnan(gold_P).all()
     left = plan.num_positions * (1 - committed / max(plan.num_shards, 1))
     return DumpPreview(
         output=config.output,
@@ -83,7 +91,7 @@ def preview_dump(config: DumpConfig, *, progress: bool = True) -> DumpPreview:
         tokens_per_s=count / elapsed,
         eta_s=left * elapsed / count,
         kept_mass=float(-np.expm1(rows.targets.log_tail_P).mean()) if has_distribution else None,
-        teacher_loss=float(-np.nanmean(rows.targets.gold_logprob_P)) if has_labels else None,
+        teacher_loss=float(-np.nanmean(gold_P)) if gold_P is not None and has_labels else None,
     )
 
 

@@ -1,8 +1,7 @@
-"""Dumping: run the teacher over planned sequences and write what it knows, shard by shard.
+"""Dump: run the teacher over planned sequences and write its answers, shard by shard.
 
-`dump` is the whole loop over ready-made parts, which a test drives with a fake teacher; `dump_teacher` loads the parts
-that a configuration names. Encoding and writing a shard happen in a second thread while the teacher works on the next
-one: numpy, blosc and the disk release the GIL, so the teacher hardly notices.
+`dump` is the loop over ready-made parts, which a test drives with a fake teacher; `dump_teacher` loads the parts that a
+configuration names. A second thread encodes and writes a shard while the teacher works on the next one.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from numpy.typing import NDArray
 
 from kdcache.cache import CacheWriter, ShardData
 from kdcache.cache.write_behind import WriteBehind
-from kdcache.dump.batches import BatchRunner, ShardRows, Teacher
+from kdcache.dump.answers import ShardRows, answers, request_of, vector_codecs
 from kdcache.dump.config import DumpConfig
-from kdcache.dump.loading import load_parts, runner_of
-from kdcache.models.batching import batches_by_length
+from kdcache.dump.loading import load_parts
 from kdcache.progress import bar
 from kdcache.schema import Manifest, Plan, ShardRecord
 from kdcache.storage.folder import Folder
 from kdcache.tasks import Sequences, Task, task_of
+from kdcache.teachers.base import Teacher
 
 
 @dataclass
@@ -42,7 +41,7 @@ def dump_teacher(config: DumpConfig, *, progress: bool = True) -> DumpResult:
     """Run the teacher of ``config`` over its corpus and write (or finish) the cache at ``config.output``.
 
     Raises ``ConfigError``, ``CorpusError``, ``TeacherError`` or ``CacheError``; what was committed before stays, and
-    the same call goes on from there.
+    the same call resumes from there.
     """
     parts = load_parts(config, progress)
     with CacheWriter(Folder(config.output)) as writer:
@@ -55,7 +54,6 @@ def dump_teacher(config: DumpConfig, *, progress: bool = True) -> DumpResult:
             starts=parts.starts,
             tokenizer_files=parts.tokenizer_files,
             cache_files=parts.cache_files,
-            layers=parts.layers,
             batch_tokens=parts.batch_tokens,
             progress=progress,
         )
@@ -70,14 +68,16 @@ def dump(
     table: Any,
     starts: NDArray[np.int64],
     tokenizer_files: dict[str, bytes],
-    layers: list[int],
     batch_tokens: int,
     cache_files: dict[str, bytes] | None = None,
     progress: bool = False,
 ) -> DumpResult:
-    """Write every shard of ``plan`` that is not committed yet, then the manifest."""
+    """Write every shard of ``plan`` that is not committed yet, then the manifest.
+
+    Raises ``TeacherError`` before anything is written when ``teacher`` cannot give what the plan asks for.
+    """
+    teacher.check(request_of(plan))
     missing = writer.begin(plan, table, tokenizer_files, cache_files)
-    runner = runner_of(teacher, plan, layers)
     ends = np.concatenate([[0], np.cumsum(sequences.lengths_N)])
     positions_of = [int(ends[starts[s + 1]] - ends[starts[s]]) for s in range(plan.num_shards)]
     todo = sum(positions_of[s] for s in missing)
@@ -99,7 +99,7 @@ def dump(
                 writes.check()
 
             for shard in missing:
-                data = _run_shard(shard, task, sequences, starts, runner, batch_tokens, after_batch)
+                data = _run_shard(shard, task, sequences, starts, teacher, plan, batch_tokens, after_batch)
                 writes.put(data)
                 _show_bytes(meter, writes.written, unit)
             teacher_s = time.perf_counter() - began
@@ -113,17 +113,17 @@ def _run_shard(
     task: Task,
     sequences: Sequences,
     starts: NDArray[np.int64],
-    runner: BatchRunner,
+    teacher: Teacher,
+    plan: Plan,
     batch_tokens: int,
     after_batch: Callable[[int], None],
 ) -> ShardData:
     begin, end = int(starts[shard]), int(starts[shard + 1])
     lengths = sequences.lengths_N[begin:end]
-    rows = ShardRows(lengths, begin, runner.record)
+    rows = ShardRows(lengths, begin, plan.targets, vector_codecs(plan))
     members = [sequences.sequence(index) for index in range(begin, end)]
-    for group in batches_by_length(np.array([s.num_fed for s in members]), batch_tokens):
-        batch = [members[n] for n in group]
-        runner.run(batch, rows.put)
+    for batch, answer in answers(teacher, members, request_of(plan), batch_tokens):
+        rows.put(batch, answer)
         after_batch(sum(s.num_positions for s in batch))
     segments = [s.segment_ids_T for s in members if s.segment_ids_T is not None]
     places = [s.token_index_L for s in members if s.token_index_L is not None]
@@ -139,7 +139,7 @@ def _run_shard(
         segment_ids_T=np.concatenate(segments) if segments else None,
         token_index_P=np.concatenate(places) if places else None,
         hidden=rows.hidden,
-        tail_sum=runner.take_tail_sum(),
+        tail_sum=rows.tail_sum,
     )
 
 

@@ -22,8 +22,7 @@ from kdcache.cache.tail_prior import pack_prior
 from kdcache.codecs import vector_codec
 from kdcache.codecs.vectors import relative_error
 from kdcache.config import build, merge
-from kdcache.dump import DumpConfig, HiddenStatesConfig, TargetsConfig
-from kdcache.dump.batches import BatchRunner
+from kdcache.dump import DumpConfig, HiddenStatesConfig
 from kdcache.dump.loading import Parts, load_parts
 from kdcache.dump.pilot import pilot_sequences, run_rows
 from kdcache.dump.plan import LayerPilot, make_fields, shard_positions
@@ -35,7 +34,10 @@ from kdcache.json_files import finite
 from kdcache.models.lm_head import LMHead, head_to_bytes
 from kdcache.presets import PRESETS, Preset
 from kdcache.progress import bar, reporter
-from kdcache.schema import Plan, TargetsRecord
+from kdcache.schema import Plan, TargetsRecord, layer_field
+from kdcache.tasks import task_of
+from kdcache.teachers.base import Request
+from kdcache.teachers.logits import LogitsTeacher, require_logits
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +93,7 @@ def estimate_presets(
     chosen = _chosen(presets)
     if num_positions < 1:
         raise ConfigError(f"a pilot needs at least one position, found {num_positions}; the default is 4096")
-    if config.targets != TargetsConfig() or config.hidden_states != HiddenStatesConfig():
+    if config.targets is not None or config.hidden_states != HiddenStatesConfig():
         log.warning("settings of targets and hidden states play no part here, presets have their own")
     if config.of_task.gives != "tokens":
         raise ConfigError(
@@ -101,7 +103,7 @@ def estimate_presets(
     pilot_targets = {"top_k": 1, "tail_prior": False}  # whatever the vocabulary, the pilot can keep them
     shared = config.model_dump(exclude={"targets", "hidden_states"})
     config = build(DumpConfig, {**shared, "output": _NO_OUTPUT, "targets": pilot_targets})
-    parts = load_parts(config, progress)
+    parts = load_parts(config, progress, is_preview=True)
     sample, head, pilot = _pilot(parts, num_positions, progress)
     plans, reasons = _plans(config, parts, chosen, sample, head)
     with bar(2 * sample.num_positions, "measure", "tok", enabled=progress) as meter:
@@ -147,15 +149,17 @@ def _chosen(names: SequenceOf[str]) -> dict[str, Preset]:
 
 def _pilot(parts: Parts, num_positions: int, progress: bool) -> tuple[Sample, LMHead | str, _Pilot]:
     """Run the teacher over sequences from all of the corpus; return them and the LM head, or why there is none."""
-    teacher, sequences = parts.teacher, parts.sequences
+    teacher, sequences = require_logits(parts.teacher, "kdcache estimate"), parts.sequences
     indices = pilot_sequences(sequences, num_positions)
-    head = _head_of(parts)
-    layers = [teacher.num_layers] if isinstance(head, LMHead) else []
-    runner = BatchRunner(teacher, _PILOT_RECORD, layers, {parts.plan.states_field: vector_codec({"name": "exact"})})
+    head = _head_of(teacher)
+    last = parts.plan.teacher.num_layers
+    request = Request(_PILOT_RECORD, (last,) if isinstance(head, LMHead) and last is not None else ())
+    codecs = {layer_field(layer): vector_codec({"name": "exact"}) for layer in request.layers}
     with bar(1, "teacher", "run", enabled=progress) as meter:
-        run_rows(indices[: max(1, len(indices) // 8)], sequences, runner, parts.batch_tokens)  # warms up
+        warm = indices[: max(1, len(indices) // 8)]
+        run_rows(warm, sequences, teacher, request, codecs, parts.batch_tokens)
         began = time.perf_counter()
-        rows, _ = run_rows(indices, sequences, runner, parts.batch_tokens)
+        rows, _ = run_rows(indices, sequences, teacher, request, codecs, parts.batch_tokens)
         seconds = time.perf_counter() - began
         meter.update()
     chosen = [sequences.sequence(index) for index in indices]
@@ -164,14 +168,14 @@ def _pilot(parts: Parts, num_positions: int, progress: bool) -> tuple[Sample, LM
     logits: Logits = TeacherLogits(teacher, chosen, parts.batch_tokens)
     if isinstance(head, LMHead):
         logits = HeadLogits(rows.hidden[parts.plan.states_field], head)
-    sample = Sample(chosen, table, parts.plan.tokenizer.vocab_size, logits, teacher.task)
+    sample = Sample(chosen, table, parts.plan.tokenizer.vocab_size, logits, task_of(parts.plan.task))
     assert rows.targets.gold_logprob_P is not None  # reduced from whole logits
     return sample, head, _Pilot(seconds, float(-rows.targets.gold_logprob_P.mean()))
 
 
-def _head_of(parts: Parts) -> LMHead | str:
+def _head_of(teacher: LogitsTeacher) -> LMHead | str:
     try:
-        return parts.teacher.head
+        return teacher.head
     except TeacherError as error:
         return str(error)
 
@@ -184,7 +188,7 @@ def _plans(
     for name, preset in chosen.items():
         settings = merge(config.model_dump(exclude={"targets", "hidden_states"}), preset.settings)
         own = build(DumpConfig, settings, source=f"preset {name}")
-        if own.targets.kind == "hidden" and isinstance(head, str):
+        if own.targets_config.kind == "hidden" and isinstance(head, str):
             reasons[name] = head
             continue
         states_PD = sample.logits.states_PD if isinstance(sample.logits, HeadLogits) else None
@@ -198,7 +202,7 @@ def _plans(
 def plan_of(config: DumpConfig, base: Plan, states_PD: NDArray[np.float32] | None) -> Plan:
     """Return the plan ``base`` with the targets and fields of ``config``; states [P, D] are the last hidden ones."""
     layers, pilot = [], {}
-    if config.targets.kind == "hidden":
+    if config.targets_config.kind == "hidden":
         assert states_PD is not None
         assert base.teacher.num_layers is not None
         layers = [base.teacher.num_layers]
@@ -206,7 +210,7 @@ def plan_of(config: DumpConfig, base: Plan, states_PD: NDArray[np.float32] | Non
         pilot = {layers[0]: LayerPilot(states_PD.shape[1], error)}
     return base.model_copy(
         update={
-            "targets": config.targets.record,
+            "targets": config.targets_config.record,
             "fields": tuple(make_fields(config, base.teacher, base.tokenizer.vocab_size, layers, pilot)),
             "shard_positions": shard_positions(config, base, base.teacher, len(layers)),
         }

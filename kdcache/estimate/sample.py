@@ -27,7 +27,7 @@ from kdcache.models.lm_head import BufferedHead, LMHead
 from kdcache.schema import Sequence
 from kdcache.tasks import TASKS, Task
 from kdcache.tasks.causal_lm import CausalLM
-from kdcache.teachers import HuggingFaceTeacher
+from kdcache.teachers.logits import LogitsTeacher
 from kdcache.teachers.reduce import ChunkSizes
 
 
@@ -64,7 +64,7 @@ class HeadLogits:
 class TeacherLogits:
     """Logits of a teacher that has no head of its own: it runs over the sequences each time."""
 
-    def __init__(self, teacher: HuggingFaceTeacher, sequences: list[Sequence], batch_tokens: int) -> None:
+    def __init__(self, teacher: LogitsTeacher, sequences: list[Sequence], batch_tokens: int) -> None:
         self._teacher, self._sequences, self._batch_tokens = teacher, sequences, batch_tokens
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:

@@ -1,8 +1,8 @@
-"""A Hugging Face model as a teacher: sequences in, logits, raw outputs and hidden states out.
+"""A Hugging Face model as a teacher.
 
-The body runs on a padded batch; everything after it works on the task's rows only. Hidden states of middle layers
-come from the model's own ``output_hidden_states``; index n is the state after layer n, 0 the embeddings, and the last
-one is taken after the final norm, as every Hugging Face model does. Of encoder-decoders they are those of the decoder.
+The body runs on a padded batch; everything after it works on the task's positions only. Hidden states of middle layers
+come from the model's own ``output_hidden_states``: number n is the state after layer n, 0 the embeddings, and the last
+one is taken after the final norm, as in every Hugging Face model. Those of encoder-decoders are the decoder's.
 """
 
 from __future__ import annotations
@@ -10,63 +10,36 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.config import Config
-from kdcache.errors import ConfigError, TeacherError
+from kdcache.errors import TeacherError
 from kdcache.models.bodies import context_length, fed, num_layers, split_for
 from kdcache.models.lm_head import BufferedHead, LMHead
 from kdcache.models.loading import load_model, parse_dtype, pick_device
 from kdcache.models.packing import keeps_documents_apart
 from kdcache.models.padding import depends_on_padding
 from kdcache.models.pooling import load_projection
-from kdcache.models.weights import weights_sha256
-from kdcache.schema import OutputsRecord, Sequence, TeacherRecord, WeightsIdentity
-from kdcache.targets_config import layer_number
+from kdcache.models.weights import remembered_sha256, weights_sha256
+from kdcache.schema import SCALARS, OutputsRecord, Sequence, TeacherRecord, WeightsIdentity
 from kdcache.tasks import TASKS, Task
 from kdcache.tasks.causal_lm import CausalLM
+from kdcache.teachers.base import Capabilities, Request
+from kdcache.teachers.logits import LogitsTeacher, TeacherOutput
+from kdcache.teachers.transformers_backend import TeacherConfig
 
 log = logging.getLogger(__name__)
 
 
-class TeacherConfig(Config):
-    """Which teacher, and how it runs."""
-
-    model: str
-    """Hub id, local directory, or a .gguf file."""
-    dtype: str = "auto"
-    """``auto`` keeps the checkpoint's own (GGUF: float32 on a CPU, bfloat16 elsewhere)."""
-    device: str = "auto"
-    revision: str | None = None
-
-
-@dataclass
-class TeacherOutput:
-    """What the teacher says about the P real positions of a batch, sequence by sequence.
-
-    ``logits(start, stop)`` yields rows [stop - start, V] over the true vocabulary (or the classes), on the teacher's
-    device; ``hidden`` maps layer numbers to states [P, D] in the teacher's dtype. Rows of logits are valid until the
-    next call. ``outputs_PC`` are raw outputs, where the task keeps them.
-    """
-
-    logits: Callable[[int, int], Tensor]
-    labels_P: Tensor
-    hidden: dict[int, Tensor] = field(default_factory=dict)
-    outputs_PC: Tensor | None = None
-
-
-class HuggingFaceTeacher:
+class HuggingFaceTeacher(LogitsTeacher):
     """A model in eval mode, split into body and head where that reproduces its logits.
 
-    ``vocab_size`` is the true one of its tokenizer; ``outputs`` says what its raw outputs are, for tasks that have
-    some.
+    ``vocab_size`` is the true one of its tokenizer; ``outputs`` describes its raw outputs, for tasks that have them.
+    ``weights_sha256`` is the hash of its weights, where that is known already.
     """
 
     def __init__(
@@ -77,6 +50,7 @@ class HuggingFaceTeacher:
         revision: str | None = None,
         task: Task = TASKS[CausalLM.name],
         outputs: OutputsRecord | None = None,
+        weights_sha256: str | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.device = next(model.parameters()).device
@@ -103,22 +77,28 @@ class HuggingFaceTeacher:
                 f"{name} ({type(model).__name__}) answers a text differently beside longer ones, so its answers would "
                 "depend on the batch; use another architecture"
             )
-        self.record = _describe(model, name, rows, revision)
+        self.record = _describe(model, name, rows, revision, weights_sha256)
 
     @property
     def num_layers(self) -> int:
         """Number of layers; hidden states are numbered 0 (embeddings) to this (after the final norm)."""
-        return self.record.num_layers
+        return num_layers(self.model)
 
-    @property
-    def context_length(self) -> int | None:
-        """Positions that the teacher was made for, None where its configuration names no limit."""
-        return context_length(self.model)
-
-    @property
-    def max_batch_tokens(self) -> int:
-        """Tokens of a batch that keep logits within 2^28 numbers, where those of a whole batch must exist at once."""
-        return 1 << 30 if self._parts is not None else max(1, (1 << 28) // self.record.vocab_size)
+    @cached_property
+    def capabilities(self) -> Capabilities:  # type: ignore[override]
+        """What this model can give: everything that follows from logits, and what its architecture adds."""
+        # A model that cannot be split makes the logits of a whole batch at once: at most 2^28 numbers.
+        most_tokens = 1 << 30 if self._parts is not None else max(1, (1 << 28) // self.record.vocab_size)
+        return Capabilities(
+            logits=True,
+            scalars=SCALARS,
+            hidden_states=True,
+            lm_head=self._head is not None,
+            outputs=self.outputs is not None,
+            packing=self.task.is_causal,  # `check_packing` tries it
+            context_length=context_length(self.model),
+            batch_tokens=min(4096 if self.device.type == "cpu" else 16384, most_tokens),
+        )
 
     @property
     def head(self) -> LMHead:
@@ -133,6 +113,13 @@ class HuggingFaceTeacher:
                 "matrix, scaled or soft-capped, so they cannot be rebuilt from it; use --targets top-k"
             )
         return self._head.head
+
+    def check(self, request: Request) -> None:
+        if request.targets.kind == "hidden":
+            _ = self.head  # says why this model has none
+        super().check(request)
+        if request.packed:
+            self.check_packing()
 
     def check_packing(self) -> None:
         """Raise ``TeacherError`` when the documents of a packed window would see each other."""
@@ -200,8 +187,13 @@ def load_teacher(
     vocab_size: int,
     task: Task = TASKS[CausalLM.name],
     outputs: OutputsRecord | None = None,
+    *,
+    is_preview: bool = False,
 ) -> HuggingFaceTeacher:
-    """Load the teacher; raises ``TeacherError`` when there is none or it is no model for ``task``."""
+    """Load the teacher; raises ``TeacherError`` when there is none or it is no model for ``task``.
+
+    With ``is_preview`` the hash of its weights may be that of an earlier load of the same files.
+    """
     device = pick_device(config.device)
     if config.dtype != "auto":
         dtype = parse_dtype(config.dtype)
@@ -212,34 +204,17 @@ def load_teacher(
     model = load_model(config.model, task, dtype=dtype, revision=config.revision, error=TeacherError)
     if task.body == "pooled":
         load_projection(model, config.model, config.revision)
-    return HuggingFaceTeacher(model.to(device), config.model, vocab_size, config.revision, task, outputs)
+    sha256 = remembered_sha256(model, config.model) if is_preview else None
+    return HuggingFaceTeacher(model.to(device), config.model, vocab_size, config.revision, task, outputs, sha256)
 
 
-def parse_layers(names: SequenceOf[str | int], num_layers: int) -> list[int]:
-    """Turn ``["last", 12, -2]`` into sorted layer numbers; negative ones count from the end, ``last`` is -1."""
-    layers = set()
-    for name in names:
-        layer = layer_number(name, num_layers)
-        if not 0 <= layer <= num_layers:
-            raise ConfigError(
-                f"the teacher has no hidden state {str(name).strip()}; it has 0 (embeddings) to {num_layers} (last)"
-            )
-        layers.add(layer)
-    return sorted(layers)
-
-
-def hidden_to_numpy(states_PD: Tensor) -> NDArray[np.float32]:
-    """Return hidden states as float32 on the CPU."""
-    return states_PD.float().cpu().numpy()
-
-
-def _describe(model: Any, name: str, vocab_rows: int, revision: str | None) -> TeacherRecord:
+def _describe(model: Any, name: str, vocab_rows: int, revision: str | None, sha256: str | None = None) -> TeacherRecord:
     config = model.config.get_text_config()
     return TeacherRecord(
         name=name,
         architecture=type(model).__name__,
         identity=WeightsIdentity(
-            sha256=weights_sha256(model),
+            sha256=weights_sha256(model) if sha256 is None else sha256,
             dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
             num_parameters=sum(p.numel() for p in model.parameters()),
         ),

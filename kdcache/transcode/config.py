@@ -10,12 +10,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from kdcache.config import Config, build
 from kdcache.errors import ConfigError
 from kdcache.schema import Manifest, TargetsRecord
-from kdcache.targets_config import HiddenStatesConfig, TargetsConfig
+from kdcache.targets_config import TargetsConfig, split_layers, state_codec_settings
+
+
+class StoredStatesConfig(Config):
+    """Which of the stored hidden states stay, and their codec; None changes nothing."""
+
+    layers: tuple[str | int, ...] | None = None
+    codec: dict[str, Any] | None = None
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return None if value is None else split_layers(value)
+
+    @field_validator("codec", mode="before")
+    @classmethod
+    def _known_codec(cls, value: Any) -> Any:
+        return None if value is None else state_codec_settings(value)
 
 
 class TranscodeConfig(Config):
@@ -25,7 +42,7 @@ class TranscodeConfig(Config):
     output: str = Field(min_length=1)
     targets: dict[str, Any] = Field(default={})
     """Settings of the targets that change (kind, top_k, min_prob, codec, ...), as a dump takes them."""
-    hidden_states: HiddenStatesConfig = HiddenStatesConfig()
+    hidden_states: StoredStatesConfig = StoredStatesConfig()
     """Which of the stored hidden states stay, and their codec; the kind hidden always keeps its last one."""
     where: str | None = None
     """Filter on the per-sequence table, such as ``teacher_loss < 5 and num_positions >= 64``."""
@@ -37,7 +54,7 @@ class TranscodeConfig(Config):
 
     def settings(self) -> dict[str, Any]:
         """Return what was asked for, without places and devices, as the provenance of the output says it."""
-        hidden_states = self.hidden_states.model_dump(mode="json", exclude_unset=True)
+        hidden_states = self.hidden_states.model_dump(mode="json", exclude_none=True)
         asked = {"targets": self.targets, "hidden_states": hidden_states, "where": self.where}
         return {**asked, "limit_sequences": self.limit_sequences}
 
@@ -50,14 +67,15 @@ def wanted_targets(manifest: Manifest, changes: Mapping[str, Any], source: str) 
     held, codec = manifest.targets, manifest.field("targets").codec
     stays = held.model_dump() if changes.get("kind", held.kind) == held.kind else {}
     settings = {**stays, **changes, "codec": _wanted_codec(codec, changes.get("codec", {}))}
-    wanted = build(TargetsConfig, settings, source="targets")
+    config = build(TargetsConfig, settings, source="targets")
+    wanted = config.record
     if needs_head(held, wanted):
         problems = list(_too_many(wanted, manifest.tokenizer.vocab_size))
     else:
         problems = list(_not_held(held, wanted))
     if problems:
         raise ConfigError(f"{source} cannot become this: {'; '.join(problems)}")
-    return wanted
+    return config
 
 
 def needs_head(held: TargetsRecord, wanted: TargetsRecord) -> bool:
@@ -102,7 +120,7 @@ def _not_held(held: TargetsRecord, wanted: TargetsRecord) -> Iterator[str]:
 
 
 def _changed_samples(held: TargetsRecord, wanted: TargetsRecord) -> Iterator[str]:
-    before, after = held.model_dump(), wanted.model_dump(include=set(TargetsRecord.model_fields))
+    before, after = held.model_dump(), wanted.model_dump()
     changed = [f"{name} {before[name]!r} to {after[name]!r}" for name in before if before[name] != after[name]]
     if changed:
         yield (

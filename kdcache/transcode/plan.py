@@ -97,7 +97,7 @@ def _wanted_layers(config: TranscodeConfig, manifest: Manifest, targets: Targets
     """Return the names of the vectors that stay, in their order: raw outputs always do."""
     held, last = manifest.hidden_layers, manifest.states_field
     stays = {last} if targets.kind == "hidden" else set()
-    if "layers" in config.hidden_states.model_fields_set:
+    if config.hidden_states.layers is not None:
         wanted = {_layer_name(layer, manifest.teacher.num_layers) for layer in config.hidden_states.layers}
     else:
         # Of the kind hidden, the last state was the target.
@@ -121,7 +121,7 @@ def _copied(manifest: Manifest, targets: TargetsConfig, fields: list[FieldRecord
 
 
 def _targets_field(manifest: Manifest, targets: TargetsConfig) -> FieldRecord:
-    codec = targets_codec(targets.codec, targets.record, manifest.num_ids)
+    codec = targets_codec(targets.codec_settings, targets.record, manifest.num_ids)
     return targets_field(codec, manifest.tokenizer.vocab_size, optional_arrays(manifest))
 
 
@@ -135,8 +135,8 @@ def _hidden_field(
 ) -> FieldRecord:
     """Describe a field of hidden states; where it is encoded again, with what that costs beside what it had cost."""
     record = cache.manifest.field(name)
-    asked = name != OUTPUTS_FIELD and "codec" in config.hidden_states.model_fields_set
-    codec = vector_codec(config.hidden_states.codec if asked else record.codec)
+    wanted = None if name == OUTPUTS_FIELD else config.hidden_states.codec
+    codec = vector_codec(record.codec if wanted is None else wanted)
     if everything and codec.model_dump() == record.codec:
         return record
     pilot = max(1, int(np.searchsorted(np.cumsum(lengths_N), _PILOT_POSITIONS)))

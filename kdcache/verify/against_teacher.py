@@ -18,10 +18,10 @@ from kdcache.errors import CacheError, ConfigError, TeacherError
 from kdcache.losses.from_cache import head_of
 from kdcache.models.lm_head import same_head
 from kdcache.progress import bar
-from kdcache.schema import OUTPUTS_FIELD, Targets
+from kdcache.schema import OUTPUTS_FIELD, Targets, WeightsIdentity
 from kdcache.tasks import task_of
 from kdcache.teachers import TeacherConfig, TeacherOutput, load_teacher, reduce_top_k
-from kdcache.teachers.huggingface import hidden_to_numpy
+from kdcache.teachers.logits import hidden_to_numpy
 
 #: Mean KL (nats) allowed between the teacher run again and the cache, beside what the codec costs: what another batch
 #: shape changes in the teacher's own arithmetic.
@@ -91,24 +91,25 @@ def verify_against_teacher(
     teacher: TeacherConfig | None = None,
     progress: bool = True,
 ) -> TeacherCheck:
-    """Run the teacher over ``num_sequences`` sequences spread over ``cache`` and compare what it says with the cache.
+    """Run the teacher over ``num_sequences`` sequences spread over ``cache`` and compare its answers with the cache.
 
-    ``teacher`` is where to load it from, by default the name and dtype in the manifest. Raises ``TeacherError`` when
-    it cannot be loaded.
+    ``teacher`` says where to load it from, by default the name and dtype in the manifest. Raises ``TeacherError`` when
+    it cannot be loaded, or when the cache's teacher has no weights that could be run here.
     """
     cache = as_cache(cache)
-    record = cache.manifest.teacher
-    config = teacher or TeacherConfig(model=record.name, dtype=record.dtype, revision=record.revision)
-    if config.dtype == "auto":
-        config = config.model_copy(update={"dtype": record.dtype})
     if num_sequences < 1:
         raise CacheError(f"at least one sequence has to be checked, found {num_sequences}")
+    record = cache.manifest.teacher
+    dtype = _dtype_of(cache)
+    config = teacher or TeacherConfig(model=record.name, dtype=dtype, revision=record.revision)
+    if config.dtype == "auto":
+        config = config.model_copy(update={"dtype": dtype})
     try:
         runner = load_teacher(config, cache.vocab_size, task_of(cache.manifest.task), cache.manifest.outputs)
     except TeacherError as error:
-        raise TeacherError(f"{error}; say where the teacher lies with --teacher") from None
+        raise TeacherError(f"{error}; say where the teacher is with --teacher") from None
     chosen = np.unique(np.linspace(0, len(cache) - 1, num_sequences).astype(int)).tolist()
-    layer = (record.num_layers or 0) if cache.manifest.targets.kind == "hidden" else None
+    layer = runner.num_layers if cache.manifest.targets.kind == "hidden" else None
     divergences, gold, agree, states, surprises, outputs = [], [], [], [], [], []
     raw = (OUTPUTS_FIELD,) if cache.manifest.outputs is not None else ()
     with bar(len(chosen), "teacher", "seq", enabled=progress) as meter:
@@ -128,7 +129,8 @@ def verify_against_teacher(
                 states.append(relative_errors(stored.hidden["last"], hidden_to_numpy(output.hidden[layer])))
             if stored.targets.samples is not None:
                 surprises.append(_surprises(output, stored.targets))
-            gold.append(np.abs(again.gold_logprob_P - stored.targets.gold_logprob_P))
+            if again.gold_logprob_P is not None and stored.targets.gold_logprob_P is not None:
+                gold.append(np.abs(again.gold_logprob_P - stored.targets.gold_logprob_P))
     known = [values[~np.isnan(values)] for values in gold]
     return TeacherCheck(
         num_sequences=len(chosen),
@@ -137,14 +139,26 @@ def verify_against_teacher(
         mean_kl=_mean(divergences),
         allowed_kl=_allowed_kl(cache),
         mean_gold_difference=_mean(known) if any(map(len, known)) else None,
-        allowed_gold_difference=_GOLD_SLACK[record.dtype or "float32"],
+        allowed_gold_difference=_GOLD_SLACK[dtype],
         top1_agreement=_mean(agree),
         states_error=float(np.sqrt((np.concatenate(states) ** 2).mean())) if states else None,
         allowed_states_error=_allowed_states_error(cache) if states else None,
         same_head=same_head(head_of(cache), runner.head) if states else None,
         outputs_error=float(np.sqrt((np.concatenate(outputs) ** 2).mean())) if outputs else None,
         allowed_outputs_error=_allowed_outputs_error(cache) if outputs else None,
-        **_samples_excess(surprises, _DTYPE_SLACK[record.dtype or "float32"]),
+        **_samples_excess(surprises, _DTYPE_SLACK[dtype]),
+    )
+
+
+def _dtype_of(cache: Cache) -> str:
+    """Return the dtype that the teacher ran in; raises ``TeacherError`` for one that did not run from its weights."""
+    record = cache.manifest.teacher
+    if isinstance(record.identity, WeightsIdentity) and record.backend == "transformers":
+        return record.identity.dtype
+    origin = {"weights": "ran", "endpoint": "was asked", "import": "was imported"}[record.identity.kind]
+    raise TeacherError(
+        f"{cache.folder}: the teacher {record.name} {origin} by backend {record.backend!r}, so its logits cannot be made "
+        "again here; check the stored targets alone with kdcache verify --deep"
     )
 
 
@@ -155,7 +169,7 @@ def _mean(values: list[NDArray[Any]]) -> float | None:
 def _allowed_kl(cache: Cache) -> float:
     """Return what the codec costs, and what those of the caches cost that this one was made from."""
     manifest = cache.manifest
-    allowed = topk_codec(manifest.field("targets").codec).kl_bound + _DTYPE_SLACK[manifest.teacher.dtype or "float32"]
+    allowed = topk_codec(manifest.field("targets").codec).kl_bound + _DTYPE_SLACK[_dtype_of(cache)]
     links = manifest.provenance.get("transcoded")
     for link in links if isinstance(links, list) else []:
         kind, codec = (link.get("kind"), link.get("codec")) if isinstance(link, dict) else (None, None)
@@ -170,12 +184,12 @@ def _allowed_kl(cache: Cache) -> float:
 
 def _allowed_states_error(cache: Cache) -> float:
     pilot = cache.manifest.field(cache.manifest.states_field).relative_error or 0.0
-    return 2 * pilot + _STATES_SLACK[cache.manifest.teacher.dtype or "float32"]
+    return 2 * pilot + _STATES_SLACK[_dtype_of(cache)]
 
 
 def _allowed_outputs_error(cache: Cache) -> float:
     codec = str(cache.manifest.field(OUTPUTS_FIELD).codec.get("name"))
-    return _OUTPUTS_ERROR.get(codec, 0.0) + _STATES_SLACK[cache.manifest.teacher.dtype or "float32"]
+    return _OUTPUTS_ERROR.get(codec, 0.0) + _STATES_SLACK[_dtype_of(cache)]
 
 
 def _surprises(output: TeacherOutput, targets: Targets) -> NDArray[np.float64]:

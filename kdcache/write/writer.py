@@ -68,9 +68,9 @@ class Writer:
     def settings(self) -> dict[str, Any]:
         """What decides the texts, and who wrote them: what is written down beside the file."""
         config, teacher = self.config, self.teacher.record.model_dump(mode="json")
-        writing = {"beams": config.writing.num_beams}
+        writing: dict[str, Any] = {"beams": config.writing.num_beams}
         if config.writing.sample:
-            writing = config.writing.model_dump(mode="json", exclude={"beams"})
+            writing = {"sample": True, **config.writing.sampling._asdict()}
         return {
             "teacher": {**teacher, "name": public_name(teacher["name"])},
             "tokenizer": self.tokenizer_record.sha256,
@@ -103,10 +103,11 @@ class Writer:
 
     def _write(self, inputs: list[Any], documents: list[int]) -> list[WrittenText]:
         writing, max_tokens = self.config.writing, self.config.sequences.max_target_length
+        sampling = writing.sampling
 
         def chooser_of(batch: list[int]) -> Sampler:
             numbers = [documents[n] for n in batch]
-            return Sampler(writing.seed, numbers, max_tokens, temperature=writing.temperature, top_p=writing.top_p)
+            return Sampler(sampling.seed, numbers, max_tokens, temperature=sampling.temperature, top_p=sampling.top_p)
 
         try:
             return write_all(
@@ -161,7 +162,7 @@ def _check_encoder_decoder(config: WriteConfig) -> None:
 
 
 def _check_lengths(config: WriteConfig, teacher: HuggingFaceTeacher) -> None:
-    limit = teacher.context_length
+    limit = teacher.capabilities.context_length
     for name in ("max_length", "max_target_length"):
         length = getattr(config.sequences, name)
         if limit is not None and length > limit:

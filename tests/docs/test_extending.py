@@ -145,12 +145,12 @@ def test_page_lists_the_groups_of_entry_points() -> None:
 
 
 def test_names_that_the_prose_relies_on_exist() -> None:
-    from kdcache.dump.batches import Teacher
     from kdcache.schema import TeacherRecord
     from kdcache.tasks import Task
+    from kdcache.teachers import Teacher
 
     assert all(codec().kl_bound > 0 for codec in TOPK_CODECS.values())
-    assert hasattr(Teacher, "run")
+    assert hasattr(Teacher, "answer")
     assert "backend" in TeacherRecord.model_fields
     assert all(callable(getattr(Task, name)) for name in ("plan", "arrays", "labels", "pad_batch", "collate"))
 

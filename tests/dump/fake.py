@@ -15,8 +15,9 @@ from kdcache.corpus import load_corpus, plan_sequences
 from kdcache.dump import DumpConfig, DumpResult, dump
 from kdcache.dump.plan import make_plan
 from kdcache.models.lm_head import LMHead, head_to_bytes
+from kdcache.schema import SCALARS
 from kdcache.storage.folder import Folder
-from kdcache.teachers import TeacherOutput
+from kdcache.teachers import Capabilities, LogitsTeacher, TeacherOutput
 from tests import causal as causal_lm
 from tests.synthetic import teacher_record, tokenizer_record
 
@@ -34,7 +35,7 @@ class ByteEncoder:
         return [list(text.encode()) for text in texts]
 
 
-class BigramTeacher:
+class BigramTeacher(LogitsTeacher):
     """Logits and states are looked up by the token; everything that can go wrong can be asked for.
 
     ``max_tokens`` is the largest padded batch that fits, ``delay_s`` the time of a batch, ``bad_token`` a token after
@@ -75,6 +76,8 @@ class LinearTeacher(BigramTeacher):
         self.logits_VV = (self.states_VD + 1) @ self.head_VD.T
         self.cache_files = {"lm_head.safetensors": head_to_bytes(LMHead(self.head_VD))}
 
+    capabilities = Capabilities(logits=True, scalars=SCALARS, hidden_states=True, lm_head=True, packing=True)
+
 
 def run_dump(
     corpus: Path, output: Path | str, teacher: BigramTeacher, *, layers: tuple[int, ...] = (), **settings: Any
@@ -105,6 +108,5 @@ def run_dump(
             starts=starts,
             tokenizer_files={"tokenizer.json": b"{}"},
             cache_files=teacher.cache_files,
-            layers=list(layers),
             batch_tokens=config.batch_tokens or 64,
         )

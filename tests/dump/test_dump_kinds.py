@@ -163,7 +163,7 @@ def test_an_id_that_the_teacher_rules_out_is_never_drawn(tmp_path, corpus_file):
     ("changes", "words"),
     [
         ({"hidden_states": {"codec": "int8"}}, "fields.hidden-1.codec.name is 'exact' there and 'int8' here"),
-        ({"layers": (0, 1)}, "fields.hidden-0 is None there and {'codec'"),
+        ({"layers": (0, 1)}, "fields.hidden-0 is None there and {'kind'"),
         (
             {"targets": {"kind": "hidden", "codec": "fp16"}},
             "fields.targets.codec.name is 'exact' there and 'fp16' here",

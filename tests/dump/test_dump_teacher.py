@@ -19,7 +19,8 @@ from kdcache.errors import CacheError, ConfigError, CorpusError, TeacherError
 from kdcache.losses.from_cache import head_of
 from kdcache.models.lm_head import head_to_bytes
 from kdcache.models.loading import load_tokenizer
-from kdcache.teachers import TeacherConfig
+from kdcache.models.weights import weights_sha256
+from kdcache.teachers import LogitsTeacher, TeacherConfig
 from kdcache.transcode import TranscodeConfig, transcode_cache
 from kdcache.verify.against_teacher import TeacherCheck, verify_against_teacher
 from kdcache.verify.stored import verify_cache
@@ -183,16 +184,14 @@ def test_another_teacher_is_found_out(tmp_path, dumped, teacher_dir):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_right_weights_with_wrong_values_are_found_out(tmp_path, corpus_file, teacher_dir, monkeypatch, dtype):
-    import kdcache.dump.batches as batches
+    real = LogitsTeacher.answer
 
-    real = batches.BatchRunner._forward
+    def shifted(self, sequences, request):
+        answer = real(self, sequences, request)
+        rolled = {n: np.roll(v, 1, axis=0) for n, v in vars(answer.targets).items() if v is not None}
+        return dataclasses.replace(answer, targets=dataclasses.replace(answer.targets, **rolled))
 
-    def shifted(self, sequences):
-        targets, hidden = real(self, sequences)
-        rolled = {n: np.roll(v, 1, axis=0) for n, v in vars(targets).items() if v is not None}
-        return dataclasses.replace(targets, **rolled), hidden
-
-    monkeypatch.setattr(batches.BatchRunner, "_forward", shifted)
+    monkeypatch.setattr(LogitsTeacher, "answer", shifted)
     teacher = {"model": str(teacher_dir), "dtype": dtype}
     dump_teacher(config_for(teacher_dir, corpus_file, tmp_path, teacher=teacher), progress=False)
     monkeypatch.undo()
@@ -291,7 +290,7 @@ def test_no_sequences_to_check(dumped, teacher_dir, count):
 
 
 def test_a_cache_that_names_no_place_of_its_teacher(dumped):
-    with pytest.raises(TeacherError, match="say where the teacher lies with --teacher"):
+    with pytest.raises(TeacherError, match="say where the teacher is with --teacher"):
         verify_against_teacher(open_cache(str(dumped)), 1, progress=False)
 
 
@@ -427,3 +426,17 @@ def test_cheap_mistakes_show_before_anything_is_tokenised(tmp_path, corpus_file,
     }
     with pytest.raises((ConfigError, CacheError)):
         dump_teacher(config_for(teacher_dir, corpus_file, tmp_path / "cache", **changes[mistake]), progress=False)
+
+
+def test_only_a_dry_run_remembers_the_hash_of_the_weights(tmp_path, corpus_file, teacher_dir, monkeypatch):
+    calls = []
+    for module in ("kdcache.models.weights", "kdcache.teachers.huggingface"):
+        monkeypatch.setattr(f"{module}.weights_sha256", lambda model: calls.append(1) or weights_sha256(model))
+    config = config_for(teacher_dir, corpus_file, tmp_path / "cache")
+    preview_dump(config, progress=False)
+    preview_dump(config, progress=False)
+    assert len(calls) == 1
+    dump_teacher(config, progress=False)
+    assert len(calls) == 2
+    preview_dump(config, progress=False)  # compares its plan with the one that is there
+    assert len(calls) == 2

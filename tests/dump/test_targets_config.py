@@ -30,23 +30,25 @@ def test_every_kind_is_here():
 def test_defaults_of_a_kind(kind):
     # Outputs belong to tasks without distributions, whose dumps choose them by themselves.
     targets = build(TargetsConfig, {"kind": kind}) if kind == "outputs" else configure(f"targets.kind={kind}").targets
-    assert (targets.top_k, targets.num_samples, targets.tail_prior) == DEFAULTS[kind]
-    assert (targets.min_prob, targets.min_mass, targets.temperatures, targets.seed) == (0, 1, (), 0)
-    assert targets.codec["name"] == "compact"
-    assert targets.record == TargetsRecord(
-        kind=kind, top_k=targets.top_k, num_samples=targets.num_samples, tail_prior=targets.tail_prior
+    record = targets.record
+    assert (record.top_k, record.num_samples, record.tail_prior) == DEFAULTS[kind]
+    assert (record.min_prob, record.min_mass, record.temperatures, record.seed) == (0, 1, (), 0)
+    assert targets.codec_settings["name"] == "compact"
+    assert record == TargetsRecord(
+        kind=kind, top_k=record.top_k, num_samples=record.num_samples, tail_prior=record.tail_prior
     )
 
 
 def test_without_a_kind_it_is_top_k():
-    assert configure().targets == configure("targets.kind=top-k").targets
+    assert configure().targets is None
+    assert configure().targets_config == configure("targets.kind=top-k").targets
 
 
 def test_what_is_given_replaces_a_default():
     assert configure("targets.top_k=8", "targets.tail_prior=false").targets.record == TargetsRecord(top_k=8)
-    hybrid = configure("targets.kind=hybrid", "targets.top_k=3").targets
+    hybrid = configure("targets.kind=hybrid", "targets.top_k=3").targets.record
     assert (hybrid.top_k, hybrid.num_samples) == (3, 16)
-    sampled = configure("targets.kind=sampled", "targets.num_samples=300", "targets.seed=7").targets
+    sampled = configure("targets.kind=sampled", "targets.num_samples=300", "targets.seed=7").targets.record
     assert (sampled.top_k, sampled.num_samples, sampled.seed) == (0, 300, 7)
 
 
@@ -141,5 +143,5 @@ def test_text_of_a_file(tmp_path):
 def test_an_option_changes_the_kind_of_the_file(tmp_path):
     path = tmp_path / "dump.yaml"
     path.write_text("targets:\n  kind: sampled\n  seed: 3\n")
-    found = configure(file=str(path), options={"targets": {"kind": "hybrid"}}).targets
+    found = configure(file=str(path), options={"targets": {"kind": "hybrid"}}).targets.record
     assert (found.kind, found.top_k, found.num_samples, found.seed) == ("hybrid", 4, 16, 3)

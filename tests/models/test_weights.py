@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import os
+
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kdcache.models.weights import weights_sha256
+from kdcache.models import weights
+from kdcache.models.weights import remembered_sha256, weights_sha256
 from tests.tiny import llama
 
 
@@ -35,3 +39,48 @@ def test_a_transposed_weight_is_another():
     with torch.no_grad():
         other.weight.copy_(linear.weight.reshape(4, 2))
     assert weights_sha256(linear) != weights_sha256(other)
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """How often weights were hashed."""
+    calls = []
+    monkeypatch.setattr(weights, "weights_sha256", lambda model: calls.append(1) or weights_sha256(model))
+    return calls
+
+
+def test_a_hash_is_remembered_while_the_files_stay(tmp_path, hashed):
+    model = llama(40)
+    model.save_pretrained(tmp_path)
+    found = {remembered_sha256(model, str(tmp_path)) for _ in range(3)}
+    assert found == {weights_sha256(model)}
+    assert len(hashed) == 1
+    other = llama(40, seed=1)
+    other.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    assert remembered_sha256(other, str(tmp_path)) == weights_sha256(other)
+    assert len(hashed) == 2
+    remembered_sha256(other.bfloat16(), str(tmp_path))
+    assert len(hashed) == 3, "another dtype is another hash"
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{", '{"a": 1}'])
+def test_a_damaged_memory_only_costs_time(tmp_path, monkeypatch, hashed, content):
+    store = tmp_path / "store"
+    monkeypatch.setenv("KDCACHE_STORE", str(store))
+    if content is None:
+        store.write_text("a file where the directory should be")
+    else:
+        store.mkdir()
+        (store / "weights.json").write_text(content)
+    model = llama(40)
+    model.save_pretrained(tmp_path / "model")
+    for _ in range(2):
+        assert remembered_sha256(model, str(tmp_path / "model")) == weights_sha256(model)
+    assert len(hashed) == (2 if content is None else 1)
+
+
+def test_a_model_of_unknown_origin_is_hashed_every_time(hashed):
+    assert [remembered_sha256(llama(40), "nobody/nothing") for _ in range(2)] == [weights_sha256(llama(40))] * 2
+    assert len(hashed) == 2

@@ -26,7 +26,7 @@ from kdcache.students import StudentConfig, load_student
 from kdcache.tasks import TaskSettings, task_of
 from kdcache.tasks.labels import class_label, number_label
 from kdcache.teachers import TeacherConfig
-from kdcache.teachers.outputs import outputs_record
+from kdcache.teachers.transformers_backend import outputs_record
 from kdcache.torch_data import to_tensors
 from tests.loops import loop
 from tests.task_models import SENTENCES, TINY_TASKS, bert, bert_tokenizer

@@ -9,7 +9,8 @@ from kdcache.errors import ConfigError, TeacherError
 from kdcache.models.loading import load_tokenizer
 from kdcache.schema import Sequence
 from kdcache.teachers import HuggingFaceTeacher, TeacherConfig, load_teacher, parse_layers, reduce_top_k
-from kdcache.teachers.huggingface import hidden_to_numpy, teacher_logits
+from kdcache.teachers.huggingface import teacher_logits
+from kdcache.teachers.logits import hidden_to_numpy
 from tests.families import FAMILIES, SPLITTABLE
 from tests.loops import loop
 from tests.synthetic import targets_of

@@ -217,7 +217,7 @@ def test_a_column_that_the_file_has_itself(found: dict[str, str], tmp_path: Path
     ("writing", "words"),
     [
         ({"sample": True, "beams": 4}, "beams belong to beam search"),
-        ({"temperature": 2.0}, "temperature is for texts that are drawn"),
+        ({"temperature": 2.0}, "temperature is for sampled texts"),
         ({"beams": 0}, "greater than or equal to 1"),
         ({"sample": True, "top_p": 0}, "greater than 0"),
     ],

@@ -1,29 +1,74 @@
-"""What a teacher's raw outputs are, from its configuration alone: known before any weights are loaded.
+"""The backend ``transformers``: Hugging Face models, run in this process.
 
-The classes of a classifier and their names, the pooling of an embedding model: sequences cannot be planned without the
-former, and a student is told all of it by the cache.
+What its raw outputs are (the classes of a classifier and their names, the pooling of an embedding model) follows from
+the model's configuration alone, before any weights are loaded: sequences are planned with it, and students get it from
+the cache. torch and transformers are imported when something is loaded.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kdcache.errors import TeacherError
-from kdcache.models.bi_encoder import is_bi_encoder
-from kdcache.models.loading import load_config
-from kdcache.models.pooling import SentenceModules, modules_of
-from kdcache.models.tokenizer import TextEncoder
+from kdcache.models.loading import check_dtype, load_config, load_tokenizer, pick_device
 from kdcache.schema import OutputsRecord
 from kdcache.tasks import Task
-from kdcache.teachers.huggingface import TeacherConfig
+from kdcache.teachers.base import Backend, BackendConfig
+
+if TYPE_CHECKING:
+    from kdcache.models.tokenizer import TextEncoder
+    from kdcache.teachers.huggingface import HuggingFaceTeacher
+
+
+class TeacherConfig(BackendConfig):
+    """Which Hugging Face model is the teacher, and how it runs."""
+
+    backend: Literal["transformers"] = "transformers"
+    model: str
+    """Hub id, local directory, or a .gguf file."""
+    dtype: str = "auto"
+    """``auto``: the checkpoint's own (GGUF: float32 on a CPU, bfloat16 elsewhere)."""
+    device: str = "auto"
+    revision: str | None = None
+
+
+class TransformersBackend(Backend):
+    """Hugging Face models, run in this process; they have logits."""
+
+    name = "transformers"
+    config = TeacherConfig
+
+    def check(self, config: TeacherConfig) -> None:
+        if config.dtype != "auto":
+            check_dtype(config.dtype)
+        pick_device(config.device)
+
+    def load_tokenizer(self, config: TeacherConfig) -> Any:
+        return load_tokenizer(config.model, revision=config.revision, error=TeacherError)
+
+    def outputs_record(
+        self, config: TeacherConfig, task: Task, settings: Any, encoder: TextEncoder
+    ) -> OutputsRecord | None:
+        return outputs_record(config, task, settings, encoder)
+
+    def load(
+        self,
+        config: TeacherConfig,
+        vocab_size: int,
+        task: Task,
+        outputs: OutputsRecord | None,
+        *,
+        is_preview: bool = False,
+    ) -> HuggingFaceTeacher:
+        from kdcache.teachers.huggingface import load_teacher
+
+        return load_teacher(config, vocab_size, task, outputs, is_preview=is_preview)
 
 
 def outputs_record(config: TeacherConfig, task: Task, settings: Any, encoder: TextEncoder) -> OutputsRecord | None:
-    """Return what the outputs of a teacher of ``task`` are; None for a task whose teachers answer with tokens.
+    """Describe the raw outputs of a teacher of ``task``; None for tasks that predict tokens.
 
-    ``encoder`` is its tokenizer's.
-
-    Raises ``TeacherError`` for a model whose configuration does not fit the task.
+    ``encoder`` is that of its tokenizer. Raises ``TeacherError`` for a model whose configuration does not fit the task.
     """
     if task.gives == "tokens":
         return None
@@ -44,6 +89,8 @@ def outputs_record(config: TeacherConfig, task: Task, settings: Any, encoder: Te
             )
         names = _class_names(model_config, num_labels, config.model)
         return OutputsRecord(width=num_labels, labels=names, pair_types=encoder.pair_types)
+    from kdcache.models.bi_encoder import is_bi_encoder
+
     if is_bi_encoder(model_config):
         raise TeacherError(
             f"{config.model} is a bi-encoder, and teachers of task {task.name} read query and document together so "
@@ -68,6 +115,8 @@ def _class_names(model_config: Any, num_labels: int, name: str) -> tuple[str, ..
 
 
 def _embedding(config: TeacherConfig, settings: Any, model_config: Any) -> OutputsRecord:
+    from kdcache.models.pooling import SentenceModules, modules_of
+
     own = modules_of(config.model, config.revision) or SentenceModules("mean", True)
     return OutputsRecord(
         width=own.width or int(model_config.get_text_config().hidden_size),
