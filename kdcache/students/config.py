@@ -1,4 +1,4 @@
-"""What a student is made from: the one part of a training configuration that names a model."""
+"""The settings of a student: the part of a training configuration that names a model."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from kdcache.config import Config
 from kdcache.errors import did_you_mean
 from kdcache.students.sizes import SIZES
 
-#: As ``target_modules``: every linear layer but the LM head.
+#: Value of ``target_modules`` for every linear layer but the LM head.
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
 
 
 class LoraConfig(Config):
-    """Low-rank adapters: their rank, and the factor ``alpha / rank`` that they are multiplied by.
+    """Low-rank adapters: their rank, and ``alpha``; their output is multiplied by ``alpha / rank``.
 
     ``target_modules`` names linear layers of the body by the end of their path (``q_proj``, ``layers.0.mlp.up_proj``).
     """
@@ -50,9 +50,9 @@ class BiEncoderSettings(Config):
 class StudentConfig(Config):
     """Which student to train: exactly one of ``model``, ``config_file`` and ``size``.
 
-    ``model`` is a local directory (a previous run, say) or a hub name, at ``revision``. ``config_file`` is a
-    ``config.json``, or a YAML mapping with ``model_type`` and sizes, for a fresh student; ``size`` a row of ``SIZES``.
-    ``seed`` decides the weights of a fresh student, and those that ``lora`` adds to a pretrained one.
+    ``model`` is a local directory (a previous run, say) or a hub id, at ``revision``. ``config_file`` is a
+    ``config.json``, or a YAML mapping with ``model_type`` and sizes, for a fresh student; ``size`` is a name in
+    ``SIZES``. ``seed`` decides the weights of a fresh student, and those that ``lora`` adds to a pretrained one.
     """
 
     model: str | None = Field(default=None, min_length=1)
@@ -60,19 +60,19 @@ class StudentConfig(Config):
     size: str | None = None
     revision: str | None = None
     keep_layers: tuple[int, ...] | None = Field(default=None, min_length=1)
-    """Start from these layers of ``model`` alone, counted from 0: ``[0, 2, 4]`` is a student of half of six layers."""
+    """Start from these layers of ``model`` alone, counted from 0: ``[0, 2, 4]`` keeps half of six layers."""
     projection: Literal["linear"] | None = None
-    """Of a student that embeds texts: a linear layer to the teacher's width behind the pooling, saved with it."""
+    """For embeddings: add a linear layer to the teacher's width after the pooling, saved with the student."""
     pca: bool | None = None
-    """Of such a student of a smaller width: reduce the teacher's embeddings to that width instead."""
+    """For embeddings: reduce the teacher's embeddings to the student's width instead, by PCA."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = Field(default=0, ge=0, lt=2**32)
     lora: LoraConfig | None = None
-    """Train low-rank adapters beside frozen weights, instead of the weights."""
+    """Train low-rank adapters and freeze the weights."""
     encoder: Literal["cross-encoder", "bi-encoder"] | None = None
-    """Of a student of task ranking: reads query and document together (default), or each alone (cheaper to search)."""
+    """For ranking: read query and document together (default), or each alone (cheaper to search)."""
     bi_encoder: BiEncoderSettings | None = None
-    """How a bi-encoder scores two texts (default: as the model says, else the cosine of mean states times 20)."""
+    """How a bi-encoder scores two texts (default: by the model's files, else 20 x the cosine of mean states)."""
 
     @field_validator("projection", mode="before")
     @classmethod
@@ -92,22 +92,22 @@ class StudentConfig(Config):
                 f"give exactly one of model, config_file and size, found {' and '.join(given) or 'none of them'}"
             )
         if self.size is not None and self.size not in SIZES:
-            raise ValueError(f"unknown student size {self.size!r}, {did_you_mean(self.size, SIZES)}")
+            raise ValueError(f"unknown student size {self.size!r}; {did_you_mean(self.size, SIZES)}")
         if self.revision is not None and self.model is None:
-            raise ValueError("revision belongs to model, a fresh student has none")
+            raise ValueError("revision needs model: a fresh student has no revision")
         if self.keep_layers is not None and self.model is None:
-            raise ValueError("keep_layers chooses among those of a pretrained model, and a fresh student has none")
+            raise ValueError("keep_layers needs model: it chooses among the layers of a pretrained model")
         if self.bi_encoder is not None and self.encoder != "bi-encoder":
-            raise ValueError("bi_encoder says how a bi-encoder scores texts; give encoder: bi-encoder too")
+            raise ValueError("bi_encoder needs encoder: bi-encoder")
         if self.projection is not None and self.pca:
-            raise ValueError("projection brings the student to the teacher's width, pca the teacher to its: give one")
-        if self.lora is not None and self.model is None:
             raise ValueError(
-                "lora adapts a pretrained student, a fresh one has nothing to adapt: give model, or no lora"
+                "projection and pca exclude each other: the first widens the student, the second reduces the teacher"
             )
+        if self.lora is not None and self.model is None:
+            raise ValueError("lora needs model: a fresh student has no weights worth freezing")
         return self
 
     @property
     def is_fresh(self) -> bool:
-        """Whether the weights are drawn at random."""
+        """Whether the weights are random."""
         return self.model is None

@@ -1,7 +1,7 @@
-"""Fresh students: random weights, with ids and lengths taken from the cache.
+"""Build fresh students: random weights, with ids and lengths taken from the cache.
 
-Whatever the cache knows is not asked again: vocabulary size and special ids come from its tokenizer, and there are at
-least as many positions as its longest sequence has.
+Vocabulary size and special ids come from the cache's tokenizer, and the model has at least as many positions as the
+longest sequence of the cache, so none of these is configured again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def max_length(manifest: Manifest) -> int:
-    """Return the most positions that a model is fed at once, of a sequence of the cache or of its target."""
+    """Return the length of the longest input of a model, a sequence of the cache or its target."""
     return max(int(manifest.sequences["max_length"]), int(manifest.sequences.get("max_target_length", 0)))
 
 
@@ -49,10 +49,10 @@ def fresh_hf_config(config: StudentConfig, manifest: Manifest, tokenizer: Any, t
     if config.size is not None:
         if not task.is_causal:
             raise ConfigError(
-                f"student sizes are those of decoders, and the cache is of task {task.name}; give a model, or a "
-                "config_file of such an architecture"
+                f"student.size is {config.size}, a decoder, and the cache is of task {task.name}; give a model, or a "
+                "config_file of an architecture for that task"
             )
-        # Rotary positions cost no parameters, so there is no reason to tie the student to this cache's length.
+        # Rotary positions cost no parameters, so the student need not be limited to this cache's length.
         return llama_config(
             SIZES[config.size], vocab_size, max_position_embeddings=max(2048, max_length(manifest)), **ids
         )
@@ -71,11 +71,11 @@ def fresh_hf_config(config: StudentConfig, manifest: Manifest, tokenizer: Any, t
 
 
 def head_settings(task: Task, manifest: Manifest) -> dict[str, Any]:
-    """Return the settings of a Hugging Face configuration that say what the head of a student gives."""
+    """Return the settings of a Hugging Face configuration that describe the outputs of the student's head."""
     outputs = manifest.outputs
     if outputs is None or task.body != "logits":
         return {}
-    # Others read it too: by their pipelines a student of several labels would get a sigmoid, not a softmax.
+    # Pipelines of transformers read it too: without it a student of several labels would get a sigmoid, not a softmax.
     if not outputs.labels:
         return {"num_labels": outputs.width, "problem_type": "regression"}
     names = dict(enumerate(outputs.labels))
@@ -94,7 +94,7 @@ def _read_config_file(path: str) -> dict[str, Any]:
 
 
 def _read_json(path: str) -> dict[str, Any]:
-    # Not as YAML, of which JSON is nearly a part: YAML takes the 1e-05 of every Llama's rms_norm_eps for a text.
+    # Not as YAML, which reads the 1e-05 of every Llama's rms_norm_eps as a string.
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -110,9 +110,9 @@ def _hf_config(settings: dict[str, Any], path: str) -> Any:
     model_type = settings.pop("model_type")
     if model_type not in CONFIG_MAPPING:
         hint = did_you_mean(str(model_type), CONFIG_MAPPING)
-        # Hundreds of architectures are no help in a message.
+        # A list of hundreds of architectures would not help.
         hint = hint if hint.startswith("did") else "transformers has no architecture of a similar name"
-        raise StudentError(f"{path}: unknown model_type {model_type!r}, {hint}")
+        raise StudentError(f"{path}: unknown model_type {model_type!r}; {hint}")
     try:
         return AutoConfig.for_model(model_type, **settings)
     except Exception as error:  # configuration classes validate with exceptions of several libraries

@@ -1,9 +1,9 @@
-"""A student made of some layers of a pretrained model: the start that DistilBERT and its like made known.
+"""Make a student of some layers of a pretrained model, as DistilBERT was made.
 
-Which layers a model has is read off its modules: the lists as long as its configuration says, of an encoder-decoder
-those of both halves, which keep the same ones. A new model is built from the changed configuration and loaded with the
-weights that remain, strictly, so what is saved later is a plain model of its family, and a family in which layers
-cannot simply be left out is refused.
+The stacks of layers are found among the model's modules, as lists of the length that its configuration says; an
+encoder-decoder keeps the same layers of both halves. A new model is built from the changed configuration and loaded
+strictly with the weights that remain. What is saved later is therefore a plain model of its family, and a family in
+which layers cannot be left out raises an error.
 
 Source: Sanh et al., "DistilBERT, a distilled version of BERT", 2019, section 3 (initialisation from every other layer).
 """
@@ -20,20 +20,21 @@ from kdcache.errors import ConfigError, StudentError
 from kdcache.models.loading import first_line, quiet
 from kdcache.models.pooling import drop_pooler
 
-#: Settings that count layers, in the families of transformers.
+#: Settings with the number of layers, in the families of transformers.
 _COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 
 
 def with_layers(model: Any, layers: Sequence[int], name: str) -> Any:
     """Return a model of the layers ``layers`` of ``model``, counted from 0, in their order; ``name`` is for messages.
 
-    Raises `ConfigError` for a layer that there is not, `StudentError` for a model that cannot do without the others.
+    Raises `ConfigError` for a layer that does not exist, `StudentError` for a model that does not work without the
+    others.
     """
     stacks = _stacks(model)
     if not stacks:
         raise StudentError(
-            f"the layers of student {name} ({type(model).__name__}) cannot be told apart, so keep_layers cannot choose "
-            "among them; leave it out"
+            f"keep_layers: no stack of layers was found in student {name} ({type(model).__name__}); remove it, or "
+            "choose another student"
         )
     num_layers = min(stacks.values())
     wrong = [layer for layer in layers if not 0 <= layer < num_layers]
@@ -52,7 +53,7 @@ def with_layers(model: Any, layers: Sequence[int], name: str) -> Any:
 
 
 def _stacks(model: Any) -> dict[str, int]:
-    """Return the paths of the lists of layers and how long they are: none is inside another."""
+    """Return the lengths of the lists of layers by their paths; none is inside another."""
     counts = {getattr(model.config.get_text_config(), name, None) for name in _COUNTS} - {None}
     found: dict[str, int] = {}
     for path, module in model.named_modules():
@@ -68,7 +69,7 @@ def _shortened(config: Any, layers: Sequence[int]) -> Any:
     counts = {name: getattr(text, name) for name in _COUNTS if isinstance(getattr(text, name, None), int)}
     for name in counts:
         setattr(text, name, len(layers))
-    # Families whose layers are of several kinds say of which each is.
+    # In families with several kinds of layers the configuration lists the kind of each.
     kinds = getattr(text, "layer_types", None)
     if kinds:
         text.layer_types = [kinds[layer] for layer in layers]
@@ -77,21 +78,21 @@ def _shortened(config: Any, layers: Sequence[int]) -> Any:
 
 def _rebuilt(model: Any, config: Any, state: dict[str, Any], name: str) -> Any:
     with quiet():
-        # Not made in float32 and cast: rotary frequencies are float32 whatever the weights are.
+        # Not made in float32 and cast: rotary frequencies stay float32 whatever the dtype of the weights.
         student = type(model)._from_config(config, dtype=model.dtype)
     if _is_tied(student) and not _is_tied(model):
-        # The configuration of a T5 always says tied; whether a checkpoint is, its weights decide.
+        # The configuration of a T5 always says tied; the weights of the checkpoint decide.
         head = student.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().clone())
     if getattr(model, "pooler", None) is None:
-        drop_pooler(student)  # a model of embeddings has done without it since it was loaded
+        drop_pooler(student)  # models of embeddings are loaded without it
     try:
         student.load_state_dict(state)
     except RuntimeError as error:
-        # Such as T5, whose first layer holds the relative positions of all.
+        # Such as T5, whose first layer holds the relative positions for all layers.
         raise StudentError(
-            f"student {name} ({type(model).__name__}) cannot do without the layers that keep_layers leaves out: "
-            f"{first_line(error)} Keep layer 0 too, or leave keep_layers out"
+            f"student {name} ({type(model).__name__}) does not work without the layers that keep_layers omits: "
+            f"{first_line(error)} Keep layer 0 too, or remove keep_layers"
         ) from None
     return student.eval()
 

@@ -1,12 +1,11 @@
-"""Students: a pretrained model, a fresh one from a configuration file, or a fresh one of a named size.
+"""Load students: a pretrained model, or a fresh one from a configuration file or of a named size.
 
-Ids are the contract between cache and student, so everything here serves one question: does this model speak the
-cache's token ids? A fresh student is built around the cache's tokenizer. A pretrained one brings its own, which must
-be the same by content; a model without tokenizer files is taken on trust when its vocabulary is large enough, and a
-warning says so. Rows of the student beyond the true vocabulary (padding to a round number) stay in the saved model
-but take no part in any loss.
+A student must use the token ids of the cache. A fresh one is built around the cache's tokenizer. A pretrained one has
+its own, which must have the same content; a model without tokenizer files is accepted when its vocabulary is large
+enough, with a warning. Rows of the student beyond the true vocabulary (padding to a round number) stay in the saved
+model but take part in no loss.
 
-How a model is found and what goes wrong with it is the same for teachers: see ``kdcache.models.loading``.
+How models are found and their failures reported is shared with teachers: `kdcache.models.loading`.
 """
 
 from __future__ import annotations
@@ -45,9 +44,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 @dataclass
 class Student:
-    """A student that fits a cache: model, the cache's tokenizer, body and head, and how many ids the head has.
+    """A student that fits a cache: its model, the cache's tokenizer, and the model's body and head (``parts``).
 
-    ``vocab_size`` is the true number of tokens, or of classes.
+    ``vocab_size`` is the true number of tokens, or of classes or other outputs.
     """
 
     model: Any
@@ -57,30 +56,30 @@ class Student:
     adapter: Any = None
     """The ``PeftModel`` around the model, where only adapters are trained (see ``kdcache.students.lora``)."""
     sentence: SentenceModel | None = None
-    """How the model embeds texts, of a student that does (bi-encoders too)."""
+    """How the model embeds texts, if it does (bi-encoders too)."""
 
     @property
     def head(self) -> LMHead:
         """The head over the true vocabulary, built from the model's current parameters.
 
-        Built anew each time: a view of the weight that outlives a step would keep that step's autograd graph.
+        Made anew at each access: a view of the weight that outlives a step would keep that step's autograd graph.
         """
         return self.parts.head().narrow(self.vocab_size)
 
     @property
     def num_parameters(self) -> int:
-        """Number of parameters, tied ones once, of the model that a run ends with: adapters merge into the others."""
+        """Number of parameters of the finished model, tied ones counted once; adapters are merged and not counted."""
         num_adapters = 0 if self.adapter is None else self.num_trainable_parameters
         return sum(parameter.numel() for parameter in self.model.parameters()) - num_adapters
 
     @property
     def num_trainable_parameters(self) -> int:
-        """Number of parameters that training changes: all of them, or those of the adapters."""
+        """Number of parameters that are trained: all, or those of the adapters."""
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
     @property
     def pad_id(self) -> int:
-        """An id to pad with."""
+        """The id to pad with."""
         return pad_id_of(self.tokenizer)
 
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -104,9 +103,9 @@ class Student:
 
     @torch.no_grad()
     def layer_widths(self) -> tuple[int, ...]:
-        """Return the width of every layer's state, from the embeddings to the last one, by trying.
+        """Return the width of every layer's state, from the embeddings to the last one, from a trial run.
 
-        Raises `StudentError` where the architecture does not give its states.
+        Raises `StudentError` where the architecture does not return its states.
         """
         with in_eval_mode(self.model):
             output = self.parts.body(**probe_inputs(self.model), output_hidden_states=True)
@@ -114,32 +113,32 @@ class Student:
         if not states:
             raise StudentError(
                 f"the student's architecture ({type(self.model).__name__}) does not return the states of its layers, "
-                "which the objective's hidden-state terms need; leave these terms out, or choose another student"
+                "which the objective's hidden-state terms need; remove these terms, or choose another student"
             )
         last = output.last_hidden_state if self.parts.last_is_state else states[-1]
         return (*(state.shape[-1] for state in states[:-1]), last.shape[-1])
 
     def checkpoint_activations(self) -> None:
-        """Keep the layers' inputs only and compute the rest again in the backward: less memory, more time.
+        """Recompute activations in the backward pass: less memory, more time, the same gradients.
 
-        Gradients stay the same. Raises `StudentError` where the architecture cannot.
+        Raises `StudentError` where the architecture does not support it.
         """
         try:
             with quiet():
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
         except ValueError:
             raise StudentError(
-                f"gradient_checkpointing: a student of architecture {type(self.model).__name__} cannot do that; "
-                "switch it off and lower batch_sequences (with more gradient_accumulation) to save memory"
+                f"gradient_checkpointing: the architecture {type(self.model).__name__} does not support it; switch it "
+                "off and lower batch_sequences (with more gradient_accumulation) to save memory"
             ) from None
 
 
 def load_student(config: StudentConfig, manifest: Manifest, tokenizer_dir: str | Path) -> Student:
     """Load or build the student of ``config`` and check that it fits the cache of ``manifest``.
 
-    ``tokenizer_dir`` holds the cache's tokenizer files. Raises `StudentError` for a model that cannot be loaded, is
-    none of the cache's task, has another tokenizer, too few ids or too few positions; `ConfigError` for a
-    configuration file that cannot be read.
+    ``tokenizer_dir`` holds the cache's tokenizer files. Raises `StudentError` for a model that cannot be loaded, is not
+    of the cache's task, has another tokenizer, too few ids or too few positions; `ConfigError` for a configuration
+    file that cannot be read.
     """
     tokenizer = load_tokenizer(str(tokenizer_dir), error=CacheError)
     name = config.model or config.config_file or f"of size {config.size}"
@@ -150,7 +149,7 @@ def load_student(config: StudentConfig, manifest: Manifest, tokenizer_dir: str |
         model = _load_pretrained(config, task, manifest, name)
         _check_tokenizer(config, manifest, tokenizer, name)
     if task.body == "logits" and getattr(model.config, "pad_token_id", None) is None:
-        # By it a saved decoder that classifies finds the last token of each text, whoever runs it.
+        # Decoders that classify find the last token of a text by it, also outside of kdcache.
         model.config.pad_token_id = tokenizer.pad_token_id
     ranker = make_ranker(model, task, tokenizer, config, manifest)
     sentence = ranker or sentence_model(model, config, manifest, task, name)
@@ -193,7 +192,7 @@ def _load_pretrained(config: StudentConfig, task: Task, manifest: Manifest, name
 
 
 def _check_classes(config: StudentConfig, manifest: Manifest, name: str) -> None:
-    """Refuse a classifier whose classes are those of the cache in another order: its head would mean something else."""
+    """Reject a classifier with the classes of the cache in another order: its head would mean something else."""
     if manifest.outputs is None or not manifest.outputs.labels:
         return
     own_config = load_config(name, revision=config.revision, error=StudentError)
@@ -201,13 +200,13 @@ def _check_classes(config: StudentConfig, manifest: Manifest, name: str) -> None
     if own != manifest.outputs.labels and sorted(own) == sorted(manifest.outputs.labels):
         raise StudentError(
             f"student {name} has the classes {', '.join(own)}, in another order than the cache "
-            f"({', '.join(manifest.outputs.labels)}); start from the model without its head, or sort its classes alike"
+            f"({', '.join(manifest.outputs.labels)}); start from the model without its head, or reorder its classes"
         )
 
 
 def _check_lora(task: Task) -> None:
     if not task.is_causal:
-        raise ConfigError(f"lora is for students of task causal-lm so far, found {task.name}; leave it out")
+        raise ConfigError(f"student.lora supports task causal-lm only, and the cache is of task {task.name}; remove it")
 
 
 def _fit(
@@ -236,8 +235,8 @@ def _fit(
         )
     if task.body == "logits" and sentence is None and depends_on_padding(model):
         raise StudentError(
-            f"student {name} ({type(model).__name__}) answers a text differently beside longer ones, so it would learn "
-            "about its batches; choose another architecture"
+            f"student {name} ({type(model).__name__}) answers a text differently when it is padded, so it would learn "
+            "from the make-up of its batches; choose another architecture"
         )
     num_ids = manifest.num_ids if task.gives != "outputs" else parts.head().vocab_size
     return Student(model, tokenizer, parts, num_ids, sentence=sentence)
@@ -247,7 +246,7 @@ def _check_tokenizer(config: StudentConfig, manifest: Manifest, tokenizer: Any, 
     own = own_tokenizer(name, config.revision)
     if own is None:
         logger.warning(
-            "student %s has no tokenizer files: taken on trust that its ids mean what the cache's %d ids mean",
+            "student %s has no tokenizer files: it is assumed that its ids mean what the cache's %d ids mean",
             name,
             manifest.tokenizer.vocab_size,
         )
@@ -255,7 +254,7 @@ def _check_tokenizer(config: StudentConfig, manifest: Manifest, tokenizer: Any, 
     _check_same_ids(own, tokenizer, name)
     if own.eos_token_id != tokenizer.eos_token_id:
         logger.warning(
-            "student %s ends a text with %r, the teacher of the cache with %r: it learns and is saved with the latter",
+            "student %s ends a text with %r, the teacher of the cache with %r: the student will learn the latter",
             name,
             own.eos_token,
             tokenizer.eos_token,
@@ -281,7 +280,7 @@ def _check_num_ids(found: int | None, manifest: Manifest, name: str) -> None:
 
 
 def own_tokenizer(name: str, revision: str | None = None) -> Any | None:
-    """Return the tokenizer that lies beside a model, None if it has none; raises `StudentError` for a broken one."""
+    """Return the tokenizer of a model, None if it has none; raises `StudentError` for one that cannot be loaded."""
     path = Path(name)
     if path.is_dir() and not any((path / file).is_file() for file in _TOKENIZER_FILES):
         return None
@@ -290,7 +289,7 @@ def own_tokenizer(name: str, revision: str | None = None) -> Any | None:
     except StudentError:
         if path.exists():
             raise
-        return None  # on the hub the one way to find out
+        return None  # on the hub there is no cheaper way to find out
 
 
 def _check_finite(model: Any, name: str) -> None:

@@ -1,18 +1,17 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021): train a few small matrices beside frozen weights.
+"""Low-rank adapters (LoRA, Hu et al. 2021): train a few small matrices and freeze the weights.
 
-peft puts the adapters into the model's own modules. The student therefore stays the Hugging Face model that it was:
-its body yields adapted hidden states, its head stays the model's own, and all that knows students knows adapted ones.
-The `PeftModel` around it is kept only to save, load and merge the adapters.
+peft puts the adapters into the model's own modules. The student therefore stays the Hugging Face model that it was, its
+body yields adapted hidden states, and its head stays the model's own. The `PeftModel` around it is kept only to save,
+load and merge the adapters.
 
 Checkpoints of a run hold the adapters alone, in peft's format. The finished run is a plain model with the adapters
-merged into its weights, so nobody needs peft to use it, and the adapters themselves lie in ``RUN/adapter``.
+merged into its weights, so using it does not need peft; the adapters themselves are saved in ``RUN/adapter``.
 
-Only linear layers of the body can be adapted. The LM head cannot: the losses multiply by its weight chunk by chunk,
-past any module around it, so an adapter there would never be seen. Nor can embeddings, whose weight is often the
-head's.
+Only linear layers of the body can be adapted. The losses multiply by the LM head's weight itself, chunk by chunk, so
+an adapter on the head would have no effect. Embeddings cannot be adapted either: their weight is often the head's.
 
-Why not always: a small student trained on many tokens gains from all of its weights; adapters are for students whose
-gradients and optimiser state do not fit, or for a few hours on a laptop.
+When to use it: for students whose gradients and optimiser state do not fit in memory, or for a few hours on a laptop. A
+small student trained on many tokens gains from training all of its weights.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from kdcache.errors import ConfigError, StudentError, did_you_mean
 from kdcache.models.loading import quiet
 from kdcache.students.config import ALL_LINEAR, LoraConfig, StudentConfig
 
-#: peft's own name.
+#: The name that peft gives it.
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 #: Where a finished run keeps its adapters, under its directory.
@@ -40,7 +39,7 @@ def adapt(model: Any, config: StudentConfig, name: str) -> Any:
     """Freeze ``model``, put adapters into it in place and return the ``PeftModel`` around it.
 
     The adapted model starts out equal to ``model``; ``config.seed`` decides the adapters' random halves. ``name`` is
-    what messages call the student. Raises ``ConfigError`` when peft is not installed, ``StudentError`` when a target
+    for messages. Raises ``ConfigError`` when peft is not installed, ``StudentError`` when a target
     module does not exist or cannot be adapted.
     """
     assert config.lora is not None
@@ -70,7 +69,7 @@ def save_adapter(adapter: Any, directory: str | Path) -> None:
 
 
 def load_adapter(adapter: Any, directory: str | Path) -> None:
-    """Take over the adapters that `save_adapter` wrote for the same settings."""
+    """Load the adapters that `save_adapter` wrote for the same settings."""
     weights = load_file(Path(directory) / WEIGHTS_FILE)
     outcome = _peft().set_peft_model_state_dict(adapter, weights)
     missing = [name for name in outcome.missing_keys if "lora_" in name]
@@ -83,7 +82,7 @@ def load_adapter(adapter: Any, directory: str | Path) -> None:
 
 
 def merge_adapter(adapter: Any) -> None:
-    """Add the adapters to the weights that they belong to; the model inside is a plain one afterwards."""
+    """Merge the adapters into the weights; the model inside is a plain one afterwards."""
     adapter.merge_and_unload()
 
 
@@ -96,7 +95,7 @@ def _peft() -> Any:
 
 
 def _check_targets(model: Any, lora: LoraConfig, name: str) -> None:
-    """Refuse target modules that do not exist (peft ignores them beside others) or cannot be adapted."""
+    """Reject target modules that do not exist (peft ignores them among others) or cannot be adapted."""
     if lora.target_modules == ALL_LINEAR:
         return
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -108,11 +107,11 @@ def _check_targets(model: Any, lora: LoraConfig, name: str) -> None:
         if any(modules[path] in embeddings for path in found):
             raise StudentError(
                 f"student.lora.target_modules: {target!r} is the LM head or the embeddings of student {name}, which "
-                "stay as they are under LoRA (the losses use the head's weight itself); name linear layers of the "
+                "cannot be adapted (the losses use the head's weight itself); name linear layers of the "
                 f"body, such as {', '.join(sorted(known))}"
             )
         if not found or not set(found) <= set(linear):
-            what = "is no linear layer" if found else "does not exist"
+            what = "is not a linear layer" if found else "does not exist"
             raise StudentError(
                 f"student.lora.target_modules: {target!r} {what} in student {name} ({type(model).__name__}), "
                 f"{did_you_mean(target, known)}"

@@ -1,7 +1,7 @@
-"""Which kind of ranker a student of task ranking is: a cross-encoder, like its teacher, or a bi-encoder.
+"""Students of task ranking: cross-encoders, as their teachers are, or bi-encoders.
 
-A saved bi-encoder says in its own configuration that it is one, so whoever loads a finished run need not say it again.
-It is a directory of sentence-transformers too (`sentence_model`).
+A saved bi-encoder is marked as one in its own configuration, so it need not be named when a finished run is loaded. It
+is a directory of sentence-transformers too (`sentence_model`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from kdcache.tasks.ranking import BI_ENCODER, Ranking
 
 
 def task_of_student(config: StudentConfig, manifest: Manifest) -> Task:
-    """Return the cache's task as this student does it; raises `ConfigError` for a kind of encoder that it has not."""
+    """Return the task of the student on this cache; raises `ConfigError` for an encoder that the task does not have."""
     task = task_of(manifest.task)
     if task.name == Ranking.name:
         return BI_ENCODER if _wants_bi_encoder(config) else task
     if config.encoder is not None:
         raise ConfigError(
-            f"student.encoder is {config.encoder}, which is a kind of ranker, and the cache is of task {task.name}; "
-            "leave it out"
+            f"student.encoder is {config.encoder}, which is for task ranking, and the cache is of task {task.name}; "
+            "remove it"
         )
     return task
 
@@ -35,10 +35,10 @@ def task_of_student(config: StudentConfig, manifest: Manifest) -> Task:
 def make_ranker(
     model: Any, task: Task, tokenizer: Any, config: StudentConfig, manifest: Manifest
 ) -> SentenceModel | None:
-    """Let the model's own configuration say whether it is a bi-encoder, and how it scores pairs.
+    """Mark the model's configuration as that of a bi-encoder or not, with how it scores pairs.
 
-    Returns how a bi-encoder embeds the texts of a pair, None for every other student. What ``config`` does not say is
-    as the model's own files say, also those of sentence-transformers.
+    Returns how a bi-encoder embeds the texts of a pair, None for every other student. Settings that ``config`` does not
+    give come from the model's own files, those of sentence-transformers included.
     """
     if task is not BI_ENCODER:
         if hasattr(model.config, CONFIG_KEY):

@@ -1,4 +1,4 @@
-"""``kdcache_run.json``: how a student was made, next to the model."""
+"""Read ``kdcache_run.json``, which says how a student was trained; `kdcache.train.run_record` writes it."""
 
 from __future__ import annotations
 

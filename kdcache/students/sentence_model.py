@@ -1,12 +1,12 @@
-"""Students that embed texts: what they have besides the model, and the files by which sentence-transformers knows it.
+"""Students that embed texts: pooling, projection, PCA, and the files of sentence-transformers.
 
-A student's states become a vector as its own files say, else as the cache's teacher does it. Where it is not as wide
-as the teacher there are two ways. ``projection``: a linear layer behind the pooling, with orthonormal columns at the
-start so that angles are those of the pooled states; it is trained and saved with the student, whose vectors then
-have the teacher's width. ``pca``: the teacher's embeddings are reduced to the student's width, once, by the directions
-that carry most of their squared length. These are not centred, because a linear map alone keeps products of embeddings
-as well as so few numbers can, and products are what embeddings are for. The map is saved beside the student for whoever
-wants to reduce the teacher's embeddings alike.
+A student pools its states as its own files say, else as the cache's teacher does. There are two ways to compare
+embeddings of different widths. ``projection`` adds a linear layer after the pooling, with orthonormal columns at the
+start so that angles are those of the pooled states; it is trained and saved with the student, whose vectors then have
+the teacher's width. ``pca`` reduces the teacher's embeddings to the student's width, once, by the directions that carry
+most of their squared length. They are not centred, because an uncentred linear map is the best one for keeping inner
+products, which is what embeddings are compared by. The map is saved with the student, so that the teacher's embeddings
+can be reduced alike later.
 
 A run is a directory of sentence-transformers as well as of Hugging Face: the model in its root, and each further module
 in a folder of its own.
@@ -46,7 +46,7 @@ from kdcache.tasks import Task
 
 log = logging.getLogger(__name__)
 
-#: Where a run keeps the map that reduces the teacher's embeddings: a Dense module that modules.json does not name.
+#: Folder of the map that reduces the teacher's embeddings: a Dense module that modules.json does not list.
 PCA_DIR = "teacher_pca"
 #: Rows of the cache that the map is fitted on, at most.
 PCA_ROWS = 50_000
@@ -55,7 +55,7 @@ _READ_SEQUENCES = 1024
 
 @dataclass
 class SentenceModel:
-    """How a student's states become vectors (``outputs``), what it is fed, and how the teacher's are made as wide."""
+    """How a student's states become vectors (``outputs``), its inputs, and the map of the teacher's embeddings."""
 
     outputs: OutputsRecord
     max_length: int
@@ -65,12 +65,12 @@ class SentenceModel:
     def reduced(self, teacher_PC: Tensor) -> Tensor:
         """Return the teacher's embeddings in the student's width, of length 1 if the teacher's are.
 
-        They stay as they are where nothing reduces them.
+        Without a map they are returned as they are.
         """
         if self.reduction_DC is None:
             return teacher_PC
         self.reduction_DC = self.reduction_DC.to(teacher_PC.device)
-        # Under autocast these would be products of numbers with 8 bits of mantissa, for next to no gain.
+        # Autocast would compute these products with 8 bits of mantissa and save almost nothing.
         with torch.autocast(teacher_PC.device.type, enabled=False):
             reduced_PD = teacher_PC.float() @ self.reduction_DC.T
         return nn.functional.normalize(reduced_PD, dim=1) if self.outputs.normalised else reduced_PD
@@ -85,12 +85,12 @@ class SentenceModel:
 def sentence_model(
     model: Any, config: StudentConfig, manifest: Manifest, task: Task, name: str
 ) -> SentenceModel | None:
-    """Give ``model`` the layers of a sentence model that lie beside it or are asked for, and say how it is used.
+    """Load or add the layers of a sentence model after ``model``, and return how it is used.
 
-    Returns None for a task that is about something else. Raises ``ConfigError`` when settings do not fit the task.
+    Returns None for a task that does not embed texts. Raises ``ConfigError`` when settings do not fit the task.
     """
     if task.body != "pooled":
-        _refuse_settings(config, task)
+        _reject_settings(config, task)
         return None
     assert manifest.outputs is not None
     own = None
@@ -107,17 +107,15 @@ def sentence_model(
     return SentenceModel(outputs, int(sequences["max_length"]), str(sequences.get("prefix", "")), reduction_DC)
 
 
-def _refuse_settings(config: StudentConfig, task: Task) -> None:
+def _reject_settings(config: StudentConfig, task: Task) -> None:
     given = [name for name in ("projection", "pca") if getattr(config, name)]
     if given:
-        raise ConfigError(
-            f"student.{given[0]} is for students that embed texts, not for task {task.name}; leave it out"
-        )
+        raise ConfigError(f"student.{given[0]} is for task embedding, and the cache is of task {task.name}; remove it")
 
 
 def _with_own(outputs: OutputsRecord, own: SentenceModules, name: str) -> OutputsRecord:
     if own.pooling != outputs.pooling:
-        log.info("student %s pools by %s as its own files say, the teacher by %s", name, own.pooling, outputs.pooling)
+        log.info("student %s pools by %s, by its own files; the teacher by %s", name, own.pooling, outputs.pooling)
     return outputs.model_copy(update={"pooling": own.pooling})
 
 
@@ -128,21 +126,21 @@ def _orthogonal(width_in: int, width_out: int, seed: int) -> nn.Sequential:
 
 
 def fit_widths(student_width: int, sentence: SentenceModel, config: StudentConfig, cache: Cache) -> None:
-    """Reduce the teacher's embeddings to the student's width where that is asked for and has not been done.
+    """Fit the map of ``config.pca``, unless the student was loaded with one.
 
-    Raises ``StudentError`` where it makes no sense.
+    Raises ``StudentError`` when the teacher's embeddings are not wider than the student's.
     """
     if config.pca and sentence.reduction_DC is None:
         sentence.reduction_DC = fit_reduction(cache, student_width)
 
 
 def check_width(student_width: int, teacher_width: int, terms: Iterable[str]) -> None:
-    """Raise ``StudentError``, naming what helps, unless student and teacher are as wide as each other for ``terms``."""
+    """Raise ``StudentError`` when ``terms`` compare embeddings of different widths."""
     names = list(terms)
     if not names or student_width == teacher_width:
         return
     raise StudentError(
-        f"the teacher's embeddings have {teacher_width} numbers and the student's {student_width}, so "
+        f"the teacher's embeddings have width {teacher_width} and the student's {student_width}, so "
         f"{' and '.join(names)} cannot compare them: set student.projection=linear (a layer to the teacher's width, "
         "saved with the student) or student.pca=true (the teacher reduced to the student's width), or use "
         "similarity_matrix"
@@ -162,8 +160,8 @@ def fit_reduction(cache: Cache, width: int) -> Tensor:
     teacher_width = cache.manifest.outputs.width
     if width >= teacher_width:
         raise StudentError(
-            f"student.pca reduces the teacher's embeddings, which have {teacher_width} numbers, and the student's "
-            f"have {width}; use student.projection=linear"
+            f"student.pca: the teacher's embeddings have width {teacher_width}, not more than the student's {width}; "
+            "use student.projection=linear"
         )
     moment_CC = np.zeros((teacher_width, teacher_width))
     for outputs_PC in _sample(cache):
@@ -196,7 +194,7 @@ def _load_reduction(directory: Path, shape: tuple[int, int]) -> Tensor | None:
 
 
 def save_sentence_files(model: Any, sentence: SentenceModel, output: str | Path) -> None:
-    """Write what makes the Hugging Face directory ``output`` one of sentence-transformers, and the map of the PCA."""
+    """Write the files that make ``output`` a directory of sentence-transformers, and the map of the PCA."""
     output = Path(output)
     kinds, width = ["Pooling"], int(model.config.get_text_config().hidden_size)
     _write(output / "1_Pooling", _pooling_settings(str(sentence.outputs.pooling), width))

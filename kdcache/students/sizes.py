@@ -1,9 +1,9 @@
-"""Named sizes for fresh students: small Llama models that anyone can train on a laptop or one GPU.
+"""Named sizes of fresh students: small Llama models that can be trained on a laptop or one GPU.
 
-One architecture, because a student's size is what people compare; whoever wants another family gives a
-``config_file``. Embeddings are tied and counted: at the 49,152 entries of a usual vocabulary they are most of a small
-model, and a count without them would flatter it. Heads are 32 or 64 wide, the feed-forward part is about 8/3 of the
-width (as Llama's), there is no grouped-query attention (it saves memory only at lengths these students never see).
+They share one architecture, because sizes are what people compare; for another family give a ``config_file``.
+Embeddings are tied and counted: at the 49,152 entries of a usual vocabulary they are most of a small model, and a count
+without them would mislead. Heads are 32 or 64 wide, the feed-forward part is about 8/3 of the width (as Llama's), and
+there is no grouped-query attention, which saves memory only at lengths that these students never see.
 """
 
 from __future__ import annotations

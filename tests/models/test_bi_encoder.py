@@ -251,7 +251,7 @@ def test_hidden_state_terms_say_that_there_are_none(found: dict[str, str]) -> No
 
 
 def test_settings_that_do_not_fit_are_refused(found: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="give encoder: bi-encoder too"):
+    with pytest.raises(ConfigError, match="bi_encoder needs encoder: bi-encoder"):
         build(StudentConfig, {"model": "x", "bi_encoder": {"scale": 2}})
     cache = open_cache(found["cache"])
     manifest = cache.manifest.model_copy(update={"task": "sequence-regression"})

@@ -195,7 +195,7 @@ class TestRefused:
     def test_unknown_architecture(self, cache, tmp_path):
         file = tmp_path / "student.yaml"
         file.write_text("model_type: llamma\nhidden_size: 16\n")
-        self.refuse(cache, "unknown model_type 'llamma', did you mean 'llama'", config_file=str(file))
+        self.refuse(cache, "unknown model_type 'llamma'; did you mean 'llama'", config_file=str(file))
 
     def test_impossible_sizes(self, cache, tmp_path):
         file = tmp_path / "student.yaml"
@@ -213,8 +213,8 @@ class TestRefused:
     [
         ({}, "exactly one of model, config_file and size, found none"),
         ({"size": "nano", "model": "x"}, "found model and size"),
-        ({"size": "smal"}, "unknown student size 'smal', did you mean 'small'"),
-        ({"size": "nano", "revision": "main"}, "revision belongs to model"),
+        ({"size": "smal"}, "unknown student size 'smal'; did you mean 'small'"),
+        ({"size": "nano", "revision": "main"}, "revision needs model"),
         ({"size": "nano", "dtype": "float12"}, "dtype"),
     ],
 )

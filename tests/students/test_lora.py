@@ -266,7 +266,7 @@ def test_resuming_with_other_adapters_is_refused(tmp_path, cache, base):
 @pytest.mark.parametrize(
     ("student", "match"),
     [
-        ({"size": "nano", "lora": {}}, "lora adapts a pretrained student, a fresh one has nothing to adapt"),
+        ({"size": "nano", "lora": {}}, "lora needs model: a fresh student has no weights worth freezing"),
         ({"model": "x", "lora": {"rank": 0}}, "'student.lora.rank'.*greater than or equal to 1"),
         ({"model": "x", "lora": {"dropout": 1.0}}, "'student.lora.dropout'.*less than 1"),
         ({"model": "x", "lora": {"target_modules": "q_proj"}}, "expected 'all-linear' or a list of module names"),
@@ -283,7 +283,7 @@ def test_settings_that_make_no_sense(tmp_path, student, match):
     ("targets", "match"),
     [
         (["q_proj", "v_porj"], "'v_porj' does not exist in student .*did you mean 'v_proj'"),
-        (["mlp"], "'mlp' is no linear layer"),
+        (["mlp"], "'mlp' is not a linear layer"),
         (["lm_head"], "'lm_head' is the LM head or the embeddings"),
         (["q_proj", "embed_tokens"], "'embed_tokens' is the LM head or the embeddings"),
     ],

@@ -200,7 +200,7 @@ def test_layers_can_be_left_out_of_a_student_with_a_projection(found, projected,
 
 
 def test_another_width_without_a_remedy_is_refused(found, tmp_path):
-    with pytest.raises(StudentError, match=r"16 numbers and the student's 8, .*student\.projection.*student\.pca"):
+    with pytest.raises(StudentError, match=r"width 16 and the student's 8, .*student\.projection.*student\.pca"):
         train(found, tmp_path / "run", {})
     assert not (tmp_path / "run").exists()
     objective = {"similarity_matrix": {"weight": 1.0}, "label_cosine": {"weight": 1.0, "label_scale": 8.0}}
@@ -208,9 +208,9 @@ def test_another_width_without_a_remedy_is_refused(found, tmp_path):
 
 
 def test_settings_that_make_no_sense_are_refused(found, tmp_path):
-    with pytest.raises(ConfigError, match="give one"):
+    with pytest.raises(ConfigError, match="projection and pca exclude each other"):
         train(found, tmp_path / "run", {"projection": True, "pca": True})
-    with pytest.raises(StudentError, match=r"pca reduces .* 16 numbers, and the student's have 16"):
+    with pytest.raises(StudentError, match=r"pca: .* width 16, not more than the student's 16"):
         train(found, tmp_path / "run", {"model": found["student"], "pca": True})
 
 
@@ -218,7 +218,7 @@ def test_projections_are_for_embeddings(tmp_path):
     made = TINY_TASKS["sequence-regression"].write(tmp_path)
     dump_teacher(dump_config("sequence-regression", made, tmp_path / "cache"), progress=False)
     cache = open_cache(str(tmp_path / "cache"))
-    with pytest.raises(ConfigError, match=r"student\.pca is for students that embed texts"):
+    with pytest.raises(ConfigError, match=r"student\.pca is for task embedding"):
         load_student(StudentConfig(model=made["student"], pca=True), cache.manifest, cache.tokenizer_dir())
 
 
