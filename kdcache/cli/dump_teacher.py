@@ -40,7 +40,7 @@ To resume an interrupted dump, run the same command again.
 @click.option(
     "--task",
     type=click.Choice(list(TASKS)),
-    help="What the teacher predicts, that is, one position: "
+    help="Task of the teacher; it defines what one position is. "
     + "; ".join(f"{name}: {task.summary}" for name, task in TASKS.importable().items())
     + ".  "
     "[default: causal-lm]",

@@ -18,31 +18,39 @@ Examples:
 
 @click.command("peek", context_settings=options.CONTEXT, epilog=_EPILOG)
 @click.argument("cache")
-@click.option("--sequence", default=0, show_default=True, help="Number of the sequence.")
-@click.option("--at", "positions", metavar="P,P,...", help="Positions to show, instead of selecting some.")
-@click.option("--select", default="spread", show_default=True, help="Choose positions by: spread, entropy, loss.")
-@click.option("--count", default=8, show_default=True, type=click.IntRange(1), help="How many positions to choose.")
+@click.option("--sequence", default=0, show_default=True, help="Show the sequence with this number, counted from 0.")
+@click.option("--at", "positions", metavar="P,P,...", help="Show these positions, instead of --select.")
 @click.option(
-    "--top", default=5, show_default=True, type=click.IntRange(1), help="How many choices (classes, ...) to show."
+    "--select",
+    default="spread",
+    show_default=True,
+    help="Select positions: spread evenly, or those of highest entropy or loss.",
+)
+@click.option("--count", default=8, show_default=True, type=click.IntRange(1), help="Select this many positions.")
+@click.option(
+    "--top",
+    default=5,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Show this many ids, classes, numbers or documents.",
 )
 @options.json_option
 def command(cache: str, sequence: int, positions: str | None, select: str, count: int, top: int, as_json: bool) -> None:
-    """Show one text of CACHE and what the teacher thought of it.
+    """Show one sequence of CACHE with the teacher's predictions.
 
-    Where the teacher answers with tokens, for some positions: the text before it, the token that really follows (marked
-    *), the teacher's top choices with their probabilities, the tail (probability of all ids that were not kept) and the
-    entropy in nats. Where CACHE holds samples, they come after the kept ids, each with its share of the tail. Positions
-    of masked-lm are the places of hidden tokens in the text, those of seq2seq-lm are in the target.
+    For language models, some positions of the sequence: the text before the position, the top ids with their
+    probabilities, the gold token (marked *), the tail mass and the entropy in nats. Samples follow the kept ids, each
+    with its share of the tail. In masked-lm a position is the token index of a masked token; in seq2seq-lm it is in the
+    target.
 
-    Otherwise the text, or texts, with the teacher's answer and the corpus's own: classes with their probabilities and
-    raw logits (the corpus's marked *), a score, the first numbers of an embedding, or the documents of a query by
-    falling score (relevant ones marked *).
+    For other tasks, the texts with the teacher's output and the label: classes with probabilities and logits (the label
+    marked *), a score, the first numbers of an embedding, or the documents of a query in the order of their scores
+    (relevant documents marked *).
     """
-    from kdcache.cache import open_cache
     from kdcache.peek import peek_cache
 
     chosen = _parse_positions(positions)
-    result = peek_cache(open_cache(cache), sequence, positions=chosen, select=select, count=count, top=top)
+    result = peek_cache(cache, sequence, positions=chosen, select=select, count=count, top=top)
     if as_json:
         options.echo_json(result.to_dict())
         return
