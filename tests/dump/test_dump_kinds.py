@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +44,19 @@ def dump_kind(corpus, output, kind, *, codec="exact", teacher=None, **settings) 
     return teacher
 
 
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory, corpus_file) -> Callable[[str], Path]:
+    """Return the dump of a kind in the exact codec, made once and only read."""
+
+    @functools.cache
+    def made(kind: str) -> Path:
+        path = tmp_path_factory.mktemp("exact")
+        dump_kind(corpus_file, path, kind)
+        return path
+
+    return made
+
+
 def probabilities(teacher: BigramTeacher, batch: SequenceBatch) -> np.ndarray:
     """The teacher's distribution at every row, float64."""
     pieces = np.split(batch.tokens_T, batch.token_offsets_N1[1:-1])
@@ -60,11 +77,10 @@ def whole(path) -> tuple[Cache, SequenceBatch]:
 
 
 @kinds
-def test_every_row_is_what_the_teacher_says(tmp_path, corpus_file, kind):
-    teacher = dump_kind(corpus_file, tmp_path, kind)
-    cache, _ = check_targets(tmp_path, teacher)
+def test_every_row_is_what_the_teacher_says(exact, kind):
+    cache, _ = check_targets(exact(kind), LinearTeacher())
     check_merged(cache.read(range(len(cache))).targets)
-    assert verify_cache(str(tmp_path), deep=True).problems == []
+    assert verify_cache(str(exact(kind)), deep=True).problems == []
 
 
 @kinds
@@ -78,11 +94,10 @@ def test_every_kind_in_every_codec(tmp_path, corpus_file, kind, codec):
 
 @kinds
 @pytest.mark.parametrize("batch_tokens", [1, 50, 10_000])
-def test_the_batch_size_changes_nothing(tmp_path, corpus_file, kind, batch_tokens):
-    dump_kind(corpus_file, tmp_path / "a", kind)
-    dump_kind(corpus_file, tmp_path / "b", kind, batch_tokens=batch_tokens)
-    assert content_of(tmp_path / "a") == content_of(tmp_path / "b")
-    priors = [open_cache(str(tmp_path / name)).tail_prior_V for name in "ab"]
+def test_the_batch_size_changes_nothing(tmp_path, corpus_file, exact, kind, batch_tokens):
+    dump_kind(corpus_file, tmp_path, kind, batch_tokens=batch_tokens)
+    assert content_of(exact(kind)) == content_of(tmp_path)
+    priors = [open_cache(str(path)).tail_prior_V for path in (exact(kind), tmp_path)]
     assert (priors[0] is None) is (priors[1] is None)
     if priors[0] is not None:  # a sum over batches, so its last bits may differ
         np.testing.assert_allclose(priors[0], priors[1], rtol=1e-5, atol=1e-9)
@@ -97,9 +112,9 @@ def test_draws_do_not_depend_on_halved_batches_either(tmp_path, corpus_file):
 
 
 @pytest.mark.parametrize("kind", ["sampled", "sampled, 400 samples", "hybrid"])
-def test_draws_are_those_of_the_uniform_numbers(tmp_path, corpus_file, kind):
-    teacher = dump_kind(corpus_file, tmp_path, kind)
-    cache, batch = whole(tmp_path)
+def test_draws_are_those_of_the_uniform_numbers(exact, kind):
+    teacher = LinearTeacher()
+    cache, batch = whole(exact(kind))
     record = cache.manifest.targets
     lengths = np.diff(batch.position_offsets_N1)
     uniforms = sample_uniforms(record.seed, list(range(len(cache))), lengths, record.num_samples)
@@ -124,18 +139,18 @@ def test_another_seed_draws_others(tmp_path, corpus_file):
     assert sum(a != b for a, b in zip(first, second, strict=True)) > 0.9 * len(first)
 
 
-def test_the_tail_prior_is_the_mean_of_what_is_not_kept(tmp_path, corpus_file):
+def test_the_tail_prior_is_the_mean_of_what_is_not_kept(exact):
+    teacher = LinearTeacher()
     for kind in ("default", "min_prob", "temperatures"):
-        teacher = dump_kind(corpus_file, tmp_path / kind, kind)
-        cache, batch = whole(tmp_path / kind)
+        cache, batch = whole(exact(kind))
         expected = outside(probabilities(teacher, batch), batch).mean(axis=0)
         np.testing.assert_allclose(cache.tail_prior_V, expected, rtol=1e-4, atol=1e-9)
         assert cache.tail_prior_V.sum() == pytest.approx(np.exp(batch.targets.log_tail_P).mean(), rel=1e-4)
 
 
-def test_the_last_state_and_the_head_say_everything_again(tmp_path, corpus_file):
-    teacher = dump_kind(corpus_file, tmp_path, "hidden")
-    cache, batch = whole(tmp_path)
+def test_the_last_state_and_the_head_say_everything_again(exact):
+    teacher = LinearTeacher()
+    cache, batch = whole(exact("hidden"))
     assert cache.manifest.hidden_layers == ("hidden-1",)
     head = head_from_bytes(cache.lm_head_file())
     logprobs_PV = head.logits(torch.from_numpy(batch.hidden["last"])).log_softmax(1).numpy()
