@@ -1,15 +1,15 @@
-"""What is kept of the teacher's logits: the top k, and exact scalars of the full distribution.
+"""Reduce the teacher's logits to targets: the top k ids, and exact scalars of the full distribution.
 
-This runs over every logit the teacher makes, so it decides how much slower a dump is than the bare forward. Logits
+This runs over every logit of the teacher, so it decides how much slower a dump is than the bare forward pass. Logits
 come in chunks from the LM head and are reduced in smaller sub-chunks that stay in the processor's cache:
 
 - *top-k in two steps*: the maximum of each of V / 24 strided blocks, then the top k among the elements of the k best
   blocks. Every element outside them is at most the smallest of k block maxima, so the values are exactly the top k.
-- *one exponential*: with the kept ids taken out, ``exp(z - max)`` summed is the tail (never 1 - head) and, weighted by
-  z, the tail's share of the entropy; the head's k values are exponentiated apart.
-- *the same two buffers throughout*: fresh megabytes cost more in page faults than the arithmetic on them.
-- *everything else from the same exponentials*, while they are in the cache: what thresholds drop goes back among them,
-  samples choose by them, and their weighted sum over positions is the tail prior. Only another temperature needs more:
+- *one exponential*: without the kept ids, the sum of ``exp(z - max)`` is the tail (never 1 - kept mass) and, weighted
+  by z, the tail's share of the entropy. The k kept values are exponentiated separately.
+- *the same two buffers throughout*: page faults of new megabytes cost more than the arithmetic on them.
+- *everything else from the same exponentials*, while they are in the cache: ids that thresholds drop are put back,
+  samples are drawn from them, and their weighted sum over positions is the tail prior. Only another temperature needs
   one more exponential of every logit.
 
 All sums are float32 whatever the teacher's dtype; no [positions, vocabulary] float32 array exists beyond a sub-chunk.
@@ -30,9 +30,9 @@ from kdcache.errors import TeacherError
 from kdcache.schema import Targets, TargetsRecord
 from kdcache.teachers.samples import count_samples, sample_ids
 
-#: Blocks of this many logits; 16 to 48 measure alike, below that the first step gets slow, above that the second.
+#: Logits of a block: 16 to 48 are equally fast; with fewer the first step gets slow, with more the second.
 _BLOCK = 24
-#: Stands for log 0: exp of it is 0 in float32, and it survives arithmetic that -inf does not.
+#: Used for log 0: its exp is 0 in float32, and unlike -inf it survives a multiplication by 0.
 _LOG_ZERO = -1e4
 
 
@@ -45,19 +45,19 @@ class ChunkSizes:
 
     @classmethod
     def for_device(cls, device: torch.device) -> ChunkSizes:
-        """Return sizes that measured well: a CPU wants its cache, a GPU wants few launches."""
+        """Return sizes that measured well: small for the cache of a CPU, large for few launches on a GPU."""
         return cls(256, 32) if device.type == "cpu" else cls(2048, 512)
 
 
 class TargetReducer:
-    """Reduces logits to `Targets`, batch after batch, in buffers that it keeps."""
+    """Reduces logits to `Targets`, batch after batch, in buffers that are reused."""
 
     def __init__(self, record: TargetsRecord, chunks: ChunkSizes | None = None) -> None:
         self.record = record
         self._chunks = chunks
         self._buffers: Tensor | None = None
         self._is_ragged = record.is_ragged and record.top_k > 0
-        # Of a kept id: so low that it is nothing at the highest temperature either.
+        # Replaces kept logits; low enough to be 0 after exp at the highest temperature too.
         self._log_zero = _LOG_ZERO * max((1.0, *record.temperatures))
         self._batch_sum_V: Tensor | None = None
         self._tail_sum_V: NDArray[np.float64] | None = None
@@ -70,9 +70,9 @@ class TargetReducer:
         """Reduce the logits of P positions.
 
         ``logits(start, stop)`` returns the rows [stop - start, V] over the true vocabulary in the teacher's dtype,
-        valid until the next call; ``labels_P`` are the corpus's own answers (`NO_LABEL`: none, whose log-probability is
-        NaN); ``uniforms_PN`` the numbers in [0, 1)
-        that choose the samples, see `sample_uniforms`. Raises ``NonFiniteLogitsError`` when a row is NaN or +inf.
+        valid until the next call. ``labels_P`` are gold labels (`NO_LABEL`: none; its log-probability is NaN).
+        ``uniforms_PN`` are the numbers in [0, 1) that choose the samples, see `sample_uniforms`. Raises
+        ``NonFiniteLogitsError`` when a row is NaN or +inf.
         """
         num_positions, device = len(labels_P), labels_P.device
         chunks = self._chunks or ChunkSizes.for_device(device)
@@ -94,9 +94,9 @@ class TargetReducer:
         return Targets(**arrays)
 
     def take_tail_sum(self) -> tuple[NDArray[np.float64], int] | None:
-        """Return the sum [V] of every id's probability where it was not kept, and over how many positions; start anew.
+        """Return the sum [V] of every id's probability where it was not kept, and the number of positions; reset both.
 
-        None without ``tail_prior`` in the record, or when nothing was reduced since the last time.
+        None without ``tail_prior`` in the record, or when nothing was reduced since the last call.
         """
         taken = None if self._tail_sum_V is None else (self._tail_sum_V, self._num_summed)
         self._tail_sum_V, self._num_summed = None, 0
@@ -156,18 +156,18 @@ class TargetReducer:
         torch.exp(shifted_CV, out=exp_CV)
         tail_C = exp_CV.sum(1)
         weighted_C = shifted_CV.mul_(exp_CV).sum(1)
-        if torch.isnan(weighted_C).any():  # 0 * -inf: the teacher rules some ids out entirely
+        if torch.isnan(weighted_C).any():  # 0 * -inf: some ids have probability 0
             torch.sub(logits_CV, top_C1, out=shifted_CV).clamp_(min=_LOG_ZERO)
             shifted_CV.scatter_(1, ids_CK, _LOG_ZERO)
             weighted_C = shifted_CV.mul_(exp_CV).sum(1)
         return exp_CV, tail_C, weighted_C, tails_GC
 
     def _shorten(self, rows: dict[str, Tensor]) -> Tensor:
-        """Cut each row to the ids that the record's thresholds keep; return which ones that drops [C, K]."""
+        """Cut each row to the ids that the record's thresholds keep; return which ids are dropped, [C, K]."""
         ids_CK, logprobs_CK = rows["ids_PK"], rows["logprobs_PK"]
         probs_CK = logprobs_CK.exp()
         num_kept_C = (probs_CK >= self.record.min_prob).sum(1)
-        if self.record.min_mass < 1:  # with 1, rounding must not end the row early
+        if self.record.min_mass < 1:  # at 1, rounding must not end the row early
             num_kept_C = num_kept_C.minimum((probs_CK.cumsum(1) < self.record.min_mass).sum(1) + 1)
         num_kept_C.clamp_(min=1)
         dropped_CK = torch.arange(ids_CK.shape[1], device=ids_CK.device) >= num_kept_C[:, None]
@@ -191,7 +191,7 @@ class TargetReducer:
         self._batch_sum_V.addmv_(exp_CV.T, total_C.reciprocal())
 
     def _add_batch_sum(self, num_positions: int) -> None:
-        """Add the sum of a batch, float32, to that of all; a batch that was refused never gets here."""
+        """Add the sum of a batch, float32, to the total; a batch that is not finite never gets here."""
         if self._batch_sum_V is None:
             return
         batch_sum_V = self._batch_sum_V.cpu().numpy().astype(np.float64)
@@ -216,7 +216,7 @@ def reduce_top_k(
 
 
 def _best(logits_CV: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the largest values [C, K], their ids, and the very largest as float32 [C, 1], which K = 0 needs too."""
+    """Return the largest values [C, K], their ids, and the maximum as float32 [C, 1], also for K = 0."""
     if not top_k:
         nothing_C0 = logits_CV[:, :0]
         return nothing_C0, nothing_C0.long(), logits_CV.amax(1, keepdim=True).float()
@@ -229,21 +229,21 @@ def top_k_of(logits_CV: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     num_rows, vocab_size = logits_CV.shape
     num_blocks = vocab_size // _BLOCK
     if num_blocks < 4 * top_k or logits_CV.device.type != "cpu":
-        return logits_CV.topk(top_k)  # CUDA's own selection is a radix select already
+        return logits_CV.topk(top_k)  # on CUDA it is a radix select already
     blocked = num_blocks * _BLOCK
     blocks_CSN = logits_CV[:, :blocked].unflatten(1, (_BLOCK, num_blocks))
     best_CK = blocks_CSN.amax(1).topk(top_k, sorted=False).indices
-    # Block n holds ids n, n + num_blocks, ...; what does not fill a block is always a candidate.
+    # Block n holds ids n, n + num_blocks, ...; the ids left over are always candidates.
     offsets_S = torch.arange(_BLOCK, device=logits_CV.device) * num_blocks
     candidates = (best_CK[:, None, :] + offsets_S[:, None]).flatten(1)
     rest = torch.arange(blocked, vocab_size, device=logits_CV.device).expand(num_rows, -1)
     candidates = torch.cat([candidates, rest], 1)
-    values_CK, places_CK = logits_CV.gather(1, candidates).topk(top_k)
-    return values_CK, candidates.gather(1, places_CK)
+    values_CK, columns_CK = logits_CV.gather(1, candidates).topk(top_k)
+    return values_CK, candidates.gather(1, columns_CK)
 
 
 class NonFiniteLogitsError(TeacherError):
-    """The teacher answered NaN or infinity; ``row`` is the first such position of the batch."""
+    """Logits are NaN or infinite; ``row`` is the first such position of the batch."""
 
     def __init__(self, row: int, num_bad: int) -> None:
         super().__init__(f"the teacher's logits are NaN or infinite at {num_bad} positions of a batch, first at {row}")

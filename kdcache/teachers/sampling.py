@@ -1,11 +1,11 @@
-"""Sampling texts so that each depends on the seed and its own number alone, in whatever batch it is written.
+"""Sample texts so that each depends on the seed and the number of its document alone, not on its batch.
 
-A token is drawn by inverting the cumulative sum at a uniform number of (seed, document, place), as samples for a cache
-are. The generators of torch cannot do that: they are shared by a batch. Which tokens may be drawn is decided before:
-the logits are divided by the temperature, and of ids in falling order the fewest that reach ``top_p`` stay (nucleus
-sampling: Holtzman et al., "The curious case of neural text degeneration", 2020).
+A token is sampled as samples of a cache are: a uniform number of (seed, document, position) inverts the cumulative sum.
+The generators of torch cannot do that, because a batch shares one. Before, logits are divided by the temperature, and
+of the ids in descending order the fewest that reach ``top_p`` stay (nucleus sampling: Holtzman et al., "The curious
+case of neural text degeneration", 2020).
 
-Shape suffixes: B texts of a batch, L places, V vocabulary.
+Shape suffixes: B texts of a batch, L positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kdcache.teachers.samples import sample_ids, sample_uniforms
 
 
 class Sampler:
-    """Chooses the next token of every text of one batch; ``documents`` are their numbers in the corpus."""
+    """Samples the next token of every text of one batch; ``documents`` are their numbers in the corpus."""
 
     def __init__(
         self, seed: int, documents: Sequence[int], max_tokens: int, *, temperature: float = 1.0, top_p: float = 1.0
@@ -28,12 +28,12 @@ class Sampler:
         self._uniforms_BL = torch.from_numpy(uniforms_BL)
         self._temperature, self._top_p = temperature, top_p
 
-    def __call__(self, place: int, logits_BV: Tensor) -> Tensor:
-        """Return the ids [B] of the tokens at ``place``, from 0."""
+    def __call__(self, position: int, logits_BV: Tensor) -> Tensor:
+        """Return the ids [B] of the tokens at ``position``, counted from 0."""
         weights_BV = (logits_BV.float() / self._temperature).softmax(1)
         if self._top_p < 1:
             weights_BV = nucleus(weights_BV, self._top_p)
-        uniforms_B1 = self._uniforms_BL[:, place : place + 1].to(logits_BV.device)
+        uniforms_B1 = self._uniforms_BL[:, position : position + 1].to(logits_BV.device)
         return sample_ids(weights_BV, uniforms_B1)[:, 0]
 
 
@@ -41,5 +41,5 @@ def nucleus(weights_BV: Tensor, top_p: float) -> Tensor:
     """Return probabilities with 0 for all but the fewest most probable ids that together reach ``top_p``."""
     sorted_BV, ids_BV = weights_BV.sort(1, descending=True)
     before_BV = sorted_BV.cumsum(1) - sorted_BV
-    # The first id has nothing before it, so it always stays.
+    # Nothing stands before the first id, so it always stays.
     return torch.zeros_like(weights_BV).scatter_(1, ids_BV, sorted_BV.masked_fill(before_BV >= top_p, 0))
