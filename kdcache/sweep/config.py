@@ -1,8 +1,8 @@
-"""What a sweep file says: settings that all students share, and in what they differ.
+"""The settings of a sweep: what all students share, and what varies.
 
-Variations are a grid (the product of lists of values) and/or a list of named runs; both change the shared settings by
-dotted keys, exactly as ``--set`` of ``train-student`` changes those of ``--config``. There is no search: all variations
-are known before the first student trains, which is what makes them checkable and resumable.
+Variations are a grid (the product of lists of values), a list of named runs, or both; they change the shared settings
+by dotted keys, exactly as ``--set`` of ``train-student`` changes those of ``--config``. There is no search: all
+variations are known before the first student trains, so they can be checked beforehand and resumed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from kdcache.config import Config, build, read_yaml
 
-#: Files of the sweep itself, beside the directories of its students.
+#: Files of the sweep itself, next to the directories of its students.
 SWEEP_FILE = "sweep.json"
 TABLE_FILE = "table.md"
 PLOT_FILE = "quality.png"
@@ -26,7 +26,7 @@ _RESERVED = (SWEEP_FILE, TABLE_FILE, PLOT_FILE)
 
 
 class NamedRun(Config):
-    """A variation by name: ``set`` holds settings over the shared ones, nested or by dotted keys."""
+    """A variation by name: ``set`` changes shared settings, nested or by dotted keys."""
 
     name: str
     set: dict[str, Any] = Field(default_factory=dict)
@@ -36,19 +36,19 @@ class NamedRun(Config):
     def _names_a_directory(cls, name: str) -> str:
         if not _NAME.fullmatch(name) or name.lower() in _RESERVED:
             raise ValueError(
-                "a name becomes a directory: begin with a letter or digit, go on with these or any of ._+=,- and use "
-                f"none of {', '.join(_RESERVED)}"
+                "a name is used as a directory: begin with a letter or digit, continue with these or any of ._+=,- and "
+                f"avoid {', '.join(_RESERVED)}"
             )
         return name
 
 
 class SweepConfig(Config):
-    """A sweep: many students that differ in some settings, trained ``jobs`` at a time, judged on one held-out cache.
+    """A sweep: many students that differ in some settings, trained ``jobs`` at a time, evaluated on one held-out cache.
 
     ``base`` (or ``base_file``) holds the settings of `TrainConfig` that all share, without ``output``: every student
-    gets the directory ``output``/name. ``grid`` maps dotted keys to lists of values, of which every combination is
-    trained; ``runs`` are trained beside them; without both the one student of ``base`` is. ``seeds`` repeats every
-    variation with other orders of the texts and, for fresh students, other weights. ``jobs`` is by default 1 on a CPU
+    gets the directory ``output``/name. ``grid`` maps dotted keys to lists of values and trains every combination;
+    ``runs`` are trained in addition; without both, one student of ``base`` is trained. ``seeds`` repeats every
+    variation with other orders of the data and, for fresh students, other weights. ``jobs`` is by default 1 on a CPU
     and the number of GPUs elsewhere.
     """
 
@@ -80,7 +80,7 @@ class SweepConfig(Config):
     @classmethod
     def _different(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(seeds)) < len(seeds):
-            raise ValueError("every seed may be there once")
+            raise ValueError("list every seed once")
         return seeds
 
     @model_validator(mode="after")

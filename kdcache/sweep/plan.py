@@ -1,8 +1,8 @@
-"""Everything that can go wrong with a sweep, found before its first student trains.
+"""Check a whole sweep before its first student trains.
 
-Every cache is opened, every distinct student is loaded once (and thrown away: it says how large it is), every
-objective is made for its cache and its student, and what lies in the output already is compared with what the file
-says. A sweep of a night should not end with a misspelt key in its last variation.
+Every cache is opened, every distinct student is loaded once and discarded, every run is prepared as `train-student`
+would, and what the output already holds is compared with the settings. A misspelt key in the last variation is then
+found in the first minute, and not after a night.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from kdcache.train.run_record import changed_settings, check_output, settings_th
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A student that a sweep will train: ``state`` is what lies there, ``new``, ``begun`` or ``finished``.
+    """A student that a sweep will train; ``state`` of its directory is ``new``, ``begun`` or ``finished``.
 
-    ``num_positions`` are those of all its steps together, about: steps times the mean of a step.
+    ``num_positions`` is about that of all its steps: steps times the mean of a step.
     """
 
     variation: Variation
@@ -68,7 +68,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """The checked students of a sweep; ``held_out`` is the path and the fingerprint of the cache that judges them."""
+    """The checked students of a sweep; ``held_out`` is the path and the fingerprint of the held-out cache."""
 
     config: SweepConfig
     runs: tuple[PlannedRun, ...]
@@ -118,7 +118,7 @@ def _check_output(output: Path) -> None:
 
 @contextmanager
 def _named(variation: Variation) -> Iterator[None]:
-    """Put the name of a variation in front of the message of whatever is wrong with it."""
+    """Put the name of a variation in front of the message of any error."""
     try:
         yield
     except KdcacheError as error:
@@ -137,7 +137,7 @@ def _cache_key(variation: Variation) -> str:
 
 
 def _student_key(variation: Variation) -> tuple[str, str]:
-    """Return what decides whether two variations start from the same student, up to the seed of its weights."""
+    """Return a key that is equal for variations with the same student, up to the seed of its weights."""
     return variation.config.cache, variation.config.student.model_copy(update={"seed": 0}).model_dump_json()
 
 
@@ -156,8 +156,8 @@ def _check_students(group: Sequence[Variation], cache: Cache, held_out: Cache | 
 def _check_held_out(cache: Cache, held_out: Cache | None) -> None:
     if held_out is not None and held_out.manifest.tokenizer.sha256 != cache.manifest.tokenizer.sha256:
         raise ConfigError(
-            "the held-out cache was made with another tokenizer than the cache that is trained on, so it cannot judge "
-            "such a student; dump one of held-out texts with the same teacher"
+            "the held-out cache has another tokenizer than the cache that is trained on, so students cannot be "
+            "evaluated on it; dump one of held-out texts with the same teacher"
         )
 
 
@@ -177,7 +177,7 @@ def _check(variation: Variation, cache: Cache, student: Student) -> PlannedRun:
 
 
 def _state(output: str, settings: dict[str, Any]) -> str:
-    """Return what lies in the directory of a run; raises ``ConfigError`` if it is anything but this very run."""
+    """Return the state of a run's directory; raises ``ConfigError`` if it holds anything but this very run."""
     check_output(output, resume=True)
     before = read_run(output)
     if before is None:

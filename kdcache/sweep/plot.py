@@ -1,4 +1,4 @@
-"""One picture of a sweep: quality against what it costs, in parameters, bytes and seconds of training."""
+"""Plot a sweep: quality against cost, in parameters, bytes and seconds of training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from kdcache.sweep.table import SweepRow
 
 _PANELS = {"num_parameters": "parameters", "num_bytes": "bytes of weights", "seconds": "seconds of training"}
-#: With more students than this names would cover the points; the table has them.
+#: With more students than this, names would cover the points.
 _MOST_NAMES = 16
 
 

@@ -1,7 +1,7 @@
-"""The parent's side of a sweep: a few spawned processes, each with one student at a time.
+"""The parent process of a sweep: a few spawned processes, each training one student at a time.
 
-An executor of the standard library would not do: when one of its processes is killed (out of memory, usually) it gives
-up all work and does not say which student it was. Here that student is named, and a new process takes the others.
+An executor of the standard library gives up all work when one of its processes is killed (out of memory, usually), and
+does not say which job it had. Here that student is named, and a new process takes the others.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch
 from kdcache.sweep.results import Outcome, SweepFailure
 from kdcache.sweep.worker import Job, serve
 
-#: Seconds that a process gets to end by itself before it is killed.
+#: Seconds after which a process that should end is killed.
 _GRACE_S = 5.0
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 class Worker:
-    """A child process and the job that it has, if any; ``gpu`` is the only one that it sees (None: as this process)."""
+    """A child process and its job, if any; it sees only the GPU ``gpu`` (None: the same as this process)."""
 
     def __init__(self, num_threads: int, gpu: str | None) -> None:
         context = multiprocessing.get_context("spawn")
@@ -39,12 +39,12 @@ class Worker:
         theirs.close()
 
     def give(self, job: Job) -> None:
-        """Let the process train another student."""
+        """Give the process a student to train."""
         self.job = job
         self._send(job)
 
     def _send(self, job: Job | None) -> None:
-        # A process that has died already is noticed, with the name of the job, by `messages`.
+        # `messages` notices a process that has died already, and names its job.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send(job)
 
@@ -54,7 +54,7 @@ class Worker:
         return Worker(*self._setup)
 
     def end(self) -> None:
-        """End the process, in the middle of its job if it has one."""
+        """End the process, even in the middle of a job."""
         if self.job is None:
             self._send(None)
         else:
@@ -66,9 +66,9 @@ class Worker:
         self.connection.close()
 
     def messages(self) -> Iterator[int | Outcome]:
-        """Yield what the process has said since; last, if it has died, the failure of its job."""
+        """Yield the new messages of the process; last, if it has died, the failure of its job."""
         assert self.job is not None
-        # Asked before reading: what a process said before it died comes first.
+        # Asked before reading: messages from before its death come first.
         died = not self.process.is_alive()
         try:
             while self.connection.poll():
@@ -82,7 +82,7 @@ class Worker:
 
 @contextlib.contextmanager
 def _inherited(gpu: str | None) -> Iterator[None]:
-    """Let a process that is started meanwhile ignore interrupts and see one GPU only."""
+    """Let processes that are started meanwhile ignore interrupts and see one GPU only."""
     visible, is_main = os.environ.get(_VISIBLE), threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
     if gpu is not None:
@@ -105,11 +105,11 @@ def run_jobs(
     on_steps: Callable[[str, int], None] = lambda name, steps: None,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> dict[str, Outcome]:
-    """Train the students of ``jobs`` and return what became of each.
+    """Train the students of ``jobs`` and return the outcome of each.
 
-    There is one process per entry of ``gpus`` (None: the CPU), with ``num_threads`` threads. ``on_steps`` is told how
-    many steps a student has made, ``on_outcome`` what became of it. Processes are ended before this returns or raises,
-    an interrupt included.
+    There is one process per entry of ``gpus`` (None: the CPU), with ``num_threads`` threads. ``on_steps`` is called
+    with the steps that a student has made, ``on_outcome`` with its outcome. All processes end before this returns or
+    raises, also at an interrupt.
     """
     waiting, outcomes = deque(jobs), dict[str, Outcome]()
     workers: list[Worker] = []
@@ -121,12 +121,12 @@ def run_jobs(
                 if worker.job is None and waiting:
                     worker.give(waiting.popleft())
             for worker in _ready(workers):
-                outcome = _hear(worker, on_steps)
+                outcome = _receive(worker, on_steps)
                 if outcome is None:
                     continue
                 outcomes[outcome.name] = outcome
                 on_outcome(outcome)
-                # After a defect nobody knows the state of the process (of its GPU, say).
+                # After a defect the state of the process (of its GPU, say) is unknown.
                 if isinstance(outcome, SweepFailure) and outcome.kind != "refused" and waiting:
                     workers[workers.index(worker)] = worker.replaced()
     finally:
@@ -136,38 +136,38 @@ def run_jobs(
 
 
 def _ready(workers: Sequence[Worker]) -> list[Worker]:
-    """Return the busy workers that have said something or have died, once there are any."""
+    """Wait for a busy worker that has sent something or has died; return all such workers."""
     busy = [worker for worker in workers if worker.job is not None]
     ready = set(wait([source for worker in busy for source in (worker.connection, worker.process.sentinel)]))
     return [worker for worker in busy if worker.connection in ready or worker.process.sentinel in ready]
 
 
-def _hear(worker: Worker, on_steps: Callable[[str, int], None]) -> Outcome | None:
-    """Pass on what a worker says; return what became of its job when that is known, which leaves it idle."""
+def _receive(worker: Worker, on_steps: Callable[[str, int], None]) -> Outcome | None:
+    """Pass on the messages of a worker; return the outcome of its job when it is known, which leaves it idle."""
     assert worker.job is not None
-    for said in worker.messages():
-        if isinstance(said, int):
-            on_steps(worker.job.name, said)
+    for message in worker.messages():
+        if isinstance(message, int):
+            on_steps(worker.job.name, message)
             continue
         worker.job = None
-        return said
+        return message
     return None
 
 
 def _how_it_ended(exit_code: int | None) -> str:
     if exit_code is not None and exit_code < 0:
         name = signal.Signals(-exit_code).name
-        memory = ", which is how a system takes back memory that has run out" if name == "SIGKILL" else ""
+        memory = ", usually because memory ran out" if name == "SIGKILL" else ""
         how = f"its process was killed by {name}{memory}"
     else:
         how = f"its process ended with exit code {exit_code}"
-    return f"{how}; the same command goes on from its last checkpoint"
+    return f"{how}; repeat the command to resume from its last checkpoint"
 
 
-def places(num_jobs: int | None, *, on_gpu: bool) -> list[str | None]:
-    """Return for every process the GPU that it sees, None for the CPU.
+def devices_of(num_jobs: int | None, *, on_gpu: bool) -> list[str | None]:
+    """Return the GPU of every process, None for the CPU.
 
-    ``num_jobs`` of None means one process on a CPU and one for every GPU elsewhere; more than GPUs share them.
+    ``num_jobs`` of None means one process on a CPU and one for every GPU elsewhere; more processes share the GPUs.
     """
     if not on_gpu:
         return [None] * (num_jobs or 1)

@@ -1,4 +1,4 @@
-"""What is known of a student of a sweep when it is done, kept beside it so that it is trained and judged once."""
+"""The result of a student in a sweep, stored next to it so that it is trained and evaluated once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESULT_FILE = "sweep_result.json"
 
 
 class HeldOut(Config):
-    """The numbers of a student on a held-out cache (see ``kdcache.evaluate``), and the teacher's loss there.
+    """The metrics of a student on a held-out cache (see ``kdcache.evaluate``), and the teacher's loss there.
 
     Losses and KL in nats per position; None where a number is unknown or not finite.
     """
@@ -26,7 +26,7 @@ class HeldOut(Config):
     ece: float | None
     teacher_loss: float | None
     metrics: dict[str, float | None] = Field(default_factory=dict)
-    """What the task is judged by besides; the first one orders students that have no loss."""
+    """Further metrics of the task; students without a loss are ordered by the first one."""
     warnings: tuple[str, ...] = ()
 
 
@@ -48,7 +48,7 @@ class StudentResult(Config):
 
 
 class SweepFailure(Config):
-    """A student that could not be finished, and why; ``traceback`` only where that is a defect."""
+    """A student that could not be finished, and why; ``traceback`` only for a defect of kdcache."""
 
     name: str
     error: str
@@ -60,12 +60,12 @@ Outcome = StudentResult | SweepFailure
 
 
 def write_result(output: str | Path, result: StudentResult) -> None:
-    """Write the result of a student beside it, all or nothing."""
+    """Write the result of a student into its directory, all or nothing."""
     write_json(Path(output) / RESULT_FILE, result.model_dump())
 
 
 def read_result(output: str | Path) -> StudentResult | None:
-    """Return the result that lies in the directory of a student, None if there is none that can be read."""
+    """Return the result in the directory of a student, None if there is none that can be read."""
     try:
         return StudentResult.model_validate_json((Path(output) / RESULT_FILE).read_text())
     except (OSError, ValidationError):

@@ -1,7 +1,7 @@
-"""Run a sweep: what is missing of its students, a few at a time, then one table and one plot.
+"""Run a sweep: train the students that are missing, a few at a time, then write one table and one plot.
 
-What a sweep knows lies in the directories of its students (``kdcache_run.json``, ``sweep_result.json``), so there is
-no state of its own that could contradict them; ``sweep.json`` and ``table.md`` are made from them every time.
+The state of a sweep is in the directories of its students (``kdcache_run.json``, ``sweep_result.json``) and nowhere
+else, so nothing can contradict them; ``sweep.json`` and ``table.md`` are made from them every time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kdcache.json_files import write_json, write_text
 from kdcache.progress import bar
 from kdcache.sweep.config import PLOT_FILE, SWEEP_FILE, TABLE_FILE, SweepConfig
 from kdcache.sweep.plan import SweepPlan, preview_sweep
-from kdcache.sweep.pool import places, run_jobs
+from kdcache.sweep.pool import devices_of, run_jobs
 from kdcache.sweep.results import Outcome, StudentResult, SweepFailure
 from kdcache.sweep.table import SweepRow, make_rows, render
 from kdcache.sweep.worker import Job, finished_result
@@ -30,7 +30,7 @@ from kdcache.train.prepare import started_processes, uses_cpu
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What became of every student by its name; ``plot`` is None where matplotlib is missing or nothing finished."""
+    """The outcome of every student by its name; ``plot`` is None without matplotlib or a finished student."""
 
     plan: SweepPlan
     outcomes: dict[str, Outcome]
@@ -58,7 +58,7 @@ class SweepResult:
 def sweep_students(config: SweepConfig, *, progress: bool = True) -> SweepResult:
     """Train, evaluate and compare all students of a sweep; finished students are kept.
 
-    A student that fails is reported in the result and stops no other. Before the first student trains, raises what
+    A student that fails is reported in the result, and the others go on. Before the first student trains, raises what
     `preview_sweep` raises, and ``ConfigError`` if another sweep is running in the same output directory.
     """
     _check_alone()
@@ -70,24 +70,24 @@ def sweep_students(config: SweepConfig, *, progress: bool = True) -> SweepResult
             outcomes = _train(plan, progress)
             return _finish(plan, outcomes)
     except Timeout:
-        raise ConfigError(f"another sweep is at work in {output}; wait for it, or choose another output") from None
+        raise ConfigError(f"another sweep is running in {output}; wait for it, or choose another output") from None
 
 
 def _check_alone() -> None:
     if started_processes() > 1:
         raise ConfigError(
-            f"{started_processes()} processes were started for one sweep; start it without a launcher, it starts its "
+            f"{started_processes()} processes were started for one sweep; start it without a launcher: it starts its "
             "own processes (jobs)"
         )
 
 
 def _train(plan: SweepPlan, progress: bool) -> dict[str, Outcome]:
-    """Return what became of every student, in the order of the plan."""
+    """Return the outcome of every student, in the order of the plan."""
     jobs = [Job(run.name, run.variation.config, plan.held_out) for run in plan.runs]
     found = {job.name: result for job in jobs if (result := finished_result(job)) is not None}
     tell = _Progress(plan, found, enabled=progress)
     on_gpu = not all(uses_cpu(run.variation.config) for run in plan.runs)
-    gpus = places(plan.config.jobs, on_gpu=on_gpu)
+    gpus = devices_of(plan.config.jobs, on_gpu=on_gpu)
     trained: dict[str, Outcome] = dict(found)
 
     def keep(outcome: Outcome) -> None:
@@ -109,26 +109,26 @@ def _train(plan: SweepPlan, progress: bool) -> dict[str, Outcome]:
 
 
 class _Progress:
-    """A bar over the steps of all students, and a line for each that is done, on standard error."""
+    """A progress bar over the steps of all students, and a line for each that is done, on standard error."""
 
     def __init__(self, plan: SweepPlan, found: Mapping[str, StudentResult], *, enabled: bool) -> None:
         self._enabled = enabled
         self._steps = {run.name: run.steps for run in plan.runs}
         self._done = dict.fromkeys(found, 0)
         self._num_finished = len(found)
-        # Steps that were made before say nothing of how fast the others will be.
+        # Steps that were made before do not tell how fast the others will be.
         missing = sum(run.steps for run in plan.runs if run.name not in found)
         self._bar = bar(missing, "sweep", "step", enabled=enabled)
         if found:
-            self._write(f"{len(found)} of {len(plan.runs)} students are finished already and are kept")
+            self._write(f"{len(found)} of {len(plan.runs)} students are already finished and are kept")
 
     def steps(self, name: str, steps: int) -> None:
-        """Take note that a student has made so many steps."""
+        """Record how many steps a student has made."""
         self._bar.update(steps - self._done.get(name, 0))
         self._done[name] = steps
 
     def outcome(self, outcome: Outcome) -> None:
-        """Take note of what became of a student."""
+        """Record and print the outcome of a student."""
         self.steps(outcome.name, self._steps[outcome.name])
         self._num_finished += 1
         self._write(f"{self._num_finished}/{len(self._steps)} {_line(outcome)}")
@@ -148,8 +148,8 @@ def _line(outcome: Outcome) -> str:
     numbers: dict[str, float | None] = {"training loss": outcome.losses.get("loss")}
     if outcome.held_out is not None:
         numbers = {"held-out loss": outcome.held_out.loss, "KL": outcome.held_out.kl, **outcome.held_out.metrics}
-    told = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items() if value is not None)
-    return f"{outcome.name}: {told}, {outcome.seconds:.1f} s of training"
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items() if value is not None)
+    return f"{outcome.name}: {shown}, {outcome.seconds:.1f} s of training"
 
 
 def _to_dict(plan: SweepPlan, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
@@ -173,6 +173,6 @@ def _finish(plan: SweepPlan, outcomes: dict[str, Outcome]) -> SweepResult:
         return result
     from kdcache.sweep.plot import write_plot
 
-    quality = result.rows[0].judged_by
-    is_sampled = write_plot(output / PLOT_FILE, result.rows, quality)
-    return SweepResult(plan, outcomes, output / PLOT_FILE if is_sampled else None)
+    quality = result.rows[0].ranked_by
+    is_drawn = write_plot(output / PLOT_FILE, result.rows, quality)
+    return SweepResult(plan, outcomes, output / PLOT_FILE if is_drawn else None)

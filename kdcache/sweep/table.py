@@ -1,7 +1,7 @@
-"""One row per variation: what varied, what it cost, how good its students are.
+"""The table of a sweep: one row per variation, with what varies, what it costs, and how good its students are.
 
 Over several seeds a number is a mean with the half width of its 95 % interval (Student's t): with three seeds two
-students may differ a good deal by chance, and a table of bare means hides that.
+students may differ considerably by chance, which bare means would hide.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kdcache.table import render_table
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _NORMAL = 1.96
 
-#: Column -> (heading, number format): what a student costs, and how good it is on the held-out cache.
+#: Column -> (heading, number format): costs of a student, and its metrics on the held-out cache.
 _COSTS = {
     "num_parameters": ("parameters", ",.0f"),
     "num_bytes": ("bytes", ",.0f"),
@@ -41,7 +41,7 @@ _QUALITIES = {
 
 @dataclass(frozen=True)
 class SweepEstimate:
-    """A mean, and the half width of its 95 % interval where there are several values that differ."""
+    """A mean, and the half width of its 95 % interval if there are several different values."""
 
     mean: float
     half_width: float | None = None
@@ -80,8 +80,8 @@ class SweepRow:
     losses: dict[str, SweepEstimate | None]
 
     @property
-    def judged_by(self) -> str:
-        """What students are ordered by, as tables call it: held-out loss or KL, the task's first metric, or training.
+    def ranked_by(self) -> str:
+        """The heading of what students are ordered by: held-out loss or KL, the task's first metric, or training loss.
 
         A task without distributions has no loss on a held-out cache; without such a cache there is that of training.
         """
@@ -92,7 +92,7 @@ class SweepRow:
     @property
     def quality(self) -> SweepEstimate | None:
         """The number that students are ordered by."""
-        kind, _, key = self.judged_by.partition(" ")
+        kind, _, key = self.ranked_by.partition(" ")
         return self.losses.get(key) if kind == "training" else self.held_out[key]
 
     @property
@@ -100,7 +100,7 @@ class SweepRow:
         """Lower is better; infinite where nothing is known."""
         if self.quality is None:
             return math.inf
-        is_cost = self.judged_by.endswith(("loss", "kl", "mse"))
+        is_cost = self.ranked_by.endswith(("loss", "kl", "mse"))
         return self.quality.mean if is_cost else -self.quality.mean
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,18 +130,18 @@ def _row(
         settings,
         len(finished),
         len(group),
-        # Of two times the interval would say how busy the machine was.
+        # Intervals of times would show how busy the machine was.
         {key: value and SweepEstimate(value.mean) for key, value in costs.items()},
         _held_out([result.held_out for result in finished]),
         {term: _over([result.losses.get(term) for result in finished]) for term in terms},
     )
 
 
-def _held_out(judged: Sequence[HeldOut | None]) -> dict[str, SweepEstimate | None]:
-    """Return the means of all that students were judged by, under the names of `HeldOut` and of the task's metrics."""
-    names = dict.fromkeys(name for one in judged if one is not None for name in one.metrics)
-    metrics = {name: _over([None if one is None else one.metrics.get(name) for one in judged]) for name in names}
-    return {key: _over([getattr(one, key, None) for one in judged]) for key in _QUALITIES} | metrics
+def _held_out(results: Sequence[HeldOut | None]) -> dict[str, SweepEstimate | None]:
+    """Return the means of all held-out metrics, under the names of `HeldOut` and of the task's metrics."""
+    names = dict.fromkeys(name for one in results if one is not None for name in one.metrics)
+    metrics = {name: _over([None if one is None else one.metrics.get(name) for one in results]) for name in names}
+    return {key: _over([getattr(one, key, None) for one in results]) for key in _QUALITIES} | metrics
 
 
 def _over(values: Sequence[float | None]) -> SweepEstimate | None:
@@ -151,7 +151,7 @@ def _over(values: Sequence[float | None]) -> SweepEstimate | None:
 
 
 def _varying(groups: Mapping[str, Sequence[Variation]]) -> dict[str, dict[str, str | None]]:
-    """Return for every variation, as text, the settings in which variations differ."""
+    """Return the settings in which variations differ, as text, for every variation."""
     configs = {name: flatten(group[0].config.model_dump(mode="json")) for name, group in groups.items()}
     keys = dict.fromkeys(key for group in groups.values() for key in group[0].changes)
     shown = {name: {key: _text(flat.get(key)) for key in keys} for name, flat in configs.items()}
@@ -169,7 +169,7 @@ def _text(value: Any) -> str | None:
 def render(
     plan: SweepPlan, rows: Sequence[SweepRow], outcomes: Mapping[str, Outcome], *, markdown: bool = False
 ) -> str:
-    """Return the table of a sweep, and below it what its reader must know."""
+    """Return the table of a sweep, with notes below it."""
     columns = {"name": ("student", "s"), **{key: (key.removeprefix("objective."), "s") for key in rows[0].settings}}
     if any(row.num_students > 1 for row in rows):
         columns["seeds"] = ("seeds", "s")
@@ -191,18 +191,18 @@ def _cells(row: SweepRow, columns: Mapping[str, Any]) -> dict[str, Any]:
 
 def _notes(plan: SweepPlan, outcomes: Mapping[str, Outcome]) -> list[str]:
     results = [outcome for outcome in outcomes.values() if isinstance(outcome, StudentResult)]
-    judged = [result.held_out for result in results if result.held_out is not None]
+    evaluated = [result.held_out for result in results if result.held_out is not None]
     notes = []
     if plan.held_out is None:
         notes.append(
-            "no held_out cache was given: the losses are those of training, which say nothing of other texts and are "
-            "not comparable between objectives"
+            "no held_out cache was given: the losses are those of training, which do not tell about other texts and "
+            "cannot be compared between objectives"
         )
-    elif judged and judged[0].teacher_loss is not None:
-        notes.append(f"held-out loss of the teacher: {judged[0].teacher_loss:.4f}")
+    elif evaluated and evaluated[0].teacher_loss is not None:
+        notes.append(f"held-out loss of the teacher: {evaluated[0].teacher_loss:.4f}")
     if any(run.variation.seed is not None for run in plan.runs):
         notes.append("several seeds: mean ± half width of its 95 % interval (Student's t)")
-    notes += [f"warning: {warning}" for result in judged for warning in result.warnings]
+    notes += [f"warning: {warning}" for result in evaluated for warning in result.warnings]
     notes += [
         f"failed: {outcome.name}: {outcome.error}" for outcome in outcomes.values() if isinstance(outcome, SweepFailure)
     ]

@@ -1,4 +1,4 @@
-"""From a sweep file to the settings of every student: names, products, seeds. Nothing is opened or loaded here."""
+"""From the settings of a sweep to those of every student: names, products, seeds. Opens and loads nothing."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from kdcache.errors import ConfigError
 from kdcache.sweep.config import SweepConfig
 from kdcache.train import TrainConfig
 
-#: Longest name of a student: a directory's name has 255 bytes on most file systems.
+#: Longest name of a student; most file systems allow 255 bytes for the name of a directory.
 MAX_NAME = 200
 
 
 @dataclass(frozen=True)
 class Variation:
-    """One student to be: ``group`` is the variation that it repeats with ``seed`` (None where there are no seeds).
+    """One student to train: ``group`` names its variation, which is repeated for every ``seed`` (None without seeds).
 
-    ``changes`` are its settings over the shared ones by dotted keys.
+    ``changes`` are its changes to the shared settings, by dotted keys.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Variation:
 
 
 def expand(config: SweepConfig) -> list[Variation]:
-    """Return every student of a sweep in the order of the file, those of one variation after each other.
+    """Return every student of a sweep in the order of the file, the seeds of a variation next to each other.
 
     Raises ``ConfigError`` naming the variation whose settings are wrong, and for names that are not unique.
     """
@@ -67,14 +67,14 @@ def _groups(config: SweepConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _labels(keys: Sequence[str]) -> dict[str, str]:
-    """Return for every dotted key the shortest end of it that no other key has."""
+    """Return for every dotted key its shortest unique suffix."""
     ends = {key: [".".join(key.split(".")[start:]) for start in range(key.count("."), -1, -1)] for key in keys}
     count = Counter(end for own in ends.values() for end in own)
     return {key: next((end for end in own if count[end] == 1), key) for key, own in ends.items()}
 
 
 def _texts(values: Sequence[Any]) -> list[str]:
-    """Return the values of a key as parts of names; different values that look the same there get their numbers."""
+    """Return the values of a key as parts of names; different values that look the same get their numbers."""
     texts = [_shown(value, number) for number, value in enumerate(values)]
     alike: dict[str, set[str]] = {}
     for text, value in zip(texts, values, strict=True):
@@ -117,12 +117,11 @@ def _variation(
     settings = merge(dict(shared), changes)
     if "output" in settings:
         raise ConfigError(
-            f"{where}: output is not a setting of a student here, each gets the directory {config.output}/<name>; "
-            "leave it out"
+            f"{where}: output cannot be set, each student gets the directory {config.output}/<name>; remove it"
         )
     if seed is not None:
         settings = merge(settings, _seed_settings(flatten(changes), seed, where))
-    # Students side by side share the local store of a remote cache.
+    # Students that train at the same time share the local store of a remote cache.
     num_processes = config.jobs or max(torch.cuda.device_count(), 1)
     settings = merge({"local_store": {"num_processes": num_processes}}, settings)
     built = build(TrainConfig, {**settings, "output": str(Path(config.output, name))}, source=where)
@@ -133,7 +132,7 @@ def _seed_settings(changes: Mapping[str, Any], seed: int, where: str) -> dict[st
     own = [key for key in ("seed", "student.seed") if key in changes]
     if own:
         raise ConfigError(f"{where} sets {own[0]}, and seeds sets it for every variation; give one of them")
-    # A pretrained student has use for a seed only where adapters are added to it.
+    # A pretrained student uses its seed for adapters only.
     return {"seed": seed, "student": {"seed": seed}}
 
 
@@ -150,5 +149,5 @@ def _check_names(variations: Sequence[Variation]) -> None:
     if twice:
         raise ConfigError(
             f"two variations are called {twice[0]!r}, and each needs a directory of its own: give every entry of runs "
-            "another name, and list no value of the grid twice"
+            "another name, and list every value of the grid once"
         )

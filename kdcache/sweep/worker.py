@@ -1,8 +1,8 @@
-"""The child's side of a sweep: a process that trains and judges one student after another until it is told to end.
+"""The child process of a sweep: it trains and evaluates one student after another.
 
-One process for many students, because importing torch and transformers takes seconds. An interrupt is left to the
-parent, which ends its children. When the parent dies without a word, they die too: otherwise two sweeps would write to
-one directory after the next start.
+One process trains many students, because importing torch and transformers takes seconds. Interrupts are left to the
+parent, which ends its children. If the parent dies, they end too: otherwise the next start of the sweep would write to
+the same directories.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from kdcache.students.run_file import read_run
 from kdcache.sweep.results import HeldOut, Outcome, StudentResult, SweepFailure, read_result, write_result
 from kdcache.train import Distiller, TrainConfig, TrainResult, train_student
 
-#: Least time between two messages about how far a student is.
+#: Least seconds between two messages about the steps of a student.
 _TELL_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
 class Job:
-    """A student to train and to judge on the cache ``held_out`` (its path and fingerprint), if there is one.
+    """A student to train and to evaluate on the cache ``held_out`` (path and fingerprint), if there is one.
 
-    ``make_module``, which must be picklable, returns what joins student and objective, where that is not the usual;
-    it is called in the process that trains.
+    ``make_module``, which must be picklable, returns what joins student and objective (default: `Distiller`); it is
+    called in the process that trains.
     """
 
     name: str
@@ -67,8 +67,8 @@ class StepTeller(TrainerCallback):
 
 
 def serve(connection: Connection, num_threads: int) -> None:
-    """Receive jobs, and of each send the number of steps done and at last the outcome; None and SIGTERM end it."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # in good order, so that no semaphore is left behind
+    """Receive jobs, and send the steps done and then the outcome of each; None and SIGTERM end it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # an orderly exit leaves no semaphore behind
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     torch.set_num_threads(num_threads)
@@ -85,7 +85,7 @@ def _end_with_parent() -> None:
 
 def _outcome(job: Job, tell: Callable[[int], None]) -> Outcome:
     try:
-        return train_and_judge(job, tell)
+        return train_and_evaluate(job, tell)
     except (KdcacheError, OSError) as error:
         return SweepFailure(name=job.name, error=str(error))
     except Exception as error:
@@ -93,17 +93,17 @@ def _outcome(job: Job, tell: Callable[[int], None]) -> Outcome:
         return SweepFailure(name=job.name, error=text, traceback=traceback.format_exc(), kind="defect")
 
 
-def train_and_judge(job: Job, tell: Callable[[int], None] = lambda steps: None) -> StudentResult:
-    """Train (or finish, or find) the student of a job and judge it; ``tell`` is called with the steps done so far."""
+def train_and_evaluate(job: Job, tell: Callable[[int], None] = lambda steps: None) -> StudentResult:
+    """Train the student of a job, as far as it is not, and evaluate it; ``tell`` gets the steps done so far."""
     known = finished_result(job)
     if known is not None:
         return known
     config, steps = job.config, StepTeller(tell)
     module = Distiller if job.make_module is None else job.make_module()
     trained = train_student(config, resume=True, progress=False, callbacks=[steps], module=module)
-    judged = None
+    evaluation = None
     if job.held_out is not None:
-        judged = evaluate_students(job.held_out[0], [config.output], device=config.device, progress=False)
+        evaluation = evaluate_students(job.held_out[0], [config.output], device=config.device, progress=False)
     record = read_run(config.output)
     assert record is not None
     result = StudentResult(
@@ -111,19 +111,19 @@ def train_and_judge(job: Job, tell: Callable[[int], None] = lambda steps: None) 
         **_training(trained, steps.first),
         num_parameters=record["student"]["num_parameters"],
         num_bytes=weight_bytes(config.output),
-        held_out=None if judged is None else _held_out(judged),
+        held_out=None if evaluation is None else _held_out(evaluation),
     )
     write_result(config.output, result)
     return result
 
 
 def finished_result(job: Job) -> StudentResult | None:
-    """Return the result of a student that was trained and judged by this held-out cache before, None otherwise."""
+    """Return the result of a student that was trained and evaluated on this held-out cache before, else None."""
     result = read_result(job.config.output)
     if result is None:
         return None
     if job.held_out is None:
-        # Judged for an earlier file: held-out losses of some and training losses of others would be ranked together.
+        # The sweep had a held-out cache then; held-out and training losses must not be ranked together.
         return result.model_copy(update={"held_out": None})
     return result if result.held_out is not None and result.held_out.fingerprint == job.held_out[1] else None
 

@@ -17,7 +17,7 @@ import yaml
 
 from kdcache.errors import CacheError, ConfigError, StudentError
 from kdcache.sweep import preview_sweep, sweep_students
-from kdcache.sweep.pool import places
+from kdcache.sweep.pool import devices_of
 from kdcache.train import TrainConfig, train_student
 
 pytestmark = pytest.mark.usefixtures("preloaded_workers")
@@ -231,15 +231,15 @@ def test_another_sweep_is_kept_out_and_an_interrupt_ends_the_children(make, tmp_
     assert not any(alive(child) for child in children)
 
 
-def test_places(monkeypatch):
-    assert places(None, on_gpu=False) == [None]
-    assert places(3, on_gpu=False) == [None] * 3
+def test_devices_of_jobs(monkeypatch):
+    assert devices_of(None, on_gpu=False) == [None]
+    assert devices_of(3, on_gpu=False) == [None] * 3
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert places(None, on_gpu=True) == ["2", "5"]
-    assert places(3, on_gpu=True) == ["2", "5", "2"]
+    assert devices_of(None, on_gpu=True) == ["2", "5"]
+    assert devices_of(3, on_gpu=True) == ["2", "5", "2"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert places(1, on_gpu=True) == ["0"]
+    assert devices_of(1, on_gpu=True) == ["0"]
 
 
 def start(config, tmp_path: Path, **options) -> subprocess.Popen:
