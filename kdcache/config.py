@@ -1,8 +1,7 @@
 """Strict configuration: one frozen pydantic model per component, filled from a YAML file and ``--set`` overrides.
 
-A component *is* its configuration: its parameters are the fields of a frozen model, so what was validated is what is
-written into the manifest. Unknown keys are errors with a suggestion, because a silently ignored ``temprature`` costs
-a training run.
+The parameters of a component are the fields of its frozen model, so what was validated is what is written into the
+manifest. Unknown keys are errors with a suggestion, because a silently ignored ``temprature`` costs a training run.
 """
 
 from __future__ import annotations
@@ -19,24 +18,24 @@ from kdcache.errors import ConfigError, did_you_mean
 
 
 class Config(BaseModel):
-    """Base of every configuration and record: frozen, and unknown keys are refused."""
+    """Base class of configurations and records: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     @classmethod
     def setting_names(cls) -> list[str]:
-        """Return the names of all settings, from which a suggestion is made for an unknown one."""
+        """Return the names of all settings, for suggestions when a name is unknown."""
         return list(cls.model_fields)
 
 
 C = TypeVar("C", bound=Config)
 
-#: Marks problems that `build_nested` has explained already.
+#: Type of the errors that `nested_error` makes.
 _NESTED = "nested_settings"
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping; raises ``ConfigError`` naming file and line."""
+    """Read a YAML mapping; raises ``ConfigError``, naming file and line."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -55,7 +54,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
-    """Return the problem and its place in one line; the library's own text is a drawing of several."""
+    """Return the problem and its position in one line; the message of the library has several."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if mark is None or problem is None:
         return " ".join(str(error).split())
@@ -63,10 +62,10 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 
 
 def merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with ``changes`` laid over it, mapping by mapping (other values replace).
+    """Return ``base`` updated with ``changes``, recursively for mappings; other values are replaced.
 
-    A component may be given by its name alone, so settings laid over a name refine the component of that name:
-    ``{"codec": "compact"}`` under ``{"codec": {"grid": 32}}`` is ``{"codec": {"name": "compact", "grid": 32}}``.
+    A component may be given by its name alone, so updating a name with settings refines the component of that name:
+    ``{"codec": "compact"}`` updated with ``{"codec": {"grid": 32}}`` is ``{"codec": {"name": "compact", "grid": 32}}``.
     """
     merged = dict(base)
     for key, value in changes.items():
@@ -114,9 +113,9 @@ def build(model: type[C], data: Mapping[str, Any], *, source: str = "configurati
 
 
 def build_nested(model: type[C], data: Any) -> C:
-    """Validate ``data`` as ``model`` inside a field's validator, for a field whose model depends on others.
+    """Validate ``data`` as ``model`` inside the validator of a field whose model depends on other fields.
 
-    Problems come out of the outer `build` as if the field were of that model.
+    `build` of the outer model reports problems as if the field had that model.
     """
     if not isinstance(data, Mapping):
         raise ValueError("expected a mapping of settings")
@@ -127,10 +126,10 @@ def build_nested(model: type[C], data: Any) -> C:
 
 
 def nested_error(problems: Sequence[tuple[type[BaseModel], Mapping[str, Any], tuple[Any, ...]]]) -> PydanticCustomError:
-    """Return an error for a validator to raise that carries the ``problems`` of other models.
+    """Return an error for a validator to raise, with the ``problems`` of other models.
 
-    Each problem is the model, what ``ValidationError.errors()`` says about it, and where that model stands, from the
-    place of the validator. `build` explains each of them in full.
+    Each problem is a model, an item of its ``ValidationError.errors()``, and the location of that model relative to the
+    validator. `build` reports each of them under its full path.
     """
     lines = [_explain(model, problem, ".".join(map(str, at))) for model, problem, at in problems]
     return PydanticCustomError(_NESTED, "{problems}", {"problems": "; ".join(lines), "nested": list(problems)})
@@ -169,10 +168,10 @@ def _explain(model: type[BaseModel], problem: Mapping[str, Any], inside: str = "
 
 
 def _fields_at(model: type[BaseModel], location: Iterable[Any]) -> list[str]:
-    """Names of the settings that exist at ``location`` of ``model`` (empty where that is no nested model)."""
+    """Return the names of the settings at ``location`` of ``model`` (none if that is not a nested model)."""
     current: Any = model
     for part in location:
-        if isinstance(part, int):  # the place in a list of what `current` already is
+        if isinstance(part, int):  # an index in a list of `current`
             continue
         annotation = current.model_fields[part].annotation if part in getattr(current, "model_fields", {}) else None
         candidates = [annotation, *getattr(annotation, "__args__", ())]

@@ -1,8 +1,8 @@
-"""Tables of components that are found by name: losses, terms, tasks, codecs, pacings, and what else has names.
+"""Tables of components by name: losses, terms, tasks, codecs, pacings, teacher backends, field kinds.
 
 A row is an object or a string ``"module:attribute"``, which is imported when its name is first used. Installed packages
-add rows by entry points in the table's group, such as ``[project.entry-points."kdcache.losses"] hellinger =
-"mine:Hellinger"``. Listing the names imports nothing, so a package that cannot be imported breaks its own names only.
+add rows by entry points in the group of the table, such as ``[project.entry-points."kdcache.losses"] hellinger =
+"mine:Hellinger"``. Listing names imports nothing, so a package that cannot be imported breaks its own names only.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class UnknownName(ConfigError, ValueError):
 
 
 class Table(Mapping[str, R], Generic[R]):
-    """Rows by name; a row is imported, and plugins are read, on first use.
+    """A mapping of names to rows, which are imported on first use.
 
-    ``kind`` is what a row is called in errors, ``group`` the entry-point group of other packages. ``rows`` are objects
-    or strings ``"module:attribute"``. ``make`` turns what was imported into the row (default: it is the row).
+    ``kind`` is the name of a row in errors, ``group`` the entry-point group for other packages. ``rows`` are objects or
+    strings ``"module:attribute"``. ``make`` converts an imported object to the row (default: the object itself).
 
-    ``table[name]`` raises `UnknownName` for an unknown name, and ``ConfigError``, naming the package, for a plugin that
-    cannot be imported and for a name that two packages add.
+    ``table[name]`` raises `UnknownName` for an unknown name. It raises ``ConfigError``, naming the package, for a
+    plugin that cannot be imported and for a name that several packages add.
     """
 
     def __init__(
@@ -42,19 +42,19 @@ class Table(Mapping[str, R], Generic[R]):
         self._used: dict[str, R] = {}
 
     def __getitem__(self, name: str) -> R:
-        """Return the row called ``name``, importing it if this is the first use."""
+        """Return the row ``name``; imports it on first use."""
         if name not in self._used:
             self._used[name] = self._resolve(name)
         return self._used[name]
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return the row called ``name``, or ``default`` for an unknown name; a broken plugin still raises."""
+        """Return the row ``name``, or ``default`` for an unknown name; raises ``ConfigError`` for a broken plugin."""
         if name not in self:
             return default
         return self[name]
 
     def __contains__(self, name: object) -> bool:
-        """Tell whether there is a row ``name``; imports nothing."""
+        """Return whether ``name`` is known; imports nothing."""
         return name in self._rows or name in self._plugins
 
     def __iter__(self) -> Iterator[str]:
@@ -78,12 +78,12 @@ class Table(Mapping[str, R], Generic[R]):
         return tuple(iter(self))
 
     def check(self, name: str) -> None:
-        """Raise `UnknownName` unless there is a row ``name``; imports nothing."""
+        """Raise `UnknownName` unless ``name`` is known; imports nothing."""
         if name not in self:
             raise UnknownName(unknown(self.kind, name, self))
 
     def importable(self) -> dict[str, R]:
-        """Return all rows that can be imported, by name, and leave out the others: for lists and help texts."""
+        """Return all rows that can be imported, for lists and help texts."""
         found = {}
         for name in self:
             try:
@@ -126,7 +126,7 @@ class Table(Mapping[str, R], Generic[R]):
 
 
 def import_row(path: str) -> Any:
-    """Return the object that ``"module:attribute"`` names, importing its module."""
+    """Import the object ``"module:attribute"``."""
     module, _, attribute = path.partition(":")
     return getattr(import_module(module), attribute)
 
