@@ -93,7 +93,7 @@ def gather(cache: Cache, indices: list[int]) -> dict[str, np.ndarray]:
         local = np.array([index - cache.shard_starts[shard]])
         pieces.append(Piece(shard, cache._open_shard(shard), local))
     rows = RowSpans.of([piece.arrays.position_offsets_N1 for piece in pieces], [piece.local for piece in pieces])
-    arrays = [piece.arrays.fields["targets"] for piece in pieces]
+    arrays = [piece.arrays.fields["targets"].arrays for piece in pieces]
     return {name: rows.gather([one[name] for one in arrays]) for name in position_arrays(cache)}
 
 

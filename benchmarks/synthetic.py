@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from kdcache.cache import CacheWriter, ShardData, layout, targets_field
+from kdcache.cache import CacheWriter, ShardData, layout
 from kdcache.codecs import targets_codec
+from kdcache.fields import TokenRows, targets_field, tokens_field
 from kdcache.schema import Plan, Targets, TargetsRecord, token_hash
 from kdcache.storage.folder import Folder
 from tests.synthetic import corpus_record, teacher_record, tokenizer_record
@@ -52,7 +53,7 @@ def write_cache(
         corpus=corpus_record(num_sequences),
         targets=record,
         sequences={"max_length": length},
-        fields=(targets_field(coder, coder.vocab_size),),
+        fields=(tokens_field(coder.vocab_size), targets_field(coder)),
         num_sequences=num_sequences,
         num_positions=num_sequences * length,
         num_tokens=num_sequences * (length + 1),
@@ -75,12 +76,14 @@ def _shard(shard: int, first: int, count: int, length: int, top_k: int, vocab_si
     pieces = tokens.reshape(count, length + 1)
     return ShardData(
         index=shard,
-        tokens_T=tokens,
-        num_tokens_N=np.full(count, length + 1),
-        num_positions_N=np.full(count, length),
-        loss_mask_P=np.ones(count * length, np.uint8),
-        labels_P=pieces[:, 1:].reshape(-1),
-        targets=make_targets(generator, count * length, top_k, vocab_size),
+        tokens=TokenRows(
+            tokens_T=tokens,
+            loss_mask_P=np.ones(count * length, np.uint8),
+            num_tokens_N=np.full(count, length + 1),
+            num_positions_N=np.full(count, length),
+            labels_P=pieces[:, 1:].reshape(-1),
+        ),
+        values={"targets": make_targets(generator, count * length, top_k, vocab_size)},
         table=pa.table(
             {
                 "sequence": np.arange(first, first + count),

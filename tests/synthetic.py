@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 from safetensors.numpy import save
 
-from kdcache.cache import CacheWriter, ShardData, targets_field
-from kdcache.cache.fields import SEGMENT_IDS
+from kdcache.cache import CacheWriter, ShardData
 from kdcache.cache.layout import sha256, table_to_parquet
 from kdcache.cache.tail_prior import TailSum
 from kdcache.codecs import targets_codec, vector_codec
+from kdcache.fields import SEGMENT_IDS, TokenRows, targets_field, tokens_field, vectors_field
 from kdcache.schema import (
     CorpusRecord,
     FieldRecord,
@@ -59,6 +59,11 @@ def targets_of(logits_PV: np.ndarray, labels_P: np.ndarray, record: TargetsRecor
         targets.log_tails_PG = _tails(ordered, kept, record.temperatures)
     if record.num_samples:
         targets.samples = _draw(ids, ordered, record, np.random.default_rng(seed))
+    if record.probabilities == "kept":
+        kept_PK = ordered[:, :top_k] - np.log(np.exp(ordered[:, :top_k]).sum(axis=1, keepdims=True))
+        targets.logprobs_PK, targets.log_tail_P = kept_PK.astype(np.float32), np.full(len(ids), -np.inf, np.float32)
+    for name in {"gold_logprob", "entropy"} - set(record.scalars):
+        setattr(targets, f"{name}_P", None)
     return targets
 
 
@@ -117,6 +122,7 @@ class SyntheticCache:
         shard_sequences: int = 4,
         packed: bool = False,
         hidden: tuple[str, ...] = (),
+        token_vectors: tuple[int, ...] | None = None,
         seed: int = 0,
     ) -> None:
         generator = np.random.default_rng(seed)
@@ -139,18 +145,28 @@ class SyntheticCache:
             for n in self.lengths
         ]
         self.states = [{h: generator.normal(size=(n, WIDTH)).astype(np.float32) for h in hidden} for n in self.lengths]
+        # What every token has, as the field "attention", of this shape.
+        self.token_vectors = None
+        if token_vectors is not None:
+            numbers = np.random.default_rng(seed + 1)
+            self.token_vectors = [numbers.normal(size=(n + 1, *token_vectors)).astype(np.float32) for n in self.lengths]
         self.starts = [*range(0, num_sequences, shard_sequences), num_sequences]
 
     def fields(self) -> tuple[FieldRecord, ...]:
         codec = targets_codec(self.codec, self.record, self.vocab_size)
         states = vector_codec(self.hidden_codec)
         return (
-            targets_field(codec, codec.vocab_size, (SEGMENT_IDS,) if self.packed else ()),
-            *(
-                FieldRecord(name=name, kind="vectors", codec=states.model_dump(), arrays=states.arrays(WIDTH))
-                for name in self.hidden_names
-            ),
+            tokens_field(codec.vocab_size, (SEGMENT_IDS,) if self.packed else ()),
+            targets_field(codec),
+            *(vectors_field(name, states, WIDTH) for name in self.hidden_names),
+            *self._token_fields(),
         )
+
+    def _token_fields(self) -> list[FieldRecord]:
+        if self.token_vectors is None:
+            return []
+        shape = self.token_vectors[0].shape[1:]
+        return [vectors_field("attention", vector_codec({"name": "exact"}), shape, axis="tokens")]
 
     def table(self) -> pa.Table:
         return pa.table(
@@ -186,18 +202,25 @@ class SyntheticCache:
         states = vector_codec(self.hidden_codec)
         return ShardData(
             index=index,
-            tokens_T=np.concatenate([self.tokens[n] for n in members]),
-            num_tokens_N=self.lengths[members.start : members.stop] + 1,
-            num_positions_N=self.lengths[members.start : members.stop],
-            loss_mask_P=np.concatenate([self.masks[n] for n in members]),
-            labels_P=causal_lm.labels([self.tokens[n] for n in members]),
-            targets=Targets.concatenate([self.targets[n] for n in members]),
-            table=self.table().slice(members.start, len(members)),
-            segment_ids_T=np.concatenate([self.segments[n] for n in members]) if self.packed else None,
-            hidden={
-                name: states.stage(np.concatenate([self.states[n][name] for n in members]))
-                for name in self.hidden_names
+            tokens=TokenRows(
+                tokens_T=np.concatenate([self.tokens[n] for n in members]),
+                num_tokens_N=self.lengths[members.start : members.stop] + 1,
+                num_positions_N=self.lengths[members.start : members.stop],
+                loss_mask_P=np.concatenate([self.masks[n] for n in members]),
+                labels_P=causal_lm.labels([self.tokens[n] for n in members]),
+                segment_ids_T=np.concatenate([self.segments[n] for n in members]) if self.packed else None,
+            ),
+            values={
+                "targets": Targets.concatenate([self.targets[n] for n in members]),
+                **{
+                    name: states.stage(np.concatenate([self.states[n][name] for n in members]))
+                    for name in self.hidden_names
+                },
+                **(
+                    {"attention": np.concatenate([self.token_vectors[n] for n in members])} if self.token_vectors else {}
+                ),
             },
+            table=self.table().slice(members.start, len(members)),
             tail_sum=self._tail_sum(members),
         )
 

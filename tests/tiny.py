@@ -12,8 +12,9 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kdcache.cache import CacheWriter, ShardData, targets_field
+from kdcache.cache import CacheWriter, ShardData
 from kdcache.codecs import targets_codec
+from kdcache.fields import TokenRows, targets_field, tokens_field
 from kdcache.models.tokenizer import tokenizer_record
 from kdcache.schema import CorpusRecord, Plan, Targets, TargetsRecord, TeacherRecord, WeightsIdentity
 from kdcache.storage.folder import Folder
@@ -132,7 +133,7 @@ def make_cache(
         ),
         targets=targets,
         sequences={"max_length": max_length, "packing": "none"},
-        fields=(targets_field(coder, coder.vocab_size),),
+        fields=(tokens_field(coder.vocab_size), targets_field(coder)),
         num_sequences=len(sequences),
         num_positions=int(lengths.sum()),
         num_tokens=int((lengths + 1).sum()),
@@ -153,12 +154,14 @@ def make_cache(
             writer.write_shard(
                 ShardData(
                     index=shard,
-                    tokens_T=np.concatenate(sequences[begin:end]),
-                    num_tokens_N=lengths[begin:end] + 1,
-                    num_positions_N=lengths[begin:end],
-                    loss_mask_P=mask,
-                    labels_P=batch["labels"],
-                    targets=teacher_targets(teacher, batch, top_k, record.vocab_size),
+                    tokens=TokenRows(
+                        tokens_T=np.concatenate(sequences[begin:end]),
+                        num_tokens_N=lengths[begin:end] + 1,
+                        num_positions_N=lengths[begin:end],
+                        loss_mask_P=mask,
+                        labels_P=batch["labels"],
+                    ),
+                    values={"targets": teacher_targets(teacher, batch, top_k, record.vocab_size)},
                     table=table.slice(begin, end - begin),
                 )
             )

@@ -12,9 +12,8 @@ of a cache to other tools, not for training from it: `Cache.batches` and ``to_to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from kdcache.cache.reader import Cache
 from kdcache.corpus import assign_shards
-from kdcache.schema import OUTPUTS_FIELD, Samples, SequenceBatch
+from kdcache.schema import OUTPUTS_FIELD, SequenceBatch
 
 #: Positions that are decoded at once, about.
 BATCH_POSITIONS = 8192
@@ -98,44 +97,7 @@ def _free_name(name: str, taken: Iterable[str]) -> str:
 
 def _columns(batch: SequenceBatch) -> dict[str, pa.Array]:
     """Return what a batch holds as one list per sequence and name."""
-    targets = batch.targets
-    per_token = {"tokens": batch.tokens_T, "segment_ids": batch.segment_ids_T}
-    per_position: dict[str, Any] = {
-        "loss_mask": batch.loss_mask_P,
-        "labels": batch.labels_P,
-        "token_index": batch.token_index_P,
-        "num_kept": targets.num_kept_P,
-        # Where all is drawn, no ids are kept.
-        "ids": targets.ids_PK.astype(np.int32) if targets.top_k else None,
-        "logprobs": targets.logprobs_PK if targets.top_k else None,
-        "log_tails": targets.log_tails_PG,
-        **batch.hidden,
-    }
-    if targets.top_k or targets.samples is not None:
-        per_position |= {
-            "log_tail": targets.log_tail_P,
-            "gold_logprob": targets.gold_logprob_P,
-            "entropy": targets.entropy_P,
-        }
-    if targets.samples is not None:
-        per_position |= _samples(targets.samples)
-    columns = {name: _lists(values, batch.token_offsets_N1) for name, values in per_token.items() if values is not None}
-    return columns | {
-        name: _lists(values, batch.position_offsets_N1) for name, values in per_position.items() if values is not None
-    }
-
-
-def _samples(samples: Samples) -> dict[str, pa.Array]:
-    """Return the samples of every position, without the places that stand for nothing."""
-    is_sampled_PJ = samples.counts_PJ > 0
-    offsets_P1 = np.concatenate([[0], np.cumsum(is_sampled_PJ.sum(axis=1))])
-    named = {"sample_ids": samples.ids_PJ, "sample_counts": samples.counts_PJ}
-    return {name: _lists(values[is_sampled_PJ].astype(np.int32), offsets_P1) for name, values in named.items()}
-
-
-def _lists(values: NDArray[Any] | pa.Array, offsets: NDArray[np.int64] | Sequence[int]) -> pa.Array:
-    """Return rows of ``values`` as lists that end at ``offsets``; further axes become lists of fixed size."""
-    if isinstance(values, np.ndarray):
-        flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-        values = flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+    columns: dict[str, pa.Array] = {}
+    for name, field in batch.kinds.items():
+        columns |= field.columns(name, batch)
+    return columns

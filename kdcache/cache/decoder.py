@@ -1,126 +1,122 @@
 """From encoded rows of open shards to a decoded batch.
 
-All rows of a field are decoded by one call where its codec can: where it has no tables, or only tables of ids, which
-are looked up shard by shard. A codec with other tables (int8 hidden states, a codec of somebody else's) decodes one
-shard's rows at a time. So does every codec after an error, because only then is it known which shard is damaged.
+All rows of a field are decoded by one call where its kind can: where it has no tables, or only tables of ids, which
+are looked up shard by shard. A field with other tables (int8 hidden states) is decoded one shard's rows at a time. So
+is every field after an error, because only then is it known which shard is damaged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kdcache.cache import layout
 from kdcache.cache.gather import Piece, RowSpans
-from kdcache.cache.shards import ShardArrays, naming
-from kdcache.codecs import TargetsCodec, VectorCodec
+from kdcache.cache.shards import FieldArrays, check_counts, load_fields, naming
 from kdcache.codecs.ids import OpenTables, open_table
 from kdcache.errors import CorruptCacheError
-from kdcache.schema import Manifest, SequenceBatch, Targets
+from kdcache.fields import TOKENS_FIELD, FieldKind
+from kdcache.schema import Manifest, SequenceBatch
 from kdcache.storage.folder import Folder
-
-#: Rows of arrays that have one row per position as soon as their shard is open.
-_PER_POSITION = ("positions", "entries", "samples")
-#: Arrays of the targets' field that its codec does not read.
-_NO_TARGETS = ("loss_mask", "labels", "token_index")
 
 
 class BatchDecoder:
-    """Decodes rows of the shards of one cache; has no state, so threads may share it."""
+    """Opens and decodes fields of the shards of one cache; has no state, so threads may share it."""
 
-    def __init__(
-        self, folder: Folder, manifest: Manifest, targets: TargetsCodec, hidden: dict[str, VectorCodec]
-    ) -> None:
+    def __init__(self, folder: Folder, manifest: Manifest, fields: Mapping[str, FieldKind]) -> None:
         self._folder = folder
         self._manifest = manifest
-        self._targets = targets
-        self._hidden = hidden
-        self._per_position, self._tables = {}, {}
-        for field in manifest.fields:
-            names = [a.name for a in field.arrays if a.rows in _PER_POSITION and a.name not in _NO_TARGETS]
-            self._per_position[field.name] = names
-            self._tables[field.name] = [a.name for a in field.arrays if a.rows == "table"]
+        self._fields = fields
+        # Where an array of the field's own axis counts, it has one row per row of the field as soon as it is open.
+        self._axes = {
+            name: {
+                array.name: array.rows if array.rows in ("tokens", "positions") else field.axis
+                for array in field.record.arrays
+                if array.rows not in ("table", "sequences")
+            }
+            for name, field in fields.items()
+        }
+        self._tables = {
+            name: [array.name for array in field.record.arrays if array.rows == "table"]
+            for name, field in fields.items()
+        }
 
-    def open(self, shard: int, arrays: ShardArrays) -> ShardArrays:
-        """Turn the targets of a shard, as unpacked, into rectangles and open its tables of ids, in place."""
-        with naming(self._folder, self._manifest, shard, layout.TARGETS_FIELD):
-            targets = self._targets.open(arrays.fields[layout.TARGETS_FIELD])
-        arrays.fields[layout.TARGETS_FIELD] = targets
-        arrays.tables = {name: open_table(targets[name]) for name in self._targets.id_tables}
+    def open(self, shard: int, names: Sequence[str], check_crc: bool = True) -> dict[str, FieldArrays]:
+        """Read fields of a shard and open them for decoding; raises ``CorruptCacheError``."""
+        record = self._manifest.shards[shard]
+        loaded = load_fields(self._folder, self._manifest, record, names, check_crc)
+        if TOKENS_FIELD in loaded:
+            check_counts(self._folder, record, loaded[TOKENS_FIELD])
+        return {name: self._open(shard, name, arrays) for name, arrays in loaded.items()}
+
+    def _open(self, shard: int, name: str, arrays: dict[str, Any]) -> FieldArrays:
+        field = self._fields[name]
+        with naming(self._folder, self._manifest, shard, name):
+            opened = field.open(arrays)
+        found = FieldArrays(opened, {table: open_table(opened[table]) for table in field.id_tables})
         # A batch may hold views of them: who changed it would change what everybody reads from then on.
-        for named in (*arrays.fields.values(), arrays.tables):
+        for named in (found.arrays, found.tables):
             for array in named.values():
                 array.flags.writeable = False
-        return arrays
+        return found
 
-    def decode(self, pieces: Sequence[Piece], layers: dict[str, str]) -> SequenceBatch:
-        """Return the sequences of ``pieces``; ``layers`` are fields of hidden states by their name in the batch.
+    def decode(self, pieces: Sequence[Piece], names: Mapping[str, str]) -> SequenceBatch:
+        """Return the sequences of ``pieces``; ``names`` are the fields to decode, by their names in the batch.
 
         ``indices`` are those within each shard. Raises ``CorruptCacheError``.
         """
-        local = [piece.local for piece in pieces]
-        tokens = RowSpans.of([piece.arrays.token_offsets_N1 for piece in pieces], local)
-        positions = RowSpans.of([piece.arrays.position_offsets_N1 for piece in pieces], local)
-        beside = [piece.arrays.fields[layout.TARGETS_FIELD] for piece in pieces]
-        states = {field: self._decode_states(field, pieces, positions) for field in dict.fromkeys(layers.values())}
+        spans = _spans(pieces)
+        tokens = self._decode(TOKENS_FIELD, pieces, spans)
+        values = {field: self._decode(field, pieces, spans) for field in dict.fromkeys(names.values())}
         return SequenceBatch(
-            indices=np.concatenate(local).tolist(),
-            tokens_T=tokens.gather([arrays["tokens"] for arrays in beside]).astype(np.uint32),
-            token_offsets_N1=tokens.offsets_N1,
-            position_offsets_N1=positions.offsets_N1,
-            # A copy, since positions that shall not count are what a loop of one's own changes most often.
-            loss_mask_P=positions.gather([arrays["loss_mask"] for arrays in beside]).astype(np.uint8),
-            targets=self._decode_targets(pieces, positions),
-            segment_ids_T=(
-                tokens.gather([arrays["segment_ids"] for arrays in beside]) if "segment_ids" in beside[0] else None
-            ),
-            labels_P=_labels(positions, beside),
-            token_index_P=positions.gather([a["token_index"] for a in beside]) if "token_index" in beside[0] else None,
-            hidden={name: states[field] for name, field in layers.items()},
+            indices=np.concatenate([piece.local for piece in pieces]).tolist(),
+            tokens_T=tokens.tokens_T,
+            token_offsets_N1=spans["tokens"].offsets_N1,
+            position_offsets_N1=spans["positions"].offsets_N1,
+            loss_mask_P=tokens.loss_mask_P,
+            fields={name: values[field] for name, field in names.items()},
+            segment_ids_T=tokens.segment_ids_T,
+            labels_P=tokens.labels_P,
+            token_index_P=tokens.token_index_P,
+            kinds={TOKENS_FIELD: self._fields[TOKENS_FIELD]}
+            | {name: self._fields[field] for name, field in names.items()},
         )
 
-    def _decode_targets(self, pieces: Sequence[Piece], positions: RowSpans) -> Targets:
-        field = layout.TARGETS_FIELD
-        if self._manifest.targets.kind == "outputs":
-            return Targets.nothing(int(positions.offsets_N1[-1]))
-        if set(self._tables[field]) <= set(self._targets.id_tables):
+    def _decode(self, name: str, pieces: Sequence[Piece], spans: Mapping[str, RowSpans]) -> Any:
+        field = self._fields[name]
+        if set(self._tables[name]) <= set(field.id_tables):
             try:
-                return self._targets.decode(self._together(field, pieces, positions))
+                return field.decode(self._together(name, pieces, spans))
             except CorruptCacheError:
-                pass  # said again, with the place, below
-        return Targets.concatenate([self._alone(field, self._targets, piece) for piece in pieces])
+                pass  # raised again below, where it is known which shard is damaged
+        return field.concatenate([self._alone(name, piece) for piece in pieces])
 
-    def _decode_states(self, field: str, pieces: Sequence[Piece], positions: RowSpans) -> NDArray[np.float32]:
-        codec = self._hidden[field]
-        if not self._tables[field]:
-            return codec.decode(self._together(field, pieces, positions))
-        return np.concatenate([self._alone(field, codec, piece) for piece in pieces])
-
-    def _together(self, field: str, pieces: Sequence[Piece], positions: RowSpans) -> dict[str, Any]:
+    def _together(self, name: str, pieces: Sequence[Piece], spans: Mapping[str, RowSpans]) -> dict[str, Any]:
         """Return the arrays of all rows, with tables that know their rows."""
-        arrays = [piece.arrays.fields[field] for piece in pieces]
+        fields = [piece.arrays.fields[name] for piece in pieces]
         gathered: dict[str, Any] = {
-            name: positions.gather([one[name] for one in arrays]) for name in self._per_position[field]
+            array: spans[axis].gather([field.arrays[array] for field in fields])
+            for array, axis in self._axes[name].items()
         }
-        for name in self._tables[field]:
-            gathered[name] = OpenTables([piece.arrays.tables[name] for piece in pieces], positions.piece_starts)
+        starts = spans[self._fields[name].axis].piece_starts
+        for table in self._tables[name]:
+            gathered[table] = OpenTables([field.tables[table] for field in fields], starts)
         return gathered
 
-    def _alone(self, field: str, codec: TargetsCodec | VectorCodec, piece: Piece) -> Any:
+    def _alone(self, name: str, piece: Piece) -> Any:
         """Decode the rows of one shard."""
-        positions = RowSpans.of([piece.arrays.position_offsets_N1], [piece.local])
-        arrays = piece.arrays.fields[field]
-        rows = {name: positions.gather([arrays[name]]) for name in self._per_position[field]}
-        with naming(self._folder, self._manifest, piece.shard, field):
-            return codec.decode({**rows, **{name: arrays[name] for name in self._tables[field]}})
+        spans = _spans([piece])
+        arrays = piece.arrays.fields[name].arrays
+        rows = {array: spans[axis].gather([arrays[array]]) for array, axis in self._axes[name].items()}
+        with naming(self._folder, self._manifest, piece.shard, name):
+            return self._fields[name].decode({**rows, **{table: arrays[table] for table in self._tables[name]}})
 
 
-def _labels(positions: RowSpans, beside: Sequence[dict[str, NDArray[Any]]]) -> NDArray[Any] | None:
-    """Return the stored labels of all rows: whole numbers as int64, others as float32."""
-    if "labels" not in beside[0]:
-        return None
-    labels_P = positions.gather([arrays["labels"] for arrays in beside])
-    return labels_P.astype(np.int64 if labels_P.dtype.kind == "i" else np.float32)
+def _spans(pieces: Sequence[Piece]) -> dict[str, RowSpans]:
+    """Return where the rows of ``pieces`` are, by what they count."""
+    local = [piece.local for piece in pieces]
+    return {
+        "tokens": RowSpans.of([piece.arrays.token_offsets_N1 for piece in pieces], local),
+        "positions": RowSpans.of([piece.arrays.position_offsets_N1 for piece in pieces], local),
+    }

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache.shards import ShardArrays
-from kdcache.schema import SequenceBatch, Targets
+from kdcache.fields import kind_of
+from kdcache.schema import SequenceBatch
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class RowSpans:
-    """Where the rows of a batch lie: ``spans`` are (piece, rows), in order, neighbours in one.
+    """Where the rows of a batch are: ``spans`` are (piece, rows), in order, neighbours in one.
 
     The n-th sequence of the batch has rows ``offsets_N1[n]`` to ``offsets_N1[n + 1]`` of it; the n-th piece has rows
     ``piece_starts[n]`` to ``piece_starts[n + 1]``.
@@ -60,12 +61,12 @@ class RowSpans:
     def gather(self, arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
         """Return the rows of the pieces' ``arrays``, one after another; a view where that is one span.
 
-        Narrower rectangles are filled up with zeros.
+        Rows may have any shape. Narrower rectangles are filled up with zeros.
         """
         if len(self.spans) == 1:
             [(piece, rows)] = self.spans
             return arrays[piece][rows]
-        if arrays[0].ndim == 1:
+        if arrays[0].ndim != 2:
             return np.concatenate([arrays[piece][rows] for piece, rows in self.spans])
         width = max(array.shape[1] for array in arrays)
         # Columns that are contiguous stay so: codecs of kept ids decode column by column.
@@ -81,7 +82,7 @@ class RowSpans:
 
 
 def runs_of(indices: Sequence[int], shard_starts: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
-    """Split ``indices`` into runs that lie in one shard, keeping their order: the shard, and numbers within it."""
+    """Split ``indices`` into runs within one shard, keeping their order: the shard, and numbers within it."""
     wanted_N = np.array(indices, dtype=np.int64)
     shards_N = np.searchsorted(shard_starts, wanted_N, side="right") - 1
     breaks = np.flatnonzero(np.diff(shards_N)) + 1
@@ -101,15 +102,18 @@ def join(batches: list[SequenceBatch]) -> SequenceBatch:
         values = [getattr(batch, name) for batch in batches]
         return None if values[0] is None else np.concatenate(values)
 
+    first = batches[0]
     return SequenceBatch(
         indices=[index for batch in batches for index in batch.indices],
         tokens_T=np.concatenate([batch.tokens_T for batch in batches]),
         token_offsets_N1=join_offsets([batch.token_offsets_N1 for batch in batches]),
         position_offsets_N1=join_offsets([batch.position_offsets_N1 for batch in batches]),
         loss_mask_P=np.concatenate([batch.loss_mask_P for batch in batches]),
-        targets=Targets.concatenate([batch.targets for batch in batches]),
+        fields={
+            name: kind_of(name, first).concatenate([batch.fields[name] for batch in batches]) for name in first.fields
+        },
         segment_ids_T=join_optional("segment_ids_T"),
         labels_P=join_optional("labels_P"),
         token_index_P=join_optional("token_index_P"),
-        hidden={name: np.concatenate([batch.hidden[name] for batch in batches]) for name in batches[0].hidden},
+        kinds=first.kinds,
     )

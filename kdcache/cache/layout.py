@@ -7,8 +7,8 @@
       tokenizer/                            the teacher's tokenizer files
       lm_head.safetensors                   the teacher's LM head, for targets of the kind hidden
       tail_prior.zarr.zip                   mean probability of every id while it is not kept
-      shards/000012-<attempt>.zarr.zip      tokens and targets of a shard
-      fields/hidden-30/000012-<attempt>.zarr.zip   a big field of the same shard
+      fields/tokens/000012-<attempt>.zarr.zip      tokens of a shard
+      fields/targets/000012-<attempt>.zarr.zip     targets of the same shard; other fields likewise
       sequences/000012-<attempt>.arrow      one row per sequence of the shard
       commits/000012.json                   written last: the shard exists from here on
       manifest.json                         plan + commit records: the cache is complete
@@ -27,6 +27,7 @@ from pydantic import ValidationError
 
 from kdcache.config import Config
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
+from kdcache.fields import FIELD_KINDS, TARGETS_FIELD, TOKENS_FIELD
 from kdcache.schema import (
     FORMAT_VERSION,
     KNOWN_FEATURES,
@@ -45,10 +46,8 @@ if TYPE_CHECKING:
 
 MANIFEST, PLAN, PLAN_TABLE = "manifest.json", "plan.json", "plan.parquet"
 LM_HEAD, TAIL_PRIOR = "lm_head.safetensors", "tail_prior.zarr.zip"
-COMMITS, SHARDS, FIELDS, SEQUENCES, TOKENIZER = "commits", "shards", "fields", "sequences", "tokenizer"
+COMMITS, FIELDS, SEQUENCES, TOKENIZER = "commits", "fields", "sequences", "tokenizer"
 
-#: The field every cache has: tokens, masks and targets. Its objects lie in ``shards/``.
-TARGETS_FIELD = "targets"
 #: The per-sequence Arrow table is an object of every shard, but not an array field.
 SEQUENCES_FIELD = "sequences"
 
@@ -64,13 +63,12 @@ def object_name(field: str, shard: int, attempt: str) -> str:
     """Name of the object that holds ``field`` of ``shard``."""
     if field == SEQUENCES_FIELD:
         return f"{SEQUENCES}/{shard:06d}-{attempt}.arrow"
-    directory = SHARDS if field == TARGETS_FIELD else f"{FIELDS}/{field}"
-    return f"{directory}/{shard:06d}-{attempt}.zarr.zip"
+    return f"{FIELDS}/{field}/{shard:06d}-{attempt}.zarr.zip"
 
 
 def object_directories(plan: Plan) -> list[str]:
     """Every directory that may hold objects of this cache."""
-    return [SHARDS, SEQUENCES, *(f"{FIELDS}/{f.name}" for f in plan.fields if f.name != TARGETS_FIELD)]
+    return [SEQUENCES, *(f"{FIELDS}/{field.name}" for field in plan.fields)]
 
 
 def sha256(data: bytes) -> str:
@@ -237,18 +235,13 @@ def _check_consistent(manifest: Manifest, folder: Folder) -> None:
     _check_targets(targets, num_ids, where)
     if not isinstance(manifest.sequences.get("max_length"), int):
         raise CorruptCacheError(f"{where}: sequences.max_length is not a number")
+    _check_fields(manifest, where)
     fields = {SEQUENCES_FIELD, *(field.name for field in manifest.fields)}
-    if TARGETS_FIELD not in fields:
-        raise CorruptCacheError(f"{where}: there is no field {TARGETS_FIELD!r}, which every cache has")
-    if targets.kind == "hidden" and manifest.states_field not in fields:
-        raise CorruptCacheError(f"{where}: targets of the kind hidden need the field {manifest.states_field}")
-    if (targets.kind == "outputs" or manifest.outputs is not None) and OUTPUTS_FIELD not in fields:
-        raise CorruptCacheError(f"{where}: there are no raw outputs, the field {OUTPUTS_FIELD}, which its task needs")
     for shard in manifest.shards:
         # What arrays without a row per position may make a reader allocate.
-        for axis, most in (("entries", targets.top_k), ("samples", min(targets.num_samples, num_ids))):
+        for axis, most in _most_rows(manifest, shard.num_positions).items():
             found = shard.num_rows.get(axis, 0)
-            if found > shard.num_positions * most:
+            if found > most:
                 raise CorruptCacheError(
                     f"{where}: shard {shard.index} has {found} {axis}, more than {shard.num_positions} positions can have"
                 )
@@ -261,6 +254,30 @@ def _check_consistent(manifest: Manifest, folder: Folder) -> None:
     missing = sorted(cache_file_names(manifest) - {record.path for record in manifest.cache_files})
     if missing:
         raise CorruptCacheError(f"{where}: there is no record of {missing[0]}, which its targets need")
+
+
+def _most_rows(manifest: Manifest, num_positions: int) -> dict[str, int]:
+    kinds = [FIELD_KINDS[kind] for kind in FIELD_KINDS.own]
+    return {axis: most for kind in kinds for axis, most in kind.most_rows(manifest, num_positions).items()}
+
+
+def _check_fields(manifest: Manifest, where: str) -> None:
+    """Check that the fields are there which the kind of targets needs, each once."""
+    names = [field.name for field in manifest.fields]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise CorruptCacheError(f"{where}: there are two fields {twice[0]!r}")
+    targets = manifest.targets
+    needed = {TOKENS_FIELD: "tokens"} | ({TARGETS_FIELD: "targets"} if targets.kind != "outputs" else {})
+    for name, kind in needed.items():
+        if name not in names:
+            raise CorruptCacheError(f"{where}: there is no field {name!r}, which such a cache has")
+        if manifest.field(name).kind != kind:
+            raise CorruptCacheError(f"{where}: the field {name!r} has the kind {manifest.field(name).kind!r}, not {kind!r}")
+    if targets.kind == "hidden" and manifest.states_field not in names:
+        raise CorruptCacheError(f"{where}: targets of the kind hidden need the field {manifest.states_field}")
+    if (targets.kind == "outputs" or manifest.outputs is not None) and OUTPUTS_FIELD not in names:
+        raise CorruptCacheError(f"{where}: there are no raw outputs, the field {OUTPUTS_FIELD}, which its task needs")
 
 
 def _check_targets(targets: TargetsRecord, num_ids: int, where: str) -> None:

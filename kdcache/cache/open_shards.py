@@ -1,54 +1,59 @@
-"""The shards that are in memory: the latest ones, each opened once, whatever the number of threads that want it.
+"""The shards that are in memory: the latest ones, each field opened once, whatever the number of threads that want it.
 
-A thread that needs a shard which another one is just opening waits for it, and gets its error if it fails. Then the
-shard is forgotten, so that the next one to ask tries again.
+Fields of a shard are opened when they are first asked for, so reading with hidden states and without holds the targets
+once. A thread that needs a field which another one is just opening waits for it, and gets its error if it fails. Then
+the field is forgotten, so that the next one to ask tries again.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 
-from kdcache.cache.shards import ShardArrays
+from kdcache.cache.shards import FieldArrays, ShardArrays
 
-Key = tuple[int, tuple[str, ...]]
+Fields = dict[str, "Future[FieldArrays]"]
 
 
 class OpenShards:
-    """Encoded shards by number and fields: at most ``max_shards`` and ``max_bytes`` (but one stays in any case)."""
+    """Encoded shards by number: at most ``max_shards`` and ``max_bytes`` (but one stays in any case).
 
-    def __init__(self, load: Callable[[int, tuple[str, ...]], ShardArrays], max_shards: int, max_bytes: int) -> None:
+    ``load`` opens some fields of a shard.
+    """
+
+    def __init__(
+        self, load: Callable[[int, Sequence[str]], Mapping[str, FieldArrays]], max_shards: int, max_bytes: int
+    ) -> None:
         self._load = load
         self.max_shards = max_shards
         self._max_bytes = max_bytes
-        self._shards: OrderedDict[Key, Future[ShardArrays]] = OrderedDict()
+        self._shards: OrderedDict[int, Fields] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, shard: int, fields: tuple[str, ...]) -> ShardArrays:
-        """Return a shard, from memory when it was used lately; raises what ``load`` raises."""
-        key = (shard, fields)
+    def get(self, shard: int, fields: Sequence[str]) -> ShardArrays:
+        """Return fields of a shard, from memory where they were used lately; raises what ``load`` raises."""
         with self._lock:
-            future = self._shards.get(key)
-            is_mine = future is None
-            if future is None:
-                future = self._shards[key] = Future()
-            self._shards.move_to_end(key)
-        if is_mine:
-            self._fill(key, future)
-        return future.result()
+            known = self._shards.setdefault(shard, {})
+            self._shards.move_to_end(shard)
+            missing = {name: Future[FieldArrays]() for name in fields if name not in known}
+            known.update(missing)
+            wanted = {name: known[name] for name in fields}
+        if missing:
+            self._fill(shard, missing)
+        return ShardArrays({name: future.result() for name, future in wanted.items()})
 
-    def keep(self, shards: Iterable[int], fields: tuple[str, ...]) -> None:
+    def keep(self, shards: Iterable[int]) -> None:
         """Count those of ``shards`` that are in memory as just used.
 
-        Said before a batch is read, or a new shard would displace one that the same batch needs a moment later, which
-        would then be opened again and displace the next.
+        Called before a batch is read: otherwise a new shard would displace one that the same batch needs a moment
+        later, which would then be opened again and displace the next.
         """
         with self._lock:
             for shard in shards:
-                if (shard, fields) in self._shards:
-                    self._shards.move_to_end((shard, fields))
+                if shard in self._shards:
+                    self._shards.move_to_end(shard)
 
     def clear(self) -> None:
         """Forget all shards."""
@@ -60,25 +65,37 @@ class OpenShards:
         with self._lock:
             return self._num_bytes()
 
-    def _fill(self, key: Key, future: Future[ShardArrays]) -> None:
+    def _fill(self, shard: int, missing: Fields) -> None:
         try:
-            arrays = self._load(*key)
+            loaded = self._load(shard, tuple(missing))
         except BaseException as error:
             with self._lock:
-                self._shards.pop(key, None)
-            future.set_exception(error)
+                known = self._shards.get(shard, {})
+                for name, future in missing.items():
+                    if known.get(name) is future:
+                        del known[name]
+                if not known:
+                    self._shards.pop(shard, None)
+            for future in missing.values():
+                future.set_exception(error)
             return
-        future.set_result(arrays)
+        for name, future in missing.items():
+            future.set_result(loaded[name])
         with self._lock:
-            self._make_room(key)
+            self._make_room(shard)
 
-    def _make_room(self, newest: Key) -> None:
+    def _make_room(self, newest: int) -> None:
         """Forget what was used longest ago, except shards that are being opened: others may be waiting for them."""
-        for key in list(self._shards):
+        for shard in list(self._shards):
             if len(self._shards) <= self.max_shards and self._num_bytes() <= self._max_bytes:
                 return
-            if key != newest and self._shards[key].done():
-                del self._shards[key]
+            if shard != newest and all(future.done() for future in self._shards[shard].values()):
+                del self._shards[shard]
 
     def _num_bytes(self) -> int:
-        return sum(future.result().num_bytes for future in self._shards.values() if future.done())
+        return sum(
+            future.result().num_bytes
+            for fields in self._shards.values()
+            for future in fields.values()
+            if future.done()
+        )

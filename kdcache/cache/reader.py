@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +21,17 @@ from numpy.typing import NDArray
 from kdcache.cache import layout
 from kdcache.cache.batches import Batches, MicroBatches
 from kdcache.cache.decoder import BatchDecoder
-from kdcache.cache.fields import build_codecs, check_arrays, encoded_bytes
+from kdcache.cache.fields import encoded_bytes, field_named, open_fields
 from kdcache.cache.gather import Piece, join, runs_of
 from kdcache.cache.open_shards import OpenShards
 from kdcache.cache.order import NUM_STREAMS, Order, SequentialOrder, ShuffledOrder
 from kdcache.cache.prefetch import Prefetcher
-from kdcache.cache.shards import ShardArrays, load_shard
+from kdcache.cache.shards import FieldArrays, ShardArrays
 from kdcache.cache.tail_prior import read_prior
 from kdcache.cache.truncate import cut_targets, with_top_k
 from kdcache.errors import CacheError, CorruptCacheError
+from kdcache.fields import TOKENS_FIELD, FieldKind
+from kdcache.fields.vectors import LAST_STATE
 from kdcache.schema import Manifest, ObjectRecord, SequenceBatch
 from kdcache.storage.folder import Folder
 from kdcache.storage.local_store import LocalStore, LocalStoreConfig
@@ -67,13 +69,15 @@ class Cache:
         self.folder = folder
         self.manifest = manifest
         self.fingerprint = fingerprint
-        codec, hidden_codecs = build_codecs(folder, manifest)
-        check_arrays(folder, manifest, codec, hidden_codecs)
-        self._decoder = BatchDecoder(folder, manifest, codec, hidden_codecs)
+        self.fields: Mapping[str, FieldKind] = open_fields(folder, manifest)
+        self._decoder = BatchDecoder(folder, manifest, self.fields)
         # Without a reference to this object: what is open goes away with it, at once.
-        load = partial(_load, folder, manifest, self._decoder, check_crc)
+        load = partial(_load, self._decoder, check_crc)
         self._shards = OpenShards(load, max_open_shards, OPEN_BYTES)
-        self._last = {"last": manifest.states_field} if manifest.targets.kind == "hidden" else {}
+        self._last = {LAST_STATE: manifest.states_field} if manifest.targets.kind == "hidden" else {}
+        # By name in a batch; the tokens are a batch themselves.
+        own = {name: name for name, field in self.fields.items() if field.is_always_read and name != TOKENS_FIELD}
+        self._always = own | self._last
         self._prefetcher: Prefetcher | None = None
         if isinstance(folder.store, LocalStore):
             self._prefetcher = Prefetcher(folder.store, folder, manifest)
@@ -256,13 +260,13 @@ class Cache:
         wanted = [int(index) for index in indices]
         names = tuple(hidden)
         for name in names:
-            layout.field_of(self.manifest, name)
+            field_named(self.fields, self.manifest, name)
         held = self.manifest.targets
         kept = held if top_k is None else with_top_k(held, top_k, str(self.folder))
         if not wanted:
             raise CacheError("no sequences were asked for")
-        layers = {name: name for name in names} | self._last
-        batch = join([self._decoder.decode(pieces, layers) for pieces in self._groups(wanted, names)])
+        values = self._always | {name: name for name in names if name != TOKENS_FIELD}
+        batch = join([self._decoder.decode(pieces, values) for pieces in self._groups(wanted, names)])
         batch.indices = wanted
         if kept != held:
             batch.targets, _ = cut_targets(batch.targets, held, kept)
@@ -304,19 +308,18 @@ class Cache:
         """Open the shards of ``indices``, no more at once than may be open."""
         mean_bytes = self.encoded_bytes(hidden) // max(self.manifest.num_shards, 1)
         most = max(1, min(self.max_open_shards, OPEN_BYTES // max(mean_bytes, 1)))
-        fields = tuple(self.fields_read(hidden)[1:])
         group: dict[int, ShardArrays] = {}
         pieces: list[Piece] = []
         for index in (min(indices), max(indices)):
             self.shard_of(index)  # refuses one that is not there
         runs = runs_of(indices, self.shard_starts)
-        self._shards.keep((shard for shard, _ in runs), fields)
+        self._shards.keep(shard for shard, _ in runs)
         for shard, local in runs:
             if shard not in group and len(group) == most:
                 yield pieces
                 group, pieces = {}, []
             if shard not in group:
-                group[shard] = self._open_shard(shard, fields)
+                group[shard] = self._open_shard(shard, hidden)
             pieces.append(Piece(shard, group[shard], local))
         yield pieces
 
@@ -331,11 +334,11 @@ class Cache:
 
     def fields_read(self, hidden: Iterable[str] = ()) -> list[str]:
         """Return the fields of which a read with the ``hidden`` ones takes objects."""
-        return list(dict.fromkeys([layout.TARGETS_FIELD, *hidden, *self._last.values()]))
+        return list(dict.fromkeys([TOKENS_FIELD, *self._always.values(), *hidden]))
 
     def _open_shard(self, shard: int, hidden: tuple[str, ...] = ()) -> ShardArrays:
         """Return the arrays of ``shard``, from memory when it was read lately."""
-        arrays = self._shards.get(shard, hidden)
+        arrays = self._shards.get(shard, self.fields_read(hidden))
         if self._prefetcher is not None:
             self._prefetcher.opened(shard)
         return arrays
@@ -393,11 +396,8 @@ def as_cache(cache: Cache | str | os.PathLike[str]) -> Cache:
     return cache if isinstance(cache, Cache) else open_cache(os.fspath(cache))
 
 
-def _load(
-    folder: Folder, manifest: Manifest, decoder: BatchDecoder, check_crc: bool, shard: int, hidden: tuple[str, ...]
-) -> ShardArrays:
-    names = (layout.TARGETS_FIELD, *hidden)
-    return decoder.open(shard, load_shard(folder, manifest, manifest.shards[shard], names, check_crc))
+def _load(decoder: BatchDecoder, check_crc: bool, shard: int, names: Sequence[str]) -> dict[str, FieldArrays]:
+    return decoder.open(shard, names, check_crc)
 
 
 def _as_read(batch: SequenceBatch) -> SequenceBatch:

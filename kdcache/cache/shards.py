@@ -1,4 +1,4 @@
-"""One shard in memory: its arrays unpacked but still encoded, and the rows of some of its sequences."""
+"""One shard in memory: its fields, unpacked but still encoded."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from kdcache.cache import layout
 from kdcache.cache.shard_file import unpack
 from kdcache.errors import CorruptCacheError
+from kdcache.fields import TOKENS_FIELD
 from kdcache.schema import FieldRecord, Manifest, ObjectRecord, ShardRecord
 from kdcache.storage.folder import Folder
 
@@ -21,26 +22,41 @@ T = TypeVar("T")
 
 
 @dataclass
-class ShardArrays:
-    """The arrays of a shard, unpacked but still encoded, by field and array name.
+class FieldArrays:
+    """The arrays of one field of a shard, unpacked but still encoded, by name.
 
     ``tables`` are the tables of ids that were opened for reading rows of several shards together.
     """
 
-    fields: dict[str, dict[str, NDArray[Any]]]
-    token_offsets_N1: NDArray[np.int64]
-    position_offsets_N1: NDArray[np.int64]
+    arrays: dict[str, NDArray[Any]]
     tables: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all arrays."""
-        return sum(array.nbytes for arrays in (*self.fields.values(), self.tables) for array in arrays.values())
+        return sum(array.nbytes for named in (self.arrays, self.tables) for array in named.values())
+
+
+@dataclass
+class ShardArrays:
+    """Some opened fields of a shard by name, the tokens always among them."""
+
+    fields: dict[str, FieldArrays]
+
+    @property
+    def token_offsets_N1(self) -> NDArray[np.int64]:
+        """First token of every sequence, and their number."""
+        return self.fields[TOKENS_FIELD].arrays["token_offsets"]
+
+    @property
+    def position_offsets_N1(self) -> NDArray[np.int64]:
+        """First position of every sequence, and their number."""
+        return self.fields[TOKENS_FIELD].arrays["position_offsets"]
 
 
 @contextlib.contextmanager
 def naming(folder: Folder, manifest: Manifest, shard: int, name: str) -> Iterator[None]:
-    """Name the place, field ``name`` of a shard, in errors of codecs, which know of no files."""
+    """Add folder, shard, field ``name`` and file to errors of codecs, which see arrays only."""
     try:
         yield
     except CorruptCacheError as error:
@@ -48,22 +64,22 @@ def naming(folder: Folder, manifest: Manifest, shard: int, name: str) -> Iterato
         raise CorruptCacheError(f"{folder}, shard {shard}, field {name}, file {path}: {error}") from None
 
 
-def load_shard(
-    folder: Folder, manifest: Manifest, shard: ShardRecord, fields: Iterable[str], check_crc: bool = True
-) -> ShardArrays:
+def load_fields(
+    folder: Folder, manifest: Manifest, shard: ShardRecord, names: Iterable[str], check_crc: bool = True
+) -> dict[str, dict[str, NDArray[Any]]]:
     """Read and unpack the named fields of a shard; raises ``CorruptCacheError`` naming file, shard and field."""
-    loaded = {name: _load_field(folder, layout.field_of(manifest, name), shard, check_crc) for name in fields}
-    targets = loaded[layout.TARGETS_FIELD]
-    token_offsets, position_offsets = (
-        np.concatenate([[0], np.cumsum(targets[name], dtype=np.int64)]) for name in ("num_tokens", "num_positions")
-    )
-    if token_offsets[-1] != shard.num_tokens or position_offsets[-1] != shard.num_positions:
-        raise CorruptCacheError(
-            f"{folder}, shard {shard.index}, field {layout.TARGETS_FIELD}: sequences add up to {token_offsets[-1]} "
-            f"tokens and {position_offsets[-1]} positions, the manifest says {shard.num_tokens} and "
-            f"{shard.num_positions}"
-        )
-    return ShardArrays(loaded, token_offsets, position_offsets)
+    return {name: _load_field(folder, layout.field_of(manifest, name), shard, check_crc) for name in names}
+
+
+def check_counts(folder: Folder, shard: ShardRecord, arrays: dict[str, NDArray[Any]]) -> None:
+    """Raise ``CorruptCacheError`` when the lengths of a shard's sequences do not add up to what its record counts."""
+    for axis in ("tokens", "positions"):
+        found, recorded = int(arrays[f"num_{axis}"].sum(dtype=np.int64)), shard.num_rows[axis]
+        if found != recorded:
+            raise CorruptCacheError(
+                f"{folder}, shard {shard.index}, field {TOKENS_FIELD}: sequences add up to {found} {axis}, the manifest "
+                f"says {recorded}"
+            )
 
 
 def _load_field(folder: Folder, record: FieldRecord, shard: ShardRecord, check_crc: bool) -> dict[str, NDArray[Any]]:

@@ -12,6 +12,7 @@ import logging
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pyarrow as pa
 from filelock import FileLock, Timeout
@@ -22,7 +23,8 @@ from kdcache.cache.shard_data import ShardData, encode_field, statistics_of, wit
 from kdcache.cache.shard_file import pack
 from kdcache.cache.tail_prior import TailPrior
 from kdcache.errors import CacheError, CorruptCacheError
-from kdcache.schema import Manifest, ObjectRecord, Plan, ShardRecord
+from kdcache.fields import field_of
+from kdcache.schema import FieldRecord, Manifest, ObjectRecord, Plan, ShardRecord
 from kdcache.storage.folder import TEMPORARY, Folder
 from kdcache.storage.lease import WATCH_S, Lease
 
@@ -180,20 +182,16 @@ class CacheWriter:
         assert self.plan is not None
         attempt = secrets.token_hex(4)
         objects: dict[str, ObjectRecord] = {}
-        num_rows = {
-            "sequences": len(data.num_tokens_N),
-            "tokens": len(data.tokens_T),
-            "positions": data.targets.num_positions,
-        }
+        tokens = data.tokens
+        num_rows = {axis: len(rows) for axis, rows in (("tokens", tokens.tokens_T), ("positions", tokens.loss_mask_P))}
         for item in self.plan.fields:
             name = layout.object_name(item.name, data.index, attempt)
-            arrays = encode_field(item, data, self.plan)
-            num_rows |= {array.rows: len(arrays[array.path]) for array in item.arrays if array.rows != "table"}
+            arrays = encode_field(field_of(item, self.plan), data)
+            _count_rows(num_rows, item, arrays)
             objects[item.name] = layout.write_object(self.folder, name, pack(arrays))
         name = layout.object_name(layout.SEQUENCES_FIELD, data.index, attempt)
-        objects[layout.SEQUENCES_FIELD] = layout.write_object(
-            self.folder, name, layout.table_to_ipc(with_statistics(data, self.plan.targets.kind != "outputs"))
-        )
+        table = layout.table_to_ipc(with_statistics(data))
+        objects[layout.SEQUENCES_FIELD] = layout.write_object(self.folder, name, table)
         record = ShardRecord(
             index=data.index,
             attempt=attempt,
@@ -233,6 +231,19 @@ class CacheWriter:
                     f"{self.folder} cannot be finished: file {lost[0]} of shard {shard.index} is missing; run the "
                     "command again, which makes that shard again"
                 )
+
+
+def _count_rows(num_rows: dict[str, int], field: FieldRecord, arrays: Mapping[str, Any]) -> None:
+    """Add the axes of ``field`` to ``num_rows``; raises ``CacheError`` where its arrays have another number of rows."""
+    for array in field.arrays:
+        if array.rows == "table":
+            continue
+        found = len(arrays[array.path])
+        if num_rows.setdefault(array.rows, found) != found:
+            raise CacheError(
+                f"field {field.name}, array {array.name}: {found} rows, other arrays have {num_rows[array.rows]} "
+                f"{array.rows}"
+            )
 
 
 def build_manifest(folder: Folder) -> Manifest:

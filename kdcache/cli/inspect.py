@@ -19,7 +19,6 @@ def command(cache: str, as_json: bool) -> None:
     Reads only the manifest; needs neither torch nor the teacher.
     """
     from kdcache.cache import open_cache
-    from kdcache.cache.layout import TARGETS_FIELD
     from kdcache.inspect import inspect_cache
 
     opened = open_cache(cache)
@@ -46,9 +45,7 @@ def command(cache: str, as_json: bool) -> None:
     for item in manifest.fields:
         size = sum(shard.objects[item.name].num_bytes for shard in manifest.shards) / max(manifest.num_positions, 1)
         error = "" if item.relative_error is None else f", relative error {item.relative_error:.1e}"
-        # Without a distribution, the field targets holds only tokens and labels.
-        is_empty = manifest.targets.kind == "outputs" and item.name == TARGETS_FIELD
-        holds = "tokens and labels" if is_empty else f"{_settings(item.codec)}{error}"
+        holds = f"{_settings(item.codec)}{error}" if item.codec else "tokens, lengths, loss mask"
         rows.append((f"  {item.name}", f"{size:.2f} bytes/{unit} ({holds})"))
     rows += [(f"  {item.path}", f"{options.human_bytes(item.num_bytes)}, once") for item in manifest.cache_files]
     rows += [

@@ -66,7 +66,9 @@ class TargetsCodec:
         """Encode P rows; ids must be below V and log-probabilities must not increase along K."""
         scalar = self.head.scalar_dtype
         values = {"log_tail": targets.log_tail_P, "gold_logprob": targets.gold_logprob_P, "entropy": targets.entropy_P}
-        encoded = {name: np.asarray(_there(values[name], name)).astype(scalar) for name in self._scalars}
+        encoded: dict[str, NDArray[Any]] = {
+            name: np.asarray(_there(values[name], name)).astype(scalar) for name in self._scalars
+        }
         if self.record.top_k:
             encoded |= self._encode_head(targets)
         if self.record.temperatures:

@@ -11,16 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache.tail_prior import TailSum
-from kdcache.codecs import VectorCodec, vector_codec
 from kdcache.errors import TeacherError
+from kdcache.fields import TARGETS_FIELD, TOKENS_FIELD, FieldKind, known_fields
 from kdcache.models.batching import batches_by_length
-from kdcache.schema import Plan, Samples, Sequence, Targets, TargetsRecord, layer_field
+from kdcache.schema import OUTPUTS_FIELD, Plan, Samples, Sequence, Targets, TargetsRecord, layer_field
 from kdcache.teachers.base import Answer, Request, Teacher, add_tail_sums
 
 
 def request_of(plan: Plan) -> Request:
     """Return what ``plan`` asks of the teacher."""
-    return Request(plan.targets, tuple(plan.layer_widths), outputs=plan.outputs is not None, packed=plan.is_packed)
+    own = {TOKENS_FIELD, TARGETS_FIELD, OUTPUTS_FIELD, *plan.hidden_layers}
+    return Request(
+        plan.targets,
+        tuple(plan.layer_widths),
+        outputs=plan.outputs is not None,
+        packed=plan.is_packed,
+        fields=tuple(record for record in plan.fields if record.name not in own),
+    )
 
 
 def answers(
@@ -78,6 +85,21 @@ def _checked(answer: Answer, batch: list[Sequence], request: Request) -> Answer:
     return answer
 
 
+def staged(answer: Answer, fields: Mapping[str, FieldKind]) -> dict[str, Any]:
+    """Return the rows of ``answer`` as they wait for their shard, by field.
+
+    Raises ``TeacherError`` for a field that the answer lacks, and for numbers that the field cannot hold.
+    """
+    found: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name == TOKENS_FIELD:
+            continue
+        if name != TARGETS_FIELD and name not in answer.vectors:
+            raise TeacherError(f"the teacher gave no {name}, which the plan stores; correct the backend")
+        found[name] = field.stage(answer.targets if name == TARGETS_FIELD else answer.vectors[name])
+    return found
+
+
 class ShardRows:
     """The positions of one shard, filled batch by batch in any order."""
 
@@ -86,7 +108,7 @@ class ShardRows:
         lengths_N: NDArray[np.int64],
         first_sequence: int,
         record: TargetsRecord,
-        codecs: Mapping[str, VectorCodec],
+        codecs: Mapping[str, FieldKind],
     ) -> None:
         self._first = first_sequence
         self._offsets = np.concatenate([[0], np.cumsum(lengths_N)])
@@ -108,14 +130,15 @@ class ShardRows:
         for name, codec in self._codecs.items():
             staged = codec.stage(answer.vectors[name])
             if name not in self.hidden:
-                self.hidden[name] = np.zeros((len(self.targets.ids_PK), staged.shape[1]), dtype=staged.dtype)
-            self.hidden[name][rows] = staged
+                self.hidden[name] = codec.allocate(staged, len(self.targets.ids_PK))
+            codec.put(self.hidden[name], rows, staged)
         self.tail_sum = add_tail_sums(iter((self.tail_sum, answer.tail_sum)))
 
 
-def vector_codecs(plan: Plan) -> dict[str, VectorCodec]:
-    """Return the codec of every field of vectors."""
-    return {name: vector_codec(plan.field(name).codec) for name in plan.vector_fields}
+def vector_codecs(plan: Plan) -> dict[str, FieldKind]:
+    """Return every field of rows at positions, in addition to the targets."""
+    fields = known_fields(plan).items()
+    return {name: field for name, field in fields if name not in (TOKENS_FIELD, TARGETS_FIELD) and field.axis != "tokens"}
 
 
 def _empty_targets(num_positions: int, record: TargetsRecord) -> Targets:

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache import layout
-from kdcache.cache.fields import SEGMENT_IDS
 from kdcache.cache.output_dir import refuse_foreign
 from kdcache.corpus import Corpus, load_corpus
 from kdcache.dump.config import DumpConfig
 from kdcache.dump.pilot import layer_pilot
 from kdcache.dump.plan import check_top_k, make_plan
 from kdcache.errors import ConfigError
+from kdcache.fields import SEGMENT_IDS
 from kdcache.models.tokenizer import TextEncoder, tokenizer_files, tokenizer_record
 from kdcache.progress import bar, reporter
 from kdcache.schema import Plan

@@ -8,11 +8,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.codecs import VectorCodec, vector_codec
+from kdcache.codecs import vector_codec
 from kdcache.codecs.vectors import relative_error
 from kdcache.dump.answers import ShardRows, answers
 from kdcache.dump.config import DumpConfig
 from kdcache.dump.plan import LayerPilot
+from kdcache.fields import FieldKind
 from kdcache.schema import Sequence, TargetsRecord, layer_field
 from kdcache.tasks import Sequences
 from kdcache.teachers.base import Request, Teacher
@@ -33,7 +34,7 @@ def run_rows(
     sequences: Sequences,
     teacher: Teacher,
     request: Request,
-    codecs: Mapping[str, VectorCodec],
+    codecs: Mapping[str, FieldKind],
     batch_tokens: int,
 ) -> tuple[ShardRows, list[Sequence]]:
     """Run some sequences from anywhere in the corpus; return their rows and the sequences, renumbered from 0.

@@ -12,11 +12,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdcache.cache import layout, targets_field
+from kdcache.cache import layout
 from kdcache.codecs import targets_codec, vector_codec
 from kdcache.corpus import Corpus, assign_shards
 from kdcache.dump.config import DumpConfig
 from kdcache.errors import ConfigError
+from kdcache.fields import targets_field, tokens_field, vectors_field
 from kdcache.schema import (
     OUTPUTS_FIELD,
     CorpusRecord,
@@ -62,24 +63,15 @@ def make_fields(
     num_ids = len(outputs.labels) if outputs is not None and outputs.labels else vocab_size
     check_top_k(config, num_ids)
     targets = config.targets_config
-    codec = targets_codec(targets.codec_settings, targets.record, num_ids)
-    fields = [targets_field(codec, vocab_size, config.of_task.arrays(config.sequences, outputs))]
+    fields = [tokens_field(vocab_size, config.of_task.arrays(config.sequences, outputs))]
+    if targets.kind != "outputs":
+        fields.append(targets_field(targets_codec(targets.codec_settings, targets.record, num_ids)))
     if outputs is not None:
-        own = vector_codec(config.outputs.codec)
-        arrays = own.arrays(outputs.width)
-        fields.append(FieldRecord(name=OUTPUTS_FIELD, kind="vectors", codec=own.model_dump(), arrays=arrays))
-    states = vector_codec(config.hidden_states.codec)
+        fields.append(vectors_field(OUTPUTS_FIELD, vector_codec(config.outputs.codec), outputs.width))
+    codec = vector_codec(config.hidden_states.codec)
     for layer in layers:
         known = pilot.get(layer, LayerPilot(teacher.hidden_size or 0, None))
-        fields.append(
-            FieldRecord(
-                name=layer_field(layer),
-                kind="vectors",
-                codec=states.model_dump(),
-                arrays=states.arrays(known.width),
-                relative_error=known.relative_error,
-            )
-        )
+        fields.append(vectors_field(layer_field(layer), codec, known.width, relative_error=known.relative_error))
     return fields
 
 

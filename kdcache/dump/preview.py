@@ -12,11 +12,12 @@ import numpy as np
 from kdcache.cache import layout
 from kdcache.cache.output_dir import check_same_plan
 from kdcache.cache.shard_file import pack
-from kdcache.codecs import id_dtype, targets_codec, vector_codec
+from kdcache.codecs import id_dtype
 from kdcache.dump.answers import ShardRows, request_of, vector_codecs
 from kdcache.dump.config import DumpConfig
 from kdcache.dump.loading import load_parts
 from kdcache.dump.pilot import pilot_sequences, run_rows
+from kdcache.fields import TARGETS_FIELD, field_of
 from kdcache.schema import Plan
 from kdcache.storage.folder import Folder
 
@@ -96,13 +97,10 @@ def preview_dump(config: DumpConfig, *, progress: bool = True) -> DumpPreview:
 
 
 def _encoded_bytes(rows: ShardRows, picked: list[Any], plan: Plan) -> int:
-    vocab_size = plan.tokenizer.vocab_size
-    encoded = targets_codec(plan.field("targets").codec, plan.targets, plan.num_ids).encode(rows.targets)
-    tokens = np.concatenate([s.tokens_T for s in picked])
-    size = len(pack({**encoded, "tokens": tokens.astype(id_dtype(vocab_size))}))
-    return size + sum(
-        len(pack(vector_codec(plan.field(name).codec).encode(staged))) for name, staged in rows.hidden.items()
-    )
+    tokens = np.concatenate([s.tokens_T for s in picked]).astype(id_dtype(plan.tokenizer.vocab_size))
+    staged = {**rows.hidden} if plan.targets.kind == "outputs" else {TARGETS_FIELD: rows.targets, **rows.hidden}
+    sizes = [len(pack(field_of(plan.field(name), plan).encode(values))) for name, values in staged.items()]
+    return len(pack({"tokens": tokens})) + sum(sizes)
 
 
 def _committed(output: str, wanted: Plan) -> int:

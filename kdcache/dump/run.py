@@ -14,16 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache import CacheWriter, ShardData
+from kdcache.cache import CacheWriter, ShardBuilder, ShardData
+from kdcache.cache.tail_prior import TailSum
 from kdcache.cache.write_behind import WriteBehind
-from kdcache.dump.answers import ShardRows, answers, request_of, vector_codecs
+from kdcache.dump.answers import answers, request_of, staged
 from kdcache.dump.config import DumpConfig
 from kdcache.dump.loading import load_parts
+from kdcache.fields import known_fields
 from kdcache.progress import bar
 from kdcache.schema import Manifest, Plan, ShardRecord
 from kdcache.storage.folder import Folder
 from kdcache.tasks import Sequences, Task, task_of
-from kdcache.teachers.base import Teacher
+from kdcache.teachers.base import Teacher, add_tail_sums
 
 
 @dataclass
@@ -119,28 +121,15 @@ def _run_shard(
     after_batch: Callable[[int], None],
 ) -> ShardData:
     begin, end = int(starts[shard]), int(starts[shard + 1])
-    lengths = sequences.lengths_N[begin:end]
-    rows = ShardRows(lengths, begin, plan.targets, vector_codecs(plan))
+    fields = known_fields(plan)
+    builder = ShardBuilder(shard, fields)
+    tail_sum: TailSum | None = None
     members = [sequences.sequence(index) for index in range(begin, end)]
     for batch, answer in answers(teacher, members, request_of(plan), batch_tokens):
-        rows.put(batch, answer)
+        builder.put([sequence.index - begin for sequence in batch], batch, staged(answer, fields))
+        tail_sum = add_tail_sums(iter((tail_sum, answer.tail_sum)))
         after_batch(sum(s.num_positions for s in batch))
-    segments = [s.segment_ids_T for s in members if s.segment_ids_T is not None]
-    places = [s.token_index_L for s in members if s.token_index_L is not None]
-    return ShardData(
-        index=shard,
-        tokens_T=np.concatenate([s.tokens_T for s in members]),
-        num_tokens_N=np.array([len(s.tokens_T) for s in members], dtype=np.int64),
-        num_positions_N=lengths.astype(np.int64),
-        loss_mask_P=np.concatenate([s.loss_mask_L for s in members]),
-        labels_P=task.stored_labels(members),
-        targets=rows.targets,
-        table=sequences.sequence_table(begin, end),
-        segment_ids_T=np.concatenate(segments) if segments else None,
-        token_index_P=np.concatenate(places) if places else None,
-        hidden=rows.hidden,
-        tail_sum=rows.tail_sum,
-    )
+    return builder.build(sequences.sequence_table(begin, end), task.stored_labels, tail_sum=tail_sum)
 
 
 def _show_bytes(meter: Any, written: list[ShardRecord], unit: str) -> None:

@@ -154,7 +154,9 @@ def _pilot(parts: Parts, num_positions: int, progress: bool) -> tuple[Sample, LM
     head = _head_of(teacher)
     last = parts.plan.teacher.num_layers
     request = Request(_PILOT_RECORD, (last,) if isinstance(head, LMHead) and last is not None else ())
-    codecs = {layer_field(layer): vector_codec({"name": "exact"}) for layer in request.layers}
+    exact = vector_codec({"name": "exact"})
+    records = [vectors_field(layer_field(layer), exact, parts.plan.teacher.hidden_size or 0) for layer in request.layers]
+    codecs = {record.name: field_of(record, parts.plan) for record in records}
     with bar(1, "teacher", "run", enabled=progress) as meter:
         warm = indices[: max(1, len(indices) // 8)]
         run_rows(warm, sequences, teacher, request, codecs, parts.batch_tokens)

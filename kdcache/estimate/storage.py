@@ -19,13 +19,14 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache import ShardData, layout
+from kdcache.cache import ShardBuilder, ShardData, layout
 from kdcache.cache.shard_data import encode_field, with_statistics
 from kdcache.cache.shard_file import pack, unpack
-from kdcache.codecs import targets_codec, vector_codec
 from kdcache.corpus import assign_shards
 from kdcache.estimate.sample import Sample
-from kdcache.schema import FieldRecord, Plan, Targets
+from kdcache.fields import TARGETS_FIELD, TOKENS_FIELD, FieldKind, field_of, known_fields
+from kdcache.schema import Plan, Targets
+from kdcache.tasks import task_of
 
 Arrays = dict[str, NDArray[Any]]
 R = TypeVar("R")
@@ -71,7 +72,7 @@ def store(sample: Sample, plan: Plan, targets: Targets, states_PD: NDArray[np.fl
     totals = _Totals()
     for data in _shards(sample, plan, targets, states_PD):
         for record in plan.fields:
-            _store_field(record, data, plan, totals)
+            _store_field(field_of(record, plan), data, plan, totals)
         table = with_statistics(data)
         whole, once = (len(layout.table_to_ipc(part)) for part in (table, table.slice(0, 1)))
         _add(totals, layout.SEQUENCES_FIELD, whole, once, data, plan)
@@ -84,35 +85,31 @@ def store(sample: Sample, plan: Plan, targets: Targets, states_PD: NDArray[np.fl
     )
 
 
-def _store_field(record: FieldRecord, data: ShardData, plan: Plan, totals: _Totals) -> None:
-    encode = partial(_encode, record, data, plan)
-    (arrays, packed), seconds = best_of_two(encode)
+def _store_field(field: FieldKind, data: ShardData, plan: Plan, totals: _Totals) -> None:
+    (arrays, packed), seconds = best_of_two(partial(_encode, field, data))
     totals.encode_s += seconds
     single = {path: values if path.startswith("table/") else values[:1] for path, values in arrays.items()}
-    _add(totals, record.name, len(packed), len(pack(single)), data, plan)
-    decoded, seconds = best_of_two(partial(_decode, record, arrays, packed, plan))
+    _add(totals, field.name, len(packed), len(pack(single)), data, plan)
+    decoded, seconds = best_of_two(partial(_decode, field, arrays, packed))
     totals.decode_s += seconds
     if isinstance(decoded, Targets):
         totals.targets.append(decoded)
-    else:
-        totals.states.setdefault(record.name, []).append(decoded)
+    elif field.name != TOKENS_FIELD:
+        totals.states.setdefault(field.name, []).append(decoded)
 
 
-def _encode(record: FieldRecord, data: ShardData, plan: Plan) -> tuple[Arrays, bytes]:
-    arrays = encode_field(record, data, plan)
+def _encode(field: FieldKind, data: ShardData) -> tuple[Arrays, bytes]:
+    arrays = encode_field(field, data)
     return arrays, pack(arrays)
 
 
-def _decode(record: FieldRecord, arrays: Arrays, packed: bytes, plan: Plan) -> Targets | NDArray[np.float32]:
-    expected = {array.path: (array, len(arrays[array.path])) for array in record.arrays}
-    opened = unpack(packed, expected, f"field {record.name}")
-    values = {array.name: opened[array.path] for array in record.arrays}
-    if record.name != layout.TARGETS_FIELD:
-        return vector_codec(record.codec).decode(values)
-    codec = targets_codec(record.codec, plan.targets, plan.tokenizer.vocab_size)
-    targets = codec.decode(codec.open(values))
-    targets.merged()  # what losses see; nothing to do where there are no samples
-    return targets
+def _decode(field: FieldKind, arrays: Arrays, packed: bytes) -> Any:
+    expected = {array.path: (array, len(arrays[array.path])) for array in field.record.arrays}
+    unpacked = unpack(packed, expected, f"field {field.name}")
+    decoded = field.decode(field.open({array.name: unpacked[array.path] for array in field.record.arrays}))
+    if isinstance(decoded, Targets):
+        decoded.merged()  # what losses see; nothing to do where there are no samples
+    return decoded
 
 
 def best_of_two(work: Callable[[], R]) -> tuple[R, float]:
@@ -130,33 +127,19 @@ def best_of_two(work: Callable[[], R]) -> tuple[R, float]:
 
 def _add(totals: _Totals, name: str, whole: int, once: int, data: ShardData, plan: Plan) -> None:
     shard_positions = min(plan.shard_positions, plan.num_positions)
-    totals.add_bytes(name, whole, once, data.targets.num_positions, shard_positions)
+    totals.add_bytes(name, whole, once, data.num_positions, shard_positions)
 
 
 def _shards(sample: Sample, plan: Plan, targets: Targets, states_PD: NDArray[np.float32] | None) -> Iterator[ShardData]:
     starts = assign_shards(sample.lengths_N, plan.shard_positions).tolist()
     offsets = np.concatenate([[0], np.cumsum(sample.lengths_N)]).tolist()
+    fields = known_fields(plan)
     for number, (begin, end) in enumerate(pairwise(starts)):
-        members, rows = sample.sequences[begin:end], slice(offsets[begin], offsets[end])
-        segments = [s.segment_ids_T for s in members if s.segment_ids_T is not None]
-        token_indices = [s.token_index_L for s in members if s.token_index_L is not None]
-        yield ShardData(
-            index=number,
-            tokens_T=np.concatenate([s.tokens_T for s in members]),
-            num_tokens_N=np.array([len(s.tokens_T) for s in members], dtype=np.int64),
-            num_positions_N=sample.lengths_N[begin:end],
-            loss_mask_P=np.concatenate([s.loss_mask_L for s in members]),
-            labels_P=sample.labels_P[rows],
-            targets=targets.take(rows),
-            table=sample.table.slice(begin, end - begin),
-            segment_ids_T=np.concatenate(segments) if segments else None,
-            token_index_P=np.concatenate(token_indices) if token_indices else None,
-            hidden=_staged(plan, states_PD, rows),
-        )
-
-
-def _staged(plan: Plan, states_PD: NDArray[np.float32] | None, rows: slice) -> Arrays:
-    if not plan.hidden_layers:
-        return {}
-    assert states_PD is not None
-    return {name: vector_codec(plan.field(name).codec).stage(states_PD[rows]) for name in plan.hidden_layers}
+        rows = slice(offsets[begin], offsets[end])
+        staged: dict[str, Any] = {TARGETS_FIELD: targets.take(rows)}
+        for name in plan.hidden_layers:
+            assert states_PD is not None
+            staged[name] = fields[name].stage(states_PD[rows])
+        builder = ShardBuilder(number, fields)
+        builder.put(range(end - begin), sample.sequences[begin:end], staged)
+        yield builder.build(sample.table.slice(begin, end - begin), task_of(plan.task).stored_labels)

@@ -183,10 +183,13 @@ def _join_padded(arrays: list[NDArray[Any]]) -> NDArray[Any]:
 class SequenceBatch:
     """Some sequences of a cache, decoded, flat and without padding (sequence n owns a slice of every array).
 
-    Sequence n has tokens ``tokens_T[token_offsets_N1[n]:token_offsets_N1[n + 1]]`` and rows
-    ``[position_offsets_N1[n]:position_offsets_N1[n + 1]]`` of every per-position array. ``hidden`` maps the name of a
-    layer to float32 [P, D]; ``last`` is the state that stands for the distribution (targets of the kind hidden).
-    ``labels_P`` and ``token_index_P`` are those of `Sequence`, where the task stores them.
+    Sequence n has tokens ``tokens_T[token_offsets_N1[n]:token_offsets_N1[n + 1]]`` and positions
+    ``[position_offsets_N1[n]:position_offsets_N1[n + 1]]`` of every array over positions. ``labels_P`` and
+    ``token_index_P`` are those of `Sequence`, where the task stores them.
+
+    ``fields`` are the decoded values of all other fields that were read, by name: `Targets` for ``targets``, float32
+    arrays for vectors. ``last`` is the hidden state that stands for the distribution (targets of the kind hidden).
+    ``kinds`` are the field kinds that decoded them.
     """
 
     indices: list[int]
@@ -194,11 +197,33 @@ class SequenceBatch:
     token_offsets_N1: NDArray[np.int64]
     position_offsets_N1: NDArray[np.int64]
     loss_mask_P: NDArray[np.uint8]
-    targets: Targets
+    fields: dict[str, Any] = field(default_factory=dict)
     segment_ids_T: NDArray[np.uint16] | None = None
-    hidden: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     labels_P: NDArray[Any] | None = None
     token_index_P: NDArray[np.uint32] | None = None
+    kinds: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def num_positions(self) -> int:
+        """Number of positions, P."""
+        return len(self.loss_mask_P)
+
+    @property
+    def targets(self) -> Targets:
+        """The targets of all positions; `Targets.nothing` where the teacher gives no distribution."""
+        if "targets" not in self.fields:
+            self.fields["targets"] = Targets.nothing(self.num_positions)
+        found: Targets = self.fields["targets"]
+        return found
+
+    @targets.setter
+    def targets(self, targets: Targets) -> None:
+        self.fields["targets"] = targets
+
+    @property
+    def hidden(self) -> dict[str, Any]:
+        """The fields in addition to the targets: hidden states, raw outputs, and those of other kinds."""
+        return {name: value for name, value in self.fields.items() if name != "targets"}
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -230,7 +230,7 @@ class FieldRecord(Record):
 
     name: str
     kind: str
-    """What the field is: ``targets``, ``vectors``, or the kind of a plugin."""
+    """What the field is: ``tokens``, ``targets``, ``vectors``, or the kind of a plugin."""
     codec: dict[str, Any]
     arrays: tuple[ArrayRecord, ...]
     relative_error: float | None = None
@@ -337,7 +337,7 @@ class Plan(Record):
     @property
     def is_packed(self) -> bool:
         """Whether sequences hold several documents that do not see each other."""
-        has_segments = any(array.name == "segment_ids" for array in self.field("targets").arrays)
+        has_segments = any(array.name == "segment_ids" for array in self.field("tokens").arrays)
         return has_segments and self.sequences.get("packing") == "window"
 
     @property
@@ -360,12 +360,12 @@ class Plan(Record):
     @property
     def hidden_layers(self) -> tuple[str, ...]:
         """Names of the stored hidden-state fields, such as ``hidden-30``."""
-        return tuple(item.name for item in self.fields if item.name.startswith(_LAYER))
+        return tuple(name for name in self.vector_fields if name.startswith(_LAYER))
 
     @property
     def vector_fields(self) -> tuple[str, ...]:
-        """Names of all fields that hold a vector at every position: hidden states and raw outputs."""
-        return tuple(item.name for item in self.fields if item.name.startswith(_LAYER) or item.name == OUTPUTS_FIELD)
+        """Names of all fields of vectors: hidden states, raw outputs, and others."""
+        return tuple(item.name for item in self.fields if item.kind == "vectors")
 
     @property
     def layer_widths(self) -> dict[int, int]:

@@ -23,8 +23,9 @@ from pydantic import Field
 
 from kdcache.config import Config
 from kdcache.corpus import TEXT, Corpus, Encoder, Role
+from kdcache.fields import kind_of
 from kdcache.plugins import import_row
-from kdcache.schema import NO_LABEL, ArrayRecord, OutputsRecord, Sequence, SequenceBatch, Targets
+from kdcache.schema import NO_LABEL, ArrayRecord, OutputsRecord, Sequence, SequenceBatch
 
 Gives = Literal["tokens", "classes", "outputs"]
 
@@ -180,25 +181,10 @@ class Task(ABC):
             **self.pad_batch(sequences, pad_id),
             "labels": self.labels(sequences),
             "loss_mask": batch.loss_mask_P.astype(bool),
-            **_teacher_rows(batch.targets),
-            **{name: states_PD for name, states_PD in batch.hidden.items() if name != "last"},
         }
-        if "last" in batch.hidden:
-            found["teacher_hidden"] = batch.hidden["last"]
+        for name in ("targets", *batch.hidden):
+            found |= kind_of(name, batch).collate(name, batch)
         return found | (_numbers(batch) if self.gives == "outputs" else {})
-
-
-def _teacher_rows(targets: Targets) -> dict[str, NDArray[Any]]:
-    ids_PK, logprobs_PK, log_tail_P = targets.merged()
-    rows: dict[str, NDArray[Any] | None] = {
-        "teacher_ids": ids_PK.astype(np.int64),
-        "teacher_logprobs": logprobs_PK,
-        "teacher_log_tail": log_tail_P,
-        "teacher_gold_logprob": targets.gold_logprob_P,
-        "teacher_entropy": targets.entropy_P,
-        "teacher_log_tails": targets.log_tails_PG,
-    }
-    return {name: values for name, values in rows.items() if values is not None}
 
 
 def _numbers(batch: SequenceBatch) -> dict[str, NDArray[Any]]:

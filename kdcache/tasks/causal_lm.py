@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache.fields import SEGMENT_IDS
 from kdcache.corpus import Corpus, Encoder, SequenceConfig, plan_sequences
+from kdcache.fields import SEGMENT_IDS
 from kdcache.schema import ArrayRecord, OutputsRecord, Sequence
 from kdcache.tasks.base import Sequences, Task, pad
 

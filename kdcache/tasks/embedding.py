@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache.fields import NUMBER_LABELS, SEGMENT_IDS
 from kdcache.corpus import TEXT, Corpus, Encoder, Role
+from kdcache.fields import NUMBER_LABELS, SEGMENT_IDS
 from kdcache.plugins import import_row
 from kdcache.schema import ArrayRecord, OutputsRecord, Sequence
 from kdcache.tasks.base import Metrics, Sequences, Task, TaskSettings, padded_inputs

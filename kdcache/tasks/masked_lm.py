@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from kdcache.cache.fields import PLACES, WHOLE_LABELS
 from kdcache.corpus import Corpus, Encoder
 from kdcache.errors import ConfigError
+from kdcache.fields import CLASS_LABELS, TOKEN_INDEX
 from kdcache.plugins import import_row
 from kdcache.schema import ArrayRecord, OutputsRecord, Sequence
 from kdcache.tasks.base import Sequences, Task, TaskSettings, padded_inputs
@@ -66,7 +66,7 @@ class MaskedLM(Task):
 
     def arrays(self, settings: Any, outputs: OutputsRecord | None) -> tuple[ArrayRecord, ...]:
         """Return the original ids of the chosen tokens, and their token indices."""
-        return (WHOLE_LABELS, PLACES)
+        return (CLASS_LABELS, TOKEN_INDEX)
 
     def pad_batch(self, sequences: list[Sequence], pad_id: int) -> dict[str, NDArray[Any]]:
         """Return ``input_ids`` and ``attention_mask`` [B, L], and ``rows`` [P]: the chosen tokens."""

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from kdcache.cache.fields import NUMBER_LABELS, SEGMENT_IDS
 from kdcache.corpus import Corpus, Encoder, Role
 from kdcache.errors import CorpusError
+from kdcache.fields import NUMBER_LABELS, SEGMENT_IDS
 from kdcache.plugins import import_row
 from kdcache.schema import ArrayRecord, OutputsRecord, Sequence
 from kdcache.tasks.base import Metrics, Sequences, Task, TaskSettings, padded_inputs

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from kdcache.cache.fields import SEGMENT_IDS
 from kdcache.corpus import Corpus, Encoder, Role
 from kdcache.errors import ConfigError, CorpusError
+from kdcache.fields import SEGMENT_IDS
 from kdcache.plugins import import_row
 from kdcache.schema import ArrayRecord, OutputsRecord, Sequence
 from kdcache.tasks.base import Sequences, Task, TaskSettings, pad, padded_inputs

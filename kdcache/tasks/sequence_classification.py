@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache.fields import NUMBER_LABELS, SEGMENT_IDS, WHOLE_LABELS
 from kdcache.corpus import TEXT, Corpus, Encoder, Role
 from kdcache.errors import ConfigError
+from kdcache.fields import CLASS_LABELS, NUMBER_LABELS, SEGMENT_IDS
 from kdcache.plugins import import_row
 from kdcache.schema import ArrayRecord, OutputsRecord, Sequence
 from kdcache.tasks.base import Gives, Metrics, Sequences, Task, padded_inputs
@@ -34,7 +34,7 @@ class SequenceClassification(Task):
     gives: ClassVar[Gives] = "classes"
     model_class = "AutoModelForSequenceClassification"
     body = "logits"
-    label_array: ClassVar[ArrayRecord] = WHOLE_LABELS
+    label_array: ClassVar[ArrayRecord] = CLASS_LABELS
 
     def plan(
         self, corpus: Corpus, encoder: Encoder, settings: Any, outputs: OutputsRecord | None, progress: Any = None

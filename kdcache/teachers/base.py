@@ -22,7 +22,7 @@ from pydantic import Field
 from kdcache.cache.tail_prior import TailSum
 from kdcache.config import Config
 from kdcache.errors import ConfigError, TeacherError
-from kdcache.schema import OutputsRecord, Sequence, Targets, TargetsRecord, TeacherRecord, public_name
+from kdcache.schema import FieldRecord, OutputsRecord, Sequence, Targets, TargetsRecord, TeacherRecord, public_name
 from kdcache.targets_config import layer_number
 from kdcache.tasks import Task
 
@@ -71,6 +71,8 @@ class Request:
     """Raw outputs."""
     packed: bool = False
     """Sequences hold several documents that must not see each other."""
+    fields: tuple[FieldRecord, ...] = ()
+    """Other fields that the plan stores; `Answer.vectors` has a value for each, as the kind of the field stages it."""
 
 
 @dataclass

@@ -64,7 +64,8 @@ def wanted_targets(manifest: Manifest, changes: Mapping[str, Any], source: str) 
 
     Raises ``ConfigError`` for settings that make no sense, and for targets that the cache cannot become.
     """
-    held, codec = manifest.targets, manifest.field("targets").codec
+    held = manifest.targets
+    codec = {"name": "compact"} if held.kind == "outputs" else manifest.field("targets").codec
     stays = held.model_dump() if changes.get("kind", held.kind) == held.kind else {}
     settings = {**stays, **changes, "codec": _wanted_codec(codec, changes.get("codec", {}))}
     config = build(TargetsConfig, settings, source="targets")

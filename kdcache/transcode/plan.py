@@ -17,15 +17,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdcache.cache import Cache, layout, targets_field
-from kdcache.cache.fields import optional_arrays
+from kdcache.cache import Cache, layout
+from kdcache.cache.fields import field_named
 from kdcache.cache.filters import select_sequences
 from kdcache.cache.lookup import num_tokens_of, renumbered_plan, with_column
-from kdcache.codecs import targets_codec, vector_codec
-from kdcache.codecs.vectors import relative_error
+from kdcache.codecs import targets_codec
 from kdcache.corpus import assign_shards
 from kdcache.errors import ConfigError
-from kdcache.schema import OUTPUTS_FIELD, STATISTICS_COLUMNS, FieldRecord, Manifest, Plan, layer_field
+from kdcache.fields import TARGETS_FIELD, TOKENS_FIELD, targets_field
+from kdcache.schema import STATISTICS_COLUMNS, FieldRecord, Manifest, Plan, layer_field
 from kdcache.targets_config import TargetsConfig, layer_number
 from kdcache.transcode.config import TranscodeConfig, wanted_targets
 
@@ -59,14 +59,19 @@ def plan_transcoding(config: TranscodeConfig, cache: Cache) -> Transcoding:
     """Return the plan of what ``config`` makes of ``cache``; raises ``ConfigError`` or ``CorruptCacheError``."""
     manifest = cache.manifest
     targets = wanted_targets(manifest, config.targets, config.source)
-    layers = _wanted_layers(config, manifest, targets)
+    kept = _kept_fields(config, manifest, targets)
     sequences = cache.sequence_table()
     chosen_N = select_sequences(sequences, config.where, config.limit_sequences)
     everything = len(chosen_N) == manifest.num_sequences
     lengths_N = np.asarray(sequences["num_positions"]).astype(np.int64)[chosen_N]
     starts = cache.shard_starts if everything else assign_shards(lengths_N, manifest.shard_positions)
-    fields = [_targets_field(manifest, targets)]
-    fields += [_hidden_field(config, cache, name, chosen_N, lengths_N, everything) for name in layers]
+    fields = [
+        _targets_field(manifest, targets)
+        if record.name == TARGETS_FIELD
+        else _other_field(config, cache, record, chosen_N[: _num_pilot(lengths_N)], everything)
+        for record in manifest.fields
+        if record.name in kept
+    ]
     copied = _copied(manifest, targets, fields) if everything else ()
     table = renumbered_plan(cache.plan_table(), chosen_N, starts, len(cache))
     changes = {
@@ -93,12 +98,13 @@ def origin_of(plan: Plan) -> tuple[Any, ...] | None:
     return chain[-1].get("source"), chosen.get("where"), chosen.get("limit_sequences")
 
 
-def _wanted_layers(config: TranscodeConfig, manifest: Manifest, targets: TargetsConfig) -> list[str]:
-    """Return the names of the vectors that stay, in their order: raw outputs always do."""
+def _kept_fields(config: TranscodeConfig, manifest: Manifest, targets: TargetsConfig) -> set[str]:
+    """Return the names of the fields that stay: all but hidden states that are not wanted."""
     held, last = manifest.hidden_layers, manifest.states_field
     stays = {last} if targets.kind == "hidden" else set()
     if config.hidden_states.layers is not None:
-        wanted = {_layer_name(layer, manifest.teacher.num_layers) for layer in config.hidden_states.layers}
+        num_layers = manifest.teacher.num_layers or 0
+        wanted = {layer_field(layer_number(layer, num_layers)) for layer in config.hidden_states.layers}
     else:
         # Of the kind hidden, the last state was the target.
         wanted = set(held) - ({last} if manifest.targets.kind == "hidden" else set())
@@ -107,44 +113,31 @@ def _wanted_layers(config: TranscodeConfig, manifest: Manifest, targets: Targets
         raise ConfigError(
             f"{config.source} holds no {', '.join(missing)}; its hidden states are {', '.join(held) or 'none'}"
         )
-    outputs = [OUTPUTS_FIELD] if manifest.outputs is not None else []
-    return [name for name in held if name in wanted | stays] + outputs
-
-
-def _layer_name(layer: str | int, num_layers: int) -> str:
-    return layer_field(layer_number(layer, num_layers))
+    return {record.name for record in manifest.fields} - set(held) | wanted | stays
 
 
 def _copied(manifest: Manifest, targets: TargetsConfig, fields: list[FieldRecord]) -> tuple[str, ...]:
     same = [item.name for item in fields if item.codec == manifest.field(item.name).codec]
-    return tuple(name for name in same if name != layout.TARGETS_FIELD or targets.record == manifest.targets)
+    return tuple(name for name in same if name != TARGETS_FIELD or targets.record == manifest.targets)
 
 
 def _targets_field(manifest: Manifest, targets: TargetsConfig) -> FieldRecord:
-    codec = targets_codec(targets.codec_settings, targets.record, manifest.num_ids)
-    return targets_field(codec, manifest.tokenizer.vocab_size, optional_arrays(manifest))
+    return targets_field(targets_codec(targets.codec_settings, targets.record, manifest.num_ids))
 
 
-def _hidden_field(
-    config: TranscodeConfig,
-    cache: Cache,
-    name: str,
-    chosen_N: NDArray[np.int64],
-    lengths_N: NDArray[np.int64],
-    everything: bool,
+def _num_pilot(lengths_N: NDArray[np.int64]) -> int:
+    return max(1, int(np.searchsorted(np.cumsum(lengths_N), _PILOT_POSITIONS)))
+
+
+def _other_field(
+    config: TranscodeConfig, cache: Cache, record: FieldRecord, pilot_N: NDArray[np.int64], everything: bool
 ) -> FieldRecord:
-    """Describe a field of hidden states; where it is encoded again, with what that costs beside what it had cost."""
-    record = cache.manifest.field(name)
-    wanted = None if name == OUTPUTS_FIELD else config.hidden_states.codec
-    codec = vector_codec(record.codec if wanted is None else wanted)
-    if everything and codec.model_dump() == record.codec:
+    """Describe a field in the output; where it is encoded again, with the error that this adds."""
+    settings = config.hidden_states.codec if record.name in cache.manifest.hidden_layers else None
+    if record.name == TOKENS_FIELD or (everything and settings in (None, {}, record.codec)):
         return record
-    pilot = max(1, int(np.searchsorted(np.cumsum(lengths_N), _PILOT_POSITIONS)))
-    states_PD = cache.read(chosen_N[:pilot], hidden=[name]).hidden[name]
-    before = 0.0 if record.codec["name"] == "exact" else record.relative_error
-    error = None if before is None else float(np.hypot(before, relative_error(codec, states_PD)))
-    arrays = codec.arrays(states_PD.shape[1])
-    return FieldRecord(name=name, kind="vectors", codec=codec.model_dump(), arrays=arrays, relative_error=error)
+    field = field_named(cache.fields, cache.manifest, record.name)
+    return field.transcoded(settings, cache.read(pilot_N, hidden=[record.name]).fields[record.name])
 
 
 def _sequence_table(table: pa.Table, chosen_N: NDArray[np.int64]) -> pa.Table:
@@ -158,12 +151,17 @@ def _provenance(config: TranscodeConfig, cache: Cache) -> dict[str, Any]:
     link = {
         "source": cache.fingerprint,
         "kind": cache.manifest.targets.kind,
-        "codec": cache.manifest.field(layout.TARGETS_FIELD).codec,
+        "codec": _codec_of(cache.manifest),
         "settings": config.settings(),
         "kdcache": importlib.metadata.version("kdcache"),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     return {**before, "transcoded": [*_chain(before), link]}
+
+
+def _codec_of(manifest: Manifest) -> dict[str, Any] | None:
+    """Return the codec of the targets; None where the teacher gives no distribution."""
+    return None if manifest.targets.kind == "outputs" else manifest.field(TARGETS_FIELD).codec
 
 
 def _chain(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import numpy as np
 from kdcache.cache import ShardData, layout
 from kdcache.cache.shard_data import encode_field, with_statistics
 from kdcache.cache.shard_file import pack
+from kdcache.fields import field_of
 from kdcache.storage.folder import Folder
 from kdcache.transcode.config import TranscodeConfig
 from kdcache.transcode.places import num_committed
@@ -71,7 +72,7 @@ def preview_transcoding(config: TranscodeConfig) -> TranscodePreview:
         targets=job.plan.targets.model_dump(mode="json"),
         field_bytes_per_token=_field_bytes(job, data),
         source_bytes_per_token=source.bytes_per_token,
-        kept_mass=float((1 - np.exp(data.targets.log_tail_P)).mean()),
+        kept_mass=0.0 if data.targets is None else float((1 - np.exp(data.targets.log_tail_P)).mean()),
     )
 
 
@@ -81,10 +82,10 @@ def _field_bytes(job: Transcoding, data: ShardData) -> dict[str, float]:
     sizes = {layout.SEQUENCES_FIELD: len(layout.table_to_ipc(with_statistics(data)))}
     for item in job.plan.fields:
         if item.name not in job.copied:
-            sizes[item.name] = len(pack(encode_field(item, data, job.plan)))
+            sizes[item.name] = len(pack(encode_field(field_of(item, job.plan), data)))
     as_before = {
         name: sum(shard.objects[name].num_bytes for shard in source.shards) / max(source.num_positions, 1)
         for name in job.copied
     }
-    found = as_before | {name: size / data.targets.num_positions for name, size in sizes.items()}
+    found = as_before | {name: size / data.num_positions for name, size in sizes.items()}
     return {name: found[name] for name in (*(item.name for item in job.plan.fields), layout.SEQUENCES_FIELD)}

@@ -5,14 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache import ShardData, layout
-from kdcache.cache.shards import load_shard
+from kdcache.cache import ShardBuilder, ShardData
+from kdcache.cache.shards import load_fields
 from kdcache.cache.tail_prior import TailSum
-from kdcache.codecs import vector_codec
 from kdcache.corpus import assign_shards
+from kdcache.fields import TARGETS_FIELD, TOKENS_FIELD, known_fields
 from kdcache.schema import SequenceBatch, Targets
 from kdcache.tasks import task_of
 from kdcache.transcode.config import TranscodeConfig, needs_head
@@ -47,43 +46,26 @@ def make_shard(
 ) -> ShardData:
     """Return the sequences ``members`` of the output as a shard, without the fields that are copied."""
     lengths_N = job.lengths_N[members]
-    encoded_again = [name for name in job.plan.vector_fields if name not in job.copied]
-    batches: list[SequenceBatch] = []
-    staged: dict[str, list[NDArray[Any]]] = {name: [] for name in encoded_again}
-    bounds = assign_shards(lengths_N, batch_positions)
-    for first, last in pairwise(bounds.tolist()):
+    fields = known_fields(job.plan)
+    encoded_again = [
+        record.name
+        for record in job.plan.fields
+        if record.name not in (*job.copied, TOKENS_FIELD, TARGETS_FIELD)
+    ]
+    builder = ShardBuilder(shard, fields)
+    for first, last in pairwise(assign_shards(lengths_N, batch_positions).tolist()):
         batch = job.cache.read(job.chosen_N[members][first:last], hidden=encoded_again)
-        batch.targets = maker(batch)
-        for name in encoded_again:
-            staged[name].append(vector_codec(job.plan.field(name).codec).stage(batch.hidden[name]))
-        batch.hidden = {}
-        batches.append(batch)
+        staged = {name: fields[name].stage(batch.fields[name]) for name in encoded_again}
+        if TARGETS_FIELD in fields:  # where they are copied too: the statistics are of them
+            staged[TARGETS_FIELD] = maker(batch)
+        builder.put(range(first, last), batch.sequences(), staged)
         if meter is not None:
-            meter.update(batch.targets.num_positions)
-    sequences = [sequence for batch in batches for sequence in batch.sequences()]
-    segments = [batch.segment_ids_T for batch in batches if batch.segment_ids_T is not None]
-    places = [batch.token_index_P for batch in batches if batch.token_index_P is not None]
-    return ShardData(
-        index=shard,
-        tokens_T=np.concatenate([batch.tokens_T for batch in batches]),
-        num_tokens_N=np.concatenate([np.diff(batch.token_offsets_N1) for batch in batches]),
-        num_positions_N=lengths_N,
-        loss_mask_P=np.concatenate([batch.loss_mask_P for batch in batches]),
-        labels_P=task_of(job.plan.task).stored_labels(sequences),
-        targets=Targets.concatenate([batch.targets for batch in batches]),
-        table=job.sequence_table.slice(members.start, members.stop - members.start).combine_chunks(),
-        segment_ids_T=np.concatenate(segments) if segments else None,
-        token_index_P=np.concatenate(places) if places else None,
-        hidden={name: np.concatenate(parts) for name, parts in staged.items()},
-        tail_sum=maker.take_tail_sum(),
-    )
+            meter.update(batch.num_positions)
+    table = job.sequence_table.slice(members.start, members.stop - members.start).combine_chunks()
+    return builder.build(table, task_of(job.plan.task).stored_labels, tail_sum=maker.take_tail_sum())
 
 
 def copied_fields(job: Transcoding, shard: int) -> dict[str, dict[str, NDArray[Any]]]:
     """Return the fields that are copied as they are stored: without a filter, shards are those of the source."""
-    if not job.copied:
-        return {}
     manifest = job.cache.manifest
-    names = dict.fromkeys((layout.TARGETS_FIELD, *job.copied))  # the targets say how long everything is
-    loaded = load_shard(job.cache.folder, manifest, manifest.shards[shard], names).fields
-    return {name: loaded[name] for name in job.copied}
+    return load_fields(job.cache.folder, manifest, manifest.shards[shard], job.copied) if job.copied else {}

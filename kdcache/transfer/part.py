@@ -23,6 +23,7 @@ from kdcache.cache.lookup import read_plan_table, renumbered_plan, with_column
 from kdcache.cache.sequence_table import load_table
 from kdcache.cache.tail_prior import pack_prior, read_prior
 from kdcache.errors import CacheError, CorruptCacheError, did_you_mean
+from kdcache.fields import TARGETS_FIELD, TOKENS_FIELD
 from kdcache.schema import Manifest, ObjectRecord, ShardRecord
 from kdcache.storage.folder import Folder
 
@@ -43,7 +44,7 @@ class Item:
     @property
     def is_unique(self) -> bool:
         """Whether no other content ever had its name: a shard's file, which has a random attempt in it."""
-        return self.data is None and self.record.path.startswith((layout.SHARDS, layout.FIELDS, layout.SEQUENCES))
+        return self.data is None and self.record.path.startswith((layout.FIELDS, layout.SEQUENCES))
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _chosen_fields(manifest: Manifest, wanted: Sequence[str] | None, source: Fol
     for name in wanted:
         if name not in held:
             raise CacheError(f"{source} has no field {name!r}: {did_you_mean(name, held)}")
-    always = {layout.TARGETS_FIELD} | ({manifest.states_field} if manifest.targets.kind == "hidden" else set())
+    always = {TOKENS_FIELD, TARGETS_FIELD} | ({manifest.states_field} if manifest.targets.kind == "hidden" else set())
     return [name for name in held if name in always.union(wanted)]
 
 

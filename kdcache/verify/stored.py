@@ -20,16 +20,15 @@ from kdcache.cache.reader import Cache
 from kdcache.cache.sequence_table import load_table
 from kdcache.cache.tail_prior import read_prior
 from kdcache.errors import CacheError, CorruptCacheError, KdcacheError
+from kdcache.fields import TARGETS_FIELD, TOKENS_FIELD
 from kdcache.progress import bar, reporter
 from kdcache.schema import (
-    NO_LABEL,
     Manifest,
     ObjectRecord,
     Plan,
     Record,
     SequenceBatch,
     ShardRecord,
-    Targets,
     token_hash,
 )
 from kdcache.storage.folder import Folder
@@ -186,10 +185,9 @@ def _open(folder: Folder, manifest: Manifest, fingerprint: str, report: VerifyRe
 
 
 def _check_content(cache: Cache, shard: ShardRecord) -> Iterator[str]:
-    where = f"shard {shard.index}, field {layout.TARGETS_FIELD}, file {shard.objects[layout.TARGETS_FIELD].path}"
     try:
         # The same problem in several pieces of the shard is one problem.
-        yield from dict.fromkeys(f"{where}: {problem}" for problem in _content_problems(cache, shard))
+        yield from dict.fromkeys(_content_problems(cache, shard))
     except KdcacheError as error:
         yield str(error)
 
@@ -200,89 +198,24 @@ def _content_problems(cache: Cache, shard: ShardRecord) -> Iterator[str]:
     lengths = np.asarray(table["num_positions"])
     step = max(1, int(_deep_positions(cache) // max(float(lengths.mean()), 1.0))) if len(lengths) else 1
     for first in range(begin, end, step):
-        batch = cache.read(range(first, min(first + step, end)), hidden=cache.manifest.vector_fields)
-        yield from _token_problems(cache, batch, table.slice(first - begin, step))
-        yield from _input_problems(batch)
-        if cache.manifest.targets.kind != "outputs":
-            yield from _target_problems(batch.targets, cache.manifest.num_ids, cache.manifest.targets.num_samples)
-            yield from _gold_problems(batch, cache.manifest.num_ids)
-        for name, states in batch.hidden.items():
-            if not np.isfinite(states).all():
-                yield f"field {name} holds values that are not finite"
+        batch = cache.read(range(first, min(first + step, end)), hidden=list(cache.fields))
+        for name, kind in cache.fields.items():
+            where = f"shard {shard.index}, field {name}, file {shard.objects[name].path}"
+            yield from (f"{where}: {problem}" for problem in kind.check(batch))
+            if name == TOKENS_FIELD:
+                hashes = table.slice(first - begin, step)
+                yield from (f"{where}: {problem}" for problem in _check_hashes(batch, hashes))
 
 
 def _deep_positions(cache: Cache) -> int:
-    """Return how many positions are decoded at once, with the hidden states of all layers as float32."""
-    fields = [cache.manifest.field(name) for name in cache.manifest.vector_fields]
-    width = sum(math.prod(array.shape) for record in fields for array in record.arrays if array.name == "states")
+    """Return how many positions are decoded at once, with all fields of vectors as float32."""
+    fields = [field for name, field in cache.fields.items() if name not in (TOKENS_FIELD, TARGETS_FIELD)]
+    width = sum(math.prod(array.shape) for field in fields for array in field.record.arrays if array.rows != "table")
     return min(_DEEP_POSITIONS, _DEEP_STATES // max(width, 1))
 
 
-def _token_problems(cache: Cache, batch: SequenceBatch, table: pa.Table) -> Iterator[str]:
-    if batch.tokens_T.size and int(batch.tokens_T.max()) >= cache.vocab_size:
-        yield f"token id {int(batch.tokens_T.max())} is outside the vocabulary of {cache.vocab_size}"
-    if set(np.unique(batch.loss_mask_P)) - {0, 1}:
-        yield "loss_mask holds values other than 0 and 1"
+def _check_hashes(batch: SequenceBatch, table: pa.Table) -> Iterator[str]:
     pieces = np.split(batch.tokens_T, batch.token_offsets_N1[1:-1])
     for index, tokens, recorded in zip(batch.indices, pieces, table["token_hash"].to_pylist(), strict=True):
         if token_hash(tokens) != recorded:
             yield f"sequence {index}: tokens do not match the token_hash of the per-sequence table"
-
-
-def _target_problems(targets: Targets, vocab_size: int, num_samples: int) -> Iterator[str]:
-    ids, logprobs, log_tail = targets.merged()
-    if int(ids.max(initial=0)) >= vocab_size:
-        yield f"kept id {int(ids.max())} is outside the vocabulary of {vocab_size}"
-    # Padding repeats an id; numbers that no id has tell its places apart.
-    ordered = np.sort(
-        np.where(np.isneginf(logprobs), vocab_size + np.arange(ids.shape[1]), ids.astype(np.int64)), axis=1
-    )
-    if (ordered[:, 1:] == ordered[:, :-1]).any():
-        yield "a row keeps the same id twice"
-    if not (targets.logprobs_PK[:, 1:] <= targets.logprobs_PK[:, :-1]).all():
-        yield "log-probabilities increase along a row"
-    # Codes on a half-precision grid may put a log-probability a rounding above 0.
-    tails = targets.log_tail_P if targets.log_tails_PG is None else targets.log_tails_PG
-    for name, values in (("logprobs", logprobs), ("log_tail", targets.log_tail_P), ("log_tails", tails)):
-        if np.isnan(values).any() or (values > 1e-3).any():
-            yield f"{name} holds values that are not log-probabilities"
-    mass = np.exp(logprobs.astype(np.float64)).sum(axis=1) + np.exp(log_tail.astype(np.float64))
-    if not (np.abs(mass - 1) < 1e-3).all():
-        yield f"kept mass and tail add up to {mass[np.argmax(np.abs(mass - 1))]:.6f} in a row, not to 1"
-    yield from _sample_problems(targets, num_samples)
-    if not (np.isfinite(targets.entropy_P) & (targets.entropy_P > -1e-3)).all():
-        yield "entropy holds values below 0 or not finite"
-
-
-def _gold_problems(batch: SequenceBatch, num_ids: int) -> Iterator[str]:
-    """Check the teacher's log-probabilities of the corpus's own answers, and what is stored of these."""
-    gold_P, labels_P = batch.targets.gold_logprob_P, batch.labels_P
-    is_known_P = np.ones(len(gold_P), bool)
-    if labels_P is not None and labels_P.dtype.kind == "i":
-        is_known_P = labels_P != NO_LABEL
-        if ((labels_P < 0) & is_known_P).any() or int(labels_P.max(initial=0)) >= num_ids:
-            yield f"a label is none of the {num_ids} ids that the targets are about"
-    good_P = np.where(is_known_P, np.isfinite(gold_P) & (gold_P < 1e-3), np.isnan(gold_P))
-    if not good_P.all():
-        yield "gold_logprob holds values that are not log-probabilities"
-
-
-def _input_problems(batch: SequenceBatch) -> Iterator[str]:
-    """Check the places of rows that belong to some tokens of their sequence only."""
-    if batch.token_index_P is None:
-        return
-    num_tokens_N, num_rows_N = np.diff(batch.token_offsets_N1), np.diff(batch.position_offsets_N1)
-    if (batch.token_index_P >= np.repeat(num_tokens_N, num_rows_N)).any():
-        yield "places holds a place outside its sequence"
-
-
-def _sample_problems(targets: Targets, num_samples: int) -> Iterator[str]:
-    if targets.num_kept_P is not None and int(targets.num_kept_P.min(initial=1)) < 1:
-        yield "a row keeps no id"
-    if targets.samples is None:
-        return
-    drawn = targets.samples.counts_PJ.sum(axis=1, dtype=np.int64)
-    # Where everything is kept there is nothing to draw from.
-    wrong = (drawn != num_samples) & ~((drawn == 0) & np.isneginf(targets.log_tail_P))
-    if wrong.any():
-        yield f"a row has {int(drawn[np.argmax(wrong)])} samples, the plan says {num_samples}"

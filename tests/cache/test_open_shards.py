@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,15 +11,21 @@ import pytest
 
 from kdcache.cache import open_cache
 from kdcache.cache.open_shards import OpenShards
-from kdcache.cache.shards import ShardArrays
+from kdcache.cache.shards import FieldArrays, ShardArrays
 from kdcache.errors import CorruptCacheError
 from tests.cache.test_reader import check_batch
 from tests.caches import SOURCE
 from tests.loops import loop
 
+ONE = ("targets",)
 
-def shard_of(num_bytes: int) -> ShardArrays:
-    return ShardArrays({"targets": {"x": np.zeros(num_bytes, np.uint8)}}, np.zeros(1, int), np.zeros(1, int))
+
+def shard_of(num_bytes: int, fields: Sequence[str] = ONE) -> dict[str, FieldArrays]:
+    return {name: FieldArrays({"x": np.zeros(num_bytes, np.uint8)}) for name in fields}
+
+
+def bytes_of(shard: ShardArrays) -> int:
+    return sum(field.num_bytes for field in shard.fields.values())
 
 
 class Loader:
@@ -29,54 +36,66 @@ class Loader:
         self.has_begun, self.may_go = threading.Event(), threading.Event()
         self.error = error
 
-    def __call__(self, shard: int, fields: tuple[str, ...]) -> ShardArrays:
+    def __call__(self, shard: int, fields: Sequence[str]) -> dict[str, FieldArrays]:
         self.loaded.append(shard)
         self.has_begun.set()
         assert self.may_go.wait(10)
         if self.error is not None:
             raise self.error
-        return shard_of(100)
+        return shard_of(100, fields)
 
 
 def test_threads_that_need_a_shard_open_it_once():
     loader = Loader()
     shards = OpenShards(loader, 8, 1 << 20)
     with ThreadPoolExecutor(4) as pool:
-        futures = [pool.submit(shards.get, 3, ()) for _ in range(4)]
+        futures = [pool.submit(shards.get, 3, ONE) for _ in range(4)]
         assert loader.has_begun.wait(10)
         assert not any(future.done() for future in futures)
         loader.may_go.set()
         first, *others = [future.result(10) for future in futures]
     assert loader.loaded == [3]
-    assert all(other is first for other in others)
+    assert all(other.fields == first.fields for other in others)
+    assert all(other.fields["targets"] is first.fields["targets"] for other in others)
 
 
 def test_another_shard_does_not_wait():
     loader = Loader()
     shards = OpenShards(lambda shard, fields: loader(shard, fields) if shard == 3 else shard_of(1), 8, 1 << 20)
     with ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(shards.get, 3, ())
+        slow = pool.submit(shards.get, 3, ONE)
         assert loader.has_begun.wait(10)
-        assert shards.get(4, ()).num_bytes == 1
+        assert bytes_of(shards.get(4, ONE)) == 1
         assert not slow.done()
         loader.may_go.set()
-        assert slow.result(10).num_bytes == 100
+        assert bytes_of(slow.result(10)) == 100
 
 
 def test_an_error_reaches_everyone_and_is_not_kept():
     loader = Loader(CorruptCacheError("damaged"))
     shards = OpenShards(loader, 8, 1 << 20)
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(shards.get, 3, ())
+        first = pool.submit(shards.get, 3, ONE)
         assert loader.has_begun.wait(10)
-        second = pool.submit(shards.get, 3, ())
+        second = pool.submit(shards.get, 3, ONE)
         loader.may_go.set()
         for future in (first, second):
             with pytest.raises(CorruptCacheError, match="damaged"):
                 future.result(10)
     loader.error = None
-    assert shards.get(3, ()).num_bytes == 100
+    assert bytes_of(shards.get(3, ONE)) == 100
     assert shards.num_bytes() == 100
+
+
+def test_fields_of_a_shard_are_opened_once_whatever_is_read_with_them():
+    loaded: list[tuple[int, Sequence[str]]] = []
+    shards = OpenShards(lambda shard, fields: loaded.append((shard, fields)) or shard_of(100, fields), 1, 1 << 20)
+    for fields in (("tokens", "targets"), ("tokens", "targets", "hidden-1"), ("hidden-1", "tokens"), ("targets",)):
+        assert set(shards.get(3, fields).fields) == set(fields)
+    assert loaded == [(3, ("tokens", "targets")), (3, ("hidden-1",))]
+    assert shards.num_bytes() == 300
+    shards.get(4, ONE)
+    assert shards.num_bytes() == 100, "a shard is forgotten with all of its fields"
 
 
 @loop(("max_shards", "max_bytes", "expected"), [(2, 1 << 20, 2), (8, 350, 3), (8, 50, 1), (1, 0, 1)])
@@ -84,10 +103,10 @@ def test_few_stay_open(max_shards, max_bytes, expected):
     loaded: list[int] = []
     shards = OpenShards(lambda shard, fields: loaded.append(shard) or shard_of(100), max_shards, max_bytes)
     for shard in range(6):
-        shards.get(shard, ())
+        shards.get(shard, ONE)
     assert shards.num_bytes() == 100 * expected
     for shard in range(5, 5 - expected, -1):  # the latest ones are still there
-        shards.get(shard, ())
+        shards.get(shard, ONE)
     assert loaded == list(range(6))
 
 
@@ -108,7 +127,7 @@ def test_threads_read_what_one_reads_and_open_every_shard_once(sound, monkeypatc
         for part, batches in zip(parts, pool.map(read, parts), strict=True):
             for indices, batch in zip(part, batches, strict=True):
                 check_batch(batch, SOURCE, indices)
-    assert len(reads) == 3
+    assert len(reads) == 2 * 3  # tokens and targets
 
 
 def test_threads_with_room_for_one_shard(sound):
@@ -140,9 +159,9 @@ def test_a_new_shard_displaces_one_that_the_batch_does_not_need(written, monkeyp
     real = cache.folder.read
     monkeypatch.setattr(cache.folder, "read", lambda name: reads.append(name) or real(name))
     cache.read([0, 4, 8])
-    assert len(reads) == 3
+    assert len(reads) == 2 * 3  # tokens and targets
     cache.read([12, 0, 4])  # shard 0 was used longest ago, but is needed again
-    assert len(reads) == 4
+    assert len(reads) == 2 * 4  # tokens and targets
 
 
 def test_the_number_of_open_shards_can_be_changed(sound):

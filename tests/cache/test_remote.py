@@ -78,4 +78,4 @@ def test_only_a_shard_that_is_asked_for_is_fetched(url, monkeypatch):
     real = cache.folder.fetch
     monkeypatch.setattr(cache.folder, "fetch", lambda name, *rest: fetched.append(name) or real(name, *rest))
     cache.read([0, 1])
-    assert [name.split("-")[0] for name in fetched] == ["shards/000000"]
+    assert [name.split("-")[0] for name in fetched] == ["fields/tokens/000000", "fields/targets/000000"]

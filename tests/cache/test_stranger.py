@@ -89,13 +89,13 @@ def lacks_array(name):
 
 LIES = {
     "huge counts": all_counts_huge,
-    "huge width": set_at("fields", 1, "arrays", 0, "shape", [10**12]),
-    "wrong width": set_at("fields", 1, "arrays", 0, "shape", [7]),
-    "wrong dtype": set_at("fields", 1, "arrays", 0, "dtype", "float64"),
-    "no dtype": set_at("fields", 1, "arrays", 0, "dtype", "quaternion"),
-    "other array": set_at("fields", 1, "arrays", 0, "name", "more"),
-    "rows of something else": set_at("fields", 1, "arrays", 0, "rows", "tokens"),
-    "rows of nothing": set_at("fields", 1, "arrays", 0, "rows", "pages"),
+    "huge width": set_at("fields", 2, "arrays", 0, "shape", [10**12]),
+    "wrong width": set_at("fields", 2, "arrays", 0, "shape", [7]),
+    "wrong dtype": set_at("fields", 2, "arrays", 0, "dtype", "float64"),
+    "no dtype": set_at("fields", 2, "arrays", 0, "dtype", "quaternion"),
+    "other array": set_at("fields", 2, "arrays", 0, "name", "more"),
+    "rows of something else": set_at("fields", 2, "arrays", 0, "rows", "tokens"),
+    "rows of nothing": set_at("fields", 2, "arrays", 0, "rows", "pages"),
     "no targets": no_targets,
     "no tokens": lacks_array("tokens"),
     "no log_tail": lacks_array("log_tail"),
@@ -125,7 +125,7 @@ def test_lies_in_the_manifest(copy, lie, forbid_large_arrays):
 
 
 def test_an_unknown_codec(copy):
-    change_manifest(copy, set_at("fields", 0, "codec", "name", "compcat"))
+    change_manifest(copy, set_at("fields", 1, "codec", "name", "compcat"))
     with pytest.raises(CacheError, match=r"codec 'compcat'; did you mean 'compact'") as caught:
         open_cache(str(copy))
     assert "manifest.json" in str(caught.value)
@@ -220,7 +220,7 @@ def test_a_manifest_that_lacks_what_readers_need(tmp_path, change):
     SyntheticCache().write(path)
     manifest = json.loads((path / "manifest.json").read_text())
     if change == "no shapes":
-        for array in manifest["fields"][0]["arrays"]:
+        for array in manifest["fields"][1]["arrays"]:
             array["shape"] = []
     else:
         del manifest["sequences"]["max_length"]

@@ -135,7 +135,7 @@ def test_a_start_that_was_cut_short_begins_again(tmp_path):
 
 def test_garbage_of_an_attempt_that_lost_is_removed(tmp_path):
     SOURCE.write(tmp_path, shards=range(1), finish=False)
-    for name in ("shards/000001-dead.zarr.zip", "fields/hidden-1/000002-dead.zarr.zip", "sequences/x.arrow.1.tmp"):
+    for name in ("fields/targets/000001-dead.zarr.zip", "fields/hidden-1/000002-dead.zarr.zip", "sequences/x.arrow.1.tmp"):
         (tmp_path / name).write_bytes(b"half")
     (tmp_path / "commits" / "000001.json.5678.tmp").write_text("{")
     SOURCE.write(tmp_path)
@@ -176,7 +176,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
     assert verify_cache(str(tmp_path)).ok
 
 
-@pytest.mark.parametrize("failing", ["shards/", "fields/hidden-1/", "sequences/", "commits/", "manifest.json"])
+@pytest.mark.parametrize("failing", ["fields/targets/", "fields/hidden-1/", "sequences/", "commits/", "manifest.json"])
 def test_a_full_disk_is_a_message_and_loses_nothing(tmp_path, monkeypatch, failing):
     real = os.replace
 
@@ -194,7 +194,7 @@ def test_a_full_disk_is_a_message_and_loses_nothing(tmp_path, monkeypatch, faili
     SOURCE.write(tmp_path)
     assert verify_cache(str(tmp_path), deep=True).ok
     committed = {name for name in before if "000000" in name}
-    assert len(committed) == 5
+    assert len(committed) == 6
     assert {name: snapshot(tmp_path).get(name) for name in committed} == {name: before[name] for name in committed}
 
 

@@ -282,14 +282,14 @@ def test_a_full_disk(dump, monkeypatch, tmp_path):
     real = Folder.write
 
     def full(self, name, data):
-        if name.startswith("shards/"):
+        if name.startswith("fields/targets/"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
         real(self, name, data)
 
     monkeypatch.setattr(Folder, "write", full)
     message = dump().message()
     assert "No space left on device" in message
-    assert "shards/000000" in message
+    assert "fields/targets/000000" in message
     monkeypatch.undo()
     assert dump().code == 0
     assert open_cache(str(tmp_path / "out"))

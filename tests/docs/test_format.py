@@ -12,14 +12,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from kdcache.cache import CacheWriter, open_cache, token_arrays
-from kdcache.cache.fields import NUMBER_LABELS, PLACES, SEGMENT_IDS, WHOLE_LABELS
+from kdcache.cache import CacheWriter, open_cache
 from kdcache.cache.shard_file import pack, unpack
 from kdcache.codecs import TOPK_CODECS, VECTOR_CODECS, TopKCodec, targets_codec
 from kdcache.config import build
 from kdcache.corpus import SequenceConfig
 from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.errors import CacheError, CorruptCacheError
+from kdcache.fields import CLASS_LABELS, NUMBER_LABELS, SEGMENT_IDS, TOKEN_INDEX, tokens_field
 from kdcache.schema import (
     ArrayRecord,
     CorpusRecord,
@@ -184,14 +184,14 @@ TARGETS = [
 ]
 
 
-OPTIONAL = (SEGMENT_IDS, PLACES, WHOLE_LABELS, NUMBER_LABELS)
+OPTIONAL = (SEGMENT_IDS, TOKEN_INDEX, CLASS_LABELS, NUMBER_LABELS)
 
 
 def stored_arrays() -> list[tuple[str, ArrayRecord]]:
     """Every array that any codec stores, for a small and a large vocabulary, with the codec's name."""
     found = []
     for vocab_size in (1000, 100_000):
-        found += [("", array) for array in token_arrays(vocab_size, OPTIONAL)]
+        found += [("", array) for array in tokens_field(vocab_size, OPTIONAL).arrays]
         for name, record, dtype in itertools.product(TOPK_CODECS, TARGETS, ("float16", "float32")):
             codec = targets_codec({"name": name, "scalar_dtype": dtype}, record, vocab_size)
             found += [(name, array) for array in codec.arrays()]

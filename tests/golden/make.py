@@ -29,6 +29,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "sampled": {"codec": "compact", "record": TargetsRecord(kind="sampled", top_k=0, num_samples=30, seed=3)},
     "hybrid": {"codec": "compact", "record": TargetsRecord(kind="hybrid", top_k=4, num_samples=300)},
+    "few-scalars": {"codec": "compact", "record": TargetsRecord(top_k=6, scalars=("log_tail",))},
+    "remainder": {
+        "codec": "fp16",
+        "record": TargetsRecord(top_k=6, scalars=("gold_logprob",), tail="remainder"),
+    },
+    "renormalised": {"codec": "compact", "record": TargetsRecord(top_k=6, probabilities="kept")},
+    "token-vectors": {"codec": "compact", "token_vectors": (2, 3)},
     "hidden-int8": {
         "codec": "compact",
         "record": TargetsRecord(kind="hidden", top_k=1),
@@ -56,7 +63,7 @@ def decoded(cache: Cache) -> dict[str, np.ndarray]:
         "position_offsets": batch.position_offsets_N1,
         "loss_mask": batch.loss_mask_P,
         **{name: values for name, values in targets.items() if name != "samples"},
-        **{f"draws_{name}": values for name, values in samples.items()},
+        **{f"samples_{name}": values for name, values in samples.items()},
         **dict(zip(("merged_ids", "merged_logprobs", "merged_log_tail"), batch.targets.merged(), strict=True)),
         **batch.hidden,
         "segment_ids": batch.segment_ids_T,

@@ -55,7 +55,7 @@ def same_as_on_disk(server, sound, tmp_path):
 
 def test_a_sound_server(server, sound, tmp_path):
     there = same_as_on_disk(server, sound, tmp_path)
-    assert set(server.requests_of("shards/").values()) == {1}, "two epochs download each object once"
+    assert set(server.requests_of("fields/targets/").values()) == {1}, "two epochs download each object once"
     np.testing.assert_array_equal(there.lengths_N, SOURCE.lengths)
     assert (there.tokenizer_dir() / "tokenizer.json").exists()
 
@@ -66,7 +66,7 @@ def test_a_server_that_fails_twice(server, sound, tmp_path, fault):
     spared = "manifest.json" if fault is flipped else None
     server.fault = lambda path, number, data: fault(data) if number < 2 and path != spared else None
     same_as_on_disk(server, sound, tmp_path)
-    assert set(server.requests_of("shards/").values()) == {3}
+    assert set(server.requests_of("fields/targets/").values()) == {3}
 
 
 def test_a_slow_server(server, sound, tmp_path):

@@ -137,7 +137,7 @@ def test_two_processes_download_each_object_once(server, tmp_path):
     outputs = [process.communicate(timeout=50)[0].split() for process in children]
     assert [sorted(map(int, output)) for output in outputs] == [list(range(10))] * 3
     assert outputs[0] == outputs[1] != outputs[2]
-    counts = server.requests_of("shards/") | server.requests_of("sequences/")
+    counts = server.requests_of("fields/targets/") | server.requests_of("sequences/")
     assert len(counts) == 20
     assert set(counts.values()) == {1}
 
@@ -259,7 +259,7 @@ def test_an_object_larger_than_the_store(server, tmp_path):
     cache = open_cache(server.url, local_store=store_config(tmp_path, max_bytes=100))
     with pytest.raises(CacheError, match=r"shard 2, field targets: .* no room for it \(at most 100 bytes"):
         cache.read([2])
-    assert server.requests_of("shards/") == {}
+    assert server.requests_of("fields/targets/") == {}
 
 
 def test_a_full_disk(server, tmp_path, monkeypatch):
@@ -282,7 +282,7 @@ def test_shards_are_there_before_they_are_needed(server, tmp_path):
     wait_until(lambda: len(stored(tmp_path)) == 3)
     assert set(stored(tmp_path)) == {targets(cache)[shard].sha256 for shard in (7, 2, 5)}
     cache.read([7, 2, 5])
-    assert set(server.requests_of("shards/").values()) == {1}
+    assert set(server.requests_of("fields/targets/").values()) == {1}
 
 
 def test_no_further_ahead_than_fits(server, tmp_path):
@@ -294,10 +294,10 @@ def test_no_further_ahead_than_fits(server, tmp_path):
         ahead = {record.sha256 for record in targets(cache)[shard : shard + THREADS]}
         wait_until(lambda ahead=ahead: ahead <= set(stored(tmp_path)))
         time.sleep(0.02)
-        assert sum(server.requests_of("shards/").values()) <= shard + THREADS
+        assert sum(server.requests_of("fields/targets/").values()) <= shard + THREADS
         cache._open_shard(shard)
         assert sum(stored(tmp_path).values()) <= config.max_bytes
-    assert set(server.requests_of("shards/").values()) == {1}
+    assert set(server.requests_of("fields/targets/").values()) == {1}
 
 
 def test_a_plan_replaces_the_one_before(server, tmp_path):

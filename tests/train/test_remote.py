@@ -43,7 +43,7 @@ def test_the_student_is_that_of_the_local_cache(server, dumped, tmp_path):
     assert remote.keys() == local.keys()
     for name in remote:
         np.testing.assert_array_equal(remote[name], local[name])
-    assert server.requests_of("shards/")
+    assert server.requests_of("fields/targets/")
 
 
 def test_a_byte_too_small(server, dumped, tmp_path):
@@ -51,7 +51,7 @@ def test_a_byte_too_small(server, dumped, tmp_path):
     store = {"directory": str(tmp_path / "store"), "max_bytes": needed - 1}
     with pytest.raises(ConfigError, match=f"max_bytes is {needed - 1:,} and this run needs {needed:,}"):
         train_student(config(server.url, tmp_path / "run", local_store=store), progress=False)
-    assert server.requests_of("shards/") == {}
+    assert server.requests_of("fields/targets/") == {}
 
 
 def test_processes_of_a_machine_share_the_store(server, dumped, tmp_path, monkeypatch):

@@ -101,7 +101,7 @@ def batch_of(targets: Targets) -> SequenceBatch:
     count = targets.num_positions
     ends = np.array([0, count])
     return SequenceBatch(
-        [7], np.zeros(count + 1, np.uint32), np.array([0, count + 1]), ends, np.ones(count, np.uint8), targets
+        [7], np.zeros(count + 1, np.uint32), np.array([0, count + 1]), ends, np.ones(count, np.uint8), {"targets": targets}
     )
 
 

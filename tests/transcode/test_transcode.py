@@ -149,7 +149,7 @@ def test_hidden_states_are_dropped_and_chosen(tmp_path, rich):
     ):
         transcode(rich, tmp_path / name, hidden_states={"layers": layers})
         assert opened(tmp_path / name).manifest.hidden_layers == stays
-        assert sorted(p.name for p in (tmp_path / name / "fields").glob("*")) == list(stays)
+        assert sorted(p.name for p in (tmp_path / name / "fields").glob("*")) == sorted(("tokens", "targets", *stays))
     with pytest.raises(ConfigError, match="holds no hidden-0; its hidden states are hidden-1, hidden-2"):
         transcode(rich, tmp_path / "x", hidden_states={"layers": [0, 1]})
     with pytest.raises(ConfigError, match="by layer number or 'last', found 'lst'"):
@@ -444,10 +444,10 @@ def test_an_unfinished_source(tmp_path):
         transcode(tmp_path / "source", tmp_path / "made")
 
 
-@pytest.mark.parametrize("name", ["plan.parquet", "tokenizer/tokenizer.json", "tail_prior.zarr.zip", "shards"])
+@pytest.mark.parametrize("name", ["plan.parquet", "tokenizer/tokenizer.json", "tail_prior.zarr.zip", "fields/targets"])
 def test_a_damaged_source(tmp_path, rich, name):
     source = Path(shutil.copytree(rich, tmp_path / "source"))
-    path = source / name if name != "shards" else sorted((source / "shards").iterdir())[2]
+    path = source / name if name != "fields/targets" else sorted((source / name).iterdir())[2]
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)

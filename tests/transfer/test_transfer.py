@@ -77,7 +77,7 @@ def counted(path: Path, root: Path) -> bool:
     return path.is_file() and path.name not in records and path.parent != root / "commits"
 
 
-@pytest.mark.parametrize("name", ["shards/000001", "tokenizer/", "commits/000002"])
+@pytest.mark.parametrize("name", ["fields/targets/000001", "tokenizer/", "commits/000002"])
 def test_an_interrupted_push_is_no_cache_and_goes_on(sound, object_store, monkeypatch, name):
     url, real, written = f"{object_store}/x", Folder.write, []
 
@@ -94,7 +94,7 @@ def test_an_interrupted_push_is_no_cache_and_goes_on(sound, object_store, monkey
     assert "manifest.json" not in written
     with pytest.raises(IncompleteCacheError, match="is unfinished"):
         open_cache(url)
-    before = {path for path in written if path.startswith(("shards", "fields", "sequences"))}
+    before = {path for path in written if path.startswith(("fields", "sequences"))}
     result = move(sound, url)
     assert result.num_files_moved <= result.num_files - len(before)
     assert verify_cache(url, deep=True).problems == []
@@ -104,10 +104,10 @@ def test_an_interrupted_push_is_no_cache_and_goes_on(sound, object_store, monkey
 def test_a_local_file_that_differs_is_pulled_again(sound, object_store, tmp_path):
     move(sound, f"{object_store}/x")
     shutil.copytree(sound, tmp_path / "x")
-    [path] = (tmp_path / "x" / "shards").glob("000001-*")
+    [path] = (tmp_path / "x" / "fields" / "targets").glob("000001-*")
     path.write_bytes(bytes(path.stat().st_size))
     (tmp_path / "x" / "commits" / "000000.json").write_bytes(b"{}")
-    (tmp_path / "x" / "shards" / "x.tmp").write_bytes(b"half a file")
+    (tmp_path / "x" / "fields" / "targets" / "x.tmp").write_bytes(b"half a file")
     result = move(f"{object_store}/x", tmp_path / "x")
     assert result.num_files_moved == 1
     assert snapshot(tmp_path / "x") == snapshot(sound)
@@ -145,14 +145,14 @@ def test_a_store_that_fails_now_and_then_is_asked_again(sound, object_store, tmp
     real, asked = client.cat_file, set()
 
     def cat_file(path, *arguments, **options):
-        if any(f"/x/{name}" in path for name in ("shards", "fields")) and path not in asked:
+        if any(f"/x/{name}" in path for name in ("fields",)) and path not in asked:
             asked.add(path)
             raise OSError("connection reset by peer")
         return real(path, *arguments, **options)
 
     monkeypatch.setattr(client, "cat_file", cat_file)
     move(f"{object_store}/x", tmp_path / "x")
-    assert len(asked) == 9
+    assert len(asked) == 12
     assert snapshot(tmp_path / "x") == snapshot(sound)
 
 
@@ -182,7 +182,7 @@ def test_other_caches_are_refused(sound, tmp_path, object_store):
         move(tmp_path / "begun", tmp_path / "z")
     overlaps = {
         sound: "is the source itself",
-        sound / "shards": "lies inside the source",
+        sound / "fields": "lies inside the source",
         sound.parent: "holds the source",
     }
     for target, words in overlaps.items():
@@ -219,13 +219,13 @@ def test_some_fields(sound, object_store):
     result = move(sound, url, fields=["hidden-2"])
     assert result.is_part
     cache = open_cache(url)
-    assert [field.name for field in cache.manifest.fields] == ["targets", "hidden-2"]
+    assert [field.name for field in cache.manifest.fields] == ["tokens", "targets", "hidden-2"]
     assert verify_cache(url, deep=True).problems == []
     assert not Folder(url).names("fields/hidden-1")
     assert_same_rows(url, sound, list(range(13)))
     source = open_cache(str(sound)).fingerprint
     assert cache.manifest.provenance["part_of"] == [
-        {"source": source, "fields": ["targets", "hidden-2"], "shards": [0, 1, 2]}
+        {"source": source, "fields": ["tokens", "targets", "hidden-2"], "shards": [0, 1, 2]}
     ]
     assert move(sound, url, fields=["targets", "hidden-2"]).num_files_moved == 0
 

@@ -45,7 +45,7 @@ def place_of(name: str, path: Path) -> list[str]:
     return [name]
 
 
-NUM_FILES = 3 * 4 + 3 + 4  # 4 objects and a record for each shard, manifest, plan, its table, tokenizer
+NUM_FILES = 3 * 5 + 3 + 4  # 5 objects and a record for each shard, manifest, plan, its table, tokenizer
 
 
 def test_a_sound_cache(sound):
@@ -56,7 +56,7 @@ def test_a_sound_cache(sound):
             str(sound), deep=deep, report_progress=lambda done, total, seen=seen: seen.append((done, total))
         )
         assert report.ok, report.problems
-        assert report.num_objects == 12
+        assert report.num_objects == 15
         assert report.num_bytes == open_cache(str(sound)).manifest.num_bytes
         assert seen[-1][0] == seen[-1][1]
         assert [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -138,11 +138,11 @@ def test_all_damage_is_listed_in_one_run(copy):
             data = bytearray((copy / name).read_bytes())
             data[number] ^= 1
             (copy / name).write_bytes(data)
-    assert len(verify_cache(str(copy)).problems) == 12
+    assert len(verify_cache(str(copy)).problems) == 15
 
 
 def test_swapped_objects_are_found(copy):
-    first, second = sorted((copy / "shards").iterdir())[:2]
+    first, second = sorted((copy / "fields" / "targets").iterdir())[:2]
     one, other = first.read_bytes(), second.read_bytes()
     first.write_bytes(other)
     second.write_bytes(one)
@@ -216,6 +216,7 @@ NONSENSE = {
     mask_of_two: "loss_mask holds values other than 0 and 1",
     infinite_states: "hidden-1 holds values that are not finite",
 }
+FIELD_OF = {token_outside: "tokens", mask_of_two: "tokens", infinite_states: "hidden-1"}
 
 
 @pytest.mark.parametrize("nonsense", NONSENSE, ids=lambda change: change.__name__)
@@ -226,8 +227,9 @@ def test_nonsense_that_was_written_correctly(tmp_path, nonsense):
     assert verify_cache(str(tmp_path)).ok
     problems = verify_cache(str(tmp_path), deep=True).problems
     assert problems
+    field = FIELD_OF.get(nonsense, "targets")
     for problem in problems:
-        assert problem.startswith("shard 1, field targets, file shards/000001-")
+        assert problem.startswith(f"shard 1, field {field}, file fields/{field}/000001-")
     assert NONSENSE[nonsense] in "\n".join(problems)
 
 
@@ -255,20 +257,20 @@ def test_a_table_without_what_the_check_needs(tmp_path):
 
 def test_arrays_that_do_not_add_up(copy):
     cache = open_cache(str(copy))
-    arrays = cache._open_shard(0).fields["targets"]
-    record = cache.manifest.field("targets")
+    arrays = cache._open_shard(0).fields["tokens"].arrays
+    record = cache.manifest.field("tokens")
     values = {a.path: arrays[a.name].copy() for a in record.arrays}
     values["sequences/num_positions"][0] += 1
     data = pack(values)
     manifest = json.loads((copy / "manifest.json").read_text())
     commit = manifest["shards"][0]
-    target = commit["objects"]["targets"]
+    target = commit["objects"]["tokens"]
     (copy / target["path"]).write_bytes(data)
     target.update(num_bytes=len(data), sha256=layout.sha256(data))
     (copy / "manifest.json").write_bytes(layout.canonical_json(manifest))
     (copy / "commits" / "000000.json").write_bytes(layout.canonical_json(commit))
     assert verify_cache(str(copy)).ok
-    assert "shard 0, field targets: sequences add up to" in problems_of(copy, deep=True)
+    assert "shard 0, field tokens: sequences add up to" in problems_of(copy, deep=True)
 
 
 @pytest.mark.parametrize("codec", ["compact", "fp16", "bf16", "exact"])
@@ -301,10 +303,10 @@ def test_hidden_states_are_checked_in_pieces_too(tmp_path, monkeypatch, states):
 
 
 def test_the_deep_pass_unpacks_every_shard_once(sound, monkeypatch):
-    reader = sys.modules["kdcache.cache.reader"]
-    load, unpacked = reader.load_shard, []
+    decoder = sys.modules["kdcache.cache.decoder"]
+    load, unpacked = decoder.load_fields, []
     monkeypatch.setattr(sys.modules["kdcache.verify.stored"], "_DEEP_POSITIONS", 5)
-    monkeypatch.setattr(reader, "load_shard", lambda *given: unpacked.append(given[2].index) or load(*given))
+    monkeypatch.setattr(decoder, "load_fields", lambda *given: unpacked.append(given[2].index) or load(*given))
     assert verify_cache(str(sound), deep=True).ok
     assert unpacked == [0, 1, 2]
 
@@ -324,9 +326,9 @@ AGAIN, FETCH = "run the command that made the cache again: it writes them again"
     [
         (["plan.parquet"], [AGAIN], [FETCH]),
         (["tokenizer/tokenizer.json"], [AGAIN], [FETCH]),
-        (["shards"], [FETCH], [AGAIN]),
+        (["fields/targets"], [FETCH], [AGAIN]),
         (["commits/000000.json"], [FETCH], [AGAIN]),
-        (["shards", "plan.parquet"], [AGAIN, FETCH], []),
+        (["fields/targets", "plan.parquet"], [AGAIN, FETCH], []),
     ],
 )
 def test_the_advice_fits_the_problem(copy, names, said, not_said):

@@ -187,17 +187,17 @@ def test_arrays_that_contradict_each_other(tmp_path, name):
     rewrite(tmp_path, change)
     assert verify_cache(str(tmp_path)).ok
     with pytest.raises(
-        CorruptCacheError, match=rf"shard 0, field targets, file shards/000000-\w+\.zarr\.zip: .*{words}"
+        CorruptCacheError, match=rf"shard 0, field targets, file fields/targets/000000-\w+\.zarr\.zip: .*{words}"
     ):
         open_cache(str(tmp_path)).read([0])
     [problem] = verify_cache(str(tmp_path), deep=True).problems
-    assert "shard 0, field targets, file shards/000000" in problem
+    assert "shard 0, field targets, file fields/targets/000000" in problem
 
 
 def test_scales_of_another_width_than_the_states(tmp_path):
     SyntheticCache(record=KINDS["hidden"].record, hidden_codec="int8").write(tmp_path)
     item = open_cache(str(tmp_path)).manifest.shards[0].objects["hidden-2"]
-    arrays = open_cache(str(tmp_path))._open_shard(0, ("hidden-2",)).fields["hidden-2"]
+    arrays = open_cache(str(tmp_path))._open_shard(0, ("hidden-2",)).fields["hidden-2"].arrays
     data = pack(
         {
             "positions/states": arrays["states"],
@@ -238,7 +238,7 @@ def without_record(manifest):
 
 
 def without_states(manifest):
-    manifest["fields"] = manifest["fields"][:1]
+    manifest["fields"] = manifest["fields"][:2]
     for shard in manifest["shards"]:
         del shard["objects"]["hidden-2"]
 
