@@ -111,7 +111,7 @@ def test_every_codec_can_be_dumped(tmp_path, corpus_file, codec, states):
     settings = {"targets": {"top_k": 5, "codec": codec}, "hidden_states": {"codec": states}}
     run_dump(corpus_file, tmp_path, BigramTeacher(), layers=(1,), **settings)
     assert verify_cache(str(tmp_path), deep=True).problems == []
-    fields = {field.name: field.codec["name"] for field in open_cache(str(tmp_path)).manifest.fields}
+    fields = {field.name: field.codec["name"] for field in open_cache(str(tmp_path)).manifest.fields if field.codec}
     assert fields == {"targets": codec, "hidden-1": states}
 
 
