@@ -30,6 +30,7 @@ from kdcache.errors import ConfigError, TeacherError, did_you_mean
 from kdcache.estimate.choices import LossChoices, student_choices
 from kdcache.estimate.measure import PresetMeasurement, measure
 from kdcache.estimate.sample import HeadLogits, Logits, Sample, TeacherLogits
+from kdcache.fields import field_of, vectors_field
 from kdcache.json_files import finite
 from kdcache.models.lm_head import LMHead, head_to_bytes
 from kdcache.presets import PRESETS, Preset
