@@ -25,6 +25,13 @@ from numpy.typing import NDArray
 
 from kdcache.errors import ConfigError, did_you_mean
 
+#: Columns that a cache has only if its teacher gives the number that they are made of.
+_OF_THE_TEACHER = {
+    "teacher_loss": "the log-probability of the gold token",
+    "teacher_entropy": "the entropy of its distribution",
+    "kept_mass": "a distribution",
+}
+
 #: A text constant, or a column name in backquotes, which may contain any character.
 _QUOTED = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|`([^`]*)`""")
 _LANGUAGE = (
@@ -218,6 +225,9 @@ class _Evaluation:
 
 
 def _unknown_column(name: str, known: list[str], title: str) -> str:
+    if name in _OF_THE_TEACHER:
+        what = _OF_THE_TEACHER[name]
+        return f"the cache has no column {name!r}, since its teacher does not give {what}; {title}: {', '.join(known)}"
     hint = did_you_mean(name, known)
     guess = f"{hint} " if hint.startswith("did you mean") else ""
     return f"unknown column {name!r}; {guess}{title}: {', '.join(known)}"

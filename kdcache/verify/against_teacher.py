@@ -123,7 +123,7 @@ def verify_against_teacher(
                 continue
             again = reduce_top_k(output.logits, output.labels_P, max(cache.manifest.top_k, 1))
             if cache.manifest.top_k:
-                divergences.append(bucket_kl(again, stored.targets))
+                divergences.append(shared_kl(again, stored.targets))
                 agree.append(again.ids_PK[:, 0] == stored.targets.top1_ids_P)
             if layer is not None:
                 states.append(relative_errors(stored.hidden["last"], hidden_to_numpy(output.hidden[layer])))
@@ -226,10 +226,11 @@ def _samples_excess(surprises: list[NDArray[np.float64]], slack: float) -> dict[
     return {"samples_excess": float(excess_P.mean()), "allowed_samples_excess": _SAMPLES_ERRORS * error + slack}
 
 
-def bucket_kl(first: Targets, second: Targets) -> NDArray[np.float64]:
+def shared_kl(first: Targets, second: Targets) -> NDArray[np.float64]:
     """Return KL(first || second), [P] nats, over the ids that both keep and one bucket for all others.
 
-    A coarsening, hence a lower bound of the full KL; ids that only one keeps (ties at rank K) are in the bucket.
+    A coarsening, hence a lower bound of the full KL; ids that only one keeps (ties at rank K) are in the bucket. If
+    both keep the same ids it equals `kdcache.losses.tails.bucket_kl`, which a test compares.
     """
     p_PK = np.exp(first.logprobs_PK.astype(np.float64))
     log_q_PK, shared_PK = _look_up(first.ids_PK, second)

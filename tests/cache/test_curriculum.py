@@ -189,6 +189,12 @@ def test_columns_that_say_nothing_of_difficulty(by, message):
         curriculum(by=by).ranking(TABLE, ALL, "x")
 
 
+def test_a_column_that_the_teacher_does_not_give_says_so():
+    missing = r"curriculum\.by: the cache has no column 'teacher_entropy', since its teacher does not give the entropy"
+    with pytest.raises(ConfigError, match=missing):
+        curriculum(by="teacher_entropy").ranking(TABLE, ALL, "x")
+
+
 @loop("column", ["grade", "`read ease`"])
 def test_the_advice_for_missing_values_works(column):
     from kdcache.cache.filters import select_sequences

@@ -4,12 +4,16 @@ import itertools
 from dataclasses import replace
 from typing import get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kdcache.estimate.rows import Rows, codec_kl
 from kdcache.losses import ChunkView, ForwardKL, Objective, ObjectiveConfig, TeacherContext, TeacherRows
 from kdcache.losses.tails import TAILS, bucket_kl, completed_kl
 from kdcache.models.lm_head import LMHead
+from kdcache.schema import Targets
+from kdcache.verify.against_teacher import shared_kl
 from tests.loops import loop
 from tests.losses.oracle import (
     Case,
@@ -228,3 +232,32 @@ def test_more_pads_change_nothing():
             rtol=1e-12,
             atol=1e-12,
         )
+
+
+def test_the_formulas_of_losses_checks_and_estimates_agree():
+    """KL over the kept ids and one bucket, in torch for a student, in numpy for two caches."""
+    generator = np.random.default_rng(3)
+    num_positions, vocab_size, top_k = 20, 30, 6
+
+    def distribution(seed: float) -> np.ndarray:
+        logits_PV = generator.normal(scale=seed, size=(num_positions, vocab_size))
+        return logits_PV - np.log(np.exp(logits_PV).sum(1, keepdims=True))
+
+    teacher_PV, student_PV = distribution(2.0), distribution(1.0)
+    ids_PK = np.argsort(-teacher_PV, axis=1)[:, :top_k]
+
+    def targets(logprobs_PV: np.ndarray) -> Targets:
+        kept_PK = np.take_along_axis(logprobs_PV, ids_PK, 1)
+        return Targets(ids_PK.astype(np.uint32), kept_PK, np.log1p(-np.exp(kept_PK).sum(1)))
+
+    teacher, student = targets(teacher_PV), targets(student_PV)
+    rows = TeacherRows(
+        *(torch.from_numpy(a) for a in (ids_PK, teacher.logprobs_PK, teacher.log_tail_P)),
+        None,
+        torch.zeros(num_positions, dtype=torch.int64),
+        torch.ones(num_positions, dtype=torch.bool),
+    )
+    expected_P = bucket_kl(ChunkView(torch.from_numpy(student_PV), rows)).numpy()
+    np.testing.assert_allclose(shared_kl(teacher, student), expected_P, rtol=1e-9)
+    exact, decoded = (Rows.of(t.ids_PK, t.logprobs_PK, t.log_tail_P, vocab_size) for t in (teacher, student))
+    np.testing.assert_allclose(codec_kl(exact, decoded), expected_P.mean(), rtol=1e-9)
