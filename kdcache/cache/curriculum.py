@@ -1,25 +1,24 @@
-"""The order of a whole run by difficulty, from the per-sequence table alone: neither teacher nor torch is needed.
+"""Curricula: the order of a whole run by difficulty, computed from the per-sequence table alone.
 
-The sequences are ranked by a column. A *pacing* says which share of them, from the easy end, a step may draw from; it
-is a function of the progress of the run. What is available and not yet drawn is a pool: a step samples its sequences from
-it at random, and sequences that become available join it. Only when it is empty, a new *pass* begins over all that is
-available by then. So
+The sequences are ranked by a column. A *pacing* maps the progress of the run to the share of the sequences, from the
+easy end, that is available. Available sequences that were not used yet form a pool: a step takes its sequences from the
+pool at random, and newly available sequences join it. When the pool is empty, a new *pass* begins over all sequences
+that are available by then. So
 
-- a sequence is not drawn again before everything that was available has been drawn;
-- a sequence that becomes available is drawn in the pass that is under way, among those that still wait, and neither
-  before all others nor behind them. If the run ends inside a pass, the rest of that pass is not drawn, as in a plain
-  run that ends inside an epoch;
-- a run of one epoch whose pacing keeps ahead of what is drawn (``linear`` and ``root`` do with ``full_at`` up to 0.5,
-  the default) samples every sequence exactly once: the same data as a plain run, in another order. In several epochs
-  the easy ones come more often, and every one comes if ``full_at`` is at most ``1 - 1 / epochs``;
-- the first step finds a full step's worth of sequences, however small ``start`` is.
+- a sequence is not used again before all other available sequences have been used;
+- a newly available sequence is used in the current pass, at a random time among those that still wait. If the run ends
+  inside a pass, the rest of that pass is not used, as in a plain run that ends inside an epoch;
+- a run of one epoch whose pacing stays ahead of the use (``linear`` and ``root`` do with ``full_at`` up to 0.5, the
+  default) uses every sequence exactly once: the same data as a plain run, in another order. In several epochs the easy
+  sequences come more often, and every sequence comes if ``full_at`` is at most ``1 - 1 / epochs``;
+- the first step always finds enough sequences, however small ``start`` is.
 
-The pacing ``sorted`` makes available just what the steps so far could have drawn, so that the first pass is the strict
-order: each step is the next ones by difficulty. Later passes are shuffled.
+The pacing ``sorted`` makes available exactly as many sequences as the steps so far need, so the first pass is in strict
+order of difficulty. Later passes are shuffled.
 
 The order is a pure function of (texts, seed, curriculum, column, number of steps, sequences per step). A curriculum
-reaches all over the cache, unlike the plain order, which stays inside a window of shards; so it is not for caches that
-neither fit into memory nor lie on a fast disk.
+takes sequences from the whole cache, while the plain order stays inside a window of shards. So use it only with caches
+that fit in memory or are on a fast disk.
 
 Shape suffix: N sequences.
 """
@@ -43,12 +42,12 @@ if TYPE_CHECKING:
 
 
 class Curriculum(Config):
-    """Which sequences are easy, and when the others come.
+    """Which sequences are easy, and when harder ones become available.
 
-    ``by`` is a column of numbers of the per-sequence table, in which small means easy (where it does not, as with
-    ``kept_mass``, turn ``order`` round). ``pacing`` is a row of ``PACINGS``: ``linear``, ``root`` and ``step`` begin
-    with the share ``start`` of the sequences and have all of them from the share ``full_at`` of the steps on;
-    ``sorted`` is the strict order and has neither.
+    ``by`` is a numeric column of the per-sequence table, in which small values are easy (if large ones are, as in
+    ``kept_mass``, set ``order`` to ``hard-to-easy``). ``pacing`` is a name in ``PACINGS``: ``linear``, ``root`` and
+    ``step`` begin with the share ``start`` of the sequences and reach all of them at the share ``full_at`` of the
+    steps; ``sorted`` is the strict order, to which neither setting applies.
     """
 
     by: str = "teacher_loss"
@@ -60,25 +59,24 @@ class Curriculum(Config):
     @model_validator(mode="after")
     def _known_pacing(self) -> Curriculum:
         PACINGS.check(self.pacing)
-        # Defaults may stand there: a record of a run writes all settings out, and has to be one that can be read.
+        # Default values are accepted, because run records contain all settings and must be readable again.
         unused = [name for name in ("full_at", "start") if getattr(self, name) != type(self).model_fields[name].default]
         if self.pacing == "sorted" and unused:
-            raise ValueError(f"pacing sorted has no {' and no '.join(unused)}; take linear, root or step")
+            raise ValueError(f"pacing sorted has no {' and no '.join(unused)}; use linear, root or step")
         return self
 
     def share(self, progress: float, passes: float) -> float:
-        """Return the share of the sequences, from the easy end, that is available (more than 1 is all of them).
+        """Return the share of the sequences, from the easy end, that is available (values above 1 mean all).
 
-        ``progress`` is that of the run, 0 to 1; ``passes`` what the steps so far and this one draw, in passes over
-        all sequences.
+        ``progress`` is that of the run, 0 to 1. ``passes`` is the number of sequences used by all steps including the
+        current one, divided by the number of all sequences.
         """
         return PACINGS[self.pacing](self.start, min(progress / self.full_at, 1.0), passes)
 
     def ranking(self, table: Columns, chosen_N: NDArray[np.int64], name: str) -> NDArray[np.int64]:
         """Return the sequences ``chosen_N`` with the easiest first; ``name`` decides the order of equal ones.
 
-        Raises ``ConfigError`` when ``by`` is no column of numbers of the per-sequence ``table``, or has no value for
-        some of them.
+        Raises ``ConfigError`` when ``by`` is not a numeric column of the per-sequence ``table``, or lacks some values.
         """
         from kdcache.cache.filters import number_column  # imports pyarrow, which reading a configuration does not need
 
@@ -90,10 +88,10 @@ class Curriculum(Config):
 
 
 class PacedOrder:
-    """The sequences of every step of a run that follows a curriculum, cut into epochs.
+    """The order of a run that follows a curriculum, cut into epochs.
 
     ``ranked_N`` are the sequences with the easiest first, ``num_steps`` the steps of the whole run. An epoch has as
-    many sequences as in a plain run, and its last step may be smaller too; it is not each sequence once.
+    many sequences as in a plain run (its last step may be smaller too), but not each sequence exactly once.
     """
 
     def __init__(
@@ -132,7 +130,7 @@ class PacedOrder:
 
 
 class _Pool:
-    """The sequences that are available and not yet drawn in this pass: the first ``_num_left`` of ``_left_N``."""
+    """The sequences that are available and not used in this pass: the first ``_num_left`` of ``_left_N``."""
 
     def __init__(self, ranked_N: NDArray[np.int64], generator: np.random.Generator) -> None:
         self.num_sequences = len(ranked_N)
@@ -143,7 +141,7 @@ class _Pool:
         self._num_left = 0
 
     def admit(self, num_available: int) -> None:
-        """Make the first ``num_available`` sequences of the ranking available; none becomes unavailable again."""
+        """Make the first ``num_available`` sequences of the ranking available, in addition to earlier ones."""
         self._put(self._ranked_N[self._num_available : num_available])
         self._num_available = min(max(num_available, self._num_available), self.num_sequences)
 
@@ -152,7 +150,7 @@ class _Pool:
         last_N = self._take(min(count, self._num_left))
         if len(last_N) == count:
             return last_N
-        # A new pass begins inside the step; those that the step has already wait until it is over.
+        # A new pass begins inside the step; sequences that the step has already join the pool after it.
         available_N = self._ranked_N[: self._num_available]
         self._put(available_N[~np.isin(available_N, last_N)])
         sampled_N = np.concatenate([last_N, self._take(count - len(last_N))])
@@ -166,7 +164,7 @@ class _Pool:
     def _take(self, count: int) -> NDArray[np.int64]:
         places = self._generator.choice(self._num_left, count, replace=False)
         taken_N = self._left_N[places]
-        # The holes are filled from the end, so that a draw costs no more than what it samples.
+        # The holes are filled from the end, so the cost depends on ``count`` alone.
         self._num_left -= count
         is_kept = np.ones(count, dtype=bool)
         is_kept[places[places >= self._num_left] - self._num_left] = False

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from kdcache.cache.lookup import PlanTable
     from kdcache.cache.sequence_table import SequenceTable
 
-# Whatever needs pyarrow is imported when it is used: it takes as long to import as `kdcache inspect` may take in all.
+# Modules that need pyarrow are imported on use, because importing pyarrow's parts takes a third of `kdcache inspect`.
 
 #: Encoded shards that stay in memory take at most this much together (but one always stays).
 OPEN_BYTES = 2 << 30
@@ -71,7 +71,7 @@ class Cache:
         self.fingerprint = fingerprint
         self.fields: Mapping[str, FieldKind] = open_fields(folder, manifest)
         self._decoder = BatchDecoder(folder, manifest, self.fields)
-        # Without a reference to this object: what is open goes away with it, at once.
+        # Without a reference to this object, so that its shards are freed together with it.
         load = partial(_load, self._decoder, check_crc)
         self._shards = OpenShards(load, max_open_shards, OPEN_BYTES)
         self._last = {LAST_STATE: manifest.states_field} if manifest.targets.kind == "hidden" else {}
@@ -82,7 +82,7 @@ class Cache:
         if isinstance(folder.store, LocalStore):
             self._prefetcher = Prefetcher(folder.store, folder, manifest)
             weakref.finalize(self, self._prefetcher.close)
-        self._field_bytes = encoded_bytes(manifest)  # once: every read asks, and shards may be many
+        self._field_bytes = encoded_bytes(manifest)  # once, because every read asks and there may be many shards
         counts = [shard.num_sequences for shard in manifest.shards]
         self.shard_starts: NDArray[np.int64] = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._is_closed = False
@@ -108,8 +108,8 @@ class Cache:
         return self.manifest.num_sequences
 
     def __getitem__(self, index: int) -> SequenceBatch:
-        """Read one sequence by its number, from the end where that is negative, as a batch of one."""
-        # IndexError ends Python's own iteration, which asks for one item after another.
+        """Read one sequence as a batch; negative numbers count from the end."""
+        # IndexError ends Python's iteration by index.
         if not -len(self) <= index < len(self):
             raise IndexError(f"there is no sequence {index}; {self.folder} has {len(self)} (0 to {len(self) - 1})")
         return self.read([index % len(self)])
@@ -202,7 +202,7 @@ class Cache:
         """Return the teacher's tokenizer.json, for the ``tokenizers`` library."""
         files = self._tokenizer_files()
         if "tokenizer.json" not in files:
-            raise CacheError(f"{self.folder} holds no tokenizer.json: its tokenizer has no fast version")
+            raise CacheError(f"{self.folder} has no tokenizer.json, because its tokenizer has no fast version")
         return files["tokenizer.json"].decode()
 
     def tokenizer_dir(self) -> Path:
@@ -220,7 +220,7 @@ class Cache:
         return tempfile.TemporaryDirectory(prefix="kdcache-tokenizer-")
 
     def _tokenizer_files(self) -> dict[str, bytes]:
-        """Return the tokenizer's files by name, checked: every student is compared with them."""
+        """Return the tokenizer's files by name, checked against their hashes."""
         records = self.manifest.tokenizer_files
         return {Path(record.path).name: self._checked_file(record, "tokenizer") for record in records}
 
@@ -229,32 +229,33 @@ class Cache:
         data = layout.read_object(self.folder, record, f"{self.folder}, {where}")
         if layout.sha256(data) != record.sha256:
             raise CorruptCacheError(
-                f"{self.folder}: file {record.path} is damaged (its sha256 is not the recorded one); the command that "
-                "made the cache writes it again"
+                f"{self.folder}: file {record.path} is damaged (its sha256 is not the recorded one); run the command "
+                "that made the cache again, which writes the file again"
             )
         return data
 
     @cached_property
     def tail_prior_V(self) -> NDArray[np.float32] | None:
-        """Mean probability of every id while it is not kept, [V]; None where the cache does not store it."""
+        """Mean probability of every id at the positions where it is in the tail, [V]; None if it is not stored."""
         if not self.manifest.targets.tail_prior:
             return None
         return read_prior(self.folder, self.vocab_size, self.manifest.num_shards)
 
     def lm_head_file(self) -> bytes:
-        """Return the bytes of the teacher's LM head (safetensors), which caches of the kind hidden have."""
+        """Return the teacher's LM head as safetensors bytes; only targets of the kind hidden have one."""
         record = next((item for item in self.manifest.cache_files if item.path == layout.LM_HEAD), None)
         if record is None:
-            raise CacheError(f"{self.folder} holds no LM head; only targets of the kind hidden have one")
+            raise CacheError(f"{self.folder} has no LM head; only targets of the kind hidden have one")
         return self._checked_file(record, "the teacher's LM head")
 
     def read(self, indices: Iterable[int], *, hidden: Iterable[str] = (), top_k: int | None = None) -> SequenceBatch:
         """Read and decode sequences ``indices`` (any order, repeats allowed), with the named hidden-state fields.
 
-        Where the last hidden state stands for the distribution (targets of the kind hidden) it always comes along.
-        With ``top_k`` only that many ids of every row are kept and the others' mass goes to the tail, exactly. Raises
-        ``CacheError`` for more ids than are stored, and for targets of which samples are a part. The tail prior of the
-        cache stays that of the stored K; ``kdcache transcode`` makes a cache with that of a smaller one.
+        Targets of the kind hidden always include the last hidden state, from which the distribution is computed. With
+        ``top_k`` only that many ids are kept at every position, and the mass of the others is added to the tail,
+        exactly. The tail prior of the cache remains that of the stored K; ``kdcache transcode`` makes a cache with the
+        prior of a smaller K. Raises ``CacheError`` for unknown sequences and fields, for a ``top_k`` above the stored
+        one, and for a ``top_k`` of targets that include samples.
         """
         self._check_open()
         wanted = [int(index) for index in indices]
@@ -264,7 +265,7 @@ class Cache:
         held = self.manifest.targets
         kept = held if top_k is None else with_top_k(held, top_k, str(self.folder))
         if not wanted:
-            raise CacheError("no sequences were asked for")
+            raise CacheError("no sequences to read: indices is empty")
         values = self._always | {name: name for name in names if name != TOKENS_FIELD}
         batch = join([self._decoder.decode(pieces, values) for pieces in self._groups(wanted, names)])
         batch.indices = wanted
@@ -305,13 +306,13 @@ class Cache:
         return Batches(self, dealt, make=_as_read, hidden=hidden, top_k=top_k, threads=threads, ahead=ahead)
 
     def _groups(self, indices: list[int], hidden: tuple[str, ...]) -> Iterator[list[Piece]]:
-        """Open the shards of ``indices``, no more at once than may be open."""
+        """Open the shards of ``indices``, at most as many at once as may stay open."""
         mean_bytes = self.encoded_bytes(hidden) // max(self.manifest.num_shards, 1)
         most = max(1, min(self.max_open_shards, OPEN_BYTES // max(mean_bytes, 1)))
         group: dict[int, ShardArrays] = {}
         pieces: list[Piece] = []
         for index in (min(indices), max(indices)):
-            self.shard_of(index)  # refuses one that is not there
+            self.shard_of(index)  # raises for an unknown sequence
         runs = runs_of(indices, self.shard_starts)
         self._shards.keep(shard for shard, _ in runs)
         for shard, local in runs:
@@ -333,11 +334,11 @@ class Cache:
             self._prefetcher.expect(shards, self.fields_read(hidden), self.max_open_shards)
 
     def fields_read(self, hidden: Iterable[str] = ()) -> list[str]:
-        """Return the fields of which a read with the ``hidden`` ones takes objects."""
+        """Return the fields whose objects a read with the ``hidden`` fields opens."""
         return list(dict.fromkeys([TOKENS_FIELD, *self._always.values(), *hidden]))
 
     def _open_shard(self, shard: int, hidden: tuple[str, ...] = ()) -> ShardArrays:
-        """Return the arrays of ``shard``, from memory when it was read lately."""
+        """Return the arrays of ``shard``, from memory if it is open."""
         arrays = self._shards.get(shard, self.fields_read(hidden))
         if self._prefetcher is not None:
             self._prefetcher.opened(shard)
@@ -364,7 +365,7 @@ class Cache:
         return self._shards.num_bytes()
 
     def encoded_bytes(self, hidden: Iterable[str] = ()) -> int:
-        """Return about how many bytes all shards take in memory, encoded, when read with the ``hidden`` fields."""
+        """Return about how many bytes all shards take in memory, encoded, if read with the ``hidden`` fields."""
         return sum(self._field_bytes[layout.field_of(self.manifest, name).name] for name in self.fields_read(hidden))
 
     def metadata(self, index: int) -> dict[str, Any]:
@@ -378,11 +379,16 @@ def open_cache(
 ) -> Cache:
     """Open the finished cache at ``path`` (a directory or any fsspec URL).
 
-    Raises ``IncompleteCacheError`` when its dump has not finished, ``CorruptCacheError`` when its manifest is damaged
-    and ``CacheError`` when there is none. ``max_open_shards`` bounds how many encoded shards stay in memory.
-    Objects of a remote cache are read through ``local_store`` (see `kdcache.storage.local_store`), by default 50 GB in
-    ``$KDCACHE_STORE`` or ``~/.cache/kdcache``. ``check_crc=False`` saves the checksum of every chunk, a few percent of
-    the time, and with it nearly all chance to notice damage.
+    At most ``max_open_shards`` encoded shards stay in memory. Objects of a remote cache are read through
+    ``local_store`` (see `kdcache.storage.local_store`), by default 50 GB in ``$KDCACHE_STORE`` or ``~/.cache/kdcache``.
+    ``check_crc=False`` skips the checksum of every chunk; this saves a few percent of the time, but damage goes mostly
+    unnoticed. Raises ``IncompleteCacheError`` for an unfinished dump, ``CorruptCacheError`` for a damaged manifest, and
+    ``CacheError`` when there is no cache.
+
+    Example::
+
+        with open_cache("cache") as cache:
+            batch = cache.read([0, 1, 2])
     """
     folder = Folder(path)
     manifest, fingerprint = layout.read_manifest(folder)

@@ -1,11 +1,11 @@
-"""Moving a finished cache, or a part of it, to another place: what ``kdcache push`` and ``kdcache pull`` do.
+"""Copy a finished cache, or a part of it, between folders and stores: ``kdcache push`` and ``kdcache pull``.
 
-It is one function, whichever side is far away. The plan goes first, so that the target says what it will be; the
-manifest goes last, so that nobody takes half a cache for a whole one. What is there already stays: local files are
-compared by hash; an object of a shard by name and size, because its name has a random attempt in it that no other
-content ever had. Every file is checked against its hash before it gets its name.
+Both are one function, whichever side is remote. The plan is written first, to mark the target; the manifest is written
+last, so that an incomplete copy is never taken for a cache. Files that exist at the target are kept: local files are
+compared by hash, objects of shards by name and size, because their names contain a random attempt that identifies the
+content. Every file is checked against its hash before it is written.
 
-Files move whole, several at once, and only so many that they fit into `IN_FLIGHT_BYTES` of memory.
+Files are copied whole, several at once, limited to `IN_FLIGHT_BYTES` of memory.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from kdcache.storage.download import file_sha256
 from kdcache.storage.folder import Folder, refuse_overlap
 from kdcache.transfer.part import Contents, Item, contents_of
 
-#: Bytes of files that are in memory at once (a larger file goes alone).
+#: Most bytes of files in memory at once (a larger file is copied alone).
 IN_FLIGHT_BYTES = 2 << 30
 
 
 @dataclass
 class TransferResult:
-    """What a transfer did, or, as a dry run, would do."""
+    """Result of a transfer, or, with ``dry_run``, what it would do."""
 
     source: str
     target: str
@@ -64,23 +64,25 @@ def copy_cache(
     dry_run: bool = False,
     progress: bool = True,
 ) -> TransferResult:
-    """Copy the finished cache at ``source`` to ``target`` (local paths or URLs), or go on with that.
+    """Copy the finished cache at ``source`` to ``target`` (local paths or URLs), or resume an interrupted copy.
 
-    ``fields`` and ``shards`` choose a part, which becomes a cache of its own. With ``check`` also what is trusted by
-    name and size is read again. Raises ``CacheError`` for a target that holds something else, and for what cannot be
-    read or written after several attempts; ``CorruptCacheError`` for a source whose bytes are not the recorded ones.
+    ``fields`` and ``shards`` select a part, which becomes a cache of its own. ``check`` also reads files again that are
+    otherwise trusted by name and size. Raises ``CacheError`` for a target with other content and for files that cannot
+    be read or written, ``ConfigError`` for a target that overlaps the source, and ``CorruptCacheError`` for a source
+    whose bytes are not the recorded ones.
     """
     began = time.perf_counter()
-    places = Folder(source), Folder(target)
-    refuse_overlap(*places)
-    contents = contents_of(places[0], fields, shards)
-    _refuse_another(places[1], contents)
+    source_folder, target_folder = Folder(source), Folder(target)
+    refuse_overlap(source_folder, target_folder)
+    contents = contents_of(source_folder, fields, shards)
+    _refuse_another(target_folder, contents)
+    mover = _Mover(source_folder, target_folder, jobs, progress)
     if dry_run:
-        missing = _Mover(*places, jobs, progress).missing(contents, check)
+        missing = mover.missing(contents, check)
     else:
-        with CacheWriter(places[1]) as writer:
-            _refuse_another(places[1], contents)  # again, now that nobody else writes
-            missing = _move(contents, _Mover(*places, jobs, progress), writer, check)
+        with CacheWriter(target_folder) as writer:
+            _refuse_another(target_folder, contents)  # again, now that no other process writes
+            missing = _move(contents, mover, writer, check)
     return TransferResult(
         source=source,
         target=target,
@@ -97,7 +99,7 @@ def copy_cache(
 
 
 def _move(contents: Contents, mover: _Mover, writer: CacheWriter, check: bool) -> list[Item]:
-    """Bring everything to the writer's folder, the manifest last; return what was not there."""
+    """Copy everything to the writer's folder, the manifest last; return the files that were missing there."""
     target = writer.folder
     missing = mover.missing(contents, check)
     if missing:  # a manifest must not outlive its shards
@@ -109,8 +111,8 @@ def _move(contents: Contents, mover: _Mover, writer: CacheWriter, check: bool) -
         wrong = mover.missing(contents, check)
         if wrong:
             raise CorruptCacheError(
-                f"{target}: {len(wrong)} files are not what was written, the first is {wrong[0].record.path}; the "
-                "same command writes them again"
+                f"{target}: {len(wrong)} files differ from what was written, the first is {wrong[0].record.path}; run "
+                "the same command again, which writes them again"
             )
     writer.check_right()
     mover.write_records({layout.commit_name(s.index): layout.to_json(s) for s in contents.manifest.shards})
@@ -127,7 +129,7 @@ class _Mover:
         self._memory = _Memory(IN_FLIGHT_BYTES)
 
     def missing(self, contents: Contents, check: bool) -> list[Item]:
-        """Return the files that are not at the target as they should be."""
+        """Return the files that are missing at the target or differ there."""
         found: list[Item] = []
         items = contents.items
 
@@ -136,7 +138,7 @@ class _Mover:
                 found.append(item)
 
         self._all(look, items, "compare")
-        order = {item.record.path: place for place, item in enumerate(items)}
+        order = {item.record.path: index for index, item in enumerate(items)}
         return sorted(found, key=lambda item: order[item.record.path])
 
     def move(self, items: Sequence[Item]) -> None:
@@ -144,7 +146,7 @@ class _Mover:
         self._all(self._move_one, items, "move")
 
     def write_records(self, records: Mapping[str, bytes]) -> None:
-        """Write JSON records by name, those that are not there already."""
+        """Write JSON records by name, except those that are equal at the target."""
         with ThreadPoolExecutor(self._jobs) as pool:
             list(pool.map(self._write_record, records.items()))
 
@@ -163,7 +165,7 @@ class _Mover:
                 for future in as_completed(futures):
                     future.result()
                     meter.update(futures[future].record.num_bytes)
-            finally:  # the first failure ends it; files on their way arrive, or do not get their name
+            finally:  # after the first failure no further file is started
                 pool.shutdown(cancel_futures=True)
 
     def _is_there(self, item: Item, check: bool) -> bool:
@@ -195,7 +197,7 @@ class _Mover:
 
 
 class _Memory:
-    """Lets so many bytes be held at once; who asks for more than there ever are is served alone."""
+    """Limits the bytes that are held at once; a request above the limit waits until it is alone."""
 
     def __init__(self, num_bytes: int) -> None:
         self._num_bytes, self._held = num_bytes, 0
@@ -216,20 +218,21 @@ class _Memory:
 
 
 def _refuse_another(target: Folder, contents: Contents) -> None:
-    """Refuse a target that holds another cache, or the beginning of one, or something else entirely."""
+    """Raise ``CacheError`` for a target with another cache, another unfinished cache, or other files."""
     try:
         standing = layout.read_manifest(target)[1]
     except (CorruptCacheError, IncompleteCacheError):
-        standing = None  # the plan tells
+        standing = None  # decided by the plan
     except CacheError:
         refuse_foreign(target)
         return
     if standing == contents.fingerprint:
         return
-    there = f"the cache with the fingerprint {standing[:16]}" if standing else "the beginning of another cache"
+    found = f"a cache with the fingerprint {standing[:16]}" if standing else "another unfinished cache"
     if standing or _plan_of(target) != contents.manifest.plan:
         raise CacheError(
-            f"{target} holds {there}, and what is to go there has {contents.fingerprint[:16]}; choose another place"
+            f"{target} holds {found}, and the cache to copy has the fingerprint {contents.fingerprint[:16]}; choose "
+            "another target"
         )
 
 

@@ -1,11 +1,11 @@
-"""What a cache consists of, file by file; and a part of it (some fields, some shards) as a cache of its own.
+"""List the files of a cache, or of a part of it (some fields, some shards) that becomes a cache of its own.
 
-Files of fields and targets go along as they are stored: nothing is decoded. What names shards or sequences by number
-(the tables, the records) is made anew, because those of a part count from 0. The record of a part says of which
-cache it is one. Choosing sequences, or other targets, is ``kdcache transcode``.
+Objects of fields are copied as they are stored, without decoding. Tables and records that number shards or sequences
+are written anew, because the numbers of a part start at 0. The provenance of a part names the cache that it comes from.
+To select sequences or to change targets, use ``kdcache transcode``.
 
-The tail prior is one mean over all shards, and nobody kept the share of each: the one of the whole cache stands for
-any of its shards, as it does when a transcoding chooses sequences.
+The tail prior is one mean over all shards, and the share of each shard is not stored. So a part gets the prior of the
+whole cache, as it does when a transcoding selects sequences.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MOST_SHARDS = 10_000_000
 
 @dataclass(frozen=True)
 class Item:
-    """One file: ``record`` says what it is and where it goes, ``source`` where it lies; ``data`` if it is made here."""
+    """One file: ``record`` describes it at the target, ``source`` is its path; ``data`` its bytes if it is new."""
 
     record: ObjectRecord
     source: str = ""
@@ -43,13 +43,13 @@ class Item:
 
     @property
     def is_unique(self) -> bool:
-        """Whether no other content ever had its name: a shard's file, which has a random attempt in it."""
+        """Whether the name identifies the content: names of a shard's objects contain a random attempt."""
         return self.data is None and self.record.path.startswith((layout.FIELDS, layout.SEQUENCES))
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A finished cache: its manifest, as bytes too, and every file that is not made of the manifest."""
+    """A finished cache: its manifest, also as bytes, and every file that does not follow from the manifest."""
 
     manifest: Manifest
     manifest_data: bytes
@@ -63,10 +63,10 @@ class Contents:
 
 
 def contents_of(source: Folder, fields: Sequence[str] | None = None, shards: Sequence[int] | None = None) -> Contents:
-    """Return what the finished cache in ``source`` consists of, or what the part of it does that is chosen.
+    """Return the contents of the finished cache in ``source``, or of the part with some ``fields`` and ``shards``.
 
-    The field ``targets`` belongs to every part, and to the kind hidden its last state. Raises ``CacheError`` for what
-    the cache does not have, ``CorruptCacheError`` for what cannot be read.
+    Every part includes the field ``targets``, and for the kind hidden the last hidden state. Raises ``CacheError`` for
+    unknown fields and shards, ``CorruptCacheError`` for files that cannot be read.
     """
     manifest, fingerprint = layout.read_manifest(source)
     kept_fields = _chosen_fields(manifest, fields, source)
@@ -81,13 +81,13 @@ def contents_of(source: Folder, fields: Sequence[str] | None = None, shards: Seq
 
 
 def parse_shards(text: str) -> list[int]:
-    """Return the numbers that ``text`` such as ``0-3,7`` names, ascending; raises ``CacheError``."""
+    """Parse numbers of shards such as ``0-3,7``; return them ascending. Raises ``CacheError``."""
     numbers: set[int] = set()
     for piece in text.split(","):
         first, dash, last = piece.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
             raise CacheError(f"shards {text!r}: {piece.strip()!r} is neither a number nor a range such as 0-3")
-        if int(last or first) >= _MOST_SHARDS:  # before a slip of the finger fills the memory
+        if int(last or first) >= _MOST_SHARDS:  # a typing mistake must not fill the memory
             raise CacheError(f"shards {text!r}: no cache has a shard {last or first}")
         numbers.update(range(int(first), int(last if dash else first) + 1))
     return sorted(numbers)
@@ -109,7 +109,7 @@ def _chosen_shards(manifest: Manifest, wanted: Sequence[int] | None, source: Fol
         return list(range(manifest.num_shards))
     chosen = sorted(set(wanted))
     if not chosen:
-        raise CacheError(f"no shard of {source} was chosen; name at least one of its {manifest.num_shards}")
+        raise CacheError(f"no shard of {source} was selected; name at least one of its {manifest.num_shards}")
     for shard in (chosen[0], chosen[-1]):
         if not 0 <= shard < manifest.num_shards:
             raise CacheError(f"{source} has no shard {shard}; its shards are 0 to {manifest.num_shards - 1}")
@@ -120,7 +120,8 @@ def _table_item(source: Folder, manifest: Manifest) -> Item:
     size = source.size(layout.PLAN_TABLE)
     if size is None:
         raise CorruptCacheError(
-            f"file {layout.PLAN_TABLE} is missing from {source}; the command that made the cache writes it again"
+            f"file {layout.PLAN_TABLE} is missing from {source}; run the command that made the cache again, which "
+            "writes the file again"
         )
     record = ObjectRecord(path=layout.PLAN_TABLE, num_bytes=size, sha256=manifest.table_sha256)
     return Item(record, layout.PLAN_TABLE)
@@ -155,23 +156,23 @@ def _with_shards(
             shards.append(record)
             items.extend(files)
     table = _made(layout.PLAN_TABLE, layout.table_to_parquet(_plan_table(source, manifest, numbers, starts)))
-    beside = [_beside(source, manifest, record, chosen) for record in manifest.cache_files]
+    cache_files = [_cache_file(source, manifest, record, chosen) for record in manifest.cache_files]
     part = _rewritten(
         manifest,
         link,
         shards=tuple(shards),
         fields=tuple(manifest.field(name) for name in fields),
-        cache_files=tuple(item.record for item in beside),
+        cache_files=tuple(item.record for item in cache_files),
         table_sha256=table.record.sha256,
         num_shards=len(shards),
         **{name: sum(getattr(s, name) for s in chosen) for name in ("num_sequences", "num_positions", "num_tokens")},
     )
     tokenizer = [Item(record, record.path) for record in manifest.tokenizer_files]
-    return _as_contents(part, (table, *tokenizer, *beside, *items))
+    return _as_contents(part, (table, *tokenizer, *cache_files, *items))
 
 
 def _renumbered(shard: ShardRecord, index: int, fields: list[str], table: bytes) -> tuple[ShardRecord, list[Item]]:
-    """Return the record of ``shard`` as number ``index`` and its files, with the per-sequence ``table`` made anew."""
+    """Return the record of ``shard`` as number ``index`` and its files, with the new per-sequence ``table``."""
     name = layout.object_name(layout.SEQUENCES_FIELD, index, shard.attempt)
     items = {layout.SEQUENCES_FIELD: _made(name, table)}
     for field in fields:
@@ -188,13 +189,13 @@ def _renumbered_table(source: Folder, shard: ShardRecord, start: int) -> bytes:
 
 
 def _plan_table(source: Folder, manifest: Manifest, numbers: list[int], starts: list[int]) -> pa.Table:
-    """Return the table of plan.parquet with the sequences of some shards only, numbered anew."""
+    """Return the table of plan.parquet for the sequences of some shards, numbered from 0."""
     before = np.concatenate([[0], np.cumsum([shard.num_sequences for shard in manifest.shards])])
     chosen_N = np.concatenate([np.arange(before[number], before[number + 1]) for number in numbers])
     return renumbered_plan(read_plan_table(source, manifest), chosen_N, np.asarray(starts), manifest.num_sequences)
 
 
-def _beside(source: Folder, manifest: Manifest, record: ObjectRecord, chosen: list[ShardRecord]) -> Item:
+def _cache_file(source: Folder, manifest: Manifest, record: ObjectRecord, chosen: list[ShardRecord]) -> Item:
     if record.path != layout.TAIL_PRIOR:
         return Item(record, record.path)
     prior_V = read_prior(source, manifest.tokenizer.vocab_size, manifest.num_shards)

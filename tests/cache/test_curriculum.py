@@ -207,7 +207,7 @@ def test_the_advice_for_missing_values_works(column):
     ("settings", "message"),
     [
         ({"pacing": "liner"}, "unknown pacing 'liner'; did you mean 'linear'"),
-        ({"pacing": "sorted", "start": 0.1}, "pacing sorted has no start; take linear, root or step"),
+        ({"pacing": "sorted", "start": 0.1}, "pacing sorted has no start; use linear, root or step"),
         ({"pacing": "sorted", "start": 0.1, "full_at": 1}, "has no full_at and no start"),
         ({"start": 0}, "'start'.*greater than 0"),
         ({"full_at": 1.5}, "'full_at'.*less than or equal to 1"),

@@ -106,7 +106,7 @@ def test_the_last_state_in_every_codec(tmp_path, codec):
 def test_the_lm_head_is_handed_out_as_it_was_given(written):
     cache = open_cache(str(written("hidden")))
     assert cache.lm_head_file() == KINDS["hidden"].cache_files()["lm_head.safetensors"]
-    with pytest.raises(CacheError, match="holds no LM head; only targets of the kind hidden have one"):
+    with pytest.raises(CacheError, match="has no LM head; only targets of the kind hidden have one"):
         open_cache(str(written("sampled"))).lm_head_file()
 
 

@@ -63,7 +63,7 @@ def test_mistakes(run, dumped, url, tmp_path):
     assert "there is no cache in" in run("pull", url, tmp_path / "x", "--quiet").message()
     run("push", dumped, url, "--quiet")
     other = run("push", dumped, url, "--shards", "0", "--quiet").message()
-    assert f"holds the cache with the fingerprint {open_cache(url).fingerprint[:16]}" in other
+    assert f"holds a cache with the fingerprint {open_cache(url).fingerprint[:16]}" in other
     assert "cannot open nonsense://x" in run("push", dumped, "nonsense://x", "--quiet").message()
     assert "does not exist" in run("push", dumped, "s3://no-such-bucket-here/x", "--quiet").message()
     assert run("push", dumped, url, "--jobs", "0").code == 2

@@ -169,10 +169,10 @@ def test_other_caches_are_refused(sound, tmp_path, object_store):
     url = f"{object_store}/x"
     other = SyntheticCache(seed=7)
     other.write(url)
-    with pytest.raises(CacheError, match=rf"fingerprint {open_cache(url).fingerprint[:16]}.*choose another place"):
+    with pytest.raises(CacheError, match=rf"fingerprint {open_cache(url).fingerprint[:16]}.*choose another target"):
         move(sound, url)
     other.write(tmp_path / "begun", shards=range(1), finish=False)
-    with pytest.raises(CacheError, match="the beginning of another cache"):
+    with pytest.raises(CacheError, match="another unfinished cache"):
         move(sound, tmp_path / "begun")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
@@ -244,7 +244,7 @@ def test_some_shards(sound, object_store, tmp_path):
     assert cache.plan_table()["document_id"].to_pylist() == table["document_id"].to_pylist()
     assert cache.plan_table()["sequence"].to_pylist() == list(range(8))
     assert move(url, tmp_path / "x", shards=[0, 2], fields=["targets"]).num_files_moved == 0
-    with pytest.raises(CacheError, match="choose another place"):
+    with pytest.raises(CacheError, match="choose another target"):
         move(url, tmp_path / "x", shards=[0, 1])
     move(tmp_path / "x", tmp_path / "y", shards=[1])
     assert_same_rows(str(tmp_path / "y"), url, [10, 11, 12])
@@ -270,7 +270,7 @@ def test_what_there_is_not(sound, tmp_path):
         move(sound, tmp_path / "x", fields=["targets", "hiden-1"])
     with pytest.raises(CacheError, match="no shard 3; its shards are 0 to 2"):
         move(sound, tmp_path / "x", shards=[1, 3])
-    with pytest.raises(CacheError, match=r"no shard of .* was chosen"):
+    with pytest.raises(CacheError, match=r"no shard of .* was selected"):
         move(sound, tmp_path / "x", shards=[])
     with pytest.raises(CacheError, match="there is no cache"):
         move(tmp_path / "nothing", tmp_path / "x")
