@@ -72,7 +72,7 @@ def running_server() -> Iterator[str]:
             process.terminate()
 
 
-def _wait_for(address: str, process: subprocess.Popen[bytes], limit_s: float = 60) -> None:
+def _wait_for(address: str, process: subprocess.Popen[bytes], limit_s: float = 180) -> None:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:

@@ -21,6 +21,8 @@ from tests.cache.test_writer import content_of
 from tests.caches import SOURCE
 
 WATCH_S = 0.8
+#: For whoever watches a writer that beats, and so ends at once what it does: that a beat is late does not matter then.
+PATIENT_S = 8.0
 
 HOLD = """
 import sys
@@ -68,7 +70,7 @@ def store(url: str, **changes: object) -> None:
 
 def test_a_second_writer_is_refused_with_host_and_process(url, holder):
     with pytest.raises(CacheError, match=rf"another process is writing to {url} \(process {holder.pid} on "):
-        CacheWriter(Folder(url), watch_s=WATCH_S).__enter__()
+        CacheWriter(Folder(url), watch_s=PATIENT_S).__enter__()
     holder.communicate("")
     assert not Folder(url).exists(LEASE)
     SOURCE.write(url)
@@ -80,8 +82,8 @@ def test_a_killed_writer_of_this_machine_is_replaced_without_watching(url, holde
     holder.wait()
     assert Folder(url).exists(LEASE)
     began = time.monotonic()
-    with CacheWriter(Folder(url), watch_s=4):
-        assert time.monotonic() - began < 3
+    with CacheWriter(Folder(url), watch_s=60):
+        assert time.monotonic() - began < 45
         assert lease_of(url)["pid"] == os.getpid()
     assert not Folder(url).exists(LEASE)
 
@@ -99,20 +101,21 @@ def test_a_lease_of_another_machine_that_changes_is_not(url):
     leave_lease(url)
     threading.Timer(WATCH_S / 2, store, [url], {"counter": 99}).start()
     with pytest.raises(CacheError, match="process 12 on elsewhere"):
-        CacheWriter(Folder(url), watch_s=WATCH_S).__enter__()
+        CacheWriter(Folder(url), watch_s=PATIENT_S).__enter__()
 
 
 def test_a_writer_that_is_given_back_while_it_is_watched(url, holder):
     threading.Timer(WATCH_S / 10, holder.stdin.close).start()
-    with CacheWriter(Folder(url), watch_s=WATCH_S):
+    with CacheWriter(Folder(url), watch_s=PATIENT_S):
         assert lease_of(url)["pid"] == os.getpid()
 
 
 def test_a_lease_lives_while_its_holder_works(url):
     with CacheWriter(Folder(url), watch_s=WATCH_S) as writer:
-        first = lease_of(url)["counter"]
-        time.sleep(WATCH_S)
-        assert lease_of(url)["counter"] > first
+        first, deadline = lease_of(url)["counter"], time.monotonic() + 60
+        while lease_of(url)["counter"] == first:
+            assert time.monotonic() < deadline
+            time.sleep(WATCH_S / 8)
         writer.check_right()
 
 
@@ -155,7 +158,8 @@ def test_of_several_who_begin_at_once_one_writes(url):
     ready = threading.Barrier(4)
 
     def begin(number: int) -> None:
-        lease = Lease(Folder(url), watch_s=WATCH_S)
+        # Beats must come within a watch, and takers one after another within an eighth of it, on a busy machine too.
+        lease = Lease(Folder(url), watch_s=4 * WATCH_S)
         ready.wait()
         try:
             lease.acquire()
