@@ -23,7 +23,14 @@ import pytest
 @pytest.fixture(scope="session")
 def object_store_server() -> Iterator[str]:
     """Start the server; give its address."""
-    with running_server() as address:
+    with contextlib.ExitStack() as stack:
+        for attempt in range(3):  # another process may take the free port first
+            try:
+                address = stack.enter_context(running_server())
+                break
+            except ServerEnded:
+                if attempt == 2:
+                    raise
         yield address
 
 
@@ -54,6 +61,10 @@ def environment(address: str) -> dict[str, str]:
     }
 
 
+class ServerEnded(RuntimeError):
+    """The server's process ended before it answered."""
+
+
 @contextlib.contextmanager
 def running_server() -> Iterator[str]:
     """Run the server on a free port until the end of the block; give its address."""
@@ -77,7 +88,7 @@ def _wait_for(address: str, process: subprocess.Popen[bytes], limit_s: float = 1
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise RuntimeError(f"moto's server at {address} ended at once, with exit code {process.returncode}")
+            raise ServerEnded(f"moto's server at {address} ended at once, with exit code {process.returncode}")
         with contextlib.suppress(OSError):
             opener.open(f"{address}/moto-api/", timeout=5).close()
             return

@@ -218,7 +218,7 @@ def test_leaving_early_stops_the_threads():
 
 
 def test_waiting_is_counted():
-    loader = batches_of(Sizes([8]), batch=4, threads=1, make=lambda read: time.sleep(0.02) or read)
+    loader = batches_of(Sizes([8]), batch=4, threads=1, make=lambda read: time.sleep(0.1) or read)
     list(loader)
     assert loader.wait_s > 0.015
 

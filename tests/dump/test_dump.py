@@ -219,7 +219,7 @@ def test_a_failed_write_is_noticed_at_the_next_batch(tmp_path, corpus_file, monk
 
         def run(self, sequences, layers=()):
             if failed.is_set():
-                time.sleep(0.05)  # the writer's thread gets its turn to hand the error over
+                time.sleep(0.2)  # the writer's thread gets its turn to hand the error over
                 self.after += 1
             return super().run(sequences, layers)
 
