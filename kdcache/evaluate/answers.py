@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from kdcache.cache import Cache
 from kdcache.evaluate.measures import Answers, Metrics
-from kdcache.evaluate.table_rows import ModelRow
+from kdcache.evaluate.results import ModelRow
 from kdcache.schema import OUTPUTS_FIELD
 from kdcache.students import Student
 from kdcache.tasks import task_of
@@ -85,7 +85,7 @@ class Outputs:
 
 
 def _in_width_of(student: Student, own: Answers) -> Answers:
-    """Return the teacher's answers as the student was trained on them: reduced, if they were."""
+    """Return the teacher's answers as the student was trained on them, reduced by PCA or not."""
     if student.sentence is None or student.sentence.reduction_DC is None:
         return own
     reduced_PD = student.sentence.reduced(torch.from_numpy(own.outputs_PC)).numpy()

@@ -5,6 +5,11 @@ is the forward KL at temperature 1: exact when the cache is of the kind hidden o
 classes); otherwise that of the kept ids and one bucket for the tail, a lower bound; an unbiased estimate where the
 cache holds samples. A cache of samples alone does not know the teacher's top-1 token, so what needs it is left out.
 
+Sums are added up, not means, so that batches of any size add up exactly; in float64, because a million float32 addends
+would not. The expected calibration error is that of Guo et al. (2017, "On Calibration of Modern Neural Networks",
+section 2): top-1 confidences in 15 bins of equal width, mean over bins of |accuracy - confidence|, weighted by the
+bin's share.
+
 For classes macro F1 is added, from counts that are summed over batches; perplexity and the kept mass, which is always
 1, are left out.
 """
@@ -13,7 +18,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,8 +30,7 @@ from tqdm.auto import tqdm
 from kdcache.cache import Cache
 from kdcache.evaluate.measures import Answers, Metrics
 from kdcache.evaluate.metrics import macro_f1
-from kdcache.evaluate.table_rows import ModelRow
-from kdcache.evaluate.tally import ClassCounts, Tally
+from kdcache.evaluate.results import ModelRow
 from kdcache.losses import ForwardKL, incompatibility, score_positions
 from kdcache.losses.from_cache import context_of
 from kdcache.schema import NO_LABEL, OUTPUTS_FIELD, SequenceBatch
@@ -33,6 +38,90 @@ from kdcache.step import StepInputs
 from kdcache.students import Student
 from kdcache.tasks import Task, task_of
 from kdcache.torch_data import count_tokens, to_tensors
+
+#: Bins of the calibration error.
+NUM_BINS = 15
+
+
+@dataclass
+class Calibration:
+    """Counts, confidences and hits per confidence bin; bin i holds confidences in (i / 15, (i + 1) / 15]."""
+
+    count: NDArray[np.float64] = field(default_factory=lambda: np.zeros(NUM_BINS))
+    confidence: NDArray[np.float64] = field(default_factory=lambda: np.zeros(NUM_BINS))
+    correct: NDArray[np.float64] = field(default_factory=lambda: np.zeros(NUM_BINS))
+
+    def add(self, confidence_P: NDArray[np.floating], correct_P: NDArray[np.bool_]) -> None:
+        """Add P predictions: the probability of the top-1 id, and whether it is the label."""
+        bins = np.clip(np.ceil(confidence_P.astype(np.float64) * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
+        self.count += np.bincount(bins, minlength=NUM_BINS)
+        self.confidence += np.bincount(bins, weights=confidence_P, minlength=NUM_BINS)
+        self.correct += np.bincount(bins, weights=correct_P, minlength=NUM_BINS)
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error, between 0 and 1."""
+        return float(np.abs(self.correct - self.confidence).sum() / max(self.count.sum(), 1))
+
+
+@dataclass
+class ClassCounts:
+    """Counts for F1: correct predictions, predictions, and labels of each of C classes."""
+
+    num_classes: int
+    correct_C: NDArray[np.int64] = field(init=False)
+    predicted_C: NDArray[np.int64] = field(init=False)
+    actual_C: NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.correct_C, self.predicted_C, self.actual_C = (np.zeros(self.num_classes, np.int64) for _ in range(3))
+
+    def add(self, predicted_P: NDArray[np.integer], actual_P: NDArray[np.integer]) -> None:
+        """Add the predicted and the actual classes of P positions."""
+        pairs = (
+            (self.correct_C, actual_P[predicted_P == actual_P]),
+            (self.predicted_C, predicted_P),
+            (self.actual_C, actual_P),
+        )
+        for counts_C, classes_P in pairs:
+            counts_C += np.bincount(classes_P, minlength=self.num_classes)
+
+
+@dataclass
+class Tally:
+    """Sums over the valid positions of one model's predictions, compared with labels and teacher."""
+
+    calibration: Calibration = field(default_factory=Calibration)
+    num_positions: int = 0
+    num_labelled: int = 0
+    """Valid positions with a label: loss, accuracy and calibration are over these."""
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(
+        self,
+        valid_P: NDArray[np.bool_],
+        is_labelled_P: NDArray[np.bool_],
+        *,
+        top1_prob_P: NDArray[np.floating],
+        correct_P: NDArray[np.bool_],
+        loss_P: NDArray[np.floating] | None,
+        **values_P: NDArray[np.generic],
+    ) -> None:
+        """Add the valid positions of a batch; ``values_P`` are further values to average over them."""
+        known_P = valid_P & is_labelled_P
+        self.num_positions += int(valid_P.sum())
+        self.num_labelled += int(known_P.sum())
+        self.calibration.add(top1_prob_P[known_P], correct_P[known_P])
+        self._add({"correct": correct_P} if loss_P is None else {"loss": loss_P, "correct": correct_P}, known_P)
+        self._add(values_P, valid_P)
+
+    def _add(self, values_P: Mapping[str, NDArray[np.generic]], where_P: NDArray[np.bool_]) -> None:
+        for name, value_P in values_P.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value_P[where_P].sum(dtype=np.float64))
+
+    def mean(self, name: str) -> float:
+        """Return the mean per valid position of the values called ``name``."""
+        return self.sums.get(name, 0.0) / max(self.num_positions, 1)
 
 
 class Distributions:
@@ -148,7 +237,7 @@ def _with_metrics(row: ModelRow, metrics: Metrics) -> ModelRow:
 
 
 def _class_counts(cache: Cache) -> ClassCounts | None:
-    """Return where to count classes; None where ids are those of tokens."""
+    """Return empty counts of classes; None for tasks of tokens."""
     return ClassCounts(cache.manifest.num_ids) if task_of(cache.manifest.task).gives == "classes" else None
 
 
@@ -181,5 +270,5 @@ def _row(name: str, num_parameters: int | None, tally: Tally, counts: ClassCount
 
 
 def _has_top1(cache: Cache) -> bool:
-    """Whether the cache holds the teacher's most probable token: samples alone only suggest it."""
+    """Whether the cache holds the teacher's top-1 token; samples alone do not."""
     return cache.manifest.top_k > 0

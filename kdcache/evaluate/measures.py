@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.evaluate.metrics import pearson, spearman
-from kdcache.evaluate.rankings import alike_rankings, judged_rankings
+from kdcache.evaluate.metrics import judged_rankings, pearson, ranking_agreement, spearman
 from kdcache.tasks.base import Metrics
 
 
@@ -54,7 +53,7 @@ def ranking(answers: Answers, teacher: Answers | None) -> Metrics:
     """Return nDCG, MRR and hit rate, and agreement with the teacher's ranking."""
     scores_P, groups_P = answers.outputs_PC[:, 0], answers.groups_P
     found: Metrics = judged_rankings(scores_P, answers.labels_P, groups_P)
-    return found | ({} if teacher is None else alike_rankings(scores_P, teacher.outputs_PC[:, 0], groups_P))
+    return found | ({} if teacher is None else ranking_agreement(scores_P, teacher.outputs_PC[:, 0], groups_P))
 
 
 def embedding(answers: Answers, teacher: Answers | None) -> Metrics:

@@ -1,13 +1,13 @@
-"""Judging embeddings by search: queries and documents in one cache, and a file that says which belong together.
+"""Evaluate embeddings by search: queries and documents in one cache, and a file (qrels) that says which are relevant.
 
 Every document of the cache is ranked for every judged query by the cosine of their embeddings: the teacher's from the
-cache, a student's as it answers. So the numbers are those of searching the whole corpus, comparable with what is
-published for the same queries and documents. No document is left out because its id is a query's, as some published
-numbers do (ArguAna's, whose queries are documents).
+cache, a student's own. The numbers are therefore those of searching the whole corpus, comparable with published ones
+for the same queries and documents. No document is excluded because its id is a query's, unlike in some published
+numbers (ArguAna's, whose queries are documents).
 
-The file of judgements names ids, and the ids of queries and of documents may overlap (they do in BEIR). Queries and
-documents are therefore told apart by the corpus file that they came from: a file is one of queries if more of its ids
-are those of judged queries than of judged documents. Everything in such files is a query; all the rest is searched.
+The qrels name ids, and the ids of queries and of documents may overlap (they do in BEIR). Queries and documents are
+therefore told apart by the corpus file that they came from: a file holds queries if more of its ids are judged queries
+than judged documents. Everything in such files is a query; everything else is searched.
 
 Shape suffixes: N sequences, Q judged queries, M documents, D width.
 """
@@ -41,14 +41,14 @@ _SCORES_AT_ONCE = 1 << 24
 class Retrieval:
     """Which sequences of a cache are judged queries and which are searched, and what is relevant to each query.
 
-    ``relevance_Q`` maps places among the documents to grades above 0.
+    ``relevance_Q`` maps indices among the documents to grades above 0.
     """
 
     queries_Q: NDArray[np.int64]
     documents_M: NDArray[np.int64]
     relevance_Q: list[dict[int, float]]
     missing_Q: list[list[float]]
-    """Grades of the relevant documents that the cache does not hold, so that nobody can find them."""
+    """Grades of the relevant documents that the cache does not hold, which count as not found."""
 
     def measure(self, answers: Answers) -> Metrics:
         """Return nDCG@10, recall@10, recall@100 and MRR@10, the means over the queries."""
@@ -64,7 +64,7 @@ class Retrieval:
 
     def _of_query(self, query: int, scores_M: NDArray[np.float32]) -> tuple[float, float, float, float]:
         relevance = self.relevance_Q[query]
-        gains = [relevance.get(int(place), 0.0) for place in best(scores_M, 100)]
+        gains = [relevance.get(int(index), 0.0) for index in best(scores_M, 100)]
         every = [*relevance.values(), *self.missing_Q[query]]
         ideal = dcg(sorted(every, reverse=True)[:10])
         found_10, found_100 = (sum(gain > 0 for gain in gains[:cut]) / len(every) for cut in (10, 100))
@@ -72,12 +72,12 @@ class Retrieval:
 
 
 def best(scores_M: NDArray[np.floating], count: int) -> NDArray[np.int64]:
-    """Return the places of the ``count`` highest scores, highest first; of equal ones the earlier first."""
-    places = np.arange(len(scores_M))
+    """Return the indices of the ``count`` highest scores, highest first; of equal ones the earlier first."""
+    indices = np.arange(len(scores_M))
     if count < len(scores_M):
         least = np.partition(scores_M, len(scores_M) - count)[len(scores_M) - count]
-        places = np.flatnonzero(scores_M >= least)
-    return places[np.argsort(-scores_M[places], kind="stable")][:count]
+        indices = np.flatnonzero(scores_M >= least)
+    return indices[np.argsort(-scores_M[indices], kind="stable")][:count]
 
 
 def _unit(vectors_ND: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -89,13 +89,13 @@ def load_retrieval(cache: Cache, qrels_path: str, id_column: str | None = None) 
     """Match the judgements of ``qrels_path`` with the sequences of ``cache``.
 
     ``id_column`` is the column of the corpus that holds the ids (default: the ids that kdcache gave the documents, such
-    as ``queries.jsonl:3``). Raises ``ConfigError`` for a file or column that cannot be read, and where queries are
-    missing, ids not unique, or a sequence holds more than one text. Judged documents that are missing count as not
-    found, and a warning tells how many.
+    as ``queries.jsonl:3``). Raises ``ConfigError`` for a file or column that cannot be read, for queries that are not
+    in the cache, ids that are not unique, and sequences of more than one text. Judged documents that are not in the
+    cache count as not found, and a warning tells how many.
     """
     qrels = read_qrels(qrels_path)
     if cache.manifest.num_positions != cache.manifest.num_sequences:
-        raise ConfigError("retrieval needs a cache of single texts, and this one has pairs; dump without text_pair")
+        raise ConfigError("qrels need a cache of single texts, and this one has pairs; dump without text_pair")
     ids, sources = _ids(cache, id_column)
     judged_documents = {document for graded in qrels.values() for document in graded}
     of_queries = _query_sources(ids, sources, set(qrels), judged_documents)
@@ -107,25 +107,25 @@ def load_retrieval(cache: Cache, qrels_path: str, id_column: str | None = None) 
     queries = _judged(ids, np.flatnonzero(is_query), set(qrels))
     documents = _judged(ids, documents_M, judged_documents)
     _check_found(qrels, set(queries), judged_documents, set(documents), qrels_path, id_column)
-    query_places, document_places = _unique(queries, "queries"), _unique(documents, "documents")
-    return _matched(qrels, query_places, documents_M, document_places)
+    query_indices, document_indices = _unique(queries, "queries"), _unique(documents, "documents")
+    return _matched(qrels, query_indices, documents_M, document_indices)
 
 
 def _matched(
-    qrels: Qrels, query_places: Mapping[str, int], documents_M: NDArray[np.int64], document_places: Mapping[str, int]
+    qrels: Qrels, query_indices: Mapping[str, int], documents_M: NDArray[np.int64], document_indices: Mapping[str, int]
 ) -> Retrieval:
-    place_of = {int(sequence): place for place, sequence in enumerate(documents_M)}
+    index_of = {int(sequence): index for index, sequence in enumerate(documents_M)}
     queries, relevance_Q, missing_Q = [], [], []
     for query, graded in qrels.items():
-        queries.append(query_places[query])
-        known = {name: grade for name, grade in graded.items() if name in document_places}
-        relevance_Q.append({place_of[document_places[name]]: grade for name, grade in known.items()})
+        queries.append(query_indices[query])
+        known = {name: grade for name, grade in graded.items() if name in document_indices}
+        relevance_Q.append({index_of[document_indices[name]]: grade for name, grade in known.items()})
         missing_Q.append([grade for name, grade in graded.items() if name not in known])
     return Retrieval(np.array(queries, np.int64), documents_M, relevance_Q, missing_Q)
 
 
 def read_qrels(path: str) -> Qrels:
-    """Return the relevant documents of every query that has some, with their grades above 0.
+    """Return the relevant documents of every query that has any, with their grades above 0.
 
     A line is ``query document grade`` with tabs between (BEIR, with or without its header), or ``query 0 document
     grade`` (TREC). Raises ``ConfigError`` for anything else.
@@ -163,14 +163,14 @@ def _ids(cache: Cache, column: str | None) -> tuple[list[str], list[str]]:
     """Return the id of every sequence, and the corpus file that it came from."""
     table = cache.sequences
     if column is not None and column not in table.column_names:
-        raise ConfigError(f"the cache has no column {column!r}, {did_you_mean(column, table.column_names)}")
+        raise ConfigError(f"id_column: the cache has no column {column!r}; {did_you_mean(column, table.column_names)}")
     document_ids = table["document_id"].to_pylist()
     ids = document_ids if column is None else [str(value) for value in table[column].to_pylist()]
     return ids, [_source(document_id) for document_id in document_ids]
 
 
 def _source(document_id: str) -> str:
-    """Return the file that a document is a row of; of a file that is one document, the folder that it is in."""
+    """Return the file of a document; of a file that is one document, its folder."""
     file, _, row = document_id.rpartition(":")
     return file if row.isdecimal() and file else posixpath.dirname(document_id)
 
@@ -187,7 +187,7 @@ def _query_sources(
 
 
 def _judged(ids: Sequence[str], sequences: NDArray[np.int64], judged: set[str]) -> dict[str, list[int]]:
-    """Return the sequences that have each of the judged ids."""
+    """Return the sequences of each judged id."""
     found: dict[str, list[int]] = {}
     for sequence in sequences.tolist():
         if ids[sequence] in judged:
@@ -198,7 +198,7 @@ def _judged(ids: Sequence[str], sequences: NDArray[np.int64], judged: set[str]) 
 def _unique(found: Mapping[str, list[int]], what: str) -> dict[str, int]:
     twice = next((name for name, sequences in found.items() if len(sequences) > 1), None)
     if twice is not None:
-        raise ConfigError(f"several {what} of the cache have the id {twice!r}; ids of judged texts must be unique")
+        raise ConfigError(f"several {what} of the cache have the id {twice!r}; make the ids of judged texts unique")
     return {name: sequences[0] for name, sequences in found.items()}
 
 

@@ -1,11 +1,11 @@
-"""Judge students against a cache: how well they do the task, and how close they came to the teacher.
+"""Evaluate students on a cache: how well they do the task, and how closely they agree with the teacher.
 
-The teacher's row comes from the cache alone. Students are run over the cache once each, shard by shard (a batch over
-all shards would read each again and again), in batches of similar length under a token budget. What is measured depends
-on what the task's teachers give: distributions (module `distributions`) or numbers (`answers`, `measures`).
+The teacher's row comes from the cache alone. Each student runs over the cache once, shard by shard (a batch over all
+shards would read each of them repeatedly), in batches of similar length under a token budget. The metrics depend on
+what the task predicts: distributions (module `distributions`) or numbers (`answers`, `measures`).
 
-Judge on a cache of texts that no student was trained on. A student whose ``kdcache_run.json`` names this very cache
-gets a warning: such numbers say how well it was fitted, not how well it generalises.
+Evaluate on a cache of texts that no student was trained on. A student whose ``kdcache_run.json`` names this very cache
+gets a warning: its numbers tell how well it was fitted, not how well it generalises.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from kdcache.errors import ConfigError
 from kdcache.evaluate.answers import Outputs
 from kdcache.evaluate.distributions import Distributions
 from kdcache.evaluate.measures import Metrics
+from kdcache.evaluate.results import Evaluation, ModelRow
 from kdcache.evaluate.retrieval import load_retrieval
-from kdcache.evaluate.table_rows import Evaluation, ModelRow
 from kdcache.evaluate.texts import GeneratedTexts, check_texts
 from kdcache.models.batching import batches_by_length
 from kdcache.models.loading import pick_device
@@ -33,7 +33,7 @@ from kdcache.students.run_file import read_run
 from kdcache.tasks import task_of
 from kdcache.tasks.embedding import Embedding
 
-#: Not what lies beside a model, such as the parameters of an objective's terms.
+#: Weight files of a model, without other files of a run such as the parameters of an objective's terms.
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*_Dense/model.safetensors")
 
 
@@ -51,17 +51,17 @@ def evaluate_students(
     beams: int = 1,
     progress: bool = True,
 ) -> Evaluation:
-    """Score the ``students`` (directories or hub names) on the cache at ``cache_path``.
+    """Evaluate ``students`` (directories or hub ids) on the cache at ``cache_path``.
 
-    ``batch_tokens`` bounds the padded tokens of a batch (one sequence may exceed it). ``limit_sequences`` takes that
-    many sequences, evenly spread over the cache. ``qrels`` is a file of relevant documents, for embeddings of queries
-    and documents, whose ids stand in the column ``id_column`` (see ``kdcache.evaluate.retrieval``). With
-    ``generate``, students of task seq2seq-lm write that many texts, by so many ``beams`` (see
+    ``batch_tokens`` bounds the padded tokens of a batch (a single sequence may exceed it). ``limit_sequences``
+    evaluates that many sequences, evenly spread over the cache. ``qrels`` is a file of relevant documents, for
+    embeddings of queries and documents whose ids are in the column ``id_column`` (see ``kdcache.evaluate.retrieval``).
+    ``generate`` is how many texts students of task seq2seq-lm write, with ``beams`` beams (see
     ``kdcache.evaluate.texts``).
 
-    One student is in memory at a time. Raises ``StudentError`` for a student that is missing, is of another task or has
-    another tokenizer, before anything is scored, and for weights that cannot be used when their turn comes;
-    ``CacheError`` for a cache that cannot be used; ``ConfigError`` for settings that do not fit it.
+    One student is in memory at a time. Raises ``StudentError`` before anything is evaluated for a student that does not
+    exist, is of another task or has another tokenizer, and later for weights that cannot be used; ``CacheError`` for a
+    cache that cannot be used; ``ConfigError`` for settings that do not fit it.
     """
     for name, value in (("batch_tokens", batch_tokens), ("limit_sequences", limit_sequences)):
         if value is not None and value < 1:
@@ -119,20 +119,25 @@ def _scorer(
 ) -> _Scorer:
     if task_of(cache.manifest.task).gives != "outputs":
         if qrels is not None:
-            raise ConfigError(f"qrels judge embeddings, and the cache is of task {cache.manifest.task}; leave them out")
+            raise ConfigError(
+                f"qrels are for task {Embedding.name}, and the cache is of task {cache.manifest.task}; remove them"
+            )
         return Distributions(cache, batches, device, progress)
     if qrels is None:
         return Outputs(cache, batches, device, progress)
     if cache.manifest.task != Embedding.name or limit is not None:
-        found = f"of task {cache.manifest.task}" if limit is None else "searched in part only (limit_sequences)"
-        raise ConfigError(f"qrels are for a whole cache of task {Embedding.name}, and this one is {found}")
+        found = f"is of task {cache.manifest.task}" if limit is None else "is searched in part (limit_sequences)"
+        raise ConfigError(
+            f"qrels need a whole cache of task {Embedding.name}, and this one {found}; remove one of them"
+        )
     return Outputs(cache, batches, device, progress, load_retrieval(cache, qrels, id_column).measure)
 
 
 def _batches(cache: Cache, batch_tokens: int, limit_sequences: int | None) -> Iterator[list[int]]:
-    """Yield the sequences of one batch after another, of similar length, all of one shard.
+    """Yield batches of sequences of similar length from one shard each.
 
-    Each shard is read once a pass. The shard with the longest sequence comes first, so that memory fails early.
+    Each shard is read once a pass. The shard with the longest sequence comes first, so that a lack of memory is seen
+    early.
     """
     indices = np.arange(len(cache))
     if limit_sequences is not None and limit_sequences < len(cache):

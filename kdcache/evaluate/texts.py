@@ -1,12 +1,12 @@
-"""Judging what students write: texts for the inputs of a cache, against the corpus's own targets.
+"""Evaluate what students write: texts for the inputs of a cache, compared with references.
 
-chrF (Popović, "chrF: character n-gram F-score for automatic MT evaluation", 2015; by sacrebleu) and the mean F-measure
-of ROUGE-L over stemmed words (Lin, "ROUGE: a package for automatic evaluation of summaries", 2004; by rouge-score),
-both from 0 to 100. Neither knows whether a text is true; they tell students of one teacher apart.
+Metrics are chrF (Popović, "chrF: character n-gram F-score for automatic MT evaluation", 2015; by sacrebleu) and the
+mean F-measure of ROUGE-L over stemmed words (Lin, "ROUGE: a package for automatic evaluation of summaries", 2004; by
+rouge-score), both from 0 to 100. Neither knows whether a text is true; they tell students of one teacher apart.
 
-References are the cache's targets. Where these are the teacher's own texts (``kdcache write-targets``), the corpus's
-stand beside them in the column ``reference``: then all are judged by those, and the teacher's texts with them. Else
-nothing is known of what the teacher would write, and its row has no such numbers.
+References are the cache's targets. If these are the teacher's own texts (``kdcache write-targets``), the corpus's are
+in the column ``reference``: then they are the references for all, the teacher's texts included. Otherwise what the
+teacher would write is unknown, and its row has no such metrics.
 """
 
 from __future__ import annotations
@@ -30,16 +30,15 @@ _REFERENCE = "reference"
 _PACKAGES = ("sacrebleu", "rouge_score")
 #: The metrics.
 NAMES = ("chrf", "rouge_l")
-#: Texts between two steps of the progress bar.
+#: Texts per step of the progress bar.
 _STEP = 64
 
 
 def check_texts(cache: Cache, num_texts: int, beams: int) -> None:
-    """Raise ``ConfigError`` when texts cannot be written or judged; cheap, to be called before models are loaded."""
+    """Raise ``ConfigError`` when texts cannot be written or evaluated; cheap, to be called before models are loaded."""
     if cache.manifest.task != Seq2SeqLM.name:
         raise ConfigError(
-            f"texts are written by students of task {Seq2SeqLM.name}, and the cache is of task {cache.manifest.task}; "
-            "leave out generate"
+            f"generate is for task {Seq2SeqLM.name}, and the cache is of task {cache.manifest.task}; remove it"
         )
     for name, value in (("generate", num_texts), ("beams", beams)):
         if value < 1:
@@ -47,7 +46,7 @@ def check_texts(cache: Cache, num_texts: int, beams: int) -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"texts are judged by packages that are not installed ({', '.join(missing)}): pip install 'kdcache[text]'"
+            f"generate needs packages that are not installed ({', '.join(missing)}): pip install 'kdcache[text]'"
         )
 
 
@@ -64,7 +63,9 @@ class GeneratedTexts:
         if _REFERENCE in cache.manifest.corpus.metadata_columns:
             known = [(n, text) for n in indices if (text := _reference(cache, n))]
             if not known:
-                raise ConfigError("no chosen input has a reference to judge texts by; leave out generate")
+                raise ConfigError(
+                    "generate: no chosen input has a reference to compare with; remove it, or raise its number"
+                )
             indices, self._written_for = [n for n, _ in known], [text for _, text in known]
         sequences = cache.read(indices).sequences()
         self._inputs = [source_of(sequence) for sequence in sequences]
@@ -115,6 +116,6 @@ def _reference(cache: Cache, index: int) -> str | None:
     if found is None or isinstance(found, str):
         return found
     raise ConfigError(
-        f"the column {_REFERENCE!r} of the cache holds {type(found).__name__}, expected texts to judge by; write the "
-        "targets again with --column target=NAME of a column of texts"
+        f"the column {_REFERENCE!r} of the cache holds {type(found).__name__}, expected texts; write the targets "
+        "again with --column target=NAME of a column of texts"
     )

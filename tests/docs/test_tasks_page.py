@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kdcache.evaluate.table_rows import ModelRow
+from kdcache.evaluate.results import ModelRow
 from kdcache.tasks import TASKS, Task
 from tests.cli.conftest import Run, run
 from tests.docs.pages import DOCS, blocks, rows, sections

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from kdcache.evaluate.distributions import ClassCounts
 from kdcache.evaluate.measures import Answers, regression
 from kdcache.evaluate.metrics import macro_f1, pearson, ranks, spearman
-from kdcache.evaluate.tally import ClassCounts
 
 
 def array(*values: float) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from kdcache.evaluate.measures import Answers
-from kdcache.evaluate.rankings import alike_rankings, judged_rankings
+from kdcache.evaluate.metrics import judged_rankings, ranking_agreement
 from kdcache.tasks import TASKS
 
 #: The place from the front (from 0) of the relevant documents, and how many documents there are.
@@ -76,20 +76,23 @@ def test_equal_scores_gain_nothing_by_the_corpus_order() -> None:
 def test_rankings_alike() -> None:
     teacher = np.array([1.0, 2, 3, 4, 10, 20, 30, 5, 6])
     groups = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2])
-    assert alike_rankings(teacher * 2 - 5, teacher, groups) == {"teacher_spearman": pytest.approx(1), "teacher_top1": 1}
+    assert ranking_agreement(teacher * 2 - 5, teacher, groups) == {
+        "teacher_spearman": pytest.approx(1),
+        "teacher_top1": 1,
+    }
     turned = np.concatenate([teacher[:4], -teacher[4:7], teacher[7:]])
-    found = alike_rankings(turned, teacher, groups)
+    found = ranking_agreement(turned, teacher, groups)
     assert found == {"teacher_spearman": pytest.approx(1 / 3), "teacher_top1": pytest.approx(2 / 3)}
 
 
 def test_a_student_that_does_not_decide_is_not_like_the_teacher() -> None:
     teacher, groups = np.array([3.0, 2.0, 1.0]), np.zeros(3, int)
-    assert alike_rankings(np.zeros(3), teacher, groups) == {"teacher_spearman": 0.0, "teacher_top1": 0.0}
+    assert ranking_agreement(np.zeros(3), teacher, groups) == {"teacher_spearman": 0.0, "teacher_top1": 0.0}
 
 
 def test_lists_that_cannot_be_ordered_do_not_count() -> None:
     teacher, groups = np.array([1.0, 2.0, 2.0]), np.array([0, 1, 1])
-    assert alike_rankings(teacher, teacher, groups) == {"teacher_spearman": None, "teacher_top1": None}
+    assert ranking_agreement(teacher, teacher, groups) == {"teacher_spearman": None, "teacher_top1": None}
 
 
 def test_the_teachers_row_is_compared_with_the_corpus_alone() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kdcache.evaluate.tally import Calibration, Tally
+from kdcache.evaluate.distributions import Calibration, Tally
 
 
 def test_calibration_error_by_hand():

@@ -119,7 +119,7 @@ def test_a_cache_of_another_task(tmp_path: Path) -> None:
         "sequences": TINY_TASKS["sequence-classification"].settings,
     }
     dump_teacher(build(DumpConfig, config), progress=False)
-    with pytest.raises(ConfigError, match=r"students of task seq2seq-lm.*is of task sequence-classification"):
+    with pytest.raises(ConfigError, match=r"generate is for task seq2seq-lm.*is of task sequence-classification"):
         evaluate_students(str(tmp_path / "cache"), [], device="cpu", generate=5)
 
 

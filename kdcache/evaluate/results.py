@@ -1,4 +1,4 @@
-"""What came of judging models: the teacher's row, one row per student, and what they were measured on."""
+"""The result of an evaluation: the teacher's row, one row per student, and the table of them."""
 
 from __future__ import annotations
 
@@ -12,50 +12,50 @@ from kdcache.table import render_table
 
 
 class ModelRow(Config):
-    """The numbers of one model; losses, KL and entropy in nats, None where they make no sense or are unknown."""
+    """The metrics of one model; losses, KL and entropy in nats. None: unknown or not defined."""
 
     model: str
     num_parameters: int | None
     loss: float | None = None
-    """Mean negative log-likelihood of the corpus's own answers."""
+    """Mean negative log-likelihood of the labels."""
     perplexity: float | None = None
     top1_accuracy: float | None = None
     ece: float | None = None
     kl: float | None = None
     agreement: float | None = None
-    """Share of positions where teacher and student favour the same token or class."""
+    """Share of positions where teacher and student have the same top-1 token or class."""
     entropy: float | None = None
     kept_mass: float | None = None
     metrics: dict[str, float | None] = Field(default_factory=dict)
-    """What the task is judged by besides, by the names of ``kdcache.evaluate.measures``."""
+    """Further metrics of the task, by the names of ``kdcache.evaluate.measures``."""
     num_bytes: int | None = None
     tokens_per_s: float | None = None
     warnings: tuple[str, ...] = ()
 
 
 class Evaluation(Config):
-    """The teacher's row, one row per student, and what they were measured on."""
+    """The teacher's row, one row per student, and the sequences that they were evaluated on."""
 
     cache: str
     fingerprint: str
     num_sequences: int
     num_targets: int
-    """Positions that count."""
+    """Valid positions."""
     teacher: ModelRow
     students: tuple[ModelRow, ...]
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the reader of the numbers must know."""
+        """The warnings of all students."""
         return tuple(warning for row in self.students for warning in row.warnings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON types; None for a perplexity beyond all numbers."""
+        """Return everything as plain JSON types; None for a perplexity that is infinite."""
         data: dict[str, Any] = finite(self.model_dump(mode="json"))
         return data
 
     def table(self, *, markdown: bool = False) -> str:
-        """Return the rows as an aligned text table, or in Markdown; warnings follow below."""
+        """Return the rows as an aligned text table, or in Markdown, with warnings below."""
         rows = [self.teacher, *self.students]
         names = dict.fromkeys(name for row in rows for name in row.metrics)
         columns = {**_COLUMNS, **{name: (name.replace("_", " "), ".4f") for name in names}, **_LAST_COLUMNS}
@@ -80,7 +80,7 @@ _LAST_COLUMNS: dict[str, tuple[str, str]] = {"tokens_per_s": ("tokens/s", ",.0f"
 
 
 class _Cells:
-    """A row with its metrics as attributes, as tables want them."""
+    """A row with its metrics as attributes, for `render_table`."""
 
     def __init__(self, row: ModelRow) -> None:
         self._row = row
