@@ -65,7 +65,7 @@ class Contents:
 def contents_of(source: Folder, fields: Sequence[str] | None = None, shards: Sequence[int] | None = None) -> Contents:
     """Return the contents of the finished cache in ``source``, or of the part with some ``fields`` and ``shards``.
 
-    Every part includes the field ``targets``, and for the kind hidden the last hidden state. Raises ``CacheError`` for
+    Every part includes tokens and targets, and for the kind hidden the last hidden state. Raises ``CacheError`` for
     unknown fields and shards, ``CorruptCacheError`` for files that cannot be read.
     """
     manifest, fingerprint = layout.read_manifest(source)
