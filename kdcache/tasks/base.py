@@ -166,15 +166,16 @@ class Task(ABC):
         return import_row("kdcache.evaluate.measures:against_teacher")(answers, teacher)
 
     def collate(self, batch: SequenceBatch, pad_id: int) -> dict[str, NDArray[Any]]:
-        """Turn decoded sequences into one training batch: `pad_batch`, labels, and the teacher's rows.
+        """Collate decoded sequences to one training batch: `pad_batch`, labels, and the teacher's targets.
 
-        Beside what models are fed: ``labels`` [P] int64, ``loss_mask`` [P] bool, ``teacher_ids`` [P, K] int64,
-        ``teacher_logprobs`` [P, K] float32, ``teacher_log_tail``, ``teacher_gold_logprob`` and ``teacher_entropy`` [P]
-        float32, and each stored field of vectors under its name, [P, D] float32. Samples stand among the ids
-        (`Targets.merged`). Where the batch has them: ``teacher_log_tails`` [P, G] float32, the tails at other
-        temperatures, and ``teacher_hidden`` [P, D] float32, the teacher's last hidden state
-        (``batch.hidden["last"]``). Where the teacher gives no distribution: ``label_values`` [P] float32, labels that
-        are numbers (NaN: none), and ``groups`` [P] int64, the sequence of each row by its place in the batch.
+        In addition to the model inputs and ``rows``: ``labels`` [P] int64, ``loss_mask`` [P] bool, and what each field
+        of the batch adds. Targets add ``teacher_ids`` [P, K] int64 and ``teacher_logprobs`` [P, K] float32 (samples are
+        merged into the ids, see `Targets.merged`), ``teacher_log_tail`` [P] float32, and, if the cache stores them,
+        ``teacher_gold_logprob`` and ``teacher_entropy`` [P] and ``teacher_log_tails`` [P, G], the tails at other
+        temperatures. Vectors are added under their names, [P, D] float32, the last hidden state of the kind hidden
+        (``batch.hidden["last"]``) as ``teacher_hidden``. Where the teacher gives numbers: ``label_values`` [P] float32,
+        labels that are numbers (NaN: none), and ``groups`` [P] int64, the index of each position's sequence in the
+        batch.
         """
         sequences = batch.sequences()
         found: dict[str, NDArray[Any]] = {

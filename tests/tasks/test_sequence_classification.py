@@ -130,7 +130,7 @@ def test_columns_of_other_names(tmp_path):
     assert labels_of(plan(tmp_path, rows, columns={"text": "sentence"})) == [NO_LABEL, NO_LABEL]
     with pytest.raises(CorpusError, match=r"no column 'rating' for the label .* its columns are sentence, sentiment"):
         plan(tmp_path, rows, columns={"text": "sentence", "label": "rating"})
-    with pytest.raises(CorpusError, match="reads no 'labels', did you mean 'label'"):
+    with pytest.raises(CorpusError, match="reads no 'labels'; did you mean 'label'"):
         plan(tmp_path, rows, columns={"text": "sentence", "labels": "sentiment"})
     with pytest.raises(CorpusError, match="text"):
         plan(tmp_path, rows)
