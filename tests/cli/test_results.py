@@ -112,7 +112,7 @@ def test_inspect(run, dumped):
     assert result["fingerprint"] == cache.fingerprint
     assert result["totals"]["num_bytes"] == cache.manifest.num_bytes
     assert result["teacher"]["architecture"] == "LlamaForCausalLM"
-    assert [field["name"] for field in result["fields"]] == ["targets", "hidden-1", "hidden-2"]
+    assert [field["name"] for field in result["fields"]] == ["tokens", "targets", "hidden-1", "hidden-2"]
     people = run("inspect", dumped).out
     for word in (cache.fingerprint, "LlamaForCausalLM", "top 6", "hidden-2", "kept mass", "source"):
         assert word in people

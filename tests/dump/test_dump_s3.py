@@ -67,7 +67,7 @@ def test_killed_and_finished(config, dumped, tmp_path, preloaded):
     named = {record.path for shard in made.manifest.shards for record in shard.objects.values()}
     there = {
         name
-        for part in ("shards", "sequences", "fields/hidden-1", "fields/hidden-2")
+        for part in ("sequences", "fields/tokens", "fields/targets", "fields/hidden-1", "fields/hidden-2")
         for name in Folder(url).names(part)
     }
     assert there == named  # nothing is left of the attempt that was killed

@@ -95,7 +95,7 @@ def test_a_server_that_is_gone(sound, tmp_path, monkeypatch):
         cache = open_cache(server.url, local_store=LocalStoreConfig(directory=str(tmp_path)))
         cache.read([0])
     assert cache.read([1]).indices == [1], "shard 0 is here already"
-    with pytest.raises(CacheError, match=r"shard 1, field targets: cannot download http.* in 5 attempts"):
+    with pytest.raises(CacheError, match=r"shard 1, field tokens: cannot download http.* in 5 attempts"):
         cache.read([6])
     with pytest.raises(CacheError, match="cannot reach http"):
         open_cache(server.url)
@@ -103,9 +103,9 @@ def test_a_server_that_is_gone(sound, tmp_path, monkeypatch):
 
 def test_a_missing_object_is_not_asked_for_again(server, tmp_path):
     cache = open_cache(server.url, local_store=LocalStoreConfig(directory=str(tmp_path)))
-    path = cache.manifest.shards[1].objects["targets"].path
+    path = cache.manifest.shards[1].objects["tokens"].path
     server.directory = tmp_path
-    with pytest.raises(CorruptCacheError, match=f"shard 1, field targets: file {path} is missing"):
+    with pytest.raises(CorruptCacheError, match=f"shard 1, field tokens: file {path} is missing"):
         cache.read([6])
     assert server.requests[path] == 1
 

@@ -61,6 +61,13 @@ def targets(cache):
     return [shard.objects["targets"] for shard in cache.manifest.shards]
 
 
+READ = ("tokens", "targets")  # what is read of every shard
+
+
+def hashes(cache, shards):
+    return {cache.manifest.shards[shard].objects[name].sha256 for shard in shards for name in READ}
+
+
 def wait_until(condition, limit_s=100.0):
     deadline = time.monotonic() + limit_s
     while not condition():
@@ -124,7 +131,8 @@ def test_a_local_cache_is_not_stored(many, tmp_path):
 def test_objects_lie_under_their_hash(server, tmp_path):
     cache = open_cache(server.url, local_store=store_config(tmp_path))
     cache.read(range(10))
-    assert stored(tmp_path) == {record.sha256: record.num_bytes for record in targets(cache)}
+    records = [shard.objects[name] for shard in cache.manifest.shards for name in READ]
+    assert stored(tmp_path) == {record.sha256: record.num_bytes for record in records}
     for path in (tmp_path / "store" / "objects").glob("*/*"):
         assert layout.sha256(path.read_bytes()) == path.name
         assert path.parent.name == path.name[:2]
@@ -187,13 +195,16 @@ def test_tables_are_downloaded_at_the_same_time(server, tmp_path):
 
 
 def test_what_was_used_longest_ago_goes(server, tmp_path):
-    most = max(record.num_bytes for record in targets(open_cache(server.url)))
+    most = largest_shard_bytes(open_cache(server.url).manifest, READ)
     cache = open_cache(server.url, max_open_shards=1, local_store=store_config(tmp_path, max_bytes=3 * most))
     for shard in (0, 1, 2, 0, 3):
         cache._open_shard(shard)
         time.sleep(0.01)
         assert sum(stored(tmp_path).values()) <= 3 * most
-    assert set(stored(tmp_path)) == {targets(cache)[shard].sha256 for shard in (0, 2, 3)}
+    assert set(stored(tmp_path)) & {record.sha256 for record in targets(cache)} == {
+        targets(cache)[shard].sha256 for shard in (0, 2, 3)
+    }
+    assert hashes(cache, (0, 2, 3)) <= set(stored(tmp_path))
 
 
 def test_the_bound_counts_downloads_under_way(server, tmp_path):
@@ -257,7 +268,7 @@ def test_a_full_store_delays_nobody(server, tmp_path, caplog):
 
 def test_an_object_larger_than_the_store(server, tmp_path):
     cache = open_cache(server.url, local_store=store_config(tmp_path, max_bytes=100))
-    with pytest.raises(CacheError, match=r"shard 2, field targets: .* no room for it \(at most 100 bytes"):
+    with pytest.raises(CacheError, match=r"shard 2, field tokens: .* no room for it \(at most 100 bytes"):
         cache.read([2])
     assert server.requests_of("fields/targets/") == {}
 
@@ -265,7 +276,7 @@ def test_an_object_larger_than_the_store(server, tmp_path):
 def test_a_full_disk(server, tmp_path, monkeypatch):
     cache = open_cache(server.url, local_store=store_config(tmp_path))
     monkeypatch.setattr(LocalStore, "_free_bytes", lambda self: 99)
-    with pytest.raises(CacheError, match=r"shard 2, field targets: .* 99 free on its disk"):
+    with pytest.raises(CacheError, match=r"shard 2, field tokens: .* 99 free on its disk"):
         cache.read([2])
 
 
@@ -279,19 +290,19 @@ def test_a_hash_that_is_none(server, tmp_path):
 def test_shards_are_there_before_they_are_needed(server, tmp_path):
     cache = open_cache(server.url, local_store=store_config(tmp_path))
     cache.prefetch([7, 2, 5], ())
-    wait_until(lambda: len(stored(tmp_path)) == 3)
-    assert set(stored(tmp_path)) == {targets(cache)[shard].sha256 for shard in (7, 2, 5)}
+    wait_until(lambda: len(stored(tmp_path)) == 6)
+    assert set(stored(tmp_path)) == hashes(cache, (7, 2, 5))
     cache.read([7, 2, 5])
     assert set(server.requests_of("fields/targets/").values()) == {1}
 
 
 def test_no_further_ahead_than_fits(server, tmp_path):
-    most = largest_shard_bytes(open_cache(server.url).manifest, ["targets"])
+    most = largest_shard_bytes(open_cache(server.url).manifest, READ)
     config = store_config(tmp_path, max_bytes=(2 + THREADS) * most)
     cache = open_cache(server.url, max_open_shards=2, local_store=config)
     cache.prefetch(list(range(10)), ())
     for shard in range(10):
-        ahead = {record.sha256 for record in targets(cache)[shard : shard + THREADS]}
+        ahead = hashes(cache, range(shard, min(shard + THREADS, 10)))
         wait_until(lambda ahead=ahead: ahead <= set(stored(tmp_path)))
         time.sleep(0.02)
         assert sum(server.requests_of("fields/targets/").values()) <= shard + THREADS
@@ -301,23 +312,23 @@ def test_no_further_ahead_than_fits(server, tmp_path):
 
 
 def test_a_plan_replaces_the_one_before(server, tmp_path):
-    most = largest_shard_bytes(open_cache(server.url).manifest, ["targets"])
+    most = largest_shard_bytes(open_cache(server.url).manifest, READ)
     config = store_config(tmp_path, max_bytes=(1 + THREADS) * most)
     cache = open_cache(server.url, max_open_shards=1, local_store=config)
     cache.prefetch([0, 1, 2, 3], ())
-    wait_until(lambda: len(stored(tmp_path)) == 4)
+    wait_until(lambda: len(stored(tmp_path)) == 8)
     cache.prefetch([6, 7, 8, 9], ())
-    wait_until(lambda: {targets(cache)[s].sha256 for s in (6, 7, 8, 9)} <= set(stored(tmp_path)))
+    wait_until(lambda: hashes(cache, (6, 7, 8, 9)) <= set(stored(tmp_path)))
 
 
 def test_a_shard_in_memory_is_not_waited_for(server, tmp_path):
-    most = largest_shard_bytes(open_cache(server.url).manifest, ["targets"])
+    most = largest_shard_bytes(open_cache(server.url).manifest, READ)
     config = store_config(tmp_path, max_bytes=(1 + THREADS) * most)
     cache = open_cache(server.url, max_open_shards=8, local_store=config)
     cache.read(range(THREADS))
     cache.prefetch(list(range(10)), ())
     cache.read(range(THREADS))
-    wait_until(lambda: {record.sha256 for record in targets(cache)[THREADS : 2 * THREADS]} <= set(stored(tmp_path)))
+    wait_until(lambda: hashes(cache, range(THREADS, 2 * THREADS)) <= set(stored(tmp_path)))
 
 
 def test_errors_come_from_the_reader(server, tmp_path):
@@ -325,7 +336,7 @@ def test_errors_come_from_the_reader(server, tmp_path):
     path = targets(cache)[2].path
     server.fault = lambda asked, number, data: (503, b"") if asked == path else None
     cache.prefetch([1, 2, 3], ())
-    wait_until(lambda: server.requests[path] >= 3 and len(stored(tmp_path)) == 2)
+    wait_until(lambda: server.requests[path] >= 3 and len(stored(tmp_path)) == 5)
     assert cache.read([1, 3]).indices == [1, 3]
     with pytest.raises(CacheError, match="shard 2, field targets: cannot download"):
         cache.read([2])
