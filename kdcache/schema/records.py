@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, NonNegativeInt, model_validator
 
 from kdcache.config import Config
 
@@ -266,7 +266,7 @@ class ShardRecord(Record):
 
     index: int
     attempt: str
-    num_rows: dict[str, Annotated[int, Field(ge=0)]]
+    num_rows: dict[str, NonNegativeInt]
     """By axis: ``sequences``, ``tokens``, ``positions``, and every other axis of the shard's arrays."""
     objects: dict[str, ObjectRecord]
     """By field name; ``sequences`` is the per-sequence Arrow table."""

@@ -167,7 +167,7 @@ def test_page_lists_how_sequences_are_made() -> None:
 
 
 def documented_arrays() -> dict[str, list[str]]:
-    names = ("Field `targets`: tokens", "Field `targets`: the teacher", "Samples", "Fields `hidden-<layer>`")
+    names = ("Field `tokens`", "Field `targets`", "Samples", "Fields `hidden-<layer>`")
     return {name: cells for title in names for name, cells in rows(SECTIONS[title]).items()}
 
 
@@ -271,7 +271,8 @@ def test_files_are_those_of_the_directory_section(packed: Path) -> None:
         number, attempt = f"{shard['index']:06d}", shard["attempt"]
         expected |= {
             f"commits/{number}.json",
-            f"shards/{number}-{attempt}.zarr.zip",
+            f"fields/tokens/{number}-{attempt}.zarr.zip",
+            f"fields/targets/{number}-{attempt}.zarr.zip",
             f"fields/hidden-1/{number}-{attempt}.zarr.zip",
             f"fields/hidden-2/{number}-{attempt}.zarr.zip",
             f"sequences/{number}-{attempt}.arrow",
