@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kdcache.cache.tail_prior import TailSum
 from kdcache.errors import CacheError
 from kdcache.fields import TARGETS_FIELD, TOKENS_FIELD, FieldKind, TokenRows
-from kdcache.schema import Statistics, Targets
+from kdcache.schema import NO_LABEL, Statistics, Targets
 
 
 @dataclass
@@ -102,11 +102,16 @@ def statistics_of(data: ShardData) -> Statistics:
     num_positions, targets = int(valid.sum()), data.targets
     if targets is None:
         return Statistics(num_positions=num_positions, num_unlabelled=num_positions)
-    gold_P = np.full(len(valid), np.nan, np.float32) if targets.gold_logprob_P is None else targets.gold_logprob_P
+    if targets.gold_logprob_P is None:
+        labels_P = data.tokens.labels_P
+        is_unlabelled_P = np.ones(len(valid), bool) if labels_P is None else np.equal(labels_P, NO_LABEL)
+        gold_P = np.zeros(len(valid), np.float32)
+    else:
+        gold_P, is_unlabelled_P = targets.gold_logprob_P, np.isnan(targets.gold_logprob_P)
     entropy_P = np.zeros(0) if targets.entropy_P is None else targets.entropy_P[valid]
     return Statistics(
         num_positions=num_positions,
-        num_unlabelled=int(np.isnan(gold_P[valid]).sum()),
+        num_unlabelled=int(is_unlabelled_P[valid].sum()),
         teacher_loss_sum=float(-np.nansum(gold_P[valid], dtype=np.float64)),
         entropy_sum=float(entropy_P.sum(dtype=np.float64)),
         kept_mass_sum=float(-np.expm1(targets.log_tail_P[valid].astype(np.float64)).sum()),

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from kdcache.cache import Cache
-from kdcache.errors import CorruptCacheError
-from kdcache.losses import ObjectiveConfig, TeacherContext, TeacherRows
+from kdcache.errors import ConfigError, CorruptCacheError
+from kdcache.losses import ObjectiveConfig, TeacherContext, TeacherRows, incompatibility
 from kdcache.losses.selection import MEASURES
 from kdcache.models.lm_head import LMHead, head_from_bytes
 from kdcache.tasks import task_of
@@ -68,10 +68,15 @@ def resolve_selection(
 
     Measured on the positions that count of the sequences ``chosen_N`` (default: all): on all of them, or on a fixed,
     evenly spread sample of about `SAMPLE_POSITIONS`. So the bounds are the same on every rank and in a resumed run.
-    Raises ``ConfigError`` when no position counts.
+    Raises ``ConfigError`` when no position counts, or the cache does not have the measure.
     """
     if not objective.shares:
         return objective
+    context = context_of(cache)
+    for name, part in objective.parts.items():
+        problem = incompatibility(part, context) if part.select is not None else None
+        if problem is not None:  # its measure may not be in the cache
+            raise ConfigError(f"{name}: {problem}")
     values: dict[str, list[torch.Tensor]] = {by: [] for by in sorted(objective.shares)}
     for rows in _rows_of(cache, _sample(cache, np.arange(len(cache)) if chosen_N is None else np.sort(chosen_N))):
         for by, parts in values.items():

@@ -128,8 +128,8 @@ class Teacher(ABC):
             lacks = " and ".join(dict.fromkeys(what for what, _ in problems))
             advice = ", ".join(dict.fromkeys(setting for _, setting in problems))
             raise TeacherError(
-                f"teacher backend {self.record.backend!r} cannot give {lacks}, which was asked of {self.record.name}; "
-                f"set {advice}, or use a backend that can"
+                f"teacher backend {self.record.backend!r} cannot give {lacks} of {self.record.name}; set {advice}, or use "
+                "another backend"
             )
 
 

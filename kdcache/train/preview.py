@@ -159,18 +159,22 @@ def _report(look: _Look, is_timed: bool) -> TrainingReport:
 def _statistics(cache: Cache, chosen_N: NDArray[np.int64] | None) -> tuple[float | None, float | None]:
     """Return the teacher's loss and the kept mass, means over the valid positions of ``chosen_N`` (None: all).
 
-    None for what is unknown: the loss where the corpus has no labels, both where there are no distributions.
+    None for what is unknown: the loss where the corpus has no labels or the cache no log-probability of them, both
+    where there are no distributions.
     """
-    if cache.manifest.targets.kind == "outputs":
+    targets = cache.manifest.targets
+    if targets.kind == "outputs":
         return None, None
+    has_loss = "gold_logprob" in targets.scalars
     if chosen_N is None:
         sums = cache.manifest.statistics
         num_labelled = sums.num_positions - sums.num_unlabelled
-        loss = sums.teacher_loss_sum / num_labelled if num_labelled or not sums.num_positions else None
+        is_known = has_loss and (num_labelled or not sums.num_positions)
+        loss = sums.teacher_loss_sum / num_labelled if is_known else None
         return loss, sums.kept_mass_sum / max(sums.num_positions, 1)
-    table = cache.sequence_table(["num_targets", "teacher_loss", "kept_mass"])
-    counts, losses, masses = (column.to_numpy()[chosen_N].astype(float) for column in table.columns)
-    return _weighted_mean(losses, counts), _weighted_mean(masses, counts)
+    table = cache.sequence_table(["num_targets", "kept_mass", *(["teacher_loss"] if has_loss else [])])
+    counts, masses, *losses = (table[name].to_numpy()[chosen_N].astype(float) for name in table.column_names)
+    return _weighted_mean(losses[0], counts) if losses else None, _weighted_mean(masses, counts)
 
 
 def _weighted_mean(values_N: NDArray[np.float64], counts_N: NDArray[np.float64]) -> float | None:

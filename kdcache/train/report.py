@@ -114,8 +114,10 @@ class TrainingReport(Config):
 
 def losses_text(sample: SampleReport) -> str:
     """Return the losses of student and teacher in words; empty where there are none."""
-    if sample.student_loss is None or sample.teacher_loss is None:
+    if sample.student_loss is None:
         return ""
+    if sample.teacher_loss is None:
+        return f": loss {sample.student_loss:.4f} at the start on {sample.num_positions:,} positions"
     return (
         f": loss {sample.student_loss:.4f} at the start, the teacher's {sample.teacher_loss:.4f} on the same "
         f"{sample.num_positions:,} positions"
@@ -143,7 +145,7 @@ def start_to_end(start: float | None, end: float | None) -> str | None:
 def _about_losses(report: TrainingReport) -> Iterator[str]:
     student, teacher, guessing = report.sample.student_loss, report.sample.teacher_loss, math.log(report.vocab_size)
     distils = any(term.uses_teacher and term.is_trained for term in report.terms)
-    if student is None or teacher is None:
+    if student is None:
         return
     if not math.isfinite(student):
         yield (
@@ -156,7 +158,7 @@ def _about_losses(report: TrainingReport) -> Iterator[str]:
             f"({guessing:.2f}): of a pretrained student check that it has the teacher's tokenizer and was saved whole; "
             "a fresh one has weights that are too large"
         )
-    elif distils and teacher >= student:
+    elif distils and teacher is not None and teacher >= student:
         yield (
             f"the teacher's loss, {teacher:.4f}, is not below the student's own, {student:.4f}, on the same positions: "
             "the student already predicts these texts as well, and distillation would make it worse. Use texts that "

@@ -46,7 +46,7 @@ class SampleReport(Config):
 class Measured:
     """Sums over the valid positions of a sample.
 
-    ``teacher_sum`` and ``student_sum`` are of the losses, ``term_sums`` of the terms of the objective,
+    ``teacher_sum`` (None: the cache does not store it) and ``student_sum`` are of the losses, ``term_sums`` of the terms of the objective,
     ``selected_sums`` of the positions that a term selects, ``tail_sums_G`` of the teacher's tail mass at the cache's
     other temperatures.
     """
@@ -54,7 +54,7 @@ class Measured:
     num_sequences: int = 0
     num_positions: int = 0
     num_labelled: int = 0
-    teacher_sum: float = 0.0
+    teacher_sum: float | None = 0.0
     student_sum: float = 0.0
     term_sums: dict[str, float] = field(default_factory=dict)
     selected_sums: dict[str, float] = field(default_factory=dict)
@@ -66,7 +66,9 @@ class Measured:
         return SampleReport(
             num_sequences=self.num_sequences,
             num_positions=self.num_positions,
-            teacher_loss=self.teacher_sum / self.num_labelled if self.num_labelled else None,
+            teacher_loss=None
+            if self.teacher_sum is None or not self.num_labelled
+            else self.teacher_sum / self.num_labelled,
             student_loss=self.student_sum / self.num_labelled if self.num_labelled else None,
         )
 
@@ -139,7 +141,10 @@ def _add(measured: Measured, values: Mapping[str, Tensor], batch: Batch) -> None
     measured.num_positions += int(valid_P.sum())
     if values:
         measured.num_labelled += int(is_labelled_P.sum())
-        measured.teacher_sum -= total(batch["teacher_gold_logprob"], is_labelled_P)
+        if measured.teacher_sum is not None and "teacher_gold_logprob" in batch:
+            measured.teacher_sum -= total(batch["teacher_gold_logprob"], is_labelled_P)
+        else:
+            measured.teacher_sum = None
         measured.student_sum += total(values[""], is_labelled_P)
     for name in values.keys() - {""}:
         measured.term_sums[name] = measured.term_sums.get(name, 0.0) + total(values[name])

@@ -3,6 +3,10 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,21 +14,35 @@ import numpy as np
 import pytest
 import torch
 
+from kdcache.cache import open_cache
 from kdcache.cache.curriculum import PACINGS
 from kdcache.cli import COMMANDS
 from kdcache.codecs import TOPK_CODECS, VECTOR_CODECS, TargetsCodec
+from kdcache.config import build, merge, parse_assignments
 from kdcache.corpus.sources import FORMATS
+from kdcache.dump import DumpConfig, dump_teacher, preview_dump
+from kdcache.errors import CacheError, ConfigError, TeacherError
+from kdcache.estimate import estimate_presets
+from kdcache.evaluate import evaluate_students
+from kdcache.inspect import inspect_cache
 from kdcache.losses import LOSSES, MEASURES, SCHEDULES, TERMS, ChunkView, Loss, TeacherContext, incompatibility
+from kdcache.losses.from_cache import context_of
 from kdcache.models.bodies import BODIES
 from kdcache.plugins import Table
 from kdcache.presets import PRESETS
 from kdcache.schema import Kind, TargetsRecord
 from kdcache.students.sizes import SIZES
 from kdcache.tasks import TASKS
+from kdcache.teachers import BACKENDS
+from kdcache.train import TrainConfig, preview_training, train_student
+from kdcache.verify.against_teacher import verify_against_teacher
+from kdcache.verify.stored import verify_cache
+from tests.conftest import TEXTS
 from tests.contracts.matching import check_merged
 from tests.docs.pages import DOCS, ROOT, blocks, sections
 from tests.synthetic import random_targets
 from tests.task_models import SENTENCES, bert, bert_tokenizer
+from tests.tiny import bpe_tokenizer, llama
 
 PAGE = (DOCS / "extending.md").read_text()
 TABLES = {
@@ -37,6 +55,7 @@ TABLES = {
     "VECTOR_CODECS": VECTOR_CODECS,
     "TASKS": TASKS,
     "BODIES": BODIES,
+    "BACKENDS": BACKENDS,
     "FORMATS": FORMATS,
     "SIZES": SIZES,
     "PRESETS": PRESETS,
@@ -119,7 +138,7 @@ def test_tables_are_where_the_page_says() -> None:
     listed = {}
     for line in sections(PAGE)["Extending kdcache"].splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if line.startswith("|") and " in `kdcache/" in cells[1] and cells[0] != "teacher backend":
+        if line.startswith("|") and " in `kdcache/" in cells[1]:
             name, path = (part.strip("`") for part in cells[1].split(" in "))
             listed[name] = path
     assert set(listed) == set(TABLES)
@@ -160,7 +179,7 @@ def test_task_and_loss_of_the_page_work_from_a_package_of_their_own(tmp_path: Pa
     package = tmp_path / "package"
     (package / "toy-1.0.dist-info").mkdir(parents=True)
     files = titled_blocks(PAGE)
-    assert set(files) == {"token_classification.py", "hellinger.py"}
+    assert {"token_classification.py", "hellinger.py"} <= set(files)
     for name, text in files.items():
         (package / name).write_text(text)
     (package / "toy-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
@@ -205,8 +224,164 @@ def titled_blocks(page: str) -> dict[str, str]:
     return dict(re.findall(r'```python title="([^"]+)"\n(.*?)```', page, re.DOTALL))
 
 
+def shown_entry_points() -> list[tuple[str, str, str]]:
+    """Group, name and object of every entry point of the page."""
+    return re.findall(r'    \[project\.entry-points\."([^"]+)"\]\n    (\S+) = "([^"]+)"', PAGE)
+
+
 def entry_points_of_the_page() -> str:
     """The entry points as the page shows them, in the form in which an installed package has them."""
-    shown = re.findall(r'    \[project\.entry-points\."([^"]+)"\]\n    (\S+) = "([^"]+)"', PAGE)
-    assert len(shown) == 2
+    shown = shown_entry_points()
+    assert len(shown) >= 3
     return "".join(f"[{group}]\n{name} = {place}\n" for group, name, place in shown)
+
+
+# ----------------------------------------------------------------------------------------- the backend of the page
+
+
+@pytest.fixture(scope="module")
+def table_teacher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """The page's backend, installed, with its table of next words; the settings of a dump from it."""
+    path = tmp_path_factory.mktemp("next-words")
+    (path / "next_words.py").write_text(titled_blocks(PAGE)["next_words.py"])
+    tokenizer = bpe_tokenizer()
+    tokenizer.save_pretrained(path / "tokenizer")
+    llama(len(tokenizer), seed=2).save_pretrained(path / "student")
+    tokenizer.save_pretrained(path / "student")
+    (path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (path / "table.json").write_text(json.dumps(next_words(tokenizer)))
+    group, name, place = next(found for found in shown_entry_points() if found[0] == BACKENDS.group)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(path))
+        # The plugins of a table are read once.
+        patch.setitem(vars(BACKENDS), "_plugins", {name: [EntryPoint(name, place, group)]})
+        yield {
+            "output": str(path / "cache"),
+            "teacher": {
+                "backend": "next-words",
+                "model": str(path / "table.json"),
+                "tokenizer": str(path / "tokenizer"),
+            },
+            "corpus": {"paths": [str(path / "texts.jsonl")]},
+            "sequences": {"max_length": 16},
+        }
+        BACKENDS._used.pop(name, None)
+
+
+def next_words(tokenizer: Any) -> dict[int, list[tuple[int, float]]]:
+    """For each token of the texts the four most frequent next ones, with log-probabilities that leave a tail."""
+    counts: dict[int, Counter[int]] = {}
+    for text in TEXTS:
+        ids = tokenizer(text)["input_ids"]
+        for before, after in pairwise(ids):
+            counts.setdefault(before, Counter())[after] += 1
+    table = {}
+    for token, found in counts.items():
+        padded = found + Counter({other: 0.01 for other in range(4) if other not in found})  # type: ignore[dict-item]
+        total = 1.2 * sum(padded.values())
+        table[token] = [(after, float(np.log(count / total))) for after, count in padded.most_common(4)]
+    return table
+
+
+@pytest.fixture(scope="module")
+def table_cache(table_teacher: dict[str, Any]) -> str:
+    dump_teacher(build(DumpConfig, table_teacher), progress=False)
+    return str(table_teacher["output"])
+
+
+def test_cache_of_the_backend_holds_its_table_and_no_more(table_teacher: dict[str, Any], table_cache: str) -> None:
+    cache = open_cache(table_cache)
+    manifest = cache.manifest
+    assert manifest.targets == TargetsRecord(top_k=4, scalars=(), tail="remainder")
+    assert (manifest.teacher.backend, manifest.teacher.identity.kind) == ("next-words", "import")
+    assert (manifest.teacher.num_layers, manifest.teacher.dtype) == (None, None)
+    assert verify_cache(table_cache, deep=True).problems == []
+    batch = cache.read(range(len(cache)))
+    assert (batch.targets.entropy_P, batch.targets.gold_logprob_P) == (None, None)
+    table = json.loads(Path(table_teacher["teacher"]["model"]).read_text())
+    read = np.concatenate([piece[:-1] for piece in np.split(batch.tokens_T, batch.token_offsets_N1[1:-1])])
+    for position, token in enumerate(read):
+        ids, logprobs = zip(*table[str(token)], strict=True)
+        np.testing.assert_array_equal(batch.targets.ids_PK[position], ids)
+        np.testing.assert_allclose(batch.targets.logprobs_PK[position], logprobs, atol=5e-3)  # float16
+        assert batch.targets.log_tail_P[position] == pytest.approx(np.log(1 - np.exp(logprobs).sum()), abs=0.03)
+    columns = cache.sequence_table().column_names
+    assert "kept_mass" in columns
+    assert not {"teacher_loss", "teacher_entropy"} & set(columns)
+    totals = inspect_cache(cache)["totals"]
+    assert (totals["teacher_loss"], totals["teacher_entropy"]) == (None, None)
+    assert totals["num_labelled"] == manifest.num_positions
+    assert 0.7 < totals["kept_mass"] < 0.9
+
+
+def test_dump_of_the_backend_is_resumed_by_the_content_of_its_table(
+    table_teacher: dict[str, Any], table_cache: str, tmp_path: Path
+) -> None:
+    assert dump_teacher(build(DumpConfig, table_teacher), progress=False).num_shards_written == 0
+    other = json.loads(Path(table_teacher["teacher"]["model"]).read_text())
+    other.popitem()
+    (tmp_path / "table.json").write_text(json.dumps(other))
+    changed = merge(table_teacher, {"teacher": {"model": str(tmp_path / "table.json")}})
+    with pytest.raises(CacheError, match=r"teacher\.identity\.sha256 is"):
+        dump_teacher(build(DumpConfig, changed), progress=False)
+
+
+def test_a_student_learns_from_the_cache_of_the_backend(table_cache: str, tmp_path: Path) -> None:
+    student = str(Path(table_cache).parent / "student")
+    settings = {"student": {"model": student}, "max_steps": 60, "learning_rate": 0.01}
+    config = build(TrainConfig, {"cache": table_cache, "output": str(tmp_path), **settings})
+    train_student(config, progress=True)
+    found = evaluate_students(table_cache, [student, str(tmp_path)], progress=False).to_dict()
+    before, after = found["students"]
+    assert after["kl"] < 0.35 * before["kl"]
+    assert after["agreement"] > 0.3
+
+
+def test_what_the_backend_cannot_give_is_an_error_that_names_it(table_teacher: dict[str, Any], tmp_path: Path) -> None:
+    rows = table_after("| setting of the dump |")
+    assert len(rows) >= 13
+    for setting, words in rows:
+        changed = merge({**table_teacher, "output": str(tmp_path)}, parse_assignments([setting]))
+        for verb in (dump_teacher, preview_dump):
+            with pytest.raises(TeacherError) as caught:
+                verb(build(DumpConfig, changed), progress=False)
+            assert words in str(caught.value), setting
+            assert re.search(r"; (set|choose) ", str(caught.value)), "the error says what to do"
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(TeacherError, match=r"kdcache estimate needs the logits of the whole vocabulary"):
+        estimate_presets(build(DumpConfig, table_teacher), progress=False)
+
+
+def test_what_the_cache_of_the_backend_does_not_have_is_an_error_that_names_it(table_cache: str) -> None:
+    rows = table_after("| setting of the training |")
+    assert len(rows) >= 7
+    settings = {"cache": table_cache, "output": "run", "student": {"model": str(Path(table_cache).parent / "student")}}
+    for setting, words in rows:
+        with pytest.raises(ConfigError) as caught:
+            preview_training(build(TrainConfig, merge(settings, parse_assignments([setting]))))
+        assert words in str(caught.value), setting
+    with pytest.raises(TeacherError, match=r"its logits cannot be made again here; check .* verify --deep"):
+        verify_against_teacher(table_cache, 1, progress=False)
+
+
+def test_every_loss_works_on_the_cache_of_the_backend_or_is_refused_by_name(table_cache: str) -> None:
+    context = context_of(open_cache(table_cache))
+    assert not context.has("entropy")
+    assert not context.has("gold_logprob")
+    parts = {name: table[name] for table in (LOSSES, TERMS) for name in table}
+    needed = {"hidden_mse": {"layers": {1: 1}}, "hidden_cosine": {"layers": {1: 1}}}
+    refused = set()
+    for name, part in parts.items():
+        reason = incompatibility(part(weight=1, **needed.get(name, {})), context)
+        if reason is not None:
+            refused.add(name)
+            assert re.search("hidden states|raw outputs|labels|pairs of texts|relevance", reason), name
+    # Losses look at kept ids and the tail; terms at states, raw outputs and labels of texts, which the cache lacks.
+    assert refused == set(TERMS)
+
+
+def table_after(head: str) -> list[tuple[str, str]]:
+    """The rows of the page's table that begins with ``head``: a setting and what the error about it names."""
+    lines = PAGE[PAGE.index(head) :].split("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [(setting.strip("`"), words) for setting, words in cells]
