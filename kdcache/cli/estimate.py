@@ -150,6 +150,6 @@ def _choice_lines(choices: list[Any]) -> list[str]:
         if choice.modes is not None:
             modes = [f"{temperatures} ({mode})" for mode, temperatures in choice.modes.items()]
             parts.append(f"temperature {', '.join(['1', *modes])}")
-        words = f"no: {choice.refusal}" if choice.refusal is not None else "; ".join(parts) or "yes"
+        words = f"no: {choice.incompatibility}" if choice.incompatibility is not None else "; ".join(parts) or "yes"
         groups.setdefault(words, []).append(choice.loss)
     return [f"  {', '.join(losses)}: {words}" for words, losses in groups.items()]

@@ -1,4 +1,4 @@
-"""Estimating: what every preset of a dump costs and keeps, measured on a pilot before a GPU-week is spent."""
+"""Estimate what every preset of a dump costs and keeps, from a pilot, before a GPU-week is spent."""
 
 from kdcache.estimate.choices import LossChoices, student_choices
 from kdcache.estimate.measure import Measured, PresetMeasurement, Reference, measure

@@ -1,4 +1,4 @@
-"""What a student may choose on a cache: the losses say so themselves, asked one setting after another."""
+"""List which loss settings are compatible with a cache, by asking every loss for one setting after another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kdcache.losses import LOSSES, Loss, TeacherContext, incompatibility
 from kdcache.models.lm_head import LMHead
 from kdcache.schema import TargetsRecord
 
-#: Stands for every temperature: one that nobody would store.
+#: Stands for every temperature; no cache stores this one.
 _SOME_TEMPERATURE = 1.618034
 
 
@@ -20,12 +20,12 @@ _SOME_TEMPERATURE = 1.618034
 class LossChoices:
     """The settings of a loss that a kind of targets allows.
 
-    ``incompatibility`` says why there are none. ``tails`` are those allowed at temperature 1. ``modes`` make temperatures other
-    than 1, each those in ``temperatures`` of its name: ``any``, or those that the cache stores.
+    ``incompatibility`` says why there are none. ``tails`` are those allowed at temperature 1. ``modes`` are the ways to
+    apply other temperatures, each with its temperatures: ``any``, or those that the cache stores.
     """
 
     loss: str
-    refusal: str | None
+    incompatibility: str | None
     tails: tuple[str, ...] = ()
     modes: dict[str, str] | None = None
 
@@ -33,11 +33,11 @@ class LossChoices:
 def student_choices(record: TargetsRecord, vocab_size: int) -> list[LossChoices]:
     """Return what every loss allows on a cache whose targets are ``record``."""
     context = context_of_record(record, vocab_size)
-    return [_choices_of(name, loss, context) for name, loss in LOSSES.items()]
+    return [_choices_of(name, loss, context) for name, loss in LOSSES.importable().items()]
 
 
 def context_of_record(record: TargetsRecord, vocab_size: int) -> TeacherContext:
-    """Return the context of a cache that does not exist yet: its prior and its head are there, but hold nothing."""
+    """Return the context of a cache that does not exist yet, with placeholders for its prior and its LM head."""
     return TeacherContext(
         kind=record.kind,
         vocab_size=vocab_size,
@@ -50,10 +50,10 @@ def context_of_record(record: TargetsRecord, vocab_size: int) -> TeacherContext:
 
 
 def _choices_of(name: str, loss: type[Loss], context: TeacherContext) -> LossChoices:
-    refusal = incompatibility(loss(weight=1), context)
+    problem = incompatibility(loss(weight=1), context)
     tails = tuple(tail for tail in _options(loss, "tail") if _is_allowed(loss, context, tail=tail))
     modes = dict(_modes(loss, context)) if "temperature" in loss.model_fields else None
-    return LossChoices(name, refusal if not tails else None, tails, modes)
+    return LossChoices(name, problem if not tails else None, tails, modes)
 
 
 def _modes(loss: type[Loss], context: TeacherContext) -> Iterator[tuple[str, str]]:
@@ -71,7 +71,7 @@ def _is_allowed(loss: type[Loss], context: TeacherContext, **settings: Any) -> b
 
 
 def _options(loss: type[Loss], name: str) -> tuple[str, ...]:
-    """Return the words that a setting of a loss takes, none where there is no such setting."""
+    """Return the values of a setting of a loss, none if it has no such setting."""
     found = loss.model_fields.get(name)
     return tuple(_literals(found.annotation)) if found else ()
 

@@ -1,9 +1,9 @@
-"""Measuring presets on a sample: two walks over the teacher's logits for all of them together.
+"""Measure presets on a sample, in two walks over the teacher's logits for all presets together.
 
-The first walk keeps what each kind of targets keeps (`keep`); codecs and objects come next (`storage`); the second
-walk gathers what needs the whole vocabulary once more, now that priors and decoded states are known: the teacher's
-mean distribution, its cross-entropy with the priors, and the KL of logits from decoded states. All else follows from
-rows (`rows`).
+The first walk reduces the logits to each kind of targets (`reduce`). Then codecs encode and decode them (`storage`).
+The second walk computes what needs the whole vocabulary again, now that priors and decoded states are known: the
+teacher's mean distribution, its cross-entropy with the priors, and the KL of logits from decoded states. Everything
+else follows from the stored rows (`rows`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.estimate.keep import Kept, keep_all
+from kdcache.estimate.reduce import Reduced, reduce_all
 from kdcache.estimate.rows import Rows, Spread, batch_mean_error, batches_of, codec_kl, full_kl, within_tail_kl
 from kdcache.estimate.sample import HeadLogits, Sample, split
 from kdcache.estimate.storage import Stored, store
@@ -30,10 +30,10 @@ Report = Callable[[int], object]
 
 @dataclass
 class PresetMeasurement:
-    """What a preset costs and what is left of the teacher; means over the sample's positions, in nats.
+    """What a preset costs and how close its targets are to the teacher; means over the sample's positions, in nats.
 
     ``full_kl`` by treatment of the tail (``full`` where nothing is lost but rounding), ``batch_mean_error`` likewise
-    (``samples`` where samples stand for the tail); see `kdcache.estimate.rows`. None where a number makes no sense.
+    (``samples`` where samples stand for the tail); see `kdcache.estimate.rows`. None: not defined.
     """
 
     bytes_per_token: float
@@ -50,7 +50,7 @@ class PresetMeasurement:
 
 @dataclass
 class Reference:
-    """What the second walk gathers, in float64.
+    """The results of the second walk, in float64.
 
     ``means_QV``: the teacher's mean distribution in each batch of `batches_of`; ``cross``: for every kind of targets
     with a tail prior the sum over the vocabulary of t log prior, [P], by the prior of the *other* half;
@@ -65,10 +65,10 @@ class Reference:
 
 @dataclass
 class Measured:
-    """Measurements by preset, and what they were made of, for whoever compares something else with them."""
+    """Measurements by preset, and the intermediate results, for comparisons with other methods."""
 
     presets: dict[str, PresetMeasurement]
-    kept: dict[TargetsRecord, Kept]
+    kept: dict[TargetsRecord, Reduced]
     stored: dict[str, Stored]
     reference: Reference
 
@@ -78,11 +78,11 @@ def measure(
 ) -> Measured:
     """Measure every plan of ``plans`` (by the name of its preset) on ``sample``.
 
-    ``also`` are kinds of targets to keep beside those of the plans. ``report`` is called with the positions done, of
+    ``also`` are further kinds of targets to reduce to. ``report`` is called with the positions done, of
     twice as many as there are. Plans with hidden states need a sample whose logits are `HeadLogits`.
     """
     records = dict.fromkeys([*(plan.targets for plan in plans.values()), *also])
-    kept = keep_all(sample, records, report=report)
+    kept = reduce_all(sample, records, report=report)
     states_PD = sample.logits.states_PD if isinstance(sample.logits, HeadLogits) else None
     stored = {name: store(sample, plan, kept[plan.targets].targets, states_PD) for name, plan in plans.items()}
     decoded = {
@@ -98,12 +98,12 @@ def measure(
 
 def refer(
     sample: Sample,
-    kept: Mapping[TargetsRecord, Kept],
+    kept: Mapping[TargetsRecord, Reduced],
     decoded: Mapping[str, NDArray[np.float32]],
     *,
     report: Report | None = None,
 ) -> Reference:
-    """Walk over the logits of ``sample`` for everything that needs the whole vocabulary; see `Reference`."""
+    """Walk over the logits of ``sample`` for everything that needs the whole vocabulary (`Reference`)."""
     batches = list(batches_of(sample.num_positions))
     walk = _Walk(sample, {record: item.priors_HV for record, item in kept.items() if item.priors_HV is not None})
     lossless = _lossless(sample, decoded)
@@ -129,7 +129,7 @@ def refer(
 
 
 def _lossless(sample: Sample, decoded: Mapping[str, NDArray[np.float32]]) -> list[str]:
-    """Return whose decoded states are the states themselves, as bfloat16 keeps those of a bfloat16 teacher."""
+    """Return the presets whose decoded states equal the states, such as bfloat16 for a bfloat16 teacher."""
     if not isinstance(sample.logits, HeadLogits):
         return []
     return [name for name, states_PD in decoded.items() if np.array_equal(states_PD, sample.logits.states_PD)]
@@ -176,7 +176,7 @@ class _Walk:
 
 
 def _measurement(
-    name: str, record: TargetsRecord, sample: Sample, kept: Kept, stored: Stored, reference: Reference
+    name: str, record: TargetsRecord, sample: Sample, kept: Reduced, stored: Stored, reference: Reference
 ) -> PresetMeasurement:
     fidelity: dict[str, Any] = {"codec_kl": None, "within_tail_kl": None}
     if record.kind == "hidden":
@@ -197,21 +197,21 @@ def _measurement(
         bytes_by_field=stored.bytes_by_field,
         kept_mass=mass,
         **fidelity,
-        keep_tokens_per_s=count / kept.keep_s,
+        keep_tokens_per_s=count / kept.reduce_s,
         encode_tokens_per_s=count / stored.encode_s,
         decode_tokens_per_s=count / stored.decode_s,
     )
 
 
-def _kept_mass(kept: Kept) -> float:
+def _kept_mass(kept: Reduced) -> float:
     return float(-np.expm1(kept.targets.log_tail_P.astype(np.float64)).mean())
 
 
-def spreads_of(record: TargetsRecord, sample: Sample, kept: Kept, reference: Reference) -> dict[str, Spread]:
-    """Return the ways in which rows of ``record`` can be completed: ``uniform``, and ``prior`` if it has one."""
+def spreads_of(record: TargetsRecord, sample: Sample, kept: Reduced, reference: Reference) -> dict[str, Spread]:
+    """Return the ways to spread the tail mass of ``record``: ``uniform``, and ``prior`` if it has one."""
     spreads = {"uniform": Spread.uniform(sample.vocab_size, sample.num_positions)}
     if kept.priors_HV is not None:
-        # Every position is judged by the prior of the half that it does not belong to.
+        # Every position is measured with the prior of the other half.
         spreads["prior"] = Spread(kept.priors_HV[::-1], sample.half_P, reference.cross[record])
     return spreads
 

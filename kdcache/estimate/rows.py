@@ -1,15 +1,15 @@
-"""How far stored rows are from the teacher: exact rows beside decoded ones, in float64.
+"""Distances between stored rows and the teacher: exact rows compared with decoded ones, in float64.
 
-t is the teacher's distribution, q the stored row: probabilities of the kept ids and a mass m' for all others (m the
+t is the teacher's distribution, q the stored row: probabilities of the kept ids, and a mass m' for all others (m the
 exact one). Three distances, in nats unless said otherwise:
 
-- *KL of the codec*: KL(t || q) over the kept ids and the tail as one outcome: what encoding loses of what was kept.
-- *full-vocabulary KL*: KL(t || c) where c completes q to a distribution over all ids, sharing m' out to the ids that
-  were not kept in proportion to some weights (`Spread`): all alike, or the tail prior. With q and the sum of t log
-  weight known, no array over the vocabulary is needed: KL = -H(t) - sum_K t log q - sum_outside t log c.
+- *KL of the codec*: KL(t || q) over the kept ids and the tail as one outcome: what encoding loses of the kept ids.
+- *full-vocabulary KL*: KL(t || c) where c completes q to a distribution over all ids, spreading m' over the ids that
+  were not kept in proportion to some weights (`Spread`): uniform, or the tail prior. With q and the sum of t log weight
+  known, no array over the vocabulary is needed: KL = -H(t) - sum_K t log q - sum_outside t log c.
 - *batch-mean error of the target*: the L2 norm, over the vocabulary, of the mean over a batch of positions of
   (target - t); the mean over batches. What a student sees in a batch is off by that in its output bias. It falls with
-  the square root of the batch for unbiased targets and not at all for biased ones, so the batch must be named: it has
+  the square root of the batch for unbiased targets and not at all for biased ones, so the batch size must be fixed:
   `BATCH_POSITIONS` positions.
 
 Shape suffixes: P positions, J ids of a row, V vocabulary, H halves of the sample, Q batches.
@@ -28,13 +28,13 @@ from kdcache.schema import FloatArray, IntArray, Targets
 
 Float64 = NDArray[np.float64]
 
-#: Positions of a batch whose mean target is compared with the teacher's mean distribution.
+#: Positions of the batches over which mean targets are compared with the teacher's mean distribution.
 BATCH_POSITIONS = 4096
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows in order of their ids; pads come last, with the id ``vocab_size`` and log-probability -inf."""
+    """Rows sorted by id; padding comes last, with the id ``vocab_size`` and log-probability -inf."""
 
     ids_PJ: NDArray[np.int64]
     logprobs_PJ: Float64
@@ -43,7 +43,7 @@ class Rows:
 
     @classmethod
     def of(cls, ids_PJ: IntArray, logprobs_PJ: FloatArray, log_tail_P: FloatArray, vocab_size: int) -> Rows:
-        """Sort rows whose ids are distinct but for pads, which are known by log-probability -inf."""
+        """Sort rows of distinct ids; entries with log-probability -inf are padding."""
         known_PJ = np.where(np.isneginf(logprobs_PJ), vocab_size, ids_PJ.astype(np.int64))
         order_PJ = np.argsort(known_PJ, axis=1, kind="stable")
         ordered_PJ = np.take_along_axis(logprobs_PJ.astype(np.float64), order_PJ, axis=1)
@@ -58,12 +58,12 @@ class Rows:
 
     @property
     def is_id_PJ(self) -> NDArray[np.bool_]:
-        """False at pads."""
+        """False at padding."""
         return self.ids_PJ < self.vocab_size
 
     @property
     def num_kept_P(self) -> NDArray[np.int64]:
-        """Ids of every row."""
+        """Number of ids of every row."""
         return self.is_id_PJ.sum(axis=1)
 
     def renormalised(self) -> Rows:
@@ -75,7 +75,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Spread:
-    """Weights by which the tail's mass is shared out to ids that were not kept: row ``half_P[p]`` of ``weights_HV``.
+    """Weights by which the tail's mass is spread over the ids that were not kept: row ``half_P[p]`` of ``weights_HV``.
 
     ``cross_P`` is the sum over the vocabulary of teacher probability x log weight.
     """
@@ -86,11 +86,11 @@ class Spread:
 
     @classmethod
     def uniform(cls, vocab_size: int, num_positions: int) -> Spread:
-        """Return weights that are all alike."""
+        """Return equal weights."""
         return cls(np.ones((1, vocab_size)), np.zeros(num_positions, np.int64), np.zeros(num_positions))
 
     def at(self, rows: Rows) -> Float64:
-        """Return the weights at the ids of rows, [P, J], 0 at pads."""
+        """Return the weights at the ids of rows, [P, J], 0 at padding."""
         padded_HV = np.pad(self.weights_HV, ((0, 0), (0, 1)))
         return padded_HV[self.half_P[:, None], rows.ids_PJ]
 
@@ -102,7 +102,7 @@ class Spread:
 
 
 def _xlogy(x: Float64, log_y: Float64) -> Float64:
-    """Return x log y, 0 where x is 0 whatever y is."""
+    """Return x log y, 0 where x is 0."""
     with np.errstate(invalid="ignore"):
         return np.where(x > 0, x * log_y, 0.0)
 
@@ -110,7 +110,7 @@ def _xlogy(x: Float64, log_y: Float64) -> Float64:
 def codec_kl(exact: Rows, decoded: Rows) -> float:
     """Return the mean KL, exact to decoded, over the kept ids and the tail; raises ``CacheError`` for other ids."""
     if not np.array_equal(exact.ids_PJ, decoded.ids_PJ):
-        raise CacheError("a codec gave back other ids than it was given; this is a defect of kdcache")
+        raise CacheError("a codec decoded other ids than it encoded; this is a defect of kdcache, please report it")
     probs_PJ, tail_P = np.exp(exact.logprobs_PJ), np.exp(exact.log_tail_P)
     with np.errstate(invalid="ignore"):
         head_PJ = _xlogy(probs_PJ, exact.logprobs_PJ - decoded.logprobs_PJ)
@@ -132,12 +132,12 @@ def full_kl(exact: Rows, decoded: Rows, entropy_P: FloatArray, spread: Spread) -
 
 
 def within_tail_kl(exact: Rows, entropy_P: FloatArray) -> float:
-    """Return the mean of m KL(tail || flat tail): what a student with the right bucket can still be off by."""
+    """Return the mean of m KL(tail || flat tail): the KL that remains for a student with the right tail mass."""
     return full_kl(exact, exact, entropy_P, Spread.uniform(exact.vocab_size, len(entropy_P)))
 
 
 def batches_of(num_positions: int) -> Iterator[slice]:
-    """Return the batches over which means are taken: whole ones only, or all positions if they are fewer than one."""
+    """Return the batches over which means are taken: whole ones, or all positions if there are fewer."""
     size = min(BATCH_POSITIONS, num_positions)
     return (slice(start, start + size) for start in range(0, num_positions - size + 1, size))
 
@@ -159,6 +159,6 @@ def _mean_target(rows: Rows, batch: slice, spread: Spread | None) -> Float64:
         outside_P = own.outside(part)
         share_P = np.where(outside_P > 0, np.exp(part.log_tail_P) / np.maximum(outside_P, 1e-300), 0.0)
         added_V = np.bincount(own.half_P, share_P, len(own.weights_HV)) @ own.weights_HV
-        probs_PJ = probs_PJ - share_P[:, None] * own.at(part)  # kept ids get nothing of it
+        probs_PJ = probs_PJ - share_P[:, None] * own.at(part)  # kept ids get none of it
     sums_V = np.bincount(part.ids_PJ.reshape(-1), probs_PJ.reshape(-1), rows.vocab_size + 1)[:-1] + added_V
     return sums_V / len(probs_PJ)

@@ -1,8 +1,8 @@
 """``kdcache estimate``: load teacher and corpus as a dump would, run a pilot, measure every preset; write nothing.
 
-A pilot of a few thousand positions, spread over the corpus, tells bytes per token within a few percent and every
-distance well enough to choose by. Time is the teacher's own speed plus what reducing its logits and encoding cost;
-a dump encodes in a second thread, so with a core to spare it is a little faster than this says.
+A pilot of a few thousand positions, spread over the corpus, gives bytes per token within a few percent, and every
+distance precisely enough to choose a preset. The time is that of the teacher plus reducing its logits and encoding; a
+dump encodes in a second thread, so with a core to spare it is a little faster.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ from kdcache.teachers.logits import LogitsTeacher, require_logits
 
 log = logging.getLogger(__name__)
 
-#: Never written: a dump's parts are loaded for an output, and here there is none.
+#: Loading the inputs of a dump needs an output; nothing is written to this one.
 _NO_OUTPUT = "memory://kdcache-estimate"
 _PILOT_RECORD = TargetsRecord(top_k=1)
 
 
 @dataclass
 class PresetEstimate:
-    """What one preset would cost and keep; ``unavailable`` says why the others are None."""
+    """What one preset would cost and keep; if it cannot be used, ``unavailable`` says why and the others are None."""
 
     name: str
     description: str
     unavailable: str | None = None
     measurement: PresetMeasurement | None = None
     best_tail: str | None = None
-    """The treatment of the tail with the smallest full-vocabulary KL, None where samples stand for the tail."""
+    """The tail handling with the smallest full-vocabulary KL; None with samples."""
     total_bytes: int | None = None
     dump_s: float | None = None
     cache_files: dict[str, int] = field(default_factory=dict)
-    """Bytes of what the cache has once, by file name; not in ``total_bytes``."""
+    """Bytes of the files that a cache has once, by name; not in ``total_bytes``."""
     choices: list[LossChoices] = field(default_factory=list)
 
 
@@ -78,7 +78,7 @@ class EstimateResult:
     presets: list[PresetEstimate]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types; what is infinite (a target of 0 where the teacher has mass) is None."""
+        """Return plain JSON types; None for an infinite KL (a target of 0 where the teacher has mass)."""
         found: dict[str, Any] = finite(asdict(self))
         return found
 
@@ -89,17 +89,17 @@ def estimate_presets(
     """Measure ``presets`` (default: all) for the teacher and the corpus of ``config``; writes nothing.
 
     ``num_positions`` is the size of the pilot; a smaller corpus is used whole. Output, targets and hidden states of
-    ``config`` play no part. Raises what `dump_teacher` raises, and ``ConfigError`` for an unknown preset.
+    ``config`` are ignored. Raises what `dump_teacher` raises, and ``ConfigError`` for an unknown preset.
     """
     chosen = _chosen(presets)
     if num_positions < 1:
         raise ConfigError(f"a pilot needs at least one position, found {num_positions}; the default is 4096")
     if config.targets is not None or config.hidden_states != HiddenStatesConfig():
-        log.warning("settings of targets and hidden states play no part here, presets have their own")
+        log.warning("targets and hidden_states are ignored: presets have their own")
     if config.of_task.gives != "tokens":
         raise ConfigError(
-            f"task {config.task} keeps everything that its teacher says, so there are no presets to choose among; "
-            "kdcache dump-teacher --dry-run tells its size"
+            f"task {config.task} stores all outputs of its teacher, so there are no presets to choose among; use "
+            "kdcache dump-teacher --dry-run for the size"
         )
     pilot_targets = {"top_k": 1, "tail_prior": False}  # whatever the vocabulary, the pilot can keep them
     shared = config.model_dump(exclude={"targets", "hidden_states"})
@@ -113,8 +113,8 @@ def estimate_presets(
             sample, plans, also=(_PILOT_RECORD,), report=lambda done: report(done, 2 * sample.num_positions)
         )
     whole_s = pilot.seconds / sample.num_positions
-    # Of a tiny teacher the reduction takes most; what is left must not be a difference of noise.
-    teacher_s = max(whole_s - measured.kept[_PILOT_RECORD].keep_s / sample.num_positions, whole_s / 2)
+    # With a tiny teacher the reduction takes most of the time; the rest must not be a difference of noise.
+    teacher_s = max(whole_s - measured.kept[_PILOT_RECORD].reduce_s / sample.num_positions, whole_s / 2)
     rows = [
         PresetEstimate(name, preset.description, reasons[name])
         if name in reasons
@@ -135,7 +135,7 @@ def estimate_presets(
 
 @dataclass
 class _Pilot:
-    """What running the teacher once told."""
+    """Seconds and loss of the teacher on the pilot."""
 
     seconds: float
     teacher_loss: float
@@ -144,19 +144,21 @@ class _Pilot:
 def _chosen(names: SequenceOf[str]) -> dict[str, Preset]:
     for name in names:
         if name not in PRESETS:
-            raise ConfigError(f"there is no preset {name!r}, {did_you_mean(name, PRESETS)}")
+            raise ConfigError(f"unknown preset {name!r}; {did_you_mean(name, PRESETS)}")
     return {name: PRESETS[name] for name in (names or PRESETS)}
 
 
 def _pilot(parts: Parts, num_positions: int, progress: bool) -> tuple[Sample, LMHead | str, _Pilot]:
-    """Run the teacher over sequences from all of the corpus; return them and the LM head, or why there is none."""
+    """Run the teacher on sequences from all over the corpus; return them, and the LM head or why there is none."""
     teacher, sequences = require_logits(parts.teacher, "kdcache estimate"), parts.sequences
     indices = pilot_sequences(sequences, num_positions)
     head = _head_of(teacher)
     last = parts.plan.teacher.num_layers
     request = Request(_PILOT_RECORD, (last,) if isinstance(head, LMHead) and last is not None else ())
     exact = vector_codec({"name": "exact"})
-    records = [vectors_field(layer_field(layer), exact, parts.plan.teacher.hidden_size or 0) for layer in request.layers]
+    records = [
+        vectors_field(layer_field(layer), exact, parts.plan.teacher.hidden_size or 0) for layer in request.layers
+    ]
     codecs = {record.name: field_of(record, parts.plan) for record in records}
     with bar(1, "teacher", "run", enabled=progress) as meter:
         warm = indices[: max(1, len(indices) // 8)]
@@ -166,7 +168,7 @@ def _pilot(parts: Parts, num_positions: int, progress: bool) -> tuple[Sample, LM
         seconds = time.perf_counter() - began
         meter.update()
     chosen = [sequences.sequence(index) for index in indices]
-    # In one piece, as a dump has it: pieces are written one by one.
+    # In one chunk, as a dump has it: chunks are written one by one.
     table = pa.concat_tables([sequences.sequence_table(index, index + 1) for index in indices]).combine_chunks()
     logits: Logits = TeacherLogits(teacher, chosen, parts.batch_tokens)
     if isinstance(head, LMHead):

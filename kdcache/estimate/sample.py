@@ -1,9 +1,8 @@
-"""What presets are measured on: sequences, and the teacher's logits at their positions, as often as they are wanted.
+"""The sample that presets are measured on: sequences, and the teacher's logits at their positions.
 
-Logits of all positions never exist together. They come in chunks, in order, and every measure that needs the whole
-vocabulary takes what it needs from a chunk before the next one is made. Normally a chunk is a product of last hidden
-states and the LM head, so a second walk costs no second run of the teacher; a teacher whose head cannot be split off
-runs again instead.
+Logits of all positions never exist at once. They come in chunks, in order, and every measurement takes what it needs
+from a chunk before the next one is made. Normally a chunk is a product of last hidden states and the LM head, so a
+second walk does not run the teacher again; a teacher without a separable head does run again.
 
 Shape suffixes: P positions, C positions of a chunk, V vocabulary, D width, N sequences.
 """
@@ -40,7 +39,7 @@ class Logits(Protocol):
 
 
 class HeadLogits:
-    """Logits made of last hidden states, float32 [P, D] whatever they were, by the LM head in its own dtype."""
+    """Logits from last hidden states (float32 [P, D]) and the LM head, in the dtype of the head."""
 
     def __init__(self, states_PD: NDArray[np.float32], head: LMHead) -> None:
         self.states_PD, self.head = states_PD, head
@@ -55,14 +54,14 @@ class HeadLogits:
 
     @torch.inference_mode()
     def of(self, states_CD: NDArray[np.float32]) -> Tensor:
-        """Return the logits [C, V] of a chunk of any states; valid until the next call."""
+        """Return the logits [C, V] of a chunk of states; valid until the next call."""
         weight_VD = self.head.weight_VD
         states = torch.from_numpy(states_CD).to(weight_VD.device, weight_VD.dtype)
         return self._buffered.logits(states, 0, len(states))
 
 
 class TeacherLogits:
-    """Logits of a teacher that has no head of its own: it runs over the sequences each time."""
+    """Logits of a teacher without a separable head: it runs on the sequences each time."""
 
     def __init__(self, teacher: LogitsTeacher, sequences: list[Sequence], batch_tokens: int) -> None:
         self._teacher, self._sequences, self._batch_tokens = teacher, sequences, batch_tokens
@@ -80,9 +79,9 @@ class TeacherLogits:
 
 @dataclass
 class Sample:
-    """Sequences of a corpus, in order; their rows of the per-sequence table; the teacher's logits at their positions.
+    """Sequences of a corpus, their rows of the per-sequence table, and the teacher's logits at their positions.
 
-    ``sequences`` keep their numbers in the corpus, on which samples depend.
+    ``sequences`` are in the order of the corpus and keep their numbers there, on which samples depend.
     """
 
     sequences: list[Sequence]
@@ -98,7 +97,7 @@ class Sample:
 
     @cached_property
     def labels_P(self) -> NDArray[np.int64]:
-        """The corpus's own answers."""
+        """The labels of all positions."""
         return self.task.labels(self.sequences)
 
     @property
@@ -108,16 +107,16 @@ class Sample:
 
     @property
     def half_block(self) -> int:
-        """Length of the runs of positions that belong to the one half and to the other in turns.
+        """Length of the runs of positions that belong to either half in turn.
 
-        What is estimated from positions (the tail prior) is judged on the other half of them; runs, so that neither
-        half is of other documents than the other.
+        The tail prior is estimated on one half of the positions and measured on the other. Short runs alternate, so
+        that both halves come from the same documents.
         """
         return max(1, min(1024, self.num_positions // 8))
 
     @cached_property
     def half_P(self) -> NDArray[np.int64]:
-        """Which half every position belongs to, 0 or 1."""
+        """The half of every position, 0 or 1."""
         return np.arange(self.num_positions) // self.half_block % 2
 
 

@@ -1,10 +1,9 @@
-"""What a preset costs on disk and in time: the sample goes through the real codecs into real objects, and back.
+"""Measure what a preset costs on disk and in time: encode the sample with the real codecs, and decode it.
 
-The sample is cut into shards as a dump would cut it. A sample is mostly smaller than one shard, so what a shard has
-once (metadata, tables of ids) is told apart from what every row costs, by writing a single row, and shared out to the
-positions of a whole shard.
+The sample is cut into shards as a dump would cut it. It is mostly smaller than one shard, so what a shard has once
+(metadata, tables of ids) is measured by writing a single row, and divided by the positions of a whole shard.
 
-Not counted: what a cache has once, the manifest and the tokenizer among it.
+Not counted: what a cache has once, such as the manifest and the tokenizer.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ R = TypeVar("R")
 
 @dataclass
 class Stored:
-    """A sample as a cache holds it.
+    """A sample as a cache would store it.
 
     ``bytes_by_field`` per position, the per-sequence table among them; ``targets`` and ``states`` (by field) as a
     reader gets them back; seconds that encoding (compression included) and decoding took, on one thread each.

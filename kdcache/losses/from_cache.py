@@ -1,4 +1,4 @@
-"""What a cache tells the losses once for all of its rows: losses know no caches, and caches know no torch."""
+"""Build what the losses need from a cache: its `TeacherContext`, the LM head, and the bounds of selections."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from kdcache.models.lm_head import LMHead, head_from_bytes
 from kdcache.tasks import task_of
 from kdcache.torch_data import to_tensors
 
-#: Shares of positions are measured on about so many at most: the share that a bound selects is then right to 0.001.
+#: Most positions, about, on which shares are measured: the share that a bound selects is then right to 0.001.
 SAMPLE_POSITIONS = 200_000
-#: Reading a sequence reads its whole shard, so a sample comes from so many at most.
+#: Most shards that they come from: reading a sequence reads its whole shard.
 _SAMPLE_SHARDS = 16
 _READ_POSITIONS = 8192
 
@@ -42,7 +42,7 @@ def head_of(cache: Cache) -> LMHead:
 
 
 def context_of(cache: Cache) -> TeacherContext:
-    """Return what ``cache`` says about all rows, with its tail prior and the teacher's LM head where it has them."""
+    """Return the facts about all positions of ``cache``, with its tail prior and the teacher's LM head if stored."""
     targets = cache.manifest.targets
     prior_V = cache.tail_prior_V
     return TeacherContext(
@@ -66,9 +66,9 @@ def resolve_selection(
 ) -> ObjectiveConfig:
     """Return ``objective`` with every selected share of positions turned into a bound on their values.
 
-    Measured on the positions that count of the sequences ``chosen_N`` (default: all): on all of them, or on a fixed,
+    Measured on the valid positions of the sequences ``chosen_N`` (default: all): on all of them, or on a fixed,
     evenly spread sample of about `SAMPLE_POSITIONS`. So the bounds are the same on every rank and in a resumed run.
-    Raises ``ConfigError`` when no position counts, or the cache does not have the measure.
+    Raises ``ConfigError`` when no position is valid, or the cache does not have the measure.
     """
     if not objective.shares:
         return objective
@@ -85,7 +85,7 @@ def resolve_selection(
 
 
 def _sample(cache: Cache, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return those of ``sequences``, in ascending order, that stand for all of them."""
+    """Return an evenly spread sample of ``sequences``, in ascending order."""
     if cache.lengths_N[sequences].sum() <= SAMPLE_POSITIONS:
         return sequences
     shards = np.searchsorted(cache.shard_starts, sequences, side="right")

@@ -76,7 +76,7 @@ def test_settings_of_a_file_for_dumps(run: Run, arguments, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--preset", "compct"], "there is no preset 'compct', did you mean 'compact'?"),
+        (["--preset", "compct"], "unknown preset 'compct'; did you mean 'compact'?"),
         (["--positions", "0"], "at least one position, found 0"),
         (["--set", "sequences.max_lenth=4"], "unknown setting 'sequences.max_lenth'; did you mean 'max_length'?"),
         (["--corpus", "/no/such/file.txt"], "/no/such/file.txt"),

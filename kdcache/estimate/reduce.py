@@ -1,4 +1,4 @@
-"""The first walk over a sample's logits: what each kind of targets keeps of them, exactly, and what keeping costs."""
+"""The first walk over a sample's logits: reduce them to every kind of targets, before any codec, and time it."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from kdcache.teachers import TargetReducer, sample_uniforms
 
 
 @dataclass
-class Kept:
-    """What a sample's positions keep: targets; the tail prior of either half, [2, V], if there is one; seconds.
+class Reduced:
+    """The targets of a sample's positions, and the tail prior of each half, [2, V], if there is one.
 
-    ``keep_s`` is the time of the reduction, ``head_s`` that of making the logits, which all kinds of targets share.
+    ``reduce_s`` are the seconds of the reduction, ``head_s`` those of the logits, which all kinds of targets share.
     """
 
     targets: Targets
     priors_HV: NDArray[np.float64] | None
-    keep_s: float
+    reduce_s: float
     head_s: float
 
 
-class _Keeper:
-    """Keeps one kind of targets, piece by piece."""
+class _Reducer:
+    """Reduces logits to one kind of targets, piece by piece."""
 
     def __init__(self, record: TargetsRecord, sample: Sample) -> None:
         self.seconds = 0.0
         self.parts: list[Targets] = []
-        self._keep = TargetReducer(record)
+        self._reduce = TargetReducer(record)
         self._sums_HV: list[Any] = [0.0, 0.0]
         self._counts_H = [0, 0]
         self._uniforms_PN: NDArray[np.float64] | None = None
@@ -47,28 +47,28 @@ class _Keeper:
     def add(self, rows: slice, half: int, logits_CV: Tensor, labels_C: Tensor) -> None:
         began = time.perf_counter()
         uniforms_CN = None if self._uniforms_PN is None else self._uniforms_PN[rows]
-        self.parts.append(self._keep(lambda start, stop: logits_CV[start:stop], labels_C, uniforms_CN))
-        taken = self._keep.take_tail_sum()
+        self.parts.append(self._reduce(lambda start, stop: logits_CV[start:stop], labels_C, uniforms_CN))
+        taken = self._reduce.take_tail_sum()
         if taken is not None:
             self._sums_HV[half] = self._sums_HV[half] + taken[0]
             self._counts_H[half] += taken[1]
         self.seconds += time.perf_counter() - began
 
     def priors_HV(self) -> NDArray[np.float64] | None:
-        """Return the mean probability of every id while it was not kept, of either half; None if one half is empty."""
+        """Return the mean probability of every id while it is not kept, for each half; None if one half is empty."""
         if not all(self._counts_H):
             return None
         return np.stack([total_V / count for total_V, count in zip(self._sums_HV, self._counts_H, strict=True)])
 
 
-def keep_all(
+def reduce_all(
     sample: Sample, records: Iterable[TargetsRecord], *, report: Callable[[int], object] | None = None
-) -> dict[TargetsRecord, Kept]:
-    """Reduce the logits of ``sample`` to every kind of targets in ``records``, in one walk over them.
+) -> dict[TargetsRecord, Reduced]:
+    """Reduce the logits of ``sample`` to every kind of targets in ``records``, in one walk.
 
-    ``report`` is called with the number of positions that are done. Raises ``TeacherError`` for logits that are NaN.
+    ``report`` is called with the number of positions done. Raises ``TeacherError`` for logits that are NaN.
     """
-    keepers = {record: _Keeper(record, sample) for record in records}
+    reducers = {record: _Reducer(record, sample) for record in records}
     head_s, began = 0.0, time.perf_counter()
     for rows, logits_CV in sample.logits.chunks():
         _wait_for(logits_CV)
@@ -76,14 +76,14 @@ def keep_all(
         labels_C = torch.from_numpy(sample.labels_P[rows]).to(logits_CV.device)
         for piece in split(rows, sample.half_block):
             inside = slice(piece.start - rows.start, piece.stop - rows.start)
-            for keeper in keepers.values():
-                keeper.add(piece, int(sample.half_P[piece.start]), logits_CV[inside], labels_C[inside])
+            for reducer in reducers.values():
+                reducer.add(piece, int(sample.half_P[piece.start]), logits_CV[inside], labels_C[inside])
         if report is not None:
             report(rows.stop)
         began = time.perf_counter()
     return {
-        record: Kept(Targets.concatenate(keeper.parts), keeper.priors_HV(), keeper.seconds, head_s)
-        for record, keeper in keepers.items()
+        record: Reduced(Targets.concatenate(reducer.parts), reducer.priors_HV(), reducer.seconds, head_s)
+        for record, reducer in reducers.items()
     }
 
 
