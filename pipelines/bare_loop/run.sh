@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Distillation without the Trainer: a PyTorch loop over the batches of a cache; beside the student of the Trainer.
+# Distil without the Trainer: a PyTorch loop over the batches of a cache. Compare its student with that of the Trainer.
 #
-#   pipelines/bare_loop/run.sh                    goes on from the caches of `make demo`, or makes them
+#   pipelines/bare_loop/run.sh                    uses the caches of `make demo`, or makes them
 #   SMOKE=1 pipelines/bare_loop/run.sh            the same in two minutes, on a few documents
 #   TEACHER=HuggingFaceTB/SmolLM2-360M CORPUS=texts/ HELD_OUT=held-out/ OUTPUT=runs/mine pipelines/bare_loop/run.sh
 #
-# Everything can be interrupted and run again: dumps and students go on where they stopped.
+# You can interrupt this and run it again: dumps and students resume.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -35,7 +35,7 @@ if [ -n "${SMOKE:-}" ]; then
     steps=20
 fi
 
-# 2. Where pipelines/causal_lm has been here before, both caches are finished and stay as they are.
+# 2. If pipelines/causal_lm has run with this OUTPUT, both caches are finished and stay as they are.
 say "Dump the teacher over the training texts and the held-out texts"
 kdcache dump-teacher "${dump_options[@]}" --corpus "$CORPUS" --output "$OUTPUT/cache"
 kdcache dump-teacher "${dump_options[@]}" --corpus "$HELD_OUT" --output "$OUTPUT/held-out-cache"
@@ -47,7 +47,7 @@ say "Train with the Trainer"
 kdcache train-student --cache "$OUTPUT/cache" --output "$OUTPUT/student-trainer" --student-size "$size" \
     --max-steps "$steps" --device cpu --resume
 
-# 4. Both on texts that nobody trained on.
+# 4. Both on held-out texts.
 say "Held-out texts: teacher, student of the loop, student of the Trainer"
 kdcache evaluate --cache "$OUTPUT/held-out-cache" --student "$OUTPUT/student-bare" \
     --student "$OUTPUT/student-trainer" --markdown | tee "$OUTPUT/bare_loop.md"

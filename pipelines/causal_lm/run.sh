@@ -5,7 +5,7 @@
 #   SMOKE=1 pipelines/causal_lm/run.sh            the same in two minutes, on a few documents
 #   TEACHER=HuggingFaceTB/SmolLM2-360M CORPUS=texts/ HELD_OUT=held-out/ OUTPUT=runs/mine pipelines/causal_lm/run.sh
 #
-# Everything can be interrupted and run again: dumps go on where they stopped, finished students are kept.
+# You can interrupt this and run it again: dumps resume, finished students are kept.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -33,13 +33,13 @@ if [ -n "${SMOKE:-}" ]; then
     train_options+=(--student-size nano --max-steps 20)
 fi
 
-# 2. The teacher runs once over each corpus. This is the expensive part, and the last time that anyone loads it.
+# 2. The teacher runs once over each corpus. This is the expensive part; afterwards the teacher is not loaded again.
 say "Dump the teacher over the training texts"
 kdcache dump-teacher "${dump_options[@]}" --corpus "$CORPUS" --output "$OUTPUT/cache"
 say "Dump the teacher over the held-out texts"
 kdcache dump-teacher "${dump_options[@]}" --corpus "$HELD_OUT" --output "$OUTPUT/held-out-cache"
 
-# 3. What is in the cache, and is it what the teacher said?
+# 3. Check the cache against the teacher, and look into it.
 say "Verify the cache: every byte, every row, and 4 sequences against the teacher"
 kdcache verify "$OUTPUT/cache" --deep --against-teacher 4 --teacher "$TEACHER"
 kdcache inspect "$OUTPUT/cache"
@@ -52,7 +52,7 @@ kdcache train-student "${train_options[@]}" --cache "$OUTPUT/cache" --output "$O
 say "Train by distillation"
 kdcache train-student "${train_options[@]}" --cache "$OUTPUT/cache" --output "$OUTPUT/student-kd"
 
-# 5. Both against the teacher, on texts that nobody trained on.
+# 5. Both against the teacher, on held-out texts.
 say "Held-out texts: teacher, cross-entropy student, distilled student"
 kdcache evaluate --cache "$OUTPUT/held-out-cache" --student "$OUTPUT/student-ce" --student "$OUTPUT/student-kd" \
     --markdown | tee "$OUTPUT/table.md"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Distil a model of text embeddings, end to end: dump the teacher once, train students with and without it, judge all of
-# them by sentence similarity (STS-B) and by search (SciFact), on pairs and queries that nobody trained on.
+# Distil a model of text embeddings, end to end: dump the teacher once, train students with and without it, evaluate all
+# of them by sentence similarity (STS-B) and by search (SciFact), on held-out pairs and queries.
 #
 #   TEACHER=sentence-transformers/all-MiniLM-L6-v2 DATA=folder pipelines/embedding/run.sh
 #   SMOKE=1 TEACHER=... DATA=... pipelines/embedding/run.sh      the same on a few hundred texts, a few steps
@@ -8,8 +8,8 @@
 #   CONFIG=pipelines/embedding/narrow.yaml STUDENT=google/bert_uncased_L-2_H-128_A-2 ...    a narrower student
 #   pipelines/embedding/run.sh --set 'student.keep_layers=[1,3,5,7,9,11]'    options of train-student for all students
 #
-# DATA holds stsb_en and scifact (see prepare.py). Everything can be interrupted and run again: dumps go on where they
-# stopped, finished students are kept.
+# DATA holds stsb_en and scifact (see prepare.py). You can interrupt this and run it again: dumps
+# resume, finished students are kept.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -39,7 +39,7 @@ if [ -n "${SMOKE:-}" ]; then
 fi
 "$PYTHON" pipelines/embedding/prepare.py "$OUTPUT/data" --data "$DATA" "${prepare_options[@]}"
 
-# 2. The teacher runs once over each set of texts, and nobody loads it after that.
+# 2. The teacher runs once over each set of texts, and is not loaded again.
 say "Dump the teacher over the training texts"
 kdcache dump-teacher "${dump_options[@]}" --corpus "$OUTPUT/data/train.jsonl" --limit-documents "$train_rows" \
     --output "$OUTPUT/cache"
@@ -52,8 +52,8 @@ kdcache dump-teacher "${dump_options[@]}" --max-length "$SEARCH_LENGTH" --corpus
 kdcache verify "$OUTPUT/cache" --deep
 kdcache inspect "$OUTPUT/cache"
 
-# 3. Every student twice: same start, data, order and steps. Alone it learns from what the corpus says: the scores of
-#    pairs, and which title belongs to which abstract. Distilled it learns from the teacher's embeddings alone.
+# 3. Every student twice: same start, data, order and steps. "alone" learns from the corpus: the scores of pairs, and which
+#    title belongs to which abstract. "distilled" learns from the teacher's embeddings only.
 students=()
 train() { # NAME SEED OPTIONS...
     students+=(--student "$OUTPUT/$1-seed$2")
@@ -68,7 +68,7 @@ for seed in $SEEDS; do
     train distilled "$seed"
 done
 
-# 4. All of them on the test pairs and on the search. The teacher stands among the students too, for its speed.
+# 4. All of them on the test pairs and on the search. The teacher is evaluated as a student too, to measure its speed.
 say "Test pairs and search: the teacher and both kinds of student, the mean over seeds"
 kdcache evaluate --cache "$OUTPUT/sts-cache" --student "$TEACHER" "${students[@]}" --json -q >"$OUTPUT/sts.json"
 kdcache evaluate --cache "$OUTPUT/search-cache" "${students[@]}" --qrels "$OUTPUT/data/qrels.tsv" --id-column _id \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Distil a masked language model, end to end: dump the teacher once, start students from every third of its layers, train
-# them without the teacher's targets and with them, judge both on texts that nobody trained on.
+# them without the teacher's targets and with them, evaluate both on held-out texts.
 #
 #   TEACHER=models/rxnfp-mlm DATA=data/uspto50k pipelines/masked_lm/run.sh
 #   SMOKE=1 TEACHER=... DATA=... pipelines/masked_lm/run.sh        the same on 32 texts, 4 steps
@@ -8,8 +8,8 @@
 #   TEXTS=5000 HELD_OUT_TEXTS=2000 ... pipelines/masked_lm/run.sh  more texts than the default
 #   ADAPT=0 ... pipelines/masked_lm/run.sh                         for a teacher that knows such texts already
 #
-# DATA holds train.jsonl and test.jsonl (see prepare.py); any texts with a field "text" do. Everything can be interrupted
-# and run again: dumps go on where they stopped, finished students are kept.
+# DATA holds train.jsonl and test.jsonl (see prepare.py); any texts with a field "text" do. You can interrupt this and
+# run it again: dumps resume, finished students are kept.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -35,9 +35,9 @@ if [ -n "${SMOKE:-}" ]; then
 fi
 dump_options=(--config pipelines/masked_lm/dump.yaml --task masked-lm)
 
-# 1. A teacher that was made for other texts first learns these, by cross-entropy, all of its weights: the one of the
-#    README takes a few kinds of token for unknown words, and is sure of it. It is a student like any other, of itself;
-#    of its cache it needs the hidden tokens alone, so one id is kept.
+# 1. Adapt a teacher that was trained on other texts: all of its weights, by cross-entropy. (The one of the README predicts
+#    unknown words for a few kinds of token, with high confidence.) It is trained as a student that starts from itself.
+#    Cross-entropy needs the masked tokens only, so the cache keeps one id.
 if [ "$ADAPT" != 0 ]; then
     say "Adapt the teacher to the texts"
     kdcache dump-teacher "${dump_options[@]}" --teacher "$TEACHER" --corpus "$DATA/train.jsonl" \
@@ -59,7 +59,7 @@ kdcache dump-teacher "${dump_options[@]}" --corpus "$DATA/test.jsonl" --output "
 kdcache verify "$OUTPUT/cache" --deep --against-teacher 4 --teacher "$TEACHER"
 kdcache peek "$OUTPUT/held-out-cache" --count 2
 
-# 3. The same student on the hidden tokens alone and with the teacher: same start, masks, order and steps.
+# 3. The same student on the masked tokens alone and with the teacher: same start, masks, order and steps.
 students=()
 train() { # NAME SEED OPTIONS...
     students+=(--student "$OUTPUT/$1-seed$2")
@@ -71,7 +71,7 @@ for seed in $SEEDS; do
     train student-distilled "$seed"
 done
 
-# 4. All of them on the held-out texts. The teacher stands among the students too, for its speed.
+# 4. All of them on the held-out texts. The teacher is evaluated as a student too, to measure its speed.
 say "Held-out texts: the teacher and both kinds of student, the mean over seeds"
 kdcache evaluate --cache "$OUTPUT/held-out-cache" --student "$TEACHER" "${students[@]}" --json -q \
     >"$OUTPUT/evaluation.json"

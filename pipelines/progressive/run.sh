@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Progressive distillation: easy texts first, and a temperature that falls; beside the same student without either.
+# Progressive distillation: easy texts first, and a falling temperature. Compare with the same student without either.
 #
-#   pipelines/progressive/run.sh                  goes on from the caches of `make demo`, or makes them
+#   pipelines/progressive/run.sh                  uses the caches of `make demo`, or makes them
 #   SMOKE=1 pipelines/progressive/run.sh          the same in two minutes, on a few documents
 #   TEACHER=HuggingFaceTB/SmolLM2-360M CORPUS=texts/ HELD_OUT=held-out/ OUTPUT=runs/mine pipelines/progressive/run.sh
 #
-# Everything can be interrupted and run again: dumps go on where they stopped, finished students are kept.
+# You can interrupt this and run it again: dumps resume, finished students are kept.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -33,7 +33,7 @@ if [ -n "${SMOKE:-}" ]; then
     train_options+=(--student-size nano --max-steps 20)
 fi
 
-# 2. One cache serves both students. Where pipelines/causal_lm has been here before, it is finished and stays as it is.
+# 2. One cache serves both students. If pipelines/causal_lm has run with this OUTPUT, it is finished.
 say "Dump the teacher over the training texts and the held-out texts"
 kdcache dump-teacher "${dump_options[@]}" --corpus "$CORPUS" --output "$OUTPUT/cache"
 kdcache dump-teacher "${dump_options[@]}" --corpus "$HELD_OUT" --output "$OUTPUT/held-out-cache"
@@ -50,7 +50,7 @@ say "Train progressively"
 kdcache train-student --config pipelines/progressive/progressive.yaml "${train_options[@]}" \
     --output "$OUTPUT/student-progressive"
 
-# 5. Both against the teacher, on texts that nobody trained on.
+# 5. Both against the teacher, on held-out texts.
 say "Held-out texts: teacher, plain student, progressive student"
 kdcache evaluate --cache "$OUTPUT/held-out-cache" --student "$OUTPUT/student-kd" \
     --student "$OUTPUT/student-progressive" --markdown | tee "$OUTPUT/progressive.md"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Distil a ranker, end to end: a cross-encoder scores candidates once; students learn from its scores, as cross-encoder
-# and as bi-encoder, with and without distillation; all are judged by reranking candidates that nobody trained on.
+# and as bi-encoder, with and without distillation; all are evaluated by reranking held-out candidates.
 #
 #   TEACHER=models/scifact-teacher STUDENT=models/bert-tiny DATA=data/scifact pipelines/ranking/run.sh
 #   SMOKE=1 TEACHER=... STUDENT=... DATA=... pipelines/ranking/run.sh     the same on 30 queries, a few steps
@@ -8,8 +8,8 @@
 #   ENCODERS=cross-encoder STUDENT=models/scifact-teacher ... pipelines/ranking/run.sh --set 'student.keep_layers=[1,3,5]'
 #                     options of train-student for all students; here: they start from half of the teacher's layers
 #
-# DATA holds train.jsonl and test.jsonl (see prepare.py). Everything can be interrupted and run again: dumps go on where
-# they stopped, finished students are kept.
+# DATA holds train.jsonl and test.jsonl (see prepare.py). You can interrupt this and run it again: dumps
+# resume, finished students are kept.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -34,10 +34,10 @@ if [ -n "${SMOKE:-}" ]; then
     train_options+=(--max-steps 4)
 fi
 
-# 1. Of every training query the relevant documents and a few others; the teacher's time is in proportion to them.
+# 1. Keep the relevant documents of every training query and a few others: the teacher's time is proportional to them.
 "$PYTHON" pipelines/ranking/select.py "$DATA/train.jsonl" "$OUTPUT/train.jsonl" "${select_options[@]}"
 
-# 2. The teacher runs once over each set of pairs. This is the expensive part, and the last time that anyone loads it.
+# 2. The teacher runs once over each set of pairs. This is the expensive part; afterwards the teacher is not loaded again.
 say "Dump the teacher over the training queries"
 kdcache dump-teacher "${dump_options[@]}" --corpus "$OUTPUT/train.jsonl" --output "$OUTPUT/cache"
 say "Dump the teacher over the candidates to be reranked"

@@ -8,8 +8,8 @@
 #   WRITTEN=1 ...   also students that learn from titles which the teacher wrote (sequence-level distillation)
 #   ADAPT=0 ...     for a teacher that has learnt the task already
 #
-# DATA holds train.jsonl and test.jsonl (see prepare.py). Everything can be interrupted and run again: dumps and texts go
-# on where they stopped, finished students are kept.
+# DATA holds train.jsonl and test.jsonl (see prepare.py). You can interrupt this and run it again: dumps
+# and texts resume, finished students are kept.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -35,8 +35,8 @@ dump() { # TEACHER CORPUS PAPERS CACHE OPTIONS...
     kdcache dump-teacher "${dump_options[@]}" --teacher "$1" --corpus "$2" --limit-documents "$3" --output "$4" "${@:5}"
 }
 
-# 1. A teacher that was made for other texts first learns the task: one epoch, by cross-entropy, all of its weights. That
-#    is a student like any other, of the teacher itself; of its cache it needs the titles alone, so one id is kept.
+# 1. Adapt a teacher that was trained for another task: all of its weights, one epoch, by cross-entropy. It is trained as a
+#    student that starts from itself. Cross-entropy needs the titles only, so the cache keeps one id.
 if [ "$ADAPT" != 0 ]; then
     say "Adapt the teacher to titles of papers"
     dump "$TEACHER" "$DATA/train.jsonl" "$papers" "$OUTPUT/titles" --top-k 1
@@ -59,8 +59,8 @@ if [ -n "${WRITTEN:-}" ]; then
         --set 'corpus.columns={input: input, target: target}'
 fi
 
-# 3. The same start, order and steps: by the corpus's titles alone, with the teacher's distribution at each token, and
-#    with that along titles of the teacher's own.
+# 3. Students with the same start, order and steps: on the corpus's titles alone, with the teacher's distribution at each
+#    token, and with that distribution on titles that the teacher wrote.
 students=()
 train() { # NAME SEED CACHE OPTIONS...
     students+=(--student "$OUTPUT/$1-seed$2")
@@ -76,7 +76,7 @@ for seed in $SEEDS; do
     fi
 done
 
-# 4. All of them on held-out papers. The teacher stands among the students too: what it writes is not in the cache.
+# 4. All of them on held-out papers. The teacher is evaluated as a student too, because the cache does not hold what it writes.
 say "Held-out papers: the teacher and every kind of student, the mean over seeds"
 kdcache evaluate --cache "$OUTPUT/held-out-cache" --student "$TEACHER" "${students[@]}" --generate "$texts" \
     --json -q >"$OUTPUT/evaluation.json"

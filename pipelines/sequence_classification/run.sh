@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Distil a classifier or a regressor of texts, end to end: dump the teacher once, train a small student without it and
-# with it, judge both on texts that nobody trained on.
+# with it, evaluate both on held-out texts.
 #
 #   TEACHER=models/sst2-teacher STUDENT=models/bert-tiny-mlm DATA=data/sst2 pipelines/sequence_classification/run.sh
 #   KIND=stsb TEACHER=models/stsb-teacher STUDENT=... DATA=data/stsb pipelines/sequence_classification/run.sh
@@ -9,8 +9,8 @@
 #   STUDENT=models/sst2-teacher ... pipelines/sequence_classification/run.sh --set 'student.keep_layers=[1,3,5]'
 #                                     options of train-student for all students; here: they start from half a teacher
 #
-# DATA holds train.jsonl and test.jsonl (see prepare.py). Everything can be interrupted and run again: dumps go on where
-# they stopped, finished students are kept.
+# DATA holds train.jsonl and test.jsonl (see prepare.py). You can interrupt this and run it again: dumps
+# resume, finished students are kept.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -64,7 +64,7 @@ for seed in $SEEDS; do
     train student-distilled "$seed"
 done
 
-# 3. All of them on the held-out texts. The teacher stands among the students too, for its speed.
+# 3. All of them on the held-out texts. The teacher is evaluated as a student too, to measure its speed.
 say "Held-out texts: the teacher and both kinds of student, the mean over seeds"
 kdcache evaluate --cache "$OUTPUT/held-out-cache" --student "$TEACHER" "${students[@]}" --json -q \
     >"$OUTPUT/evaluation.json"
