@@ -1,4 +1,4 @@
 """Benchmarks: ``python -m benchmarks.NAME`` prints a table; ``--json FILE`` also writes it as JSON.
 
-Machines are shared and noisy, so every figure that matters is a ratio between things measured in turns in one run.
+Machines are shared and noisy. So results are ratios between ways that are measured in turns within one run.
 """

@@ -1,8 +1,8 @@
-"""Does the order of the texts, or a temperature that falls, make a better student at the same steps?
+"""Measure whether the order of the texts, or a falling temperature, makes a better student in the same number of steps.
 
-One cache, one student, the same number of steps. The plain order is shuffled; the others draw by the teacher's loss,
-forward or, as a control, backward; the temperature of the forward KL is 1 or falls to it. The last row drops the
-sequences that the teacher finds hardest and goes round the others more often.
+All rows share the cache, the student and the number of steps. The plain order is shuffled. The others sample by the
+teacher's loss: easy texts first or, as a control, hard texts first. The temperature of the forward KL is 1, or falls to
+1. The last row leaves out the sequences with the highest teacher loss and repeats the others more often.
 """
 
 from __future__ import annotations

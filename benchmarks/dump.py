@@ -1,8 +1,8 @@
-"""How much slower is a dump than the bare teacher, and where does the rest go?
+"""Measure how much slower a dump is than the teacher's forward alone, and which part takes the time.
 
 In every round the same batches go, in turns, through (1) the bare forward ``model(...).logits``, (2) the whole dump
-(forward, reduction, encoding, writing) and (3) its parts alone. The figure that counts is (2) against (1): tokens/s of
-``dump-teacher`` as a share of the bare forward's, logits included in both.
+(forward, reduction, encoding, writing) and (3) its parts alone. The result is (2) against (1): tokens/s of
+``dump-teacher`` as a share of the bare forward's; both compute all logits.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How many bytes does a token cost, and how much of the teacher is left? Presets and published layouts side by side.
+"""Measure bytes per token, and what they lose of the teacher, for all presets and for published layouts.
 
-The cache given must be of the kind hidden (``kdcache dump-teacher --targets hidden``): its states and its LM head make
-the teacher's logits again, in float32, chunk by chunk. All presets are encoded, written and read back by the real
-codecs; the layouts of `benchmarks.peers` encode the same rows. Prints a table, and writes a page and a plot.
+The cache must be of the kind hidden (``kdcache dump-teacher --targets hidden``): its hidden states and its LM head give
+the teacher's logits, in float32, chunk by chunk. The codecs of kdcache encode, write and read all presets; the layouts
+of `benchmarks.peers` encode the same positions. Prints a table, and writes a page and a plot.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def preset_row(name: str, measured: Measured) -> dict[str, Any]:
 
 
 def peer_rows(sample: Sample, top: Targets, samples: Samples, measured: Measured) -> dict[str, dict[str, Any]]:
-    """Measure every published layout on the same rows, and on the very samples that the preset ``sampled`` stores."""
+    """Measure every published layout on the same rows, and on the samples that the preset ``sampled`` stores."""
     whole = TeacherSample(sample.vocab_size, TopLogprobs(top.ids_PK, top.logprobs_PK), every_draw(samples))
     rows = {}
     for name, peer in PEERS.items():
@@ -166,7 +166,7 @@ def peer_rows(sample: Sample, top: Targets, samples: Samples, measured: Measured
 
 
 def every_draw(samples: Samples) -> np.ndarray:
-    """Return each draw by itself, [P, N], of rows that all have N."""
+    """Return the id of every sample, [P, N], of rows with N samples each."""
     flat = np.repeat(samples.ids_PJ.reshape(-1), samples.counts_PJ.reshape(-1))
     return flat.reshape(len(samples.ids_PJ), -1)
 
@@ -179,7 +179,7 @@ def sampled_distances(sample: Sample, top: Targets, decoded: PeerRows, measured:
 
 
 def kept_distances(sample: Sample, top: Targets, decoded: PeerRows, measured: Measured) -> dict[str, Any]:
-    """Return distances with a ghost token of mass 1 - sum; ``codec_kl_renormalised`` compares kept ids alone."""
+    """Return distances where the missing mass is one more token; ``codec_kl_renormalised`` compares kept ids alone."""
     exact = first(top, decoded.ids_PJ.shape[1])
     ghost_P = np.maximum(1 - decoded.probs_PJ.sum(axis=1, dtype=np.float64), _LEAST_GHOST)
     exact_rows, rows = Rows.of_targets(exact, sample.vocab_size), rows_of(decoded, np.log(ghost_P), sample)
@@ -197,7 +197,7 @@ def rows_of(decoded: PeerRows, log_tail_P: np.ndarray, sample: Sample) -> Rows:
 
 
 def first(targets: Targets, top_k: int) -> Targets:
-    """Return targets of fewer ids, with the exact mass of all others."""
+    """Return targets with fewer ids and the exact tail mass."""
     dropped_P = np.exp(targets.logprobs_PK[:, top_k:].astype(np.float64)).sum(axis=1)
     log_tail_P = np.log(np.exp(targets.log_tail_P.astype(np.float64)) + dropped_P)
     return dataclasses.replace(
@@ -212,7 +212,7 @@ def first(targets: Targets, top_k: int) -> Targets:
 
 
 def compact_bound(plan: Plan, measured: Measured) -> dict[str, float]:
-    """Return what compact's arrays cost beside their entropy, and the speed of the two steps of reading them."""
+    """Return the size of compact's arrays against their entropy, and the speed of the two steps of reading them."""
     codec = targets_codec(plan.field("targets").codec, plan.targets, plan.tokenizer.vocab_size)
     targets = measured.kept[plan.targets].targets
     arrays = codec.encode(targets)
@@ -246,7 +246,7 @@ def column_entropy_bytes(values_PK: np.ndarray) -> float:
 
 
 def layer_errors(cache: Cache) -> dict[str, dict[str, float | None]]:
-    """Return the relative error of every codec of hidden states on the layers that ``cache`` has; None: refused."""
+    """Return the relative error of every codec of hidden states on the layers of ``cache``; None if unsupported."""
     names = cache.manifest.hidden_layers
     count = min(int(np.searchsorted(np.cumsum(cache.lengths_N), _LAYER_POSITIONS)) + 1, len(cache))
     batch = cache.read(range(count), hidden=names)

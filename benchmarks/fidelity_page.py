@@ -1,4 +1,4 @@
-"""The page and the plot of the benchmark ``fidelity``, from its own numbers and nothing else."""
+"""The page and the plot of the benchmark ``fidelity``."""
 
 from __future__ import annotations
 
@@ -204,6 +204,6 @@ def _panel(panel: Any, layouts: dict[str, dict[str, Any]], key: str) -> None:
 
 
 def _points(layouts: dict[str, dict[str, Any]], key: str, is_preset: bool) -> list[tuple[float, float, str]]:
-    """Return bytes, the smallest number of ``key`` and the name of every layout that has a place on a log axis."""
+    """Return bytes, the smallest number of ``key`` and the name of every layout that a logarithmic axis can show."""
     best = {name: min(row[key].values(), default=0.0) for name, row in layouts.items() if row["is_preset"] is is_preset}
     return [(layouts[name]["bytes_per_token"], y, name) for name, y in best.items() if 0 < y < float("inf")]

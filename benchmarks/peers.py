@@ -1,8 +1,8 @@
-"""Layouts that other projects publish for cached teachers, re-implemented from the description for measurement only.
+"""Layouts that other projects publish for cached teachers, re-implemented from their descriptions for measurement only.
 
-They are here so that a benchmark can put their bytes and their losses beside kdcache's on the same real logits; none
-of them is a codec of kdcache, and nothing is meant to read or write the files of those projects. Containers (Parquet,
-tar), token ids and metadata are left out, in the peers' favour. What each number was taken from:
+A benchmark compares their bytes and losses with those of kdcache on the same logits. None of them is a codec of
+kdcache, and nothing here reads or writes the files of those projects. Containers (Parquet, tar), token ids and metadata
+are not counted, in their favour. The sources of the numbers:
 
 DistillKit (arcee-ai/DistillKit, commit a61c2e7 of March 2026)
     README, "Logit Compression": the recommended configuration (k 128, 16 exact values in bfloat16, polynomial terms
@@ -74,7 +74,7 @@ class TopLogprobs:
 
 @dataclass(frozen=True)
 class TeacherSample:
-    """What a real teacher said at P positions: its top-k, and N independent samples from its whole distribution."""
+    """The targets of a teacher at P positions: its top-k, and N independent samples from its whole distribution."""
 
     vocab_size: int
     top: TopLogprobs | None = None
@@ -100,7 +100,7 @@ class TeacherSample:
 
 @dataclass(frozen=True)
 class PeerRows:
-    """Decoded rows: ids and probabilities as they were stored (not renormalised), 0 where a place stands for nothing.
+    """Decoded rows: ids and probabilities as they were stored (not renormalised), 0 in padding.
 
     ``has_tail`` says whether the mass of all other ids is stored too.
     """
@@ -112,7 +112,7 @@ class PeerRows:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The bytes of a layout, and how to read them; ``decode`` uses nothing but the bytes and the shapes."""
+    """The bytes of a layout, and how to read them; ``decode`` uses the bytes and the shapes only."""
 
     payload: list[bytes]
     decode: Callable[[], PeerRows]
@@ -272,7 +272,7 @@ class SampledPeer(Peer):
 
 
 def count_samples(samples_PN: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-    """Return how many distinct ids every row has, [P], and all rows' distinct ids and their counts, row by row, [E]."""
+    """Return the number of distinct ids of every row, [P], then all distinct ids and their counts, row by row, [E]."""
     ordered_PN = np.sort(samples_PN, axis=1).astype(np.int64)
     is_new_PN = np.ones(ordered_PN.shape, bool)
     is_new_PN[:, 1:] = ordered_PN[:, 1:] != ordered_PN[:, :-1]

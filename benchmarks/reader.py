@@ -1,8 +1,8 @@
-"""How fast is a cache read and decoded to final log-probabilities, in order and shuffled, and beside other readers?
+"""Measure how fast a cache is read and decoded to log-probabilities, in order and shuffled, against other readers.
 
-In every round every way (`benchmarks.reader_ways`) reads the same sequences, in turns, so that ratios hold even where
-the machine is not quiet. The cache is written for the purpose: realistic sizes, synthetic contents. With ``--memory``
-the peak memory of reading a small cache and one of twenty times its size is measured as well.
+In every round all ways (`benchmarks.reader_ways`) read the same sequences in turns, so that ratios hold on a busy
+machine. The benchmark writes the cache: realistic sizes, synthetic contents. ``--memory`` also measures the peak memory
+of reading a small cache and one of twenty times its size.
 """
 
 from __future__ import annotations

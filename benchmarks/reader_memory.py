@@ -1,4 +1,4 @@
-"""The most memory that reading a whole cache in the order of an epoch takes, as a program of its own.
+"""Measure the peak memory of reading a whole cache in the order of an epoch, in a separate process.
 
 python -m benchmarks.reader_memory CACHE BATCH_SEQUENCES
 """

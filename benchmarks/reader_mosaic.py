@@ -1,10 +1,11 @@
-"""Read the codes of a cache with MosaicML Streaming: a program of its own, for an environment of its own.
+"""Read the codes of a cache with MosaicML Streaming; run it in a separate environment.
 
     PYTHON reader_mosaic.py CODES.npy OFFSETS.npy DIRECTORY ROUNDS BATCH_SEQUENCES
 
-Its pins (numpy below 2.2, transformers below 5) do not go with those of kdcache, so `benchmarks.reader --mosaic PYTHON`
-runs this file with another interpreter. It writes one sample per sequence, all arrays in one of bytes, uncompressed,
-and prints JSON: its version, the bytes on disk, and the seconds of every round over the shuffled samples.
+Its requirements (numpy below 2.2, transformers below 5) conflict with those of kdcache. So `benchmarks.reader --mosaic
+PYTHON` runs this file with another interpreter. It writes one sample per sequence, uncompressed, with all arrays in one
+array of bytes. It prints JSON: its version, the bytes on disk, and the seconds of every round over the shuffled
+samples.
 """
 
 import itertools

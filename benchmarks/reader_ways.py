@@ -1,7 +1,7 @@
 """The ways of reading that `benchmarks.reader` compares; each reads all sequences once, from cold Python objects.
 
-The peers get the favourable case: nothing compressed, nothing checked (zarr-python excepted, which reads the cache
-itself), and everything in the page cache after the first round.
+The other readers get the favourable case: nothing is compressed or checked, and everything is in the page cache after
+the first round. (zarr-python is the exception: it reads the cache itself.)
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def order_of(cache: Cache) -> np.ndarray:
 
 
 def micro_batches(order: np.ndarray, batch: int) -> list[list[int]]:
-    """Cut the order as a run of one process does, neighbours in a shard side by side."""
+    """Split the order into batches as a run of one process does; within a batch, sort by index."""
     return [np.sort(order[n : n + batch]).tolist() for n in range(0, len(order), batch)]
 
 

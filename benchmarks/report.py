@@ -1,4 +1,4 @@
-"""Output that all benchmarks share: which machine, a table, and JSON."""
+"""Output of all benchmarks: the machine, a table, and JSON."""
 
 from __future__ import annotations
 

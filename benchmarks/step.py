@@ -1,9 +1,9 @@
-"""What does a training step from a cache cost beside plain fine-tuning and beside other ways to distil?
+"""Measure a training step from a cache against plain fine-tuning and other ways to distil.
 
-A step is forward, backward and AdamW on the same batch, for students of several sizes. Every round times all ways
-once, in turns, and the figure that counts is the ratio to the plain cross-entropy step of Hugging Face in the same
-round. Memory is the peak of a process of its own above what it needed before plus the model's and the optimiser's own
-state (weights, gradients, two moments).
+A step is forward, backward and AdamW on the same batch, for students of several sizes. Every round times all ways once,
+in turns; the result is the ratio to the plain cross-entropy step of Hugging Face in the same round. Memory is the peak
+of a separate process, less the state of the model and the optimiser (weights, gradients, two moments) and less what the
+process needed before.
 """
 
 from __future__ import annotations

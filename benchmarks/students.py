@@ -1,9 +1,9 @@
-"""Does the student get as good from a cache as with the teacher live, and for how many bytes?
+"""Compare students trained from caches of several sizes with one trained with the live teacher.
 
-One student, one order of the texts, the same steps; only the targets differ. Everything comes from one dump of the
-kind hidden: `transcode` makes the smaller caches from it. All students are judged on a held-out cache of the kind
-hidden, so their KL to the teacher is the exact one over the whole vocabulary. Seeds change initial weights and order;
-within a seed all variants share both, so the differences to the live teacher are paired.
+Only the targets differ: the student, the order of the texts and the steps are the same. Everything comes from one dump
+of the kind hidden, from which `transcode` makes the smaller caches. All students are evaluated on a held-out cache of
+the kind hidden, so their KL to the teacher is exact over the whole vocabulary. Seeds change initial weights and order.
+Within a seed all variants share both, so the differences to the live teacher are paired.
 """
 
 from __future__ import annotations

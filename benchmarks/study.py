@@ -1,9 +1,8 @@
-"""Students that differ in one thing: trained from the same start for the same steps, judged on held-out texts.
+"""Train students that differ in one thing, from the same start for the same steps, and evaluate them on held-out texts.
 
-A *variant* is a cache and settings laid over those that all share. Every variant is trained once per seed; seeds change
-what is random (a fresh student's weights, the order of the texts), and within a seed all variants share it, so their
-differences are paired. A finished student is judged once and its numbers are kept beside it, so a study that was
-interrupted goes on where it stopped.
+A *variant* is a cache and settings that override the common ones. Every variant is trained once per seed. The seed
+decides a new student's weights and the order of the texts. Within a seed all variants share them, so their differences
+are paired. The results of a finished student are stored in its directory, so an interrupted study resumes.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def arguments(description: str, variants: list[str]) -> argparse.ArgumentParser:
 
 
 def run(options: Any, variants: dict[str, Variant]) -> Results:
-    """Train and judge every variant with every seed; what is there already is kept."""
+    """Train and evaluate every variant with every seed; finished students are kept."""
     held_out = (str(options.held_out), open_cache(options.held_out).fingerprint)
     jobs = {
         (name, seed): _job(options, name, variants[name], seed, held_out) for seed in options.seeds for name in variants

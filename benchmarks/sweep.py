@@ -1,8 +1,8 @@
-"""What do many students from one cache cost, beside plain trainings and beside a live teacher?
+"""Measure the cost of many students from one cache against plain training and against a live teacher.
 
-The same students, texts and steps three times, as many side by side each time: by `kdcache.sweep` from a cache; by
-Hugging Face's own Trainer on cross-entropy, which knows of no teacher; and with the teacher in memory (as many students
-as run side by side, for the others would take the same). Together they fit the model of when caching pays.
+The same students, texts and steps are trained three times, equally many in parallel: by `kdcache.sweep` from a cache;
+by the Trainer of Hugging Face on cross-entropy, without a teacher; and with the teacher in memory (one student per
+process only, because the others would take as long). The times fit the model of when a cache pays off.
 """
 
 from __future__ import annotations
