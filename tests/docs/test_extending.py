@@ -37,12 +37,15 @@ from kdcache.teachers import BACKENDS
 from kdcache.train import TrainConfig, preview_training, train_student
 from kdcache.verify.against_teacher import verify_against_teacher
 from kdcache.verify.stored import verify_cache
+from tests.cli.conftest import Run, run
 from tests.conftest import TEXTS
 from tests.contracts.matching import check_merged
 from tests.docs.pages import DOCS, ROOT, blocks, sections
 from tests.synthetic import random_targets
 from tests.task_models import SENTENCES, bert, bert_tokenizer
 from tests.tiny import bpe_tokenizer, llama
+
+__all__ = ["run"]
 
 PAGE = (DOCS / "extending.md").read_text()
 TABLES = {
@@ -174,8 +177,9 @@ def test_names_that_the_prose_relies_on_exist() -> None:
     assert all(callable(getattr(Task, name)) for name in ("plan", "arrays", "labels", "pad_batch", "collate"))
 
 
-@pytest.mark.slow
-def test_task_and_loss_of_the_page_work_from_a_package_of_their_own(tmp_path: Path) -> None:
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The files of the page, as a package that is installed."""
     package = tmp_path / "package"
     (package / "toy-1.0.dist-info").mkdir(parents=True)
     files = titled_blocks(PAGE)
@@ -184,6 +188,22 @@ def test_task_and_loss_of_the_page_work_from_a_package_of_their_own(tmp_path: Pa
         (package / name).write_text(text)
     (package / "toy-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
     (package / "toy-1.0.dist-info" / "entry_points.txt").write_text(entry_points_of_the_page())
+    monkeypatch.syspath_prepend(package)
+    tables = [table for table in TABLES.values() if isinstance(table, Table)]
+    for table in tables:
+        monkeypatch.delitem(vars(table), "_plugins", raising=False)
+        monkeypatch.setattr(table, "_used", dict(table._used))
+    yield package
+    for table in tables:
+        vars(table).pop("_plugins", None)  # read anew, without the package
+    for name in files:
+        sys.modules.pop(name.removesuffix(".py"), None)
+
+
+def test_task_and_loss_of_the_page_work_from_a_package_of_their_own(
+    tmp_path: Path, package: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     classes = {"id2label": {0: "NOUN", 1: "VERB", 2: "OTHER"}, "label2id": {"NOUN": 0, "VERB": 1, "OTHER": 2}}
     for name, seed in (("teacher", 1), ("student", 2)):
         bert("BertForTokenClassification", seed=seed, num_labels=3, **classes).save_pretrained(tmp_path / name)
@@ -191,19 +211,19 @@ def test_task_and_loss_of_the_page_work_from_a_package_of_their_own(tmp_path: Pa
     rows = [{"text": text, "labels": ["OTHER", "NOUN", *["VERB"] * (len(text.split()) - 2)]} for text in SENTENCES]
     (tmp_path / "tagged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def run(*arguments: str) -> str:
-        environment = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "kdcache", *arguments]
-        found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert found.returncode == 0, found.stderr
-        return found.stdout
+    def output(*arguments: str) -> str:
+        found = run(*arguments)
+        assert found.code == 0, found.err
+        return found.out
 
-    dump = ["dump-teacher", "-q", "--task", "token-classification", "--teacher", "teacher", "--corpus", "tagged.jsonl"]
-    run(*dump, "--max-length", "32", "--output", "cache")
-    run("verify", "-q", "--deep", "cache")
+    # The choices of --task are those of the process; this one may have read them before there was the package.
+    dump = ["dump-teacher", "-q", "--set", "task=token-classification", "--teacher", "teacher"]
+    output(*dump, "--corpus", "tagged.jsonl", "--set", "sequences.max_length=32", "--output", "cache")
+    output("verify", "-q", "--deep", "cache")
     train = ["train-student", "-q", "--cache", "cache", "--student", "student", "--set", "max_steps=60"]
-    run(*train, "--output", "run", "--set", "objective.hellinger.weight=1", "--set", "learning_rate=0.01")
-    table = json.loads(run("evaluate", "-q", "--json", "--cache", "cache", "--student", "student", "--student", "run"))
+    output(*train, "--output", "run", "--set", "objective.hellinger.weight=1", "--set", "learning_rate=0.01")
+    scored = output("evaluate", "-q", "--json", "--cache", "cache", "--student", "student", "--student", "run")
+    table = json.loads(scored)
     before, after = table["students"]
     assert table["num_targets"] == sum(len(text.split()) for text in SENTENCES)
     assert after["kl"] < 0.2 * before["kl"]
@@ -212,11 +232,19 @@ def test_task_and_loss_of_the_page_work_from_a_package_of_their_own(tmp_path: Pa
     assert 0 <= table["teacher"]["metrics"]["all_right"] <= 1
     assert set(after["metrics"]) == {"macro_f1", "all_right"}
     # Its own view.
-    shown = json.loads(run("peek", "--json", "cache", "--sequence", "1"))
+    shown = json.loads(output("peek", "--json", "cache", "--sequence", "1"))
     assert [(word, label) for word, _, _, label in shown["words"]] == [
         (word.lower(), label) for word, label in zip(rows[1]["text"].split(), rows[1]["labels"], strict=True)
     ]
-    assert run("peek", "cache", "--sequence", "1").count("  label ") == len(shown["words"])
+    assert output("peek", "cache", "--sequence", "1").count("  label ") == len(shown["words"])
+
+
+def test_the_command_line_knows_the_task_of_a_package(package: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"{package}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "kdcache", "dump-teacher", "--task", "token-classificatio"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert found.returncode != 0
+    assert "token-classification" in found.stderr
 
 
 def titled_blocks(page: str) -> dict[str, str]:
