@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from kdcache.cache.columns import as_numpy
 from kdcache.errors import ConfigError, did_you_mean
 
 #: Columns that a cache has only if its teacher gives the number that they are made of.
@@ -84,7 +85,7 @@ def filter_mask(table: Columns, where: str) -> NDArray[np.bool_]:
     """Return for every row of ``table`` whether the expression ``where`` is true, [N]; raises ``ConfigError``."""
     value = _Evaluation(table, where).result()
     if not isinstance(value, pa.Scalar):
-        return np.asarray(pc.fill_null(value, False)).astype(bool)
+        return as_numpy(pc.fill_null(value, False))
     return np.full(table.num_rows, bool(value.as_py()))
 
 
@@ -99,7 +100,7 @@ def number_column(table: Columns, name: str, rows_N: NDArray[np.int64], setting:
     if name not in _number_names(table):
         kind, known = _kind(_plain(table[name])), ", ".join(_number_names(table))
         raise ConfigError(f"{setting}: column {name!r} holds a {kind}, not numbers; columns of numbers are {known}")
-    values_N = np.asarray(_floating(_plain(table[name]))).astype(np.float64)[rows_N]
+    values_N = as_numpy(_floating(_plain(table[name]))).astype(np.float64)[rows_N]
     num_missing = int(np.isnan(values_N).sum())
     if num_missing:
         quoted = name if name.isidentifier() else f"`{name}`"

@@ -16,6 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.cache import layout
+from kdcache.cache.columns import as_numpy
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.schema import Manifest
 from kdcache.storage.folder import Folder
@@ -88,7 +89,7 @@ def _checked_plan_table(folder: Folder, manifest: Manifest) -> bytes:
 
 
 def _check_sequences(table: pa.Table, folder: Folder, manifest: Manifest) -> None:
-    sequences = np.asarray(table["sequence"])
+    sequences = as_numpy(table["sequence"])
     if sequences.size and not 0 <= sequences.min() <= sequences.max() < manifest.num_sequences:
         raise CorruptCacheError(f"{folder}/{layout.PLAN_TABLE} names sequences that the cache does not have")
 
@@ -111,7 +112,7 @@ def sequences_with(plan: PlanTable, column: str, value: str, where: str) -> NDAr
             f"{where}: no sequence has the {column} {value!r}; the first {column} is {ids[0].as_py()!r}, "
             "sequence_table() lists all"
         )
-    return np.unique(np.asarray(found)).astype(np.int64)
+    return np.unique(as_numpy(found)).astype(np.int64)
 
 
 def renumbered_plan(
@@ -123,7 +124,7 @@ def renumbered_plan(
     """
     numbers = np.full(num_sequences, -1)
     numbers[chosen_N] = np.arange(len(chosen_N))
-    sequence = numbers[np.asarray(table["sequence"])]
+    sequence = numbers[as_numpy(table["sequence"])]
     is_chosen = sequence >= 0
     table = with_column(table.filter(pa.array(is_chosen)), "sequence", sequence[is_chosen])
     shard = np.searchsorted(starts, sequence[is_chosen], side="right") - 1
@@ -142,5 +143,5 @@ def with_column(table: pa.Table, name: str, values: NDArray[Any]) -> pa.Table:
 def num_tokens_of(table: pa.Table | SequenceTable) -> NDArray[np.int64]:
     """Return the tokens of every row of a per-sequence table, [N]; without such a column, positions + 1."""
     if "num_tokens" in table.column_names:
-        return np.asarray(table["num_tokens"]).astype(np.int64)
-    return np.asarray(table["num_positions"]).astype(np.int64) + 1
+        return as_numpy(table["num_tokens"]).astype(np.int64)
+    return as_numpy(table["num_positions"]).astype(np.int64) + 1

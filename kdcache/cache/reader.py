@@ -131,7 +131,9 @@ class Cache:
     @cached_property
     def lengths_N(self) -> NDArray[np.int64]:
         """Positions of every sequence, [N]."""
-        return np.asarray(self.sequence_table(["num_positions"])["num_positions"]).astype(np.int64)
+        from kdcache.cache.columns import as_numpy
+
+        return as_numpy(self.sequence_table(["num_positions"])["num_positions"]).astype(np.int64)
 
     @cached_property
     def sizes_N(self) -> NDArray[np.int64]:

@@ -1,0 +1,27 @@
+"""Columns of Arrow tables as NumPy arrays, without pandas.
+
+pyarrow's own conversions import pandas where it is installed, which takes half a second.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+
+def as_numpy(column: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
+    """Return a column as an array, [N]; integers keep their type, integers with nulls become floats with NaN."""
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    kind = column.type
+    if pa.types.is_boolean(kind) and not column.null_count:
+        return np.concatenate([np.zeros(0, bool), *(_numbers(chunk.cast(pa.uint8())).view(bool) for chunk in chunks)])
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)) or column.null_count:
+        return np.asarray(column)
+    return np.concatenate([np.zeros(0, kind.to_pandas_dtype()), *map(_numbers, chunks)])
+
+
+def _numbers(chunk: pa.Array) -> NDArray[Any]:
+    return np.from_dlpack(chunk)
