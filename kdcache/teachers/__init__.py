@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kdcache.teachers.backends import BACKENDS
     from kdcache.teachers.base import Answer, Backend, BackendConfig, Capabilities, Request, Teacher, parse_layers
+    from kdcache.teachers.config import TeacherConfig
     from kdcache.teachers.huggingface import HuggingFaceTeacher, load_teacher
     from kdcache.teachers.logits import LogitsTeacher, TeacherOutput
     from kdcache.teachers.reduce import TargetReducer, reduce_top_k
     from kdcache.teachers.samples import sample_uniforms
-    from kdcache.teachers.transformers_backend import TeacherConfig
 
 _HOMES = {
     "BACKENDS": "backends",
@@ -28,7 +28,7 @@ _HOMES = {
     "Request": "base",
     "TargetReducer": "reduce",
     "Teacher": "base",
-    "TeacherConfig": "transformers_backend",
+    "TeacherConfig": "config",
     "TeacherOutput": "logits",
     "load_teacher": "huggingface",
     "parse_layers": "base",

@@ -29,8 +29,8 @@ from kdcache.schema import SCALARS, OutputsRecord, Sequence, TeacherRecord, Weig
 from kdcache.tasks import TASKS, Task
 from kdcache.tasks.causal_lm import CausalLM
 from kdcache.teachers.base import Capabilities, Request
+from kdcache.teachers.config import TeacherConfig
 from kdcache.teachers.logits import LogitsTeacher, TeacherOutput
-from kdcache.teachers.transformers_backend import TeacherConfig
 
 log = logging.getLogger(__name__)
 

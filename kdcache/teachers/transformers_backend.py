@@ -7,29 +7,18 @@ the cache. torch and transformers are imported when something is loaded.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import TeacherError
 from kdcache.models.loading import check_dtype, load_config, load_tokenizer, pick_device
 from kdcache.schema import OutputsRecord
 from kdcache.tasks import Task
-from kdcache.teachers.base import Backend, BackendConfig
+from kdcache.teachers.base import Backend
+from kdcache.teachers.config import TeacherConfig
 
 if TYPE_CHECKING:
     from kdcache.models.tokenizer import TextEncoder
     from kdcache.teachers.huggingface import HuggingFaceTeacher
-
-
-class TeacherConfig(BackendConfig):
-    """Which Hugging Face model is the teacher, and how it runs."""
-
-    backend: Literal["transformers"] = "transformers"
-    model: str
-    """Hub id, local directory, or a .gguf file."""
-    dtype: str = "auto"
-    """``auto``: the checkpoint's own (GGUF: float32 on a CPU, bfloat16 elsewhere)."""
-    device: str = "auto"
-    revision: str | None = None
 
 
 class TransformersBackend(Backend):
