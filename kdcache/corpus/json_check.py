@@ -67,7 +67,7 @@ def _check_text(where: str, text_field: str, text: Any) -> None:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield where each value stands, and the value; the file is JSON lines or one JSON array."""
+    """Yield each value with its position in words; the file is JSON lines or one JSON array."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if number == 1:

@@ -26,7 +26,7 @@ class Layout:
     """Ranges of N sequences in the stream: ``[starts_N, stops_N)`` of documents ``first_N`` to ``last_N``.
 
     ``offsets_D1`` are the documents' own ranges (document d owns ``[offsets_D1[d], offsets_D1[d + 1])``);
-    ``has_prefix_N`` says which sequences are fed a BOS before their range.
+    ``has_prefix_N`` marks the sequences that are fed a BOS before their range.
     """
 
     offsets_D1: Int64

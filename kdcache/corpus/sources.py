@@ -48,7 +48,7 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
             found.append(_hub_source(path))
         else:
             found.extend(_find_files(path))
-    _refuse_repeats(found)
+    _check_no_repeats(found)
     files = [item for item in found if isinstance(item, Path)]
     parent = os.path.commonpath([item.parent for item in files]) if files else ""
     return [Source(item.relative_to(parent).as_posix(), item) if isinstance(item, Path) else item for item in found]
@@ -88,7 +88,7 @@ def _only_supported(what: str, names: Iterable[str]) -> list[Path]:
     return sorted(files, key=lambda file: file.as_posix())
 
 
-def _refuse_repeats(found: Sequence[Source | Path]) -> None:
+def _check_no_repeats(found: Sequence[Source | Path]) -> None:
     seen = set()
     for item in found:
         if item in seen:

@@ -59,7 +59,7 @@ class TableReader:
         return int(self._texts.data.column(self._text_field).slice(0, stop).null_count)
 
     def metadata(self, rows: Sequence[int]) -> pa.Table:
-        """Return the columns besides the text for ``rows``."""
+        """Return the columns other than the text for ``rows``."""
         if self._metadata is None:
             return no_columns(len(rows))
         table = self._metadata[list(rows)]
@@ -185,7 +185,7 @@ def _check_text_column(name: str, dataset: Any, text_field: str) -> None:
     if text_field not in columns:
         hint = did_you_mean(text_field, columns)
         listed = f" columns: {', '.join(columns)}" if hint.endswith("?") else ""
-        raise CorpusError(f"{name} has no field {text_field!r}, {hint}{listed}; choose with --text-field")
+        raise CorpusError(f"{name} has no field {text_field!r}; {hint}{listed}; choose with --text-field")
     if not _is_text(dataset, text_field):
         column = dataset.select_columns([text_field]).with_format("arrow")[:][text_field]
         import pyarrow.compute as pc

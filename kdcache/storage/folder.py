@@ -222,7 +222,7 @@ class Folder:
         return self.url
 
 
-def refuse_overlap(source: Folder, target: Folder) -> None:
+def check_no_overlap(source: Folder, target: Folder) -> None:
     """Raise ``ConfigError`` when ``target`` is ``source``, lies inside it, or holds it."""
     if source.store_kind != target.store_kind:  # a bucket of one store may have the name of a bucket of another
         return

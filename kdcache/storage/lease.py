@@ -112,7 +112,7 @@ class Lease:
         time.sleep(self.watch_s / _BEATS / 2)
         found = self._read()
         if found is None or found.token != self._record.token:
-            raise CacheError(self._refusal(found))
+            raise CacheError(self._held_by_another(found))
         return True
 
     def _watch(self, first: LeaseRecord) -> LeaseRecord | None:
@@ -131,7 +131,7 @@ class Lease:
             if found is None:
                 return None
             if found != first:
-                raise CacheError(self._refusal(found))
+                raise CacheError(self._held_by_another(found))
         return first
 
     def _beat(self) -> None:
@@ -163,7 +163,7 @@ class Lease:
         except ValidationError:
             return LeaseRecord(token=hashlib.sha256(data).hexdigest(), host="an unknown host", pid=0, machine="")
 
-    def _refusal(self, found: LeaseRecord | None) -> str:
+    def _held_by_another(self, found: LeaseRecord | None) -> str:
         who = f"process {found.pid} on {found.host}" if found else "one that has just ended"
         return f"another process is writing to {self.folder} ({who}); wait for it, or choose another output"
 

@@ -17,7 +17,7 @@ from kdcache.cache.write_behind import WriteBehind
 from kdcache.errors import CorruptCacheError
 from kdcache.progress import bar
 from kdcache.schema import Manifest, ShardRecord
-from kdcache.storage.folder import Folder, refuse_overlap
+from kdcache.storage.folder import Folder, check_no_overlap
 from kdcache.transcode.config import TranscodeConfig
 from kdcache.transcode.places import refuse_another_origin
 from kdcache.transcode.plan import Transcoding, plan_transcoding
@@ -74,7 +74,7 @@ def transcode_cache(config: TranscodeConfig, *, check: bool = True, progress: bo
 
 def load_transcoding(config: TranscodeConfig) -> Transcoding:
     """Open the source of ``config`` and plan the output, after checking that it may be written where it is to be."""
-    refuse_overlap(Folder(config.source), Folder(config.output))
+    check_no_overlap(Folder(config.source), Folder(config.output))
     refuse_foreign(Folder(config.output))
     return plan_transcoding(config, open_cache(config.source, max_open_shards=1))  # they are read one after another
 

@@ -25,7 +25,7 @@ from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
 from kdcache.progress import bar
 from kdcache.schema import Plan
 from kdcache.storage.download import file_sha256
-from kdcache.storage.folder import Folder, refuse_overlap
+from kdcache.storage.folder import Folder, check_no_overlap
 from kdcache.transfer.part import Contents, Item, contents_of
 
 #: Most bytes of files in memory at once (a larger file is copied alone).
@@ -73,15 +73,15 @@ def copy_cache(
     """
     began = time.perf_counter()
     source_folder, target_folder = Folder(source), Folder(target)
-    refuse_overlap(source_folder, target_folder)
+    check_no_overlap(source_folder, target_folder)
     contents = contents_of(source_folder, fields, shards)
-    _refuse_another(target_folder, contents)
+    _check_target(target_folder, contents)
     mover = _Mover(source_folder, target_folder, jobs, progress)
     if dry_run:
         missing = mover.missing(contents, check)
     else:
         with CacheWriter(target_folder) as writer:
-            _refuse_another(target_folder, contents)  # again, now that no other process writes
+            _check_target(target_folder, contents)  # again, now that no other process writes
             missing = _move(contents, mover, writer, check)
     return TransferResult(
         source=source,
@@ -217,7 +217,7 @@ class _Memory:
                 self._changed.notify_all()
 
 
-def _refuse_another(target: Folder, contents: Contents) -> None:
+def _check_target(target: Folder, contents: Contents) -> None:
     """Raise ``CacheError`` for a target with another cache, another unfinished cache, or other files."""
     try:
         standing = layout.read_manifest(target)[1]

@@ -99,7 +99,7 @@ def _chosen_fields(manifest: Manifest, wanted: Sequence[str] | None, source: Fol
         return held
     for name in wanted:
         if name not in held:
-            raise CacheError(f"{source} has no field {name!r}: {did_you_mean(name, held)}")
+            raise CacheError(f"{source} has no field {name!r}; {did_you_mean(name, held)}")
     always = {TOKENS_FIELD, TARGETS_FIELD} | ({manifest.states_field} if manifest.targets.kind == "hidden" else set())
     return [name for name in held if name in always.union(wanted)]
 

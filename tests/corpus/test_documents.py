@@ -391,7 +391,7 @@ def test_texts_that_all_look_like_dates_are_not_altered_silently(tmp_path, load)
 
 def test_a_missing_field_suggests_a_column(tmp_path, load):
     path = write_json(tmp_path / "a.jsonl", {"text": "a", "n": 1})
-    with pytest.raises(CorpusError, match=r"a\.jsonl has no field 'txet', did you mean 'text'\? columns: text, n; cho"):
+    with pytest.raises(CorpusError, match=r"a\.jsonl has no field 'txet'; did you mean 'text'\? columns: text, n; cho"):
         load(path, text_field="txet")
     with pytest.raises(CorpusError, match=r"has no field 'body', known: n, text; choose with --text-field"):
         load(path, text_field="body")
@@ -500,7 +500,7 @@ def test_hub_data_sets(hub, load, path, asked, first_id):
 
 
 def test_hub_data_sets_have_the_same_checks(hub, load):
-    with pytest.raises(CorpusError, match=r"hf:x@train has no field 'txt', did you mean 'text'\?"):
+    with pytest.raises(CorpusError, match=r"hf:x@train has no field 'txt'; did you mean 'text'\?"):
         load("hf:x", text_field="txt")
     with pytest.raises(CorpusError, match=r"hf:x@train, row 0: field 'n' must be a string"):
         load("hf:x", text_field="n")

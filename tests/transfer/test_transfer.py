@@ -266,7 +266,7 @@ def test_parts_of_every_kind_are_sound(written, tmp_path, kind):
 
 
 def test_what_there_is_not(sound, tmp_path):
-    with pytest.raises(CacheError, match="no field 'hiden-1': did you mean 'hidden-1'"):
+    with pytest.raises(CacheError, match="no field 'hiden-1'; did you mean 'hidden-1'"):
         move(sound, tmp_path / "x", fields=["targets", "hiden-1"])
     with pytest.raises(CacheError, match="no shard 3; its shards are 0 to 2"):
         move(sound, tmp_path / "x", shards=[1, 3])
