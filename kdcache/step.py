@@ -79,4 +79,5 @@ class StepInputs:
         outputs = self.states.outputs
         if outputs is not None:
             outputs = replace(outputs.each(lambda tensor: tensor[:count]), student_PC=hidden_PD)
-        return StepInputs(hidden_PD, rows, LayerStates(student, teacher, outputs))
+        fields = {name: tensor[:count] for name, tensor in self.states.fields.items()}
+        return StepInputs(hidden_PD, rows, LayerStates(student, teacher, outputs, fields))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kdcache.errors import CacheError, ConfigError
+from kdcache.errors import ConfigError
 from kdcache.fields.base import FieldKind
 from kdcache.fields.targets import TARGETS_FIELD, TargetsField, targets_field
 from kdcache.fields.tokens import (
@@ -81,7 +81,7 @@ def _is_installed(kind: str) -> bool:
         return True
     try:
         return bool(FIELD_KINDS[kind])
-    except (ConfigError, CacheError):
+    except ConfigError:
         return False
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 import torch
@@ -120,18 +120,20 @@ def incompatibility(part: Part, context: TeacherContext) -> str | None:
 
 @dataclass(frozen=True)
 class Needs:
-    """What terms read of either model: layer numbers (0: the embeddings, n: after block n), and raw outputs."""
+    """What terms read: layer numbers of either model (0: the embeddings, n: after block n), raw outputs, other fields."""
 
     student_layers: frozenset[int] = frozenset()
     teacher_layers: frozenset[int] = frozenset()
     outputs: bool = False
     """Whether the raw outputs of both models are read."""
+    fields: frozenset[str] = frozenset()
+    """Names of other fields of the cache, whose kind another package may bring."""
 
     @property
     def teacher_fields(self) -> tuple[str, ...]:
         """Names of the cache's fields that are needed."""
         layers = tuple(layer_field(layer) for layer in sorted(self.teacher_layers))
-        return (*layers, OUTPUTS_FIELD) if self.outputs else layers
+        return (*layers, *((OUTPUTS_FIELD,) if self.outputs else ()), *sorted(self.fields))
 
     @staticmethod
     def union(needs: Iterable[Needs]) -> Needs:
@@ -141,6 +143,7 @@ class Needs:
             frozenset().union(*(item.student_layers for item in every)),
             frozenset().union(*(item.teacher_layers for item in every)),
             any(item.outputs for item in every),
+            frozenset().union(*(item.fields for item in every)),
         )
 
 
@@ -166,16 +169,20 @@ class Outputs:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Outputs:
         """Return a copy with ``change`` applied to every tensor."""
-        return Outputs(*(change(getattr(self, field.name)) for field in fields(self)))
+        return Outputs(*(change(getattr(self, item.name)) for item in fields(self)))
 
 
 @dataclass(frozen=True)
 class LayerStates:
-    """Hidden states [P, D] of student and teacher at the same P positions, by layer number; and raw outputs."""
+    """Hidden states [P, D] of student and teacher at the same P positions, by layer number; raw outputs; other fields.
+
+    ``fields`` are the tensors that the kinds of other fields collate, by name, with P rows each.
+    """
 
     student: Mapping[int, Tensor]
     teacher: Mapping[int, Tensor]
     outputs: Outputs | None = None
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def from_batch(
@@ -193,14 +200,15 @@ class LayerStates:
                 "these fields of the cache too"
             )
         teacher = {layer: batch[layer_field(layer)] for layer in sorted(needs.teacher_layers)}
+        others = {name: batch[name] for name in sorted(needs.fields)}
         if not needs.outputs:
-            return cls(student, teacher)
+            return cls(student, teacher, fields=others)
         assert student_outputs is not None
         teacher_PC = batch[OUTPUTS_FIELD]
         unknown_P = torch.full_like(teacher_PC[:, 0], torch.nan)
         each_P = torch.arange(len(teacher_PC), device=teacher_PC.device)
         labels_P, groups_P = batch.get("label_values", unknown_P), batch.get("groups", each_P)
-        return cls(student, teacher, Outputs(student_outputs, teacher_PC, labels_P, groups_P))
+        return cls(student, teacher, Outputs(student_outputs, teacher_PC, labels_P, groups_P), others)
 
     def check(self, num_positions: int) -> None:
         """Raise ``StudentError`` unless every layer has one state for each of the ``num_positions``."""
@@ -219,7 +227,8 @@ class LayerStates:
             for states in (self.student, self.teacher)
         )
         outputs = None if self.outputs is None else self.outputs.each(lambda tensor: tensor.index_select(0, rows_P))
-        return LayerStates(student, teacher, outputs)
+        others = {name: tensor.index_select(0, rows_P) for name, tensor in self.fields.items()}
+        return LayerStates(student, teacher, outputs, others)
 
 
 class TermModule(nn.Module, ABC):

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from kdcache.losses import Objective
-from kdcache.losses.hidden import HiddenTerm
 from kdcache.losses.outputs import OutputTerm
 from kdcache.losses.schedules import highest
 from kdcache.step import StepInputs
@@ -69,7 +68,7 @@ def fit_terms(objective: Objective, student: Student, seed: int) -> None:
     if not objective.config.terms:
         return
     _check_width(objective, student)
-    reads_layers = any(isinstance(term, HiddenTerm) for term in objective.config.terms.values())
+    reads_layers = any(not isinstance(term, OutputTerm) for term in objective.config.terms.values())
     objective.build_terms(student.layer_widths() if reads_layers else (), seed)
     if objective.context.kind != "outputs" and not any(
         highest(loss.weight) > 0 for loss in objective.config.losses.values()

@@ -24,6 +24,7 @@ from kdcache.dump import DumpConfig, dump_teacher, preview_dump
 from kdcache.errors import CacheError, ConfigError, TeacherError
 from kdcache.estimate import estimate_presets
 from kdcache.evaluate import evaluate_students
+from kdcache.fields import FIELD_KINDS
 from kdcache.inspect import inspect_cache
 from kdcache.losses import LOSSES, MEASURES, SCHEDULES, TERMS, ChunkView, Loss, TeacherContext, incompatibility
 from kdcache.losses.from_cache import context_of
@@ -56,6 +57,7 @@ TABLES = {
     "PACINGS": PACINGS,
     "TOPK_CODECS": TOPK_CODECS,
     "VECTOR_CODECS": VECTOR_CODECS,
+    "FIELD_KINDS": FIELD_KINDS,
     "TASKS": TASKS,
     "BODIES": BODIES,
     "BACKENDS": BACKENDS,
