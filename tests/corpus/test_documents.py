@@ -393,7 +393,7 @@ def test_a_missing_field_suggests_a_column(tmp_path, load):
     path = write_json(tmp_path / "a.jsonl", {"text": "a", "n": 1})
     with pytest.raises(CorpusError, match=r"a\.jsonl has no field 'txet'; did you mean 'text'\? columns: text, n; cho"):
         load(path, text_field="txet")
-    with pytest.raises(CorpusError, match=r"has no field 'body', known: n, text; choose with --text-field"):
+    with pytest.raises(CorpusError, match=r"has no field 'body'; known: n, text; choose with --text-field"):
         load(path, text_field="body")
 
 

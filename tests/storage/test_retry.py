@@ -38,7 +38,7 @@ def answered(status: int, kind: type[OSError] = OSError) -> OSError:
 
 
 class FaultyStore(MemoryFileSystem):
-    """A store whose requests fail as told: ``faults`` are raised one by one, ``lost`` ones after the request's effect."""
+    """A store whose requests fail as told: ``faults`` before a request has its effect, ``lost`` ones after it."""
 
     protocol = "faulty"
     store: ClassVar[dict] = {}
