@@ -8,14 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kdcache.cache.tail_prior import TailSum
 from kdcache.errors import TeacherError
-from kdcache.fields import TARGETS_FIELD, TOKENS_FIELD, FieldKind, known_fields
+from kdcache.fields import TARGETS_FIELD, TOKENS_FIELD, FieldKind
 from kdcache.models.batching import batches_by_length
-from kdcache.schema import OUTPUTS_FIELD, Plan, Samples, Sequence, Targets, TargetsRecord, layer_field
-from kdcache.teachers.base import Answer, Request, Teacher, add_tail_sums
+from kdcache.schema import OUTPUTS_FIELD, Plan, Sequence, layer_field
+from kdcache.teachers.base import Answer, Request, Teacher
 
 
 def request_of(plan: Plan) -> Request:
@@ -98,65 +96,3 @@ def staged(answer: Answer, fields: Mapping[str, FieldKind]) -> dict[str, Any]:
             raise TeacherError(f"the teacher gave no {name}, which the plan stores; correct the backend")
         found[name] = field.stage(answer.targets if name == TARGETS_FIELD else answer.vectors[name])
     return found
-
-
-class ShardRows:
-    """The positions of one shard, filled batch by batch in any order."""
-
-    def __init__(
-        self,
-        lengths_N: NDArray[np.int64],
-        first_sequence: int,
-        record: TargetsRecord,
-        codecs: Mapping[str, FieldKind],
-    ) -> None:
-        self._first = first_sequence
-        self._offsets = np.concatenate([[0], np.cumsum(lengths_N)])
-        self._codecs = codecs
-        self.targets = _empty_targets(int(self._offsets[-1]), record)
-        self.hidden: dict[str, NDArray[Any]] = {}
-        self.tail_sum: TailSum | None = None
-
-    def put(self, sequences: list[Sequence], answer: Answer) -> None:
-        """Store the answer to one batch at the positions of its sequences."""
-        spans = [s.index - self._first for s in sequences]
-        rows = np.concatenate([np.arange(self._offsets[n], self._offsets[n + 1]) for n in spans])
-        for name, values in vars(answer.targets).items():
-            if name != "samples" and getattr(self.targets, name) is not None:
-                getattr(self.targets, name)[rows] = values
-        if answer.targets.samples is not None and self.targets.samples is not None:
-            for name, values in vars(answer.targets.samples).items():
-                getattr(self.targets.samples, name)[rows, : values.shape[1]] = values
-        for name, codec in self._codecs.items():
-            staged = codec.stage(answer.vectors[name])
-            if name not in self.hidden:
-                self.hidden[name] = codec.allocate(staged, len(self.targets.ids_PK))
-            codec.put(self.hidden[name], rows, staged)
-        self.tail_sum = add_tail_sums(iter((self.tail_sum, answer.tail_sum)))
-
-
-def vector_codecs(plan: Plan) -> dict[str, FieldKind]:
-    """Return every field of rows at positions, in addition to the targets."""
-    fields = known_fields(plan).items()
-    return {name: field for name, field in fields if name not in (TOKENS_FIELD, TARGETS_FIELD) and field.axis != "tokens"}
-
-
-def _empty_targets(num_positions: int, record: TargetsRecord) -> Targets:
-    def zeros(*shape: int, dtype: type = np.float32) -> NDArray[Any]:
-        return np.zeros((num_positions, *shape), dtype=dtype)
-
-    if record.kind == "outputs":
-        return Targets.nothing(num_positions)
-    top_k, num_samples = record.top_k, record.num_samples
-    return Targets(
-        ids_PK=zeros(top_k, dtype=np.int32),
-        logprobs_PK=zeros(top_k),
-        log_tail_P=zeros(),
-        gold_logprob_P=zeros() if "gold_logprob" in record.scalars else None,
-        entropy_P=zeros() if "entropy" in record.scalars else None,
-        num_kept_P=zeros(dtype=np.int32) if record.is_ragged else None,
-        log_tails_PG=zeros(len(record.temperatures)) if record.temperatures else None,
-        samples=Samples(zeros(num_samples, dtype=np.int32), zeros(num_samples, dtype=np.int32))
-        if num_samples
-        else None,
-    )

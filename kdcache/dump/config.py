@@ -112,7 +112,9 @@ class DumpConfig(Config):
             changes["tail"] = "remainder"
         if wanted.scalars is None:
             changes["scalars"] = tuple(
-                name for name in record.scalars if name in can.scalars or (name == "log_tail" and wanted.tail == "exact")
+                name
+                for name in record.scalars
+                if name in can.scalars or (name == "log_tail" and wanted.tail == "exact")
             )
         if wanted.codec is None and "remainder" in (wanted.tail, changes.get("tail")):
             changes["codec"] = _REMAINDER_CODEC

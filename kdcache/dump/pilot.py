@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -10,13 +9,12 @@ from numpy.typing import NDArray
 
 from kdcache.codecs import vector_codec
 from kdcache.codecs.vectors import relative_error
-from kdcache.dump.answers import ShardRows, answers
+from kdcache.dump.answers import answers
 from kdcache.dump.config import DumpConfig
 from kdcache.dump.plan import LayerPilot
-from kdcache.fields import FieldKind
 from kdcache.schema import Sequence, TargetsRecord, layer_field
 from kdcache.tasks import Sequences
-from kdcache.teachers.base import Request, Teacher
+from kdcache.teachers.base import Answer, Request, Teacher
 
 #: Positions that tell what a codec of hidden states costs.
 _LAYER_POSITIONS = 512
@@ -29,24 +27,19 @@ def pilot_sequences(sequences: Sequences, num_positions: int) -> list[int]:
     return np.unique(np.linspace(0, sequences.num_sequences - 1, count).astype(int)).tolist()
 
 
-def run_rows(
-    chosen: list[int],
-    sequences: Sequences,
-    teacher: Teacher,
-    request: Request,
-    codecs: Mapping[str, FieldKind],
-    batch_tokens: int,
-) -> tuple[ShardRows, list[Sequence]]:
-    """Run some sequences from anywhere in the corpus; return their rows and the sequences, renumbered from 0.
-
-    Vectors are staged by ``codecs``, by the names of their fields.
-    """
+def run_pilot(
+    chosen: list[int], sequences: Sequences, teacher: Teacher, request: Request, batch_tokens: int
+) -> tuple[Answer, list[Sequence]]:
+    """Run some sequences from anywhere in the corpus; return the answer to all of them, and the sequences from 0 on."""
     picked = [replace(sequences.sequence(index), index=number) for number, index in enumerate(chosen)]
-    lengths = np.array([s.num_positions for s in picked], dtype=np.int64)
-    rows = ShardRows(lengths, 0, request.targets, codecs)
+    offsets = np.concatenate([[0], np.cumsum([s.num_positions for s in picked])])
+    parts, rows = [], []
     for batch, answer in answers(teacher, picked, request, batch_tokens):
-        rows.put(batch, answer)
-    return rows, picked
+        parts.append(answer)
+        rows += [np.arange(offsets[s.index], offsets[s.index + 1]) for s in batch]
+    joined, order = Answer.concatenate(parts), np.argsort(np.concatenate(rows))
+    vectors = {name: values[order] for name, values in joined.vectors.items()}
+    return Answer(joined.targets.take(order), vectors, joined.tail_sum), picked
 
 
 def layer_pilot(config: DumpConfig, sequences: Sequences, teacher: Teacher, layers: list[int]) -> dict[int, LayerPilot]:

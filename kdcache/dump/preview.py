@@ -13,13 +13,14 @@ from kdcache.cache import layout
 from kdcache.cache.output_dir import check_same_plan
 from kdcache.cache.shard_file import pack
 from kdcache.codecs import id_dtype
-from kdcache.dump.answers import ShardRows, request_of, vector_codecs
+from kdcache.dump.answers import request_of, staged
 from kdcache.dump.config import DumpConfig
 from kdcache.dump.loading import load_parts
-from kdcache.dump.pilot import pilot_sequences, run_rows
-from kdcache.fields import TARGETS_FIELD, field_of
-from kdcache.schema import Plan
+from kdcache.dump.pilot import pilot_sequences, run_pilot
+from kdcache.fields import known_fields
+from kdcache.schema import Plan, Sequence
 from kdcache.storage.folder import Folder
+from kdcache.teachers.base import Answer
 
 #: Positions that are sent through the teacher, after a quarter as many for warming up.
 _PILOT_POSITIONS = 2048
@@ -60,22 +61,21 @@ def preview_dump(config: DumpConfig, *, progress: bool = True) -> DumpPreview:
     plan, sequences = parts.plan, parts.sequences
     committed = _committed(config.output, plan)
     run = partial(
-        run_rows,
+        run_pilot,
         sequences=sequences,
         teacher=parts.teacher,
         request=request_of(plan),
-        codecs=vector_codecs(plan),
         batch_tokens=parts.batch_tokens,
     )
     chosen = pilot_sequences(sequences, _PILOT_POSITIONS)
     run(chosen[: max(1, len(chosen) // 4)])  # warms up
     began = time.perf_counter()
-    rows, picked = run(chosen)
+    answer, picked = run(chosen)
     elapsed = time.perf_counter() - began
-    count = rows.targets.num_positions
-    num_bytes = _encoded_bytes(rows, picked, plan)
+    count = answer.targets.num_positions
+    num_bytes = _encoded_bytes(answer, picked, plan)
     has_distribution = plan.targets.kind != "outputs"
-    gold_P = rows.targets.gold_logprob_P
+    gold_P = answer.targets.gold_logprob_P
     has_labels = has_distribution and gold_P is not None and not np.isnan(gold_P).all()
     left = plan.num_positions * (1 - committed / max(plan.num_shards, 1))
     return DumpPreview(
@@ -91,16 +91,16 @@ def preview_dump(config: DumpConfig, *, progress: bool = True) -> DumpPreview:
         total_bytes=int(plan.num_positions * num_bytes / count),
         tokens_per_s=count / elapsed,
         eta_s=left * elapsed / count,
-        kept_mass=float(-np.expm1(rows.targets.log_tail_P).mean()) if has_distribution else None,
+        kept_mass=float(-np.expm1(answer.targets.log_tail_P).mean()) if has_distribution else None,
         teacher_loss=float(-np.nanmean(gold_P)) if gold_P is not None and has_labels else None,
     )
 
 
-def _encoded_bytes(rows: ShardRows, picked: list[Any], plan: Plan) -> int:
+def _encoded_bytes(answer: Answer, picked: list[Sequence], plan: Plan) -> int:
     tokens = np.concatenate([s.tokens_T for s in picked]).astype(id_dtype(plan.tokenizer.vocab_size))
-    staged = {**rows.hidden} if plan.targets.kind == "outputs" else {TARGETS_FIELD: rows.targets, **rows.hidden}
-    sizes = [len(pack(field_of(plan.field(name), plan).encode(values))) for name, values in staged.items()]
-    return len(pack({"tokens": tokens})) + sum(sizes)
+    fields = known_fields(plan)
+    values = staged(answer, fields)
+    return len(pack({"tokens": tokens})) + sum(len(pack(fields[name].encode(rows))) for name, rows in values.items())
 
 
 def _committed(output: str, wanted: Plan) -> int:

@@ -24,18 +24,17 @@ from kdcache.codecs.vectors import relative_error
 from kdcache.config import build, merge
 from kdcache.dump import DumpConfig, HiddenStatesConfig
 from kdcache.dump.loading import Parts, load_parts
-from kdcache.dump.pilot import pilot_sequences, run_rows
+from kdcache.dump.pilot import pilot_sequences, run_pilot
 from kdcache.dump.plan import LayerPilot, make_fields, shard_positions
 from kdcache.errors import ConfigError, TeacherError, did_you_mean
 from kdcache.estimate.choices import LossChoices, student_choices
 from kdcache.estimate.measure import PresetMeasurement, measure
 from kdcache.estimate.sample import HeadLogits, Logits, Sample, TeacherLogits
-from kdcache.fields import field_of, vectors_field
 from kdcache.json_files import finite
 from kdcache.models.lm_head import LMHead, head_to_bytes
 from kdcache.presets import PRESETS, Preset
 from kdcache.progress import bar, reporter
-from kdcache.schema import Plan, TargetsRecord, layer_field
+from kdcache.schema import Plan, TargetsRecord
 from kdcache.tasks import task_of
 from kdcache.teachers.base import Request
 from kdcache.teachers.logits import LogitsTeacher, require_logits
@@ -155,16 +154,11 @@ def _pilot(parts: Parts, num_positions: int, progress: bool) -> tuple[Sample, LM
     head = _head_of(teacher)
     last = parts.plan.teacher.num_layers
     request = Request(_PILOT_RECORD, (last,) if isinstance(head, LMHead) and last is not None else ())
-    exact = vector_codec({"name": "exact"})
-    records = [
-        vectors_field(layer_field(layer), exact, parts.plan.teacher.hidden_size or 0) for layer in request.layers
-    ]
-    codecs = {record.name: field_of(record, parts.plan) for record in records}
     with bar(1, "teacher", "run", enabled=progress) as meter:
         warm = indices[: max(1, len(indices) // 8)]
-        run_rows(warm, sequences, teacher, request, codecs, parts.batch_tokens)
+        run_pilot(warm, sequences, teacher, request, parts.batch_tokens)
         began = time.perf_counter()
-        rows, _ = run_rows(indices, sequences, teacher, request, codecs, parts.batch_tokens)
+        answer, _ = run_pilot(indices, sequences, teacher, request, parts.batch_tokens)
         seconds = time.perf_counter() - began
         meter.update()
     chosen = [sequences.sequence(index) for index in indices]
@@ -172,10 +166,10 @@ def _pilot(parts: Parts, num_positions: int, progress: bool) -> tuple[Sample, LM
     table = pa.concat_tables([sequences.sequence_table(index, index + 1) for index in indices]).combine_chunks()
     logits: Logits = TeacherLogits(teacher, chosen, parts.batch_tokens)
     if isinstance(head, LMHead):
-        logits = HeadLogits(rows.hidden[parts.plan.states_field], head)
+        logits = HeadLogits(answer.vectors[parts.plan.states_field], head)
     sample = Sample(chosen, table, parts.plan.tokenizer.vocab_size, logits, task_of(parts.plan.task))
-    assert rows.targets.gold_logprob_P is not None  # reduced from whole logits
-    return sample, head, _Pilot(seconds, float(-rows.targets.gold_logprob_P.mean()))
+    assert answer.targets.gold_logprob_P is not None  # reduced from whole logits
+    return sample, head, _Pilot(seconds, float(-answer.targets.gold_logprob_P.mean()))
 
 
 def _head_of(teacher: LogitsTeacher) -> LMHead | str:
