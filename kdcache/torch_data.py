@@ -38,7 +38,7 @@ def training_batches(
 
 
 def count_tokens(batch: Mapping[str, Tensor]) -> int | Tensor:
-    """Return how many tokens a collated batch has without padding: a number on its device, which nobody waits for."""
+    """Return the number of tokens of a collated batch without padding, on its device so that nothing waits for it."""
     # Packed documents are kept apart without a mask, and their padding has no rows.
     return batch["attention_mask"].sum() if "attention_mask" in batch else batch["labels"].numel()
 
@@ -71,13 +71,13 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
         if get_worker_info() is not None:
             raise ConfigError(
                 "a cache is read by threads, not by the worker processes of a DataLoader: use num_workers=0, and "
-                "threads=2 or more in to_torch() where one does not keep up"
+                "threads=2 or more in to_torch() if one is too slow"
             )
         return iter(self._batches)
 
     @property
     def wait_s(self) -> float:
-        """Seconds that whoever iterated has waited for data so far."""
+        """Seconds that the consumer has waited for data so far."""
         return self._batches.wait_s
 
     def set_epoch(self, epoch: int) -> None:
@@ -85,11 +85,11 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
         self._batches.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, int]:
-        """Return where a run that has used every batch given out so far goes on."""
+        """Return the state after the batches that were returned so far, without those that were only read ahead."""
         return self._batches.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` says; raises ``ConfigError`` when it is none of this data."""
+        """Continue from ``state``; raises ``ConfigError`` when it does not match this dataset."""
         self._batches.load_state_dict(state)
 
 
@@ -104,10 +104,10 @@ def to_torch(
     ahead: int = 2,
     **order: Any,
 ) -> TorchBatches:
-    """Return a cache as an iterable data set of collated batches, as CPU tensors (pinned where there is CUDA).
+    """Return a cache as an iterable data set of collated batches, as CPU tensors (pinned if there is CUDA).
 
-    Settings are those of `Cache.batches`; ``pad_id`` fills ``input_ids`` up to the longest sequence. Names and shapes
-    of the tensors are told by `kdcache.tasks.Task.collate`. A ``DataLoader`` around it needs ``batch_size=None``
+    Settings are those of `Cache.batches`; ``pad_id`` pads ``input_ids`` to the longest sequence. Names and shapes
+    of the tensors are those of `kdcache.tasks.Task.collate`. A ``DataLoader`` around it needs ``batch_size=None``
     and ``num_workers=0``; with workers its iteration raises ``ConfigError``.
     """
     dealt = cache.batches(batch_sequences, **order).micro_batches

@@ -33,7 +33,7 @@ class PresetMeasurement:
     """What a preset costs and how close its targets are to the teacher; means over the sample's positions, in nats.
 
     ``full_kl`` by treatment of the tail (``full`` where nothing is lost but rounding), ``batch_mean_error`` likewise
-    (``samples`` where samples stand for the tail); see `kdcache.estimate.rows`. None: not defined.
+    (``samples`` for rows of samples); see `kdcache.estimate.rows`. None: not defined.
     """
 
     bytes_per_token: float

@@ -53,7 +53,7 @@ class Rows:
 
     @classmethod
     def of_targets(cls, targets: Targets, vocab_size: int) -> Rows:
-        """Sort the rows that losses see, with samples in place of the tail if there are any."""
+        """Sort the rows that losses use; samples, if there are any, replace the tail."""
         return cls.of(*targets.merged(), vocab_size)
 
     @property

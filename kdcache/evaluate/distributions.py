@@ -134,7 +134,7 @@ class Distributions:
         self._own: Answers | None = None
 
     def teacher(self) -> tuple[ModelRow, int]:
-        """Return the teacher's row, from the cache alone, and the number of positions that count."""
+        """Return the teacher's row, from the cache alone, and the number of valid positions."""
         tally, counts = Tally(), _class_counts(self._cache)
         answers: list[Answers] | None = [] if self._has_metrics else None
         for indices in tqdm(self._batches, desc="teacher", unit="batch", disable=not self._progress):
@@ -201,7 +201,7 @@ class Distributions:
         return self._task.gives == "classes" and type(self._task).metrics is not Task.metrics
 
     def _answers(self, batch: SequenceBatch, logits_PC: NDArray[np.float32]) -> Answers:
-        """Return a model's logits of classes at the positions that count, with labels as numbers (NaN: none)."""
+        """Return a model's logits of classes at the valid positions, with labels as numbers (NaN: none)."""
         groups_P = np.repeat(batch.indices, np.diff(batch.position_offsets_N1))
         labels_P, valid_P = self._task.labels(batch.sequences()), batch.loss_mask_P.astype(bool)
         numbers_P = np.where(labels_P == NO_LABEL, np.nan, labels_P).astype(np.float32)

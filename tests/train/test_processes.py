@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from kdcache.cache import open_cache
-from kdcache.cache.layout import SHARDS
+from kdcache.cache.layout import FIELDS
 from tests.tiny import bpe_tokenizer, llama, make_cache, random_sequences
 from tests.train_runs import relative_difference
 
@@ -89,7 +89,7 @@ def _main(record: str, arguments: list[str]) -> None:
     read = layout.read_object
 
     def recording(folder, item, where):
-        if item.path.startswith(SHARDS):
+        if item.path.startswith(f"{FIELDS}/targets/"):
             opened.append(item.path)
         return read(folder, item, where)
 
