@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticCustomError
 
 from kdcache.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    import yaml
 
 
 class Config(BaseModel):
@@ -42,6 +44,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read configuration file {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"configuration file {path} is not text; it must be YAML in UTF-8") from None
+    import yaml  # only where a file or --set is read: records are configurations too
+
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -81,6 +85,8 @@ def merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     """Turn ``["a.b=1", "c=x"]`` into ``{"a": {"b": 1}, "c": "x"}``; values are read as YAML."""
+    import yaml
+
     tree: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, value = assignment.partition("=")

@@ -12,10 +12,9 @@ import logging
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from filelock import FileLock, Timeout
 
 from kdcache.cache import layout
 from kdcache.cache.output_dir import LOCK, check_same_plan, differences_of, refuse_foreign
@@ -27,6 +26,9 @@ from kdcache.fields import field_of
 from kdcache.schema import FieldRecord, Manifest, ObjectRecord, Plan, ShardRecord
 from kdcache.storage.folder import TEMPORARY, Folder
 from kdcache.storage.lease import WATCH_S, Lease
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,8 @@ class CacheWriter:
         if self._lease is not None:
             self._lease.acquire()
         if local is not None:
+            from filelock import FileLock, Timeout  # imports asyncio, which readers do not need
+
             try:
                 local.mkdir(parents=True, exist_ok=True)
                 self._lock = FileLock(local / LOCK)

@@ -81,6 +81,8 @@ def cli() -> None:
 def main() -> None:
     """Run the command line; the entry point of ``kdcache``."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Else pydantic asks every installed package for plugins, which takes 10 ms at the start of each command.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         cli(prog_name="kdcache", standalone_mode=False)
