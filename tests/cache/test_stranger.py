@@ -235,6 +235,7 @@ def test_a_store_whose_client_fails_in_its_own_way(monkeypatch):
     def refuse(*arguments, **settings):
         raise LookupError("connection refused by peer")
 
+    monkeypatch.setattr("kdcache.storage.retry.PAUSES_S", (0.001,) * 4)
     for name in ("cat_file", "exists", "info", "ls"):
         monkeypatch.setattr(folder._fs, name, refuse)
     for call in (lambda: folder.read("x"), lambda: folder.exists("x"), lambda: folder.size("x"), folder.names):
