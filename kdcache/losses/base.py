@@ -13,8 +13,8 @@ Weights and other numbers may be schedules, and a selection may restrict a part 
 `values` and `incompatibility` are called on the result of `Part.at`, in which all settings are numbers, and
 `selected_values` sets the other positions to 0.
 
-A `TermModule` declares in ``needs`` what it reads of either model, so that nothing else is computed, decoded or moved.
-Today that is hidden states and raw outputs; a term over attentions adds its own field to `Needs` and `LayerStates`.
+A `TermModule` declares in ``needs`` what it reads: hidden states of either model, raw outputs, or other fields of the
+cache, whose kind another package may bring. Nothing else is computed, decoded or moved.
 
 Shape suffixes: C positions of a chunk, P flat positions, D width of a layer.
 """
@@ -120,7 +120,7 @@ def incompatibility(part: Part, context: TeacherContext) -> str | None:
 
 @dataclass(frozen=True)
 class Needs:
-    """What terms read: layer numbers of either model (0: the embeddings, n: after block n), raw outputs, other fields."""
+    """What terms read: layers of either model (0: the embeddings, n: after block n), raw outputs, other fields."""
 
     student_layers: frozenset[int] = frozenset()
     teacher_layers: frozenset[int] = frozenset()
