@@ -216,13 +216,16 @@ class SyntheticCache:
                     name: states.stage(np.concatenate([self.states[n][name] for n in members]))
                     for name in self.hidden_names
                 },
-                **(
-                    {"attention": np.concatenate([self.token_vectors[n] for n in members])} if self.token_vectors else {}
-                ),
+                **self._token_values(members),
             },
             table=self.table().slice(members.start, len(members)),
             tail_sum=self._tail_sum(members),
         )
+
+    def _token_values(self, members: range) -> dict[str, np.ndarray]:
+        if self.token_vectors is None:
+            return {}
+        return {"attention": np.concatenate([self.token_vectors[n] for n in members])}
 
     def _tail_sum(self, members: range) -> TailSum | None:
         found = [self.tail_sums[n] for n in members]

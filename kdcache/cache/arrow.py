@@ -46,9 +46,9 @@ def to_arrow_reader(
 
     Columns are those of the per-sequence table, then ``tokens`` [T], and per position ``loss_mask``, ``ids`` [K],
     ``logprobs`` [K], ``log_tail``, ``gold_logprob`` (NaN: no label), ``entropy``; where the cache has them
-    ``segment_ids`` [T], ``labels`` (int64, `NO_LABEL` for none, or float32, NaN for none), ``token_index``, ``num_kept``,
-    ``log_tails`` [G], ``sample_ids`` and ``sample_counts``; and the ``hidden`` fields [D] under their names. Where the
-    teacher gives no distribution, ``outputs`` [C] takes the place of all that is about one, asked for or not.
+    ``segment_ids`` [T], ``labels`` (int64, `NO_LABEL` for none, or float32, NaN for none), ``token_index``,
+    ``num_kept``, ``log_tails`` [G], ``sample_ids`` and ``sample_counts``; and the ``hidden`` fields [D] under their
+    names. Where the teacher gives no distribution, ``outputs`` [C] replaces its columns, whether asked for or not.
 
     A column of the per-sequence table whose name is one of these gets ``table_`` in front. Batches hold about
     ``batch_positions`` positions. Raises ``CacheError`` for sequences, fields or a ``top_k`` that the cache does not

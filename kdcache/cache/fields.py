@@ -48,7 +48,9 @@ def field_named(fields: Mapping[str, FieldKind], manifest: Manifest, name: str) 
     if name in fields:
         return fields[name]
     record = layout.field_of(manifest, name)
-    raise CacheError(f"field {name!r} is of the kind {record.kind!r}, which is not installed; install the package of it")
+    raise CacheError(
+        f"field {name!r} is of the kind {record.kind!r}, which is not installed; install the package that adds it"
+    )
 
 
 def encoded_bytes(manifest: Manifest) -> dict[str, int]:

@@ -243,7 +243,8 @@ def _check_consistent(manifest: Manifest, folder: Folder) -> None:
             found = shard.num_rows.get(axis, 0)
             if found > most:
                 raise CorruptCacheError(
-                    f"{where}: shard {shard.index} has {found} {axis}, more than {shard.num_positions} positions can have"
+                    f"{where}: shard {shard.index} has {found} {axis}, more than {shard.num_positions} positions can "
+                    "have"
                 )
         if set(shard.objects) != fields:
             raise CorruptCacheError(f"{where}: shard {shard.index} has {sorted(shard.objects)}, not {sorted(fields)}")
@@ -273,7 +274,8 @@ def _check_fields(manifest: Manifest, where: str) -> None:
         if name not in names:
             raise CorruptCacheError(f"{where}: there is no field {name!r}, which such a cache has")
         if manifest.field(name).kind != kind:
-            raise CorruptCacheError(f"{where}: the field {name!r} has the kind {manifest.field(name).kind!r}, not {kind!r}")
+            found = manifest.field(name).kind
+            raise CorruptCacheError(f"{where}: the field {name!r} has the kind {found!r}, not {kind!r}")
     if targets.kind == "hidden" and manifest.states_field not in names:
         raise CorruptCacheError(f"{where}: targets of the kind hidden need the field {manifest.states_field}")
     if (targets.kind == "outputs" or manifest.outputs is not None) and OUTPUTS_FIELD not in names:

@@ -94,8 +94,5 @@ class OpenShards:
 
     def _num_bytes(self) -> int:
         return sum(
-            future.result().num_bytes
-            for fields in self._shards.values()
-            for future in fields.values()
-            if future.done()
+            future.result().num_bytes for fields in self._shards.values() for future in fields.values() if future.done()
         )

@@ -55,7 +55,9 @@ class ShardBuilder:
         """
         members = [self._sequences[number] for number in sorted(self._sequences)]
         if sorted(self._sequences) != list(range(table.num_rows)):
-            raise CacheError(f"shard {self._index} has {len(members)} of its {table.num_rows} sequences; it is a defect")
+            raise CacheError(
+                f"shard {self._index} has {len(members)} of its {table.num_rows} sequences; put the others before build"
+            )
         tokens = TokenRows.of(members, stored_labels(members))
         counts = {"tokens": tokens.num_tokens_N, "positions": tokens.num_positions_N}
         offsets = {axis: np.concatenate([[0], np.cumsum(np.asarray(count_N))]) for axis, count_N in counts.items()}

@@ -77,8 +77,8 @@ def check_counts(folder: Folder, shard: ShardRecord, arrays: dict[str, NDArray[A
         found, recorded = int(arrays[f"num_{axis}"].sum(dtype=np.int64)), shard.num_rows[axis]
         if found != recorded:
             raise CorruptCacheError(
-                f"{folder}, shard {shard.index}, field {TOKENS_FIELD}: sequences add up to {found} {axis}, the manifest "
-                f"says {recorded}"
+                f"{folder}, shard {shard.index}, field {TOKENS_FIELD}: sequences add up to {found} {axis}, the "
+                f"manifest says {recorded}"
             )
 
 

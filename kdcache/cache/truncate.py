@@ -33,8 +33,8 @@ def with_top_k(held: TargetsRecord, top_k: int, where: str) -> TargetsRecord:
         raise CacheError(f"{asked}; it must be a whole number from 1 to the {held.top_k} ids that the cache keeps")
     if held.kind == "sampled":
         raise CacheError(
-            f"{asked}, but targets of the kind sampled keep no ids with their probabilities, only samples from the whole "
-            "distribution; read them without top_k"
+            f"{asked}, but targets of the kind sampled keep no ids with their probabilities, only samples from the "
+            "whole distribution; read them without top_k"
         )
     if top_k > held.top_k:
         raise CacheError(
@@ -42,8 +42,8 @@ def with_top_k(held: TargetsRecord, top_k: int, where: str) -> TargetsRecord:
         )
     if held.kind == "hybrid" and top_k != held.top_k:
         raise CacheError(
-            f"{asked}, but its {held.num_samples} samples are from the mass outside the {held.top_k} kept ids, and stand "
-            "for no other K; read it without top_k"
+            f"{asked}, but its {held.num_samples} samples are from the mass outside the {held.top_k} kept ids, and "
+            "stand for no other K; read it without top_k"
         )
     return held.model_copy(update={"top_k": top_k})
 

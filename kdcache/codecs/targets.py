@@ -40,7 +40,8 @@ class TargetsCodec:
                 )
             if not head.stores_logprobs:
                 raise ConfigError(
-                    f"codec {head.name} needs the scalar log_tail; add it to targets.scalars, or use fp16, bf16 or exact"
+                    f"codec {head.name} needs the scalar log_tail; add it to targets.scalars, or use the codec fp16, "
+                    "bf16 or exact"
                 )
         self.id_tables = (*(head.id_tables if record.top_k else ()), *(("sample_table",) if record.num_samples else ()))
         """Tables that `decode` also takes as `OpenTables`."""

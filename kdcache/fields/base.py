@@ -120,8 +120,8 @@ class FieldKind(ABC):
     def transcoded(self, settings: Any, sample: Any) -> FieldRecord:
         """Return the record of the field in a transcoding; by default nothing of it changes.
 
-        ``settings`` are those that the user gave for fields of this name (None or empty: none), ``sample`` is a decoded value of some rows
-        (None where the field stays as it is). The rows of a transcoding are decoded, staged and encoded again.
+        ``settings`` are those that the user gave for the field (None or empty: none), ``sample`` is a decoded value of
+        some rows. The rows of a transcoding are decoded, staged and encoded again.
         """
         if settings:
             raise CacheError(f"field {self.name} (kind {self.record.kind}) cannot be changed by a transcoding")

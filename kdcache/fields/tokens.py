@@ -85,7 +85,7 @@ class TokensField(FieldKind):
         return {name: array for name, array in values.items() if array is not None}
 
     def open(self, arrays: Arrays) -> dict[str, NDArray[Any]]:
-        """Return the arrays of a shard and where its sequences begin: ``token_offsets``, ``position_offsets`` [N + 1]."""
+        """Return the arrays of a shard and the starts of its sequences, ``token_offsets`` and ``position_offsets``."""
         offsets = {
             f"{axis}_offsets": np.concatenate([[0], np.cumsum(arrays[f"num_{axis}s"], dtype=np.int64)])
             for axis in ("token", "position")

@@ -1,4 +1,4 @@
-"""Arrays of numbers that belong to every position or to every token: hidden states, raw outputs, and what else there is.
+"""Numbers of one shape at every position or token: hidden states, raw outputs, and others.
 
 A value is float32 [P, ...] or [T, ...]. Codecs see it as a matrix: the further axes are one to them.
 """
@@ -79,9 +79,7 @@ def vector_arrays(codec: VectorCodec, shape: tuple[int, ...], axis: str = "posit
     """Describe the arrays of vectors of ``shape`` at every position, or at every token."""
     changes = {_STATES: {"shape": shape}}
     return tuple(
-        array
-        if array.rows != "positions"
-        else array.model_copy(update={"rows": axis, **changes.get(array.name, {})})
+        array if array.rows != "positions" else array.model_copy(update={"rows": axis, **changes.get(array.name, {})})
         for array in codec.arrays(prod(shape))
     )
 

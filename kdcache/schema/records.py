@@ -192,11 +192,11 @@ class OutputsRecord(Record):
 class ArrayRecord(Record):
     """One array of a shard: ``rows`` says what its first axis counts, ``shape`` what follows it.
 
-    Rows are ``sequences``, ``tokens``, ``positions``, another axis that the shard's record counts, or ``table`` (as many
-    as the array itself has).
+    Rows are ``sequences``, ``tokens``, ``positions``, another axis that the shard's record counts, or ``table`` (as
+    many as the array itself has).
 
-    Rows of ``entries`` are kept ids of all positions of a ragged cache, rows of ``samples`` the distinct drawn ids of all
-    positions; both stand column by column (the first ones of all positions, then the second ones, and so on).
+    Rows of ``entries`` are the kept ids of all positions of a ragged cache, rows of ``samples`` the distinct sampled
+    ids of all positions. Both are stored column by column: the first ones of all positions, then the second ones.
     """
 
     name: str

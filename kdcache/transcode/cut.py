@@ -1,7 +1,8 @@
 """Targets of a transcoding that keeps fewer ids, and the tail prior that belongs to them.
 
-The ids are cut by `kdcache.cache.truncate`, whose dropped probabilities are what the tail prior grows by. Shape suffixes: V
-vocabulary.
+`kdcache.cache.truncate` cuts the ids; the tail prior grows by the probabilities that it drops.
+
+Shape suffixes: V vocabulary.
 """
 
 from __future__ import annotations

@@ -48,9 +48,7 @@ def make_shard(
     lengths_N = job.lengths_N[members]
     fields = known_fields(job.plan)
     encoded_again = [
-        record.name
-        for record in job.plan.fields
-        if record.name not in (*job.copied, TOKENS_FIELD, TARGETS_FIELD)
+        record.name for record in job.plan.fields if record.name not in (*job.copied, TOKENS_FIELD, TARGETS_FIELD)
     ]
     builder = ShardBuilder(shard, fields)
     for first, last in pairwise(assign_shards(lengths_N, batch_positions).tolist()):

@@ -157,8 +157,8 @@ def _dtype_of(cache: Cache) -> str:
         return record.identity.dtype
     origin = {"weights": "ran", "endpoint": "was asked", "import": "was imported"}[record.identity.kind]
     raise TeacherError(
-        f"{cache.folder}: the teacher {record.name} {origin} by backend {record.backend!r}, so its logits cannot be made "
-        "again here; check the stored targets alone with kdcache verify --deep"
+        f"{cache.folder}: the teacher {record.name} {origin} by backend {record.backend!r}, so its logits cannot be "
+        "made again here; check the stored targets alone with kdcache verify --deep"
     )
 
 
@@ -169,7 +169,9 @@ def _mean(values: list[NDArray[Any]]) -> float | None:
 def _allowed_kl(cache: Cache) -> float:
     """Return what the codec costs, and what those of the caches cost that this one was made from."""
     manifest = cache.manifest
-    allowed = topk_codec(manifest.field("targets").codec).kl_bound + _DTYPE_SLACK[_dtype_of(cache)]
+    allowed = _DTYPE_SLACK[_dtype_of(cache)]
+    if manifest.targets.kind != "outputs":
+        allowed += topk_codec(manifest.field("targets").codec).kl_bound
     links = manifest.provenance.get("transcoded")
     for link in links if isinstance(links, list) else []:
         kind, codec = (link.get("kind"), link.get("codec")) if isinstance(link, dict) else (None, None)

@@ -135,7 +135,8 @@ def test_a_start_that_was_cut_short_begins_again(tmp_path):
 
 def test_garbage_of_an_attempt_that_lost_is_removed(tmp_path):
     SOURCE.write(tmp_path, shards=range(1), finish=False)
-    for name in ("fields/targets/000001-dead.zarr.zip", "fields/hidden-1/000002-dead.zarr.zip", "sequences/x.arrow.1.tmp"):
+    left = ("fields/targets/000001-dead.zarr.zip", "fields/hidden-1/000002-dead.zarr.zip", "sequences/x.arrow.1.tmp")
+    for name in left:
         (tmp_path / name).write_bytes(b"half")
     (tmp_path / "commits" / "000001.json.5678.tmp").write_text("{")
     SOURCE.write(tmp_path)

@@ -78,7 +78,8 @@ def test_field_of_the_page_is_dumped_read_verified_transcoded_and_trained_on(
 
     # Transcoded: as it is stored, and some sequences.
     for name, changes in (("fewer", {"targets": {"top_k": 2}}), ("some", {"where": "num_positions >= 10"})):
-        transcode_cache(build(TranscodeConfig, {"source": path, "output": str(tmp_path / name), **changes}), progress=False)
+        config = build(TranscodeConfig, {"source": path, "output": str(tmp_path / name), **changes})
+        transcode_cache(config, progress=False)
         made = open_cache(str(tmp_path / name))
         assert verify_cache(str(tmp_path / name), deep=True).problems == []
         chosen = np.flatnonzero(cache.lengths_N >= 10) if name == "some" else np.arange(len(cache))

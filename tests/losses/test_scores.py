@@ -110,9 +110,8 @@ def test_rows_come_out_of_the_tasks_collator():
         rows.entropy_P.float().numpy(),
     )
     tokens_T = np.array([1, 2, 3, 4, 5, 6, 7], np.uint32)  # two sequences of 3 and 4 tokens: 2 + 3 positions
-    batch = SequenceBatch(
-        [0, 1], tokens_T, np.array([0, 3, 7]), np.array([0, 2, 5]), np.array([1, 0, 1, 1, 1], np.uint8), {"targets": targets}
-    )
+    mask_P = np.array([1, 0, 1, 1, 1], np.uint8)
+    batch = SequenceBatch([0, 1], tokens_T, np.array([0, 3, 7]), np.array([0, 2, 5]), mask_P, {"targets": targets})
     collated = {name: torch.from_numpy(value) for name, value in causal_lm.collate(batch, pad_id=0).items()}
     found = TeacherRows.from_batch(collated).to("cpu")
     assert found.labels_P.tolist() == [2, 3, 5, 6, 7]

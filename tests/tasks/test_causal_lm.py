@@ -72,7 +72,8 @@ def batch_of(targets: Targets, **hidden: np.ndarray) -> SequenceBatch:
     """Two sequences of 2 and 1 positions."""
     tokens_T = np.array([5, 6, 7, 8, 9], np.uint32)
     mask_P = np.ones(3, np.uint8)
-    return SequenceBatch([0, 1], tokens_T, np.array([0, 3, 5]), np.array([0, 2, 3]), mask_P, {"targets": targets, **hidden})
+    fields = {"targets": targets, **hidden}
+    return SequenceBatch([0, 1], tokens_T, np.array([0, 3, 5]), np.array([0, 2, 3]), mask_P, fields)
 
 
 def targets_of(probs_PK: list[list[float]], tail_P: list[float], **more: object) -> Targets:

@@ -100,9 +100,8 @@ def test_draws_stay_as_they_are():
 def batch_of(targets: Targets) -> SequenceBatch:
     count = targets.num_positions
     ends = np.array([0, count])
-    return SequenceBatch(
-        [7], np.zeros(count + 1, np.uint32), np.array([0, count + 1]), ends, np.ones(count, np.uint8), {"targets": targets}
-    )
+    tokens_T, mask_P = np.zeros(count + 1, np.uint32), np.ones(count, np.uint8)
+    return SequenceBatch([7], tokens_T, np.array([0, count + 1]), ends, mask_P, {"targets": targets})
 
 
 def test_the_prior_gets_what_is_dropped():
