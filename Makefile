@@ -15,7 +15,7 @@ test: $(READY)  ## the default tests: quick, no model files, no network; `make l
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)  ## the tests that need the real embedded teacher, kill processes or take long
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadgroup --durations 40
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 40
 
 coverage: $(READY)  ## lines and branches of kdcache/ that the default tests run; child processes are not counted
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --cov=kdcache --cov-branch \
