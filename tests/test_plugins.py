@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import kdcache
 from kdcache.cache.curriculum import PACINGS
 from kdcache.codecs import TOPK_CODECS, VECTOR_CODECS
 from kdcache.errors import ConfigError
@@ -148,3 +151,40 @@ def test_names_of_tasks_cost_no_import_of_the_tasks() -> None:
     code = "import sys; from kdcache.tasks import TASKS; list(TASKS); print('kdcache.tasks.ranking' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
+
+
+_COMMANDS = """
+import contextlib, io, sys
+from kdcache.cli import main
+from kdcache.cli import COMMANDS
+
+def run(*arguments):
+    sys.argv = ["kdcache", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+    return code or 0, out.getvalue() + err.getvalue()
+
+for command in COMMANDS:
+    code, said = run(command, "--help")
+    assert code == 0, (command, said)
+code, said = run("dump-teacher", "--task", "worse", "--teacher", "t", "--corpus", "c", "--output", "o")
+assert code == 1, (code, said)
+print(said)
+"""
+
+
+def test_an_installed_package_that_cannot_be_imported_ends_no_command_that_does_without_it(tmp_path: Path) -> None:
+    info = tmp_path / "broken-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    groups = [*TABLES, "kdcache.teachers", "kdcache.fields"]
+    (info / "entry_points.txt").write_text("".join(f"[{group}]\nworse = no_such_module:X\n" for group in groups))
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(kdcache.__file__).parent.parent}"}
+    found = subprocess.run([sys.executable, "-c", _COMMANDS], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    message = "the task 'worse' of the package 'broken' cannot be imported from no_such_module:X: ModuleNotFoundError"
+    assert message in found.stdout
