@@ -1,7 +1,7 @@
-"""Presets: settings of a dump that go well together, from the fewest bytes to everything the teacher knows.
+"""Presets: settings of a dump that go well together, from the fewest bytes to the whole distribution.
 
-``kdcache dump-teacher --preset NAME`` lays one under the other options, ``kdcache estimate`` measures them all on a
-corpus of yours, and the benchmark ``fidelity`` writes docs/fidelity.md from them.
+``kdcache dump-teacher --preset NAME`` puts one under the other options, ``kdcache estimate`` measures them all on your
+corpus, and the benchmark ``fidelity`` writes docs/fidelity.md from them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """What a preset is for, in a line, and the settings of a dump that it stands for."""
+    """A line on when to use the preset, and its settings of a dump."""
 
     description: str
     settings: Mapping[str, Any]
@@ -42,7 +42,7 @@ def _hidden(codec: str) -> dict[str, Any]:
     return {"targets": targets, "hidden_states": {"codec": {"name": codec}}}
 
 
-# Every number is named, so that a preset means the same over a configuration file that says something else.
+# Every number is set, so that a preset means the same over any configuration file.
 PRESETS: dict[str, Preset] = {
     "compact": Preset("top 64 and the exact tail; the default", _top_k(64)),
     "compact-32": Preset("top 32 and the exact tail", _top_k(32)),

@@ -37,7 +37,7 @@ _LIBRARIES = ("kdcache", "torch", "transformers", "tokenizers", "datasets", "zar
 
 
 class LayerPilot(NamedTuple):
-    """What a few sequences told about the hidden states of a layer."""
+    """What a pilot measured on the hidden states of a layer."""
 
     width: int
     relative_error: float | None
@@ -45,7 +45,7 @@ class LayerPilot(NamedTuple):
 
 
 def check_top_k(config: DumpConfig, vocab_size: int) -> None:
-    """Raise ``ConfigError`` when more ids would be kept than there are."""
+    """Raise ``ConfigError`` when ``top_k`` is larger than the vocabulary."""
     top_k = config.targets_config.record.top_k
     if top_k > vocab_size:
         raise ConfigError(f"--top-k {top_k} is more than the {vocab_size} ids of the tokenizer's vocabulary")
@@ -59,7 +59,7 @@ def make_fields(
     pilot: Mapping[int, LayerPilot],
     outputs: OutputsRecord | None = None,
 ) -> list[FieldRecord]:
-    """Describe the fields that this dump stores; ``pilot`` says what is known about the hidden states of a layer."""
+    """Describe the fields that this dump stores; ``pilot`` has what was measured on the hidden states of a layer."""
     num_ids = len(outputs.labels) if outputs is not None and outputs.labels else vocab_size
     check_top_k(config, num_ids)
     targets = config.targets_config
@@ -78,7 +78,7 @@ def make_fields(
 def shard_positions(config: DumpConfig, sequences: Sequences | Plan, teacher: TeacherRecord, num_layers: int) -> int:
     """Return how many positions a shard holds: about 32 shards, within 512 MB of memory.
 
-    They have 2^14 to 2^19 positions of a causal model; of another as many as have so many tokens.
+    A shard has 2^14 to 2^19 positions of a causal model, and of other models as many positions as have so many tokens.
     """
     if config.shard_positions is not None:
         return config.shard_positions

@@ -1,4 +1,4 @@
-"""Which sequences a model is fed together: as many as fit a budget of padded tokens."""
+"""Group sequences into batches: as many as fit a budget of padded tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 def batches_by_length(lengths_N: NDArray[np.int64], batch_tokens: int) -> list[list[int]]:
     """Group all sequences, longest first, within ``batch_tokens`` (see `batches_in_order`).
 
-    Little is padded, because neighbours are of similar length, and a batch that does not fit in memory fails in the
+    Neighbours are of similar length, so there is little padding, and a batch that does not fit in memory fails in the
     first second and not in the last hour. Returns lists of indices into ``lengths_N``.
     """
     return batches_in_order(np.argsort(-lengths_N, kind="stable").tolist(), lengths_N, batch_tokens)

@@ -1,14 +1,14 @@
 """Bi-encoders: query and document become one vector each, and their score is a product of the two.
 
 A cache of rankings holds pairs as a cross-encoder reads them. A bi-encoder finds both texts in the same tokens: token
-types say where a document begins, and how its tokenizer surrounds one text and two says which tokens are special. So
-each text is fed exactly as it would be alone, whatever the template (BERT's ``[CLS] query [SEP] document [SEP]``,
-RoBERTa's two ``</s>`` between them), cut where the pair was cut. Rows of one query stand next to each other, and their
-query is fed once.
+types say where a document begins, and the special tokens that the tokenizer puts around one text and two say which
+tokens are special. So each text is fed exactly as it would be alone, whatever the template (BERT's ``[CLS] query [SEP]
+document [SEP]``, RoBERTa's two ``</s>`` between them), cut where the pair was cut. The positions of one query stand
+next to each other, and their query is fed once.
 
-What a bi-encoder does beyond its encoder stands in the model's own configuration, so a saved student is a plain
-encoder that says itself how it is to be used (and a directory of sentence-transformers besides, whose linear layer, if
-it has one, is run here too).
+The settings of a bi-encoder stand in the model's own configuration. So a saved student is a plain encoder whose
+configuration says how to use it, and a directory of sentence-transformers; its linear layer, if there is one, is run
+here too.
 
 Shape suffixes: P pairs, Q queries, L tokens, D width.
 """
@@ -27,7 +27,7 @@ from kdcache.config import Config
 from kdcache.models.pooling import pool, project
 from kdcache.models.tokenizer import TextEncoder
 
-#: Where a Hugging Face configuration keeps what is said here.
+#: Member of a Hugging Face configuration that stores the settings.
 CONFIG_KEY = "kdcache_bi_encoder"
 
 
@@ -44,7 +44,7 @@ class BiEncoderConfig(Config):
 
 
 class _Saved(BiEncoderConfig):
-    """What a model's configuration holds: the settings, and the special tokens around one text and two."""
+    """What the configuration of a model stores: the settings, and the special tokens around one text and two."""
 
     around_one: tuple[tuple[int, ...], tuple[int, ...]]
     around_two: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -58,7 +58,7 @@ def is_bi_encoder(model_config: Any) -> bool:
 def mark_bi_encoder(model: Any, tokenizer: Any, settings: Mapping[str, Any]) -> BiEncoderConfig:
     """Write into the model's configuration how it scores pairs, and return it.
 
-    Of what ``settings`` do not name, that remains which stands there already.
+    Settings that ``settings`` does not name keep their stored values.
     """
     known = getattr(model.config, CONFIG_KEY, None) or {}
     encoder = TextEncoder(tokenizer)
@@ -70,21 +70,21 @@ def mark_bi_encoder(model: Any, tokenizer: Any, settings: Mapping[str, Any]) -> 
 
 @dataclass
 class Scores:
-    """Scores [P, 1, 1] of the pairs, as states of a grid with one column; there are no states of layers."""
+    """Scores [P, 1, 1] of the pairs, as states of a grid with one column; there are no states of middle layers."""
 
     last_hidden_state: Tensor
     hidden_states: None = None
 
 
 class BiEncoder:
-    """An encoder whose pooled states of query and document make their score."""
+    """An encoder that scores a pair by the pooled states of query and document."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self._saved = _Saved.model_validate(getattr(model.config, CONFIG_KEY))
         pooler = getattr(model, "pooler", None)
         if isinstance(pooler, nn.Module):
-            pooler.requires_grad_(False)  # nobody uses it: distributed training would wait for its gradients
+            pooler.requires_grad_(False)  # unused: distributed training would wait for its gradients
 
     def __call__(
         self, *, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None, **ignored: Any
@@ -119,6 +119,6 @@ class BiEncoder:
     def _embed(self, ids_PL: Tensor, mask_PL: Tensor) -> Tensor:
         states_PLD = self.model(input_ids=ids_PL, attention_mask=mask_PL).last_hidden_state
         pooled_PD = project(self.model, pool(states_PLD, mask_PL, self._saved.pooling))
-        # Scores of 8 bits of mantissa would be too coarse to order documents by.
+        # With 8 bits of mantissa, scores would be too coarse to rank documents.
         pooled_PD = pooled_PD.to(torch.promote_types(pooled_PD.dtype, torch.float32))
         return nn.functional.normalize(pooled_PD, dim=1) if self._saved.similarity == "cosine" else pooled_PD

@@ -1,17 +1,17 @@
-"""Models of every task behind one interface: inputs in, one state per place of a grid out, and a head over the states.
+"""Models of every task behind one interface: a body that returns a grid of states, and a head over the states.
 
-A teacher or a student is run as ``body(**inputs).last_hidden_state``, [B, L, D]; the rows of a task are places of that
-grid, and ``head`` turns a state into what the task is about. So whoever runs models does not ask what task they are of:
+A teacher or a student is run as ``body(**inputs).last_hidden_state``, [B, L, D]. The positions of a task are cells of
+that grid, and ``head`` turns a state into the outputs of the task. So code that runs models need not know their task:
 
 - ``tokens``: a causal model without its LM head; a state per token;
-- ``head-input``: masked and encoder-decoder models, whose heads do more than multiply: a state per token is what the
-  last matrix of the head is fed, got by running the model with that matrix left out;
+- ``head-input``: masked and encoder-decoder models, whose heads do more than multiply: a state per token is the input
+  of the last matrix of the head, which the model without that matrix returns;
 - ``logits``: classifiers, regressors and cross-encoders; the state *is* the logits (the head is the identity), so that
-  every architecture works; of a model that answers a sequence, and not each token, the grid has one column;
+  every architecture works; for a model that predicts per sequence, and not per token, the grid has one column;
 - ``pooled``: embeddings; one column, and the state is the pooled, perhaps normalised vector;
 - ``bi-encoder``: students of cross-encoders that read query and document apart; one column, the state is the score.
 
-Where the grid has one column, so have the states of middle layers: those of the first token, or pooled alike.
+Where the grid has one column, so have the states of middle layers: of the first token, or pooled in the same way.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from kdcache.models.lm_head import LMHead, reproduces, split_model
 from kdcache.models.pooling import pool, project, vector_width
 from kdcache.schema import OutputsRecord
 
-#: Families whose position ids begin behind that of padding.
+#: Families whose position ids begin after that of padding.
 _COUNT_FROM_PAD = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "data2vec-text")
 
-#: What a batch may hold for a model to be fed; a model gets of these what its forward takes.
+#: Inputs of models in a batch; a model gets those that its forward takes.
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "target_ids")
 
 
 @dataclass
 class BodyOutput:
-    """States [B, L, D] of the places of the grid: of the last layer, and of all from the embeddings on if asked for."""
+    """States [B, L, D] at the cells of the grid: of the last layer, and on request of all from the embeddings on."""
 
     last_hidden_state: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
@@ -51,8 +51,8 @@ class BodyOutput:
 class Parts:
     """A model as body and head.
 
-    ``head()`` makes the head of the model's current parameters. ``last_is_state`` says whether what the head is fed is
-    the state of the last layer; else that stands among ``hidden_states`` as those of the others do.
+    ``head()`` makes the head of the model's current parameters. ``last_is_state`` says whether the input of the head is
+    the state of the last layer; otherwise that state stands in ``hidden_states``, as those of the other layers do.
     """
 
     body: Callable[..., Any]
@@ -61,35 +61,35 @@ class Parts:
 
 
 def fed(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what of a collated batch models are fed."""
+    """Return the inputs of a model in a collated batch."""
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}
 
 
 def split_for(row: str, model: Any, outputs: OutputsRecord | None) -> Parts | None:
-    """Return ``model`` as the body called ``row`` in `BODIES`, or None where it cannot be split so."""
+    """Return ``model`` as the body called ``row`` in `BODIES`; None where it cannot be split in this way."""
     return BODIES[row](model, outputs)
 
 
 def num_layers(model: Any) -> int:
-    """Return the number of layers whose states `BodyOutput.hidden_states` has after the embeddings."""
+    """Return the number of layers after the embeddings whose states `BodyOutput.hidden_states` has."""
     config = model.config.get_text_config()
     of_decoder = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None)
     return int(of_decoder if config.is_encoder_decoder and of_decoder else config.num_hidden_layers)
 
 
 def context_length(model: Any) -> int | None:
-    """Return the positions that a model was made for, None where its configuration names no limit."""
+    """Return the most tokens that a model was made for; None where its configuration names no limit."""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
-    # RoBERTa and its like count positions from behind the padding id, and have an embedding for those before it too.
+    # RoBERTa and similar models count positions from after the padding id, with embeddings for those before it too.
     pad_id = getattr(model.get_input_embeddings(), "padding_idx", None) or 0
     return limit - pad_id - 1 if getattr(config, "model_type", "") in _COUNT_FROM_PAD else limit
 
 
 def probe_inputs(model: Any) -> dict[str, Tensor]:
-    """Return what the body of any task can be fed to see what comes out: two tokens."""
+    """Return two tokens as inputs for the body of any task, to see its outputs."""
     device = next(model.parameters()).device
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
@@ -97,13 +97,13 @@ def probe_inputs(model: Any) -> dict[str, Tensor]:
 
 
 def identity_head(width: int, like: Tensor) -> LMHead:
-    """Return the head of states that are the answer already, in dtype and device of ``like``."""
+    """Return a head that changes nothing, for states that are logits already; in dtype and device of ``like``."""
     return _identity(width, like.dtype, like.device)
 
 
 @cache
 def _identity(width: int, dtype: torch.dtype, device: torch.device) -> LMHead:
-    # Once: every step asks, and of a wide embedding it is no small matrix.
+    # Made once: every step needs it, and for a wide embedding it is a large matrix.
     with torch.inference_mode(False):
         return LMHead(torch.eye(width, dtype=dtype, device=device))
 
@@ -117,7 +117,7 @@ def _tokens(model: Any, outputs: OutputsRecord | None) -> Parts | None:
 
 
 class HeadInput:
-    """A model with the last matrix of its head left out: what that is fed is the state."""
+    """A model without the last matrix of its head: the input of that matrix is the state."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -154,7 +154,7 @@ def _first_id(model: Any) -> int:
 
 @contextlib.contextmanager
 def _skipping_head(model: Any) -> Iterator[None]:
-    """Let the last matrix of a model return its input for a while, to which nothing is added then."""
+    """Let the last matrix of a model return its input for a while, with nothing added to it."""
     linear, bias = model.get_output_embeddings(), getattr(model, "final_logits_bias", None)
     linear.forward = lambda states: states
     if bias is not None:
@@ -168,7 +168,7 @@ def _skipping_head(model: Any) -> Iterator[None]:
 
 
 def _head_of(model: Any) -> LMHead:
-    """Return the last matrix; BART and its like add a bias that is no parameter to its product."""
+    """Return the last matrix; BART and similar models add a bias to its product that is not a parameter."""
     linear, added = model.get_output_embeddings(), getattr(model, "final_logits_bias", None)
     bias = getattr(linear, "bias", None)
     if added is not None:
@@ -192,15 +192,15 @@ def _head_input(model: Any, outputs: OutputsRecord | None) -> Parts | None:
 
 
 class Logits:
-    """A model that answers with logits, which are the state: one vector a sequence (one column), or one a token.
+    """A model whose state is its logits: one vector for each sequence (one column), or for each token.
 
-    A decoder answers a sequence at its last token, an encoder as a rule at its first.
+    A decoder predicts for a sequence at its last token, an encoder usually at its first.
     """
 
     def __init__(self, model: Any, *, pair_types: bool = True) -> None:
         self.model = model
         self._takes = _taken(model) - (set() if pair_types else {"token_type_ids"})
-        self._pooling = "last" if hasattr(model, "score") else "cls"  # what every decoder's head is called
+        self._pooling = "last" if hasattr(model, "score") else "cls"  # the name of every decoder's head
 
     def __call__(self, *, input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> BodyOutput:
         """Run the model; where there is one column, states of middle layers are those of the token it answers at."""
@@ -230,10 +230,10 @@ class Logits:
 
 @contextlib.contextmanager
 def _padding(model: Any, input_ids_BL: Tensor, attention_mask_BL: Tensor) -> Iterator[Tensor]:
-    """Yield the ids with the padding that the model knows.
+    """Yield the ids, with padding that the model recognises.
 
-    A decoder finds the last token of a text by the id of padding, not by the mask. One that has no such id (GPT-2, most
-    Llamas) is lent, for a while, one that none of these texts ends with.
+    A decoder finds the last token of a text by the id of padding, not by the mask. A decoder without such an id (GPT-2,
+    most Llamas) temporarily gets one that none of these texts ends with.
     """
     config = model.config.get_text_config()
     own = getattr(config, "pad_token_id", None)
@@ -252,9 +252,9 @@ def _unused_at_ends(input_ids_BL: Tensor, attention_mask_BL: Tensor) -> int:
 
 def _taken(model: Any) -> set[str]:
     """Return the names of the inputs that a model takes."""
-    # Newer families take the latter without naming it.
+    # Newer families take the latter through **kwargs.
     names = set(inspect.signature(model.forward).parameters) | {"output_hidden_states"}
-    # RoBERTa and its like take the second text's type and have no embedding for it.
+    # RoBERTa and similar models take token types, but have no embedding for that of the second text.
     if getattr(model.config, "type_vocab_size", 0) < 2:
         names.discard("token_type_ids")
     return names
@@ -267,7 +267,7 @@ def _logits(model: Any, outputs: OutputsRecord | None) -> Parts | None:
 
 
 class Pooled:
-    """A model whose states of tokens are pooled into one vector: the state of a grid of one column."""
+    """A model whose token states are pooled into one vector: the state of a grid with one column."""
 
     def __init__(self, model: Any, pooling: str, normalise: bool) -> None:
         self.model, self._pooling, self._normalise = model, pooling, normalise

@@ -1,7 +1,7 @@
-"""Encoder-decoders that write: inputs in, texts out, by beam search, greedily or as a chooser of tokens says.
+"""Write texts with encoder-decoders: by beam search, greedily, or with tokens chosen by a function.
 
-Everything is decided by the settings given here and by the model's own generation settings (such as the token that a
-BART begins with); ids beyond the tokenizer's vocabulary, which many models have rows for, are never written.
+The settings given here and the model's own generation settings (such as BART's first token) decide everything. Ids
+beyond the tokenizer's vocabulary, for which many models have rows, are never written.
 
 Shape suffixes: B inputs of a batch, L tokens of the longest, V vocabulary.
 """
@@ -24,7 +24,7 @@ from kdcache.models.loading import quiet
 from kdcache.models.tokenizer import pad_id_of
 from kdcache.tasks.base import padded_inputs
 
-#: From the places of a batch's inputs among all to what chooses its tokens.
+#: From the numbers of a batch's inputs to the function that chooses its tokens.
 ChooserOf = Callable[[list[int]], "Chooser"]
 #: From the number of tokens written so far and the logits [B, V] of the next ones to the ids [B] to write.
 Chooser = Callable[[int, Tensor], Tensor]
@@ -32,7 +32,7 @@ Chooser = Callable[[int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class WrittenText:
-    """A text without special tokens, how many tokens it took, and whether it was stopped before its end."""
+    """A text without special tokens, its number of tokens, and whether it was cut before its end."""
 
     text: str
     num_tokens: int
@@ -40,7 +40,7 @@ class WrittenText:
 
 
 def generation_settings(model: Any) -> dict[str, Any]:
-    """Return what a checkpoint says itself about how it writes, as plain values."""
+    """Return the generation settings of a checkpoint as plain values."""
     settings: dict[str, Any] = model.generation_config.to_diff_dict()
     settings.pop("transformers_version", None)
     return settings
@@ -59,7 +59,7 @@ def write_all(
 ) -> list[WrittenText]:
     """Write one text for each of ``inputs``, in their order; batches are of similar length.
 
-    ``batch_tokens`` bounds the padded tokens that the encoder is fed at once (one input may exceed it).
+    ``batch_tokens`` bounds the padded tokens of the encoder's input (a single input may exceed it).
     """
     found: dict[int, WrittenText] = {}
     for batch in batches_by_length(np.array([len(tokens) for tokens in inputs], np.int64), batch_tokens):
@@ -82,10 +82,10 @@ def write_texts(
     beams: int = 1,
     choose: Chooser | None = None,
 ) -> list[WrittenText]:
-    """Write one text for each of ``inputs``, the tokens that the encoder is fed, in one batch.
+    """Write one text for each of ``inputs`` (tokens of the encoder's input) in one batch.
 
-    At most ``max_tokens`` tokens, the last one of a whole text being EOS. With ``choose`` every token is chosen by it,
-    and there is one beam.
+    A text has at most ``max_tokens`` tokens; the last one of a complete text is EOS. ``choose`` chooses every token,
+    and then there is one beam.
     """
     pad_id = pad_id_of(tokenizer)
     device = next(model.parameters()).device
@@ -102,15 +102,15 @@ def write_texts(
     )
     with quiet(), _no_forced_end(model):
         ids_BL = model.generate(**fed, generation_config=settings, logits_processor=[_Allow(vocab_size, choose)])
-    # The first one is what the decoder begins with, which in some families is what ends a text as well.
+    # The first token begins the decoder's input; in some families it is the token that ends a text as well.
     return [_text(ids[1:], tokenizer, pad_id, settings.eos_token_id) for ids in ids_BL.tolist()]
 
 
 @contextlib.contextmanager
 def _no_forced_end(model: Any) -> Iterator[None]:
-    """Keep a model from ending every text at the longest length, as BART's settings say: a cut one would seem whole."""
+    """Keep a model from forcing EOS at the longest length, as BART's settings do: a cut text would seem complete."""
     own = model.generation_config.forced_eos_token_id
-    model.generation_config.forced_eos_token_id = None  # settings that are None are taken from here
+    model.generation_config.forced_eos_token_id = None  # replaces settings that are None
     try:
         yield
     finally:
@@ -118,9 +118,9 @@ def _no_forced_end(model: Any) -> Iterator[None]:
 
 
 class _Allow:
-    """Forbid ids that the tokenizer does not have; with a chooser also all others but the one that it chooses.
+    """Forbid ids that the tokenizer does not have; with a chooser also all but the chosen one.
 
-    So the library's greedy search becomes whatever the chooser is, a sampler say.
+    So the library's greedy search becomes, for example, a sampler.
     """
 
     def __init__(self, vocab_size: int, choose: Chooser | None) -> None:

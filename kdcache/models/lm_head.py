@@ -1,8 +1,8 @@
-"""A causal language model as two parts: a body that yields hidden states and a head that yields logits.
+"""Split a causal language model into a body that returns hidden states and an LM head that returns logits.
 
-Whoever needs logits of many positions takes them from the head in chunks, so that no [positions, vocabulary] array
-exists for a whole batch. The split is checked, not assumed: `split_model` runs both ways on a few tokens and refuses
-the split when the two disagree, because families add scales and soft caps between head and loss.
+Logits of many positions come from the head in chunks, so that no [positions, vocabulary] array exists for a whole
+batch. The split is checked, not assumed: `split_model` runs both ways on a few tokens and rejects the split if they
+disagree, because families add scales and soft caps between head and loss.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kdcache.errors import CorruptCacheError
 from kdcache.models.trying import in_eval_mode
 
-#: Of heads in files: what a teacher may run in.
+#: Dtypes of heads in files.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -75,9 +75,9 @@ class LMHead:
 
 
 class BufferedHead:
-    """A head whose logits are written into one array, chunk after chunk.
+    """A head that writes its logits into one array, chunk after chunk.
 
-    The page faults of fresh memory cost as much as a tenth of the product.
+    Page faults of new memory would cost a tenth of the product.
     """
 
     def __init__(self, head: LMHead) -> None:
@@ -95,7 +95,9 @@ class BufferedHead:
 
 
 def head_to_bytes(head: LMHead) -> bytes:
-    """Return ``head`` as a safetensors file: ``weight`` [V, D], ``bias`` [V] if there is one, scale and cap beside."""
+    """Return ``head`` as a safetensors file: ``weight`` [V, D], ``bias`` [V] if there is one; scale and cap as
+    metadata.
+    """
     tensors = {"weight": head.weight_VD} | ({} if head.bias_V is None else {"bias": head.bias_V})
     # Of their own, on the CPU: a view of a larger or a tied weight would be written whole or refused.
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
@@ -107,8 +109,8 @@ def head_to_bytes(head: LMHead) -> bytes:
 def head_from_bytes(data: bytes) -> LMHead:
     """Return the head in a file that `head_to_bytes` made; raises ``CorruptCacheError``.
 
-    The file may come from a stranger, so what it holds has to be a head: floats of one dtype and of fitting shapes,
-    finite, and a scale and a cap that make sense.
+    The file may be anybody's, so its content is checked: floats of one dtype and of fitting shapes, finite, with a
+    valid scale and cap.
     """
     try:
         tensors = load(data)
@@ -125,14 +127,14 @@ def head_from_bytes(data: bytes) -> LMHead:
 
 
 def _problems(head: LMHead) -> Iterator[tuple[bool, str]]:
-    """Say what a head must not be, one after another: what follows relies on what went before."""
+    """Yield what is wrong with a head; each check relies on those before it."""
     weight, bias = head.weight_VD, head.bias_V
     yield weight.dtype not in _DTYPES, f"expected weights of {', '.join(map(str, _DTYPES))}, found {weight.dtype}"
     yield weight.ndim != 2, f"expected weights of two dimensions, found the shape {list(weight.shape)}"
     if bias is not None:
         found = f"{bias.dtype} {list(bias.shape)} beside weights of {weight.dtype} {list(weight.shape)}"
         yield bias.dtype != weight.dtype or bias.shape != weight.shape[:1], f"the bias is {found}"
-    # A bias of -inf rules an id out, which a teacher may do.
+    # A teacher may exclude an id by a bias of -inf.
     yield not weight.isfinite().all() or not (bias is None or bool((bias < math.inf).all())), "it is not finite"
     scale, cap = head.scale, head.softcap
     yield not math.isfinite(scale) or scale == 0, f"its scale is {scale:g}"
@@ -149,9 +151,9 @@ def same_head(first: LMHead, second: LMHead) -> bool:
 
 
 def split_model(model: Any) -> tuple[nn.Module, LMHead] | None:
-    """Split a Hugging Face causal LM into its body and `LMHead`, or return None when they do not reproduce its logits.
+    """Split a Hugging Face causal LM into its body and `LMHead`; None if they do not reproduce its logits.
 
-    The body, called with the usual inputs, returns an output whose ``last_hidden_state`` the head turns into logits.
+    The body takes the usual inputs; the head turns the ``last_hidden_state`` of its output into logits.
     """
     output_embeddings = model.get_output_embeddings()
     body = model.base_model
@@ -176,9 +178,9 @@ def split_model(model: Any) -> tuple[nn.Module, LMHead] | None:
 def reproduces(
     model: Any, body: Callable[..., Any], head: LMHead, fed_body: Mapping[str, Any], fed_model: Mapping[str, Any]
 ) -> bool:
-    """Return whether ``head`` makes the logits of ``model`` of the states of ``body``, by trying on a few tokens.
+    """Return whether ``head`` turns the states of ``body`` into the logits of ``model``, by trying a few tokens.
 
-    ``fed_body`` and ``fed_model`` are what each of them wants besides.
+    ``fed_body`` and ``fed_model`` are further inputs of each.
     """
     device = head.weight_VD.device
     probe = torch.arange(8, device=device).remainder(head.vocab_size)[None]
@@ -186,16 +188,16 @@ def reproduces(
         expected = model(input_ids=probe, **fed_model).logits.float()
         states = body(input_ids=probe, **fed_body).last_hidden_state
         if states.shape[-1] != head.weight_VD.shape[1]:
-            return False  # what the head multiplies is something else (MobileBERT's is made of two matrices)
+            return False  # the head multiplies by something else (MobileBERT's has two matrices)
         found = head.logits(states).float()
     if found.shape != expected.shape:
         return False
     comparable = expected.isfinite() & found.isfinite()
     if not comparable.any():
-        return True  # a model of NaN: whoever uses it reports that, with the place
+        return True  # NaN weights: reported when the model is used, with the position
     found, expected = found[comparable], expected[comparable]
-    # The same product in another batch shape may round differently by a unit or two of the model's dtype.
-    # The mean is what finds a cap or scale that was not read: in bfloat16 a few units of the largest logit hide one.
+    # In another batch shape the product may round differently by one or two units of the model's dtype.
+    # The mean finds a cap or scale that was not read: in bfloat16 a few units of the largest logit would hide it.
     difference, eps = (found - expected).abs(), torch.finfo(head.weight_VD.dtype).eps
     return bool(
         difference.max() <= 16 * eps * expected.abs().max() and difference.mean() <= eps * expected.abs().mean()

@@ -76,7 +76,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def source_arguments(name: str) -> dict[str, Any]:
-    """Return the arguments that make ``from_pretrained`` load ``name``: a hub id, a directory or a GGUF file."""
+    """Return the arguments with which ``from_pretrained`` loads ``name``: a hub id, a directory or a GGUF file."""
     if name.endswith(".gguf") and os.path.isfile(name):
         path = Path(name)
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -96,8 +96,8 @@ def load_model(
     """Load the model ``name`` for ``task`` in ``dtype`` (None: the checkpoint's own) on the CPU, in eval mode.
 
     With ``may_lack_head`` the checkpoint need not have the weights of the task's head, only those of the model under
-    it: they are then drawn at random from the generator as it is. ``settings`` go into the model's configuration.
-    Raises ``error`` when there is no such model or it is not one of the task.
+    it; the head is then initialised at random, from torch's generator in its current state. ``settings`` go into the
+    model's configuration. Raises ``error`` if there is no such model or it does not fit the task.
     """
     import transformers
 
@@ -107,7 +107,7 @@ def load_model(
         check_loadable(name, task, revision=revision, error=error)
     with _readable_failures(name, error):
         if is_gguf:
-            # Without it the model believes that it is still quantised and refuses .float() and saving.
+            # Without it the model counts as quantised, and .float() and saving fail.
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
         with quiet():
             model, report = getattr(transformers, task.model_class).from_pretrained(
@@ -137,7 +137,7 @@ def check_loadable(
 
 
 def load_config(name: str, *, revision: str | None = None, error: type[KdcacheError] = KdcacheError) -> Any:
-    """Load the configuration of ``name`` alone; raises ``error`` when it has none."""
+    """Load the configuration of ``name`` alone; raises ``error`` if it has none."""
     import transformers
 
     with _readable_failures(name, error), quiet():
@@ -149,10 +149,10 @@ def load_config(name: str, *, revision: str | None = None, error: type[KdcacheEr
 def _check_whole(
     report: Mapping[str, Any], model: Any, name: str, task: Task, error: type[KdcacheError], may_lack_head: bool
 ) -> None:
-    # Otherwise they would silently be random numbers.
+    # Missing weights would silently be random numbers.
     missing = sorted(report["missing_keys"])
     if task.body in ("pooled", "bi-encoder"):
-        # What it would be pooled with if nobody else did it: never used here.
+        # The model's own pooler is never used here.
         missing = [key for key in missing if not key.startswith("pooler.")]
     inside = f"{model.base_model_prefix}."
     of_head = [key for key in missing if not key.startswith(inside) or key.startswith(f"{inside}pooler.")]
@@ -174,7 +174,7 @@ def _check_whole(
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, error: type[KdcacheError] = KdcacheError) -> Any:
-    """Load the tokenizer of ``name``; raises ``error`` when it has none."""
+    """Load the tokenizer of ``name``; raises ``error`` if it has none."""
     from transformers import AutoTokenizer
 
     with _readable_failures(name, error), quiet():
@@ -197,7 +197,7 @@ def _check_architecture(config: Any, task: Task, name: str, error: type[KdcacheE
             "or a decoder alone; choose another model"
         )
     if not task.is_causal:
-        return  # what a checkpoint lacks for another task is seen when it is loaded
+        return  # missing weights are noticed when the checkpoint is loaded
     architectures = list(config.architectures or [])
     if getattr(config, "is_encoder_decoder", False):
         raise error(f"{name} is an encoder-decoder ({config.model_type}), not a causal language model")
@@ -221,10 +221,10 @@ def _readable_failures(name: str, error: type[KdcacheError]) -> Iterator[None]:
                 f"{name} needs Python code from its own repository (auto_map in its JSON files), which kdcache never "
                 "runs; use a model whose architecture and tokenizer the installed transformers has"
             ) from None
-        if "ignore_mismatched_sizes" in str(failure):  # the library's advice: it has logged the shapes, and not told
+        if "ignore_mismatched_sizes" in str(failure):  # its message is advice; the shapes are only logged
             raise error(
-                f"the weights of {name} are of other shapes than are needed here, as those of a head of another number "
-                "of classes are; choose another model, or one without a head"
+                f"the weights of {name} have other shapes than needed, such as a head with another number of classes; "
+                "choose another model, or one without a head"
             ) from None
         looks_local = os.path.exists(name) or name.startswith((".", "/", "~")) or name.endswith(".gguf")
         if looks_local and not os.path.exists(name):
@@ -234,9 +234,9 @@ def _readable_failures(name: str, error: type[KdcacheError]) -> Iterator[None]:
 
 
 def first_line(failure: BaseException) -> str:
-    """Return the first line of a foreign error's message, and the next one if that ends in a colon.
+    """Return the first line of another library's error, and the next one if that ends in a colon.
 
-    The rest is advice to callers of that library.
+    The remaining lines are advice for callers of that library.
     """
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()] or [type(failure).__name__]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
@@ -244,7 +244,7 @@ def first_line(failure: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the library's bars and notes on loading and saving: the commands print their own progress."""
+    """Silence the library's progress bars and messages on loading and saving: the commands print their own progress."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,8 +1,9 @@
-"""Whether a model keeps the documents of a packed window apart.
+"""Check whether a model keeps the documents of a packed window apart.
 
 Nothing forces it to: transformers separates documents where position ids restart, but only in families whose attention
-asks for it. ALiBi models (BLOOM, MPT, Falcon), OPT and recurrent models (Mamba, RWKV) read across the border without a
-word. So it is measured: what the second document gets is compared with the document alone, and with both read as one.
+asks for it. ALiBi models (BLOOM, MPT, Falcon), OPT and recurrent models (Mamba, RWKV) silently read across the border.
+So it is measured: the logits of the second document are compared with those of the document alone, and with those of
+both read as one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def keeps_documents_apart(model: Any, vocab_size: int) -> bool:
         alone, packed, joint = (
             _last_rows(model, *inputs) for inputs in ((both[_LENGTH:], None), (both, segments), (both, None))
         )
-    # Another batch shape rounds differently, by how much depends on dtype and depth; reading across is far more.
+    # In another batch shape logits round differently, depending on dtype and depth; reading across changes far more.
     return not bool((packed - alone).abs().mean() > 0.25 * (joint - alone).abs().mean())
 
 

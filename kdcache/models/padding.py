@@ -1,4 +1,4 @@
-"""Whether a model's answers depend on the padding of its batch, found by trying."""
+"""Check by trying whether the outputs of a model depend on the padding of its batch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from kdcache.models.bodies import Logits
 from kdcache.models.trying import in_eval_mode
 from kdcache.tasks.base import padded_inputs
 
-#: Tokens of the longest text that a classifier is tried on; the shortest has three.
+#: Tokens of the longest text that a classifier is tried with; the shortest has three.
 _LONGEST = 16
 
 
 @torch.no_grad()
 def depends_on_padding(model: Any) -> bool:
-    """Return whether the logits of a text change beside a longer one, by trying: XLNet reads the last column, padding.
+    """Return whether the logits of a text change next to a longer one: XLNet reads the last column, which is padding.
 
     Encoder-decoders find the end of a text by its EOS and are not tried.
     """

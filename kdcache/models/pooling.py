@@ -1,9 +1,9 @@
-"""Sentence models: from the states of tokens to one vector, as sentence-transformers does it and writes it down.
+"""Sentence models: pool token states into one vector, as sentence-transformers does, and read and write its files.
 
-A directory of sentence-transformers says in ``modules.json`` what follows the model itself: a pooling, perhaps a linear
-layer (Dense) that gives the vector another width, perhaps a normalisation. A plain Hugging Face directory says none of
-it. The linear layer is made a module of the model, so that it moves, trains and counts with it; whoever writes the
-model writes that layer apart (`without_projection`).
+``modules.json`` of a sentence-transformers directory names what follows the model itself: a pooling, perhaps a linear
+layer (Dense) that gives the vector another width, perhaps a normalisation. A plain Hugging Face directory has none of
+it. The linear layer becomes a module of the model, so that it is moved, trained and counted with it; when a model is
+saved the layer is written separately (`without_projection`).
 
 Shape suffixes: B sequences, L positions, D width of the states, C of the vectors.
 """
@@ -31,7 +31,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"Identity": nn.Identity, "Tanh": nn.
 
 @dataclass(frozen=True)
 class SentenceModules:
-    """What a directory of sentence-transformers says of the model in it."""
+    """The modules that a sentence-transformers directory names for its model."""
 
     pooling: str
     normalised: bool
@@ -42,7 +42,7 @@ class SentenceModules:
 
 
 def pool(states_BLD: Tensor, attention_mask_BL: Tensor, pooling: str) -> Tensor:
-    """Return one vector of each sequence, [B, D]: the mean of its tokens' states, or that of its first or last one.
+    """Return one vector for each sequence, [B, D]: the mean of its token states, or the first or last of them.
 
     Sequences are padded on the right.
     """
@@ -56,21 +56,21 @@ def pool(states_BLD: Tensor, attention_mask_BL: Tensor, pooling: str) -> Tensor:
 
 
 def project(model: Any, pooled_BD: Tensor) -> Tensor:
-    """Return pooled vectors behind the model's linear layer, [B, C]; as they are where it has none."""
+    """Return pooled vectors after the model's linear layer, [B, C]; unchanged if it has none."""
     projection = getattr(model, PROJECTION, None)
     return pooled_BD if projection is None else projection(pooled_BD)
 
 
 def vector_width(model: Any) -> int:
-    """Return the width of the vectors that a model's states become."""
+    """Return the width of the vectors that the states of a model are turned into."""
     projection = getattr(model, PROJECTION, None)
     return int(model.config.get_text_config().hidden_size if projection is None else projection[0].out_features)
 
 
 def drop_pooler(model: Any) -> None:
-    """Take away what a model like BERT pools with by itself: nothing here uses it.
+    """Remove the pooler of models like BERT, which nothing here uses.
 
-    So nothing would train it, and distributed training waits for the gradients of everything.
+    It would get no gradients, and distributed training waits for the gradients of all parameters.
     """
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
@@ -79,9 +79,9 @@ def drop_pooler(model: Any) -> None:
 def modules_of(
     name: str, revision: str | None = None, error: type[KdcacheError] = TeacherError
 ) -> SentenceModules | None:
-    """Return what the sentence-transformers files of a model say; None if it has none.
+    """Return what the sentence-transformers files of a model name; None if it has none.
 
-    Raises ``error`` for a pooling that is not one of mean, cls and last, and for modules that cannot be run.
+    Raises ``error`` for a pooling that is not mean, cls or last, and for modules that cannot be run.
     """
     modules = _read(name, "modules.json", revision)
     if modules is None:
@@ -108,7 +108,7 @@ def add_projection(model: Any, projection: nn.Sequential) -> None:
 
 @contextlib.contextmanager
 def without_projection(model: Any) -> Iterator[None]:
-    """Take the linear layer out of a model for a while, so that what is saved is the model alone."""
+    """Take the linear layer out of a model for a while, so that the model is saved without it."""
     projection = model._modules.pop(PROJECTION, None)
     try:
         yield
@@ -120,7 +120,7 @@ def without_projection(model: Any) -> Iterator[None]:
 def load_projection(
     model: Any, name: str, revision: str | None = None, error: type[KdcacheError] = TeacherError
 ) -> None:
-    """Give ``model`` the linear layer that lies beside it in ``name``, if there is one; raises ``error``."""
+    """Add to ``model`` the linear layer stored with it in ``name``, if there is one; raises ``error``."""
     modules = modules_of(name, revision, error)
     if modules is None or modules.dense is None:
         return
@@ -148,7 +148,7 @@ def _dense_weights(name: str, folder: str, revision: str | None) -> dict[str, Te
     else:
         pickled = _find(name, f"{folder}/pytorch_model.bin", revision)
         if pickled is None:
-            raise OSError(f"{folder} holds no weights")
+            raise OSError(f"{folder} has no weights")
         found = torch.load(pickled, map_location="cpu", weights_only=True)
     return {key.removeprefix("linear."): tensor for key, tensor in found.items()}
 

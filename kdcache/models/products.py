@@ -1,12 +1,12 @@
-"""Matrix products with the LM head's weight, by the fastest way that torch has on this device.
+"""Multiply with the LM head's weight in the fastest way that torch has on this device.
 
 On a CPU, torch sends float32 products to MKL, which on other vendors' processors leaves half of their vector units
-unused. oneDNN, which every CPU build of torch carries, does not: the products with a head of 49,152 rows run 1.8 to
-2.4 times as fast on an AMD EPYC with AVX-512. Its only entrance for plain float32 tensors is the operator that
-``torch.compile`` emits for a linear layer, so that is what is called, where it exists. Which way is taken depends on
-the installation alone, never on a measurement: a run that is resumed has to give the same bits.
+unused. oneDNN, which every CPU build of torch contains, does not: products with a head of 49,152 rows run 1.8 to 2.4
+times as fast on an AMD EPYC with AVX-512. Its only entry point for plain float32 tensors is the operator that
+``torch.compile`` emits for a linear layer; it is called where it exists. The choice depends on the installation alone,
+never on a measurement: a resumed run must give the same bits.
 
-Not for products that need gradients: these functions are called inside hand-written forwards and backwards.
+Not for products that need gradients: these functions are called inside hand-written forward and backward passes.
 
 Shape suffixes: C positions of a chunk, V vocabulary, D width.
 """

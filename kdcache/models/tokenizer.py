@@ -1,13 +1,13 @@
-"""Which tokenizer made the ids, by content, and a fast encoder over it.
+"""Identify a tokenizer by content, and encode texts with it fast.
 
 Token ids are the contract between cache and student, so two tokenizers are *the same* when they give every text the
 same ids: vocabulary, merges, normaliser, pre-tokeniser and added tokens. Names, paths, chat templates, padding (many
 recipes set the pad token to EOS), truncation, decoders and the post-processor are left out: they change how a tokenizer
-is used, not what an id means. So are BOS and EOS, in which an instruction-tuned model and its base often differ: those
-that a text got are in the cache's tokens already, and the record names the ids beside the hash.
+is used, not what an id means. BOS and EOS are left out too, because an instruction-tuned model and its base often
+differ in them: those of a text are among the cache's tokens already, and the record names their ids next to the hash.
 
-Tokenizers without a `tokenizers` backend have no description of their rules; they are told apart by vocabulary and
-class alone, and a warning says so.
+Tokenizers without a `tokenizers` backend do not describe their rules; only vocabulary and class identify them, and a
+warning says so.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def true_vocab_size(tokenizer: Any) -> int:
 
 
 def pad_id_of(tokenizer: Any) -> int:
-    """Return an id to pad with; which one is irrelevant, padding is never attended nor learnt."""
+    """Return an id to pad with; any will do, because padding is neither attended to nor trained on."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def describe_difference(a: Any, b: Any) -> list[str]:
-    """Say in words what distinguishes two tokenizers; empty exactly when their `tokenizer_record` hashes are equal."""
+    """Return in words how two tokenizers differ; empty exactly when their `tokenizer_record` hashes are equal."""
     first, second = _describe(a), _describe(b)
     if first == second:
         return []
@@ -78,13 +78,13 @@ class TextEncoder:
 
     ``bos_id`` is set only if the tokenizer really begins a text with it (GPT-2 has a BOS token and never adds it).
     ``eos_id`` is the token that ends a text, whether or not the tokenizer adds it; ``appends_eos`` says whether
-    `encode` already ends every text with it.
+    `encode` ends every text with it.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         backend = _backend(tokenizer)
         self._tokenizer = tokenizer
-        # A copy, because truncation and padding are state of the tokenizer that its owner may rely on.
+        # A copy: the caller may rely on the truncation and padding that are set in the tokenizer.
         self._backend = None if backend is None else copy.deepcopy(backend)
         if self._backend is not None:
             self._backend.no_truncation()
@@ -105,13 +105,13 @@ class TextEncoder:
 
     @property
     def mask_id(self) -> int | None:
-        """Token that stands for a hidden one, or None."""
+        """The mask token; None if there is none."""
         mask_id: int | None = self._tokenizer.mask_token_id
         return mask_id
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Tokens that stand for no text: those that begin, end, separate, pad, hide, or are unknown."""
+        """Tokens that are no text: those that begin, end, separate, pad or mask texts, and the unknown token."""
         return frozenset(self._tokenizer.all_special_ids)
 
     def encode_plain(self, texts: list[str]) -> list[list[int]]:
@@ -121,7 +121,7 @@ class TextEncoder:
     def around(self, num_parts: int) -> list[list[int]]:
         """Return the special tokens before, between and after 1 or 2 texts that are fed together.
 
-        Found by trying. Raises ``ConfigError`` for a tokenizer that joins texts in another way than one after another.
+        Found by trying. Raises ``ConfigError`` for a tokenizer that does not put two texts one after another.
         """
         if num_parts == 1:
             return list(self._added_around())
@@ -130,8 +130,8 @@ class TextEncoder:
         starts = [i for i in range(len(joined)) if joined[i : i + len(plain)] == plain]
         if len(starts) != 2:
             raise ConfigError(
-                f"the tokenizer ({type(self._tokenizer).__name__}) does not feed two texts one after another, so pairs "
-                "of texts cannot be made of it"
+                f"the tokenizer ({type(self._tokenizer).__name__}) does not put two texts one after another, so it "
+                "cannot encode pairs; use another tokenizer"
             )
         first, second = starts
         size = len(plain)
@@ -139,7 +139,7 @@ class TextEncoder:
 
     @property
     def pair_types(self) -> bool:
-        """Whether the second of two texts that are fed together has a type of its own, as BERT's has."""
+        """Whether the second of two texts that are fed together has its own token type, as with BERT."""
         if self._backend is not None:
             types = self._backend.encode(_PROBE, _PROBE).type_ids
         else:
@@ -148,7 +148,7 @@ class TextEncoder:
 
     @cached_property
     def treats_targets_alike(self) -> bool:
-        """Whether a text that a decoder is to write is encoded as one that an encoder reads."""
+        """Whether a decoder's text is encoded in the same way as an encoder's."""
         if hasattr(self._tokenizer, "tgt_lang"):  # even where none is set yet, and both would get the same code
             return False
         target: list[int] = self._tokenizer(text_target=_PROBE)["input_ids"]
@@ -181,7 +181,7 @@ def _backend(tokenizer: Any) -> Any | None:
 
 
 def _describe(tokenizer: Any) -> dict[str, Any]:
-    """Everything that decides which ids a text gets, as JSON values."""
+    """Return everything that decides which ids a text gets, as JSON values."""
     backend = _backend(tokenizer)
     if backend is None:
         logger.warning(
@@ -198,7 +198,7 @@ def _describe(tokenizer: Any) -> dict[str, Any]:
 
 def _rules(full: Mapping[str, Any]) -> dict[str, Any]:
     model = dict(full["model"])
-    # A list holds what a mapping of ids does not say (the scores of a Unigram model); a mapping is in "vocab" already.
+    # A list also has the scores of a Unigram model; a mapping is in "vocab" already.
     if isinstance(model.get("vocab"), dict):
         del model["vocab"]
     # Merges are written "a b" by old versions of tokenizers and ["a", "b"] by new ones.
@@ -221,7 +221,7 @@ def _vocabulary_differences(a: Mapping[str, int], b: Mapping[str, int]) -> list[
     for number in range(min(num_a, num_b)):
         if by_id_a.get(number) != by_id_b.get(number):
             found.append(f"id {number} is {by_id_a.get(number)!r} against {by_id_b.get(number)!r}")
-            break  # one example is enough to see which pair of tokenizers this is
+            break  # one example shows the difference
     return found
 
 

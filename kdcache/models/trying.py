@@ -1,4 +1,4 @@
-"""Trying a model on a few tokens, to learn what it does."""
+"""Try a model on a few tokens, to learn what it does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def in_eval_mode(model: Any) -> Iterator[None]:
-    """Keep ``model`` in eval mode for a while, without dropout; afterwards it is in the mode that it was in."""
+    """Keep ``model`` in eval mode for a while, without dropout; restore its mode afterwards."""
     training = model.training
     model.eval()
     try:

@@ -1,10 +1,10 @@
-"""The protocol of teachers: what one can give, what it is asked, and what it answers.
+"""The base of all teachers: what one can give, what it is asked for, and its answer.
 
-A teacher may be a model in this process, a server, or a file of somebody's logits. A dump therefore asks for targets and
-vectors, never for logits, and only for what `Capabilities` promise: `Teacher.check` compares the two before the
-teacher runs. Teachers that have logits share the reduction in `kdcache.teachers.logits`.
+A teacher may be a model in this process, a server, or a file of stored logits. So a dump asks for targets and vectors,
+never for logits, and only for what `Capabilities` promise: `Teacher.check` compares the two before the teacher runs.
+Teachers that have logits share the reduction to targets in `kdcache.teachers.logits`.
 
-A *backend* (`Backend`, a row of ``BACKENDS``) configures and loads the teachers of one kind. Nothing here imports torch.
+A *backend* (`Backend`, a row of ``BACKENDS``) configures and loads the teachers of one kind. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -122,14 +122,14 @@ class Teacher(ABC):
         """Return targets and vectors at all positions of ``sequences``, in their order; raises ``TeacherError``."""
 
     def check(self, request: Request) -> None:
-        """Raise ``TeacherError`` that names everything in ``request`` which cannot be given, and what to set instead."""
+        """Raise ``TeacherError`` naming everything in ``request`` that cannot be given, and what to set instead."""
         problems = list(_lacking(self.capabilities, request))
         if problems:
             lacks = " and ".join(dict.fromkeys(what for what, _ in problems))
             advice = ", ".join(dict.fromkeys(setting for _, setting in problems))
             raise TeacherError(
-                f"teacher backend {self.record.backend!r} cannot give {lacks} of {self.record.name}; set {advice}, or use "
-                "another backend"
+                f"teacher backend {self.record.backend!r} cannot give {lacks} of {self.record.name}; set {advice}, or "
+                "use another backend"
             )
 
 

@@ -102,10 +102,10 @@ class HuggingFaceTeacher(LogitsTeacher):
 
     @property
     def head(self) -> LMHead:
-        """The LM head over the true vocabulary; raises ``TeacherError`` for a model that has none of its own.
+        """The LM head over the true vocabulary; raises ``TeacherError`` for a model without one.
 
-        What works is every family whose logits are ``cap(scale * (hidden @ W.T + b))`` of its last hidden state (Llama,
-        Qwen, Mistral, GPT-2, GPT-NeoX, OPT, Cohere's and Granite's scales, Gemma's soft cap, ...), found by trying.
+        Works for every family whose logits are ``cap(scale * (hidden @ W.T + b))`` of its last hidden state (Llama,
+        Qwen, Mistral, GPT-2, GPT-NeoX, OPT, the scales of Cohere and Granite, Gemma's soft cap, ...), found by trying.
         """
         if self._head is None:
             raise TeacherError(
@@ -131,7 +131,7 @@ class HuggingFaceTeacher(LogitsTeacher):
 
     @torch.inference_mode()
     def run(self, sequences: SequenceOf[Sequence], layers: SequenceOf[int] = ()) -> TeacherOutput:
-        """Run the teacher over one batch; ``layers`` are the hidden states to return."""
+        """Run the model over one batch; ``layers`` are the hidden states to return."""
         batch = self.task.pad_batch(list(sequences), pad_id=0)
         tensors = {name: torch.from_numpy(value).to(self.device) for name, value in batch.items()}
         labels = torch.from_numpy(self.task.labels(list(sequences))).to(self.device)
@@ -227,7 +227,7 @@ def _describe(model: Any, name: str, vocab_rows: int, revision: str | None, sha2
 
 @torch.inference_mode()
 def _check_causal(teacher: HuggingFaceTeacher, name: str) -> None:
-    """Refuse a model that looks ahead: its targets would leak labels (a BERT loads as a causal LM too)."""
+    """Reject a model that looks ahead: its targets would leak labels (a BERT loads as a causal LM too)."""
     tokens = np.arange(9, dtype=np.uint32) % teacher.vocab_size
     changed = tokens.copy()
     changed[7] = (changed[7] + 1) % teacher.vocab_size
@@ -244,7 +244,7 @@ def _check_causal(teacher: HuggingFaceTeacher, name: str) -> None:
 
 
 def teacher_logits(teacher: HuggingFaceTeacher, sequence: Sequence) -> Tensor:
-    """Return all logits [L, V] of one short sequence, in the teacher's dtype, to keep."""
+    """Return a copy of all logits [L, V] of one short sequence, in the teacher's dtype."""
     output = teacher.run([sequence])
     # The teacher writes its next answer into the same memory; without a copy, two answers would always be equal.
     return output.logits(0, len(output.labels_P)).clone()

@@ -46,9 +46,9 @@ class SampleReport(Config):
 class Measured:
     """Sums over the valid positions of a sample.
 
-    ``teacher_sum`` (None: the cache does not store it) and ``student_sum`` are of the losses, ``term_sums`` of the terms of the objective,
-    ``selected_sums`` of the positions that a term selects, ``tail_sums_G`` of the teacher's tail mass at the cache's
-    other temperatures.
+    ``teacher_sum`` (None: the cache does not store it) and ``student_sum`` are of the losses, ``term_sums`` of the
+    terms of the objective, ``selected_sums`` of the positions that a term selects, ``tail_sums_G`` of the teacher's
+    tail mass at the cache's other temperatures.
     """
 
     num_sequences: int = 0

@@ -1,4 +1,4 @@
-"""Checks that need the teacher: does it, run again, say what the cache says?"""
+"""Compare a cache with its teacher, which is run again."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from kdcache.tasks import task_of
 from kdcache.teachers import TeacherConfig, TeacherOutput, load_teacher, reduce_top_k
 from kdcache.teachers.logits import hidden_to_numpy
 
-#: Mean KL (nats) allowed between the teacher run again and the cache, beside what the codec costs: what another batch
-#: shape changes in the teacher's own arithmetic.
+#: Mean KL (nats) allowed between the teacher run again and the cache, in addition to the cost of the codec: in another
+#: batch shape logits round differently.
 _DTYPE_SLACK = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-3, "float64": 1e-5}
-#: Mean difference (nats) allowed of the gold token's log-probability. It is what finds rows of another position or
-#: another text: their few kept ids are mostly disjoint, and a KL over shared ids and one bucket then says little.
+#: Mean difference (nats) allowed of the gold token's log-probability. It finds targets of another position or another
+#: text: their kept ids are mostly disjoint, and then the KL over shared ids and one bucket is small.
 _GOLD_SLACK = {"float32": 0.01, "bfloat16": 0.1, "float16": 0.02, "float64": 0.01}
-#: Relative error allowed of the last hidden state, beside twice what its codec cost the pilot.
+#: Relative error allowed of the last hidden state, in addition to twice the error of its codec in the pilot.
 _STATES_SLACK = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.01, "float64": 1e-3}
 #: Mean KL (nats) allowed where targets were made from stored hidden states: four times what int8 costs SmolLM2.
 _STATES_KL = 2e-3
-#: Relative error of raw outputs that their codec may cost.
+#: Relative error of raw outputs that a codec may cause.
 _OUTPUTS_ERROR = {"bf16": 0.004, "fp16": 0.001, "int8": 0.02}
 #: Standard errors by which the mean surprise of samples may miss its expectation.
 _SAMPLES_ERRORS = 6
-#: Positions whose logits are looked at at once for their samples.
+#: Positions whose logits are compared with their samples at once.
 _CHUNK = 256
 
 
 @dataclass(frozen=True)
 class TeacherCheck:
-    """What came of running the teacher again over ``num_sequences`` of a cache."""
+    """The result of running the teacher again over ``num_sequences`` sequences of a cache."""
 
     num_sequences: int
     num_positions: int
@@ -155,7 +155,7 @@ def _dtype_of(cache: Cache) -> str:
     record = cache.manifest.teacher
     if isinstance(record.identity, WeightsIdentity) and record.backend == "transformers":
         return record.identity.dtype
-    origin = {"weights": "ran", "endpoint": "was asked", "import": "was imported"}[record.identity.kind]
+    origin = {"weights": "was run", "endpoint": "was asked", "import": "was imported"}[record.identity.kind]
     raise TeacherError(
         f"{cache.folder}: the teacher {record.name} {origin} by backend {record.backend!r}, so its logits cannot be "
         "made again here; check the stored targets alone with kdcache verify --deep"
@@ -167,7 +167,7 @@ def _mean(values: list[NDArray[Any]]) -> float | None:
 
 
 def _allowed_kl(cache: Cache) -> float:
-    """Return what the codec costs, and what those of the caches cost that this one was made from."""
+    """Return the KL that the codec costs, plus that of the codecs of the caches that this one was transcoded from."""
     manifest = cache.manifest
     allowed = _DTYPE_SLACK[_dtype_of(cache)]
     if manifest.targets.kind != "outputs":
@@ -195,10 +195,11 @@ def _allowed_outputs_error(cache: Cache) -> float:
 
 
 def _surprises(output: TeacherOutput, targets: Targets) -> NDArray[np.float64]:
-    """Return the surprise of the samples of each row less its expectation, and the variance of that, [2, P].
+    """Return the surprise of the samples of each position less its expectation, and the variance of that, [2, P].
 
-    Surprise is the mean over the samples of -log t, t the teacher's distribution outside the kept ids, from which they
-    came. Its expectation is the entropy of t, whatever the seed; samples from anything else are more surprising.
+    Surprise is the mean over the samples of -log t, where t is the teacher's distribution outside the kept ids, from
+    which they were sampled. Its expectation is the entropy of t for every seed; samples from any other distribution are
+    more surprising.
     """
     assert targets.samples is not None
     counts_PJ, ids_PJ = (
@@ -247,7 +248,7 @@ def shared_kl(first: Targets, second: Targets) -> NDArray[np.float64]:
 
 
 def _look_up(ids_PK: NDArray[Any], targets: Targets) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Return the log-probability that ``targets`` gives to each of ``ids_PK``, and whether it keeps the id."""
+    """Return the log-probability of each of ``ids_PK`` in ``targets``, and whether it is kept there."""
     span = int(max(ids_PK.max(), targets.ids_PK.max())) + 1
     row = np.arange(len(ids_PK), dtype=np.int64)[:, None] * span
     kept_PK = ~np.isneginf(targets.logprobs_PK)  # not the padding of ragged rows, which repeats an id
@@ -261,6 +262,6 @@ def _look_up(ids_PK: NDArray[Any], targets: Targets) -> tuple[NDArray[np.float64
 
 
 def _tail(head_P: NDArray[np.float64], targets: Targets, shared_PK: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Return the mass outside the shared ids: the exact stored tail where all ids are shared, else what they leave."""
+    """Return the mass outside the shared ids: the stored tail if all ids are shared, otherwise one minus their mass."""
     stored = np.exp(targets.log_tail_P.astype(np.float64))
     return np.where(shared_PK.all(axis=1), stored, np.maximum(1 - head_P, 1e-12))

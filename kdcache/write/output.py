@@ -1,8 +1,8 @@
-"""A file of JSON lines that is written in order and can be gone on with.
+"""An append-only file of JSON lines that an interrupted run resumes.
 
-Beside it stands ``NAME.settings.json``, written before the first line: who writes about what and how. Whoever goes on
-with the file must want the same, and is told what differs otherwise. A line counts when its line break is there; what
-follows the last one was cut off by a crash, and is removed.
+The settings of the run stand next to it in ``NAME.settings.json``, written before the first line. A run that resumes
+the file must have the same settings; otherwise the error says what differs. A line is complete when its line break is
+written; an incomplete last line is removed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class TargetsFile:
             file.truncate(num_bytes)
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Write one line for each of ``rows``, and see them on the disk."""
+        """Write one line for each of ``rows``, and wait until they are on the disk."""
         lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
         with self.path.open("ab") as file:
             file.write("".join(lines).encode())
@@ -71,12 +71,12 @@ class TargetsFile:
 
 
 def settings_path(path: Path) -> Path:
-    """Return where the settings of a file are written down."""
+    """Return the path of the settings of a file."""
     return path.with_name(f"{path.name}.settings.json")
 
 
 def check_output(path: Path, settings: dict[str, Any]) -> None:
-    """Raise ``ConfigError`` when ``path`` holds anything else than the beginning of what ``settings`` write."""
+    """Raise ``ConfigError`` unless ``path`` is empty or the beginning of the output of ``settings``."""
     if path.is_dir():
         raise ConfigError(f"output {path} is a directory; give a file, such as {path / 'targets.jsonl'}")
     if complete_lines(path)[0] == 0 and (not path.exists() or settings_path(path).exists()):
@@ -99,7 +99,7 @@ def check_output(path: Path, settings: dict[str, Any]) -> None:
 
 
 def complete_lines(path: Path) -> tuple[int, int]:
-    """Return how many lines of a file are complete, and the bytes that they take; 0 and 0 where there is none."""
+    """Return the number of complete lines of a file and their bytes; 0 and 0 if it does not exist."""
     num_lines = num_bytes = done = 0
     if not path.exists():
         return 0, 0
@@ -113,7 +113,7 @@ def complete_lines(path: Path) -> tuple[int, int]:
 
 
 def _compared(settings: Any) -> dict[str, Any]:
-    """Return what decides the texts, flat: names and places may change while the content stays."""
+    """Return the settings that decide the texts, flat: names and paths may change while the content stays."""
     flat = _flat(settings if isinstance(settings, dict) else {})
     unimportant = ("teacher.name", "teacher.revision", "corpus.sources")
     return {name: value for name, value in flat.items() if name not in unimportant}

@@ -1,12 +1,12 @@
-"""Teacher-written targets: what the teacher would answer, instead of what the corpus does.
+"""Teacher-written targets: what the teacher would answer, instead of the corpus's own targets.
 
 `write_targets` makes a corpus of texts: one line per document, in order, with the input, the teacher's text as
-``target``, the corpus's own as ``reference``, and all other columns. It is dumped and trained on like any other.
+``target``, the corpus's own as ``reference``, and all other columns. It is dumped and trained on like any other corpus.
 
 Documents are written in blocks whose borders depend on the corpus alone, and within a block in batches of similar
-length. So a run that was interrupted goes on with the block that it was in and makes the same file (up to rounding:
-on another device the best of nearly equal texts may be another one). Not for causal teachers: what they would go on
-with is no target of an input.
+length. So an interrupted run resumes at the block that it was in and makes the same file (up to rounding: on another
+device, another one of nearly equal texts may be the best). Not for causal teachers: their continuation of an input is
+not a target of it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from kdcache.write.config import WriteConfig
 from kdcache.write.output import TargetsFile, check_output, complete_lines
 from kdcache.write.writer import WriteCounts, Writer
 
-#: Documents that are written to the file at once: what an interrupted run loses at most.
+#: Documents that are written to the file at once; an interrupted run loses at most so many.
 _BLOCK = 64
 _PILOT = 16
 
 
 @dataclass
 class WriteResult:
-    """What this run added to the file; counts are of this run alone."""
+    """What this run added to the file; counts are those of this run alone."""
 
     output: str
     num_documents: int
@@ -43,13 +43,13 @@ class WriteResult:
 
 @dataclass
 class TargetsPreview:
-    """What writing the rest would take, from a pilot of the first documents, and what the teacher wrote there."""
+    """The time that the remaining documents would take, from a pilot of the first ones, and examples of its texts."""
 
     output: str
     num_documents: int
     num_done: int
     num_pilot: int
-    """Documents of the pilot, which the counts are of."""
+    """Documents of the pilot; the counts are those of the pilot."""
     pilot: WriteCounts
     tokens_per_s: float
     eta_s: float
@@ -61,10 +61,10 @@ class TargetsPreview:
 
 
 def write_targets(config: WriteConfig, *, progress: bool = True) -> WriteResult:
-    """Let the teacher of ``config`` write a target for every input of the corpus, or go on with that.
+    """Write the teacher's target for every input of the corpus of ``config``, or resume that.
 
-    Raises ``ConfigError`` (also for an output that was begun with other settings), ``CorpusError`` or
-    ``TeacherError``; lines that were written before stay.
+    Raises ``ConfigError`` (also for an output that was begun with other settings), ``CorpusError`` or ``TeacherError``;
+    lines that were written before stay.
     """
     writer = Writer(config)
     counts = WriteCounts()
@@ -85,7 +85,7 @@ def write_targets(config: WriteConfig, *, progress: bool = True) -> WriteResult:
 
 
 def preview_targets(config: WriteConfig) -> TargetsPreview:
-    """Time the teacher on the first documents and say what the whole corpus would take; write nothing."""
+    """Time the teacher on the first documents and estimate the time of the whole corpus; writes nothing."""
     writer = Writer(config)
     check_output(Path(config.output), writer.settings)
     _, rows = next(writer.corpus.iter_rows(_PILOT))

@@ -1,4 +1,4 @@
-"""From documents of a corpus to lines with the teacher's texts."""
+"""Turn documents of a corpus into lines with the teacher's texts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kdcache.teachers.sampling import Sampler
 from kdcache.write.config import WriteConfig
 
 ROLES = (Role("input"), Role("target", is_required=False))
-#: Columns of the file that are not the corpus's own.
+#: Columns that the file adds to those of the corpus.
 _OWN = ("input", "target", "reference")
 
 Rows = list[tuple[str, dict[str, Any]]]
@@ -28,7 +28,7 @@ Rows = list[tuple[str, dict[str, Any]]]
 
 @dataclass
 class WriteCounts:
-    """What was written: texts of how many tokens, and what was not as it should be."""
+    """Counts of what was written: texts and tokens, empty and cut ones."""
 
     num_written: int = 0
     num_tokens: int = 0
@@ -40,7 +40,7 @@ class WriteCounts:
 
 
 class Writer:
-    """What a configuration loads, cheapest first, so that most mistakes show before the teacher is loaded."""
+    """Everything that a configuration loads, cheapest first: most mistakes show before the teacher is loaded."""
 
     def __init__(self, config: WriteConfig) -> None:
         self.config = config
@@ -59,14 +59,14 @@ class Writer:
 
     @cached_property
     def teacher(self) -> HuggingFaceTeacher:
-        """The teacher, loaded when it is first asked for."""
+        """The teacher, loaded on first use."""
         teacher = load_teacher(self.config.teacher, self.tokenizer_record.vocab_size, Seq2SeqLM())
         _check_lengths(self.config, teacher)
         return teacher
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What decides the texts, and who wrote them: what is written down beside the file."""
+        """The settings that decide the texts and the teacher that wrote them; they are stored with the file."""
         config, teacher = self.config, self.teacher.record.model_dump(mode="json")
         writing: dict[str, Any] = {"beams": config.writing.num_beams}
         if config.writing.sample:
@@ -87,7 +87,7 @@ class Writer:
         }
 
     def lines(self, start: int, rows: Rows, counts: WriteCounts) -> list[dict[str, Any]]:
-        """Return the lines of some documents, of which ``start`` is the number of the first one."""
+        """Return the lines of some documents; ``start`` is the number of the first one."""
         inputs, is_cut_N = fed_inputs(self.encoder, self.config.sequences, [text for text, _ in rows])
         filled = [n for n, tokens in enumerate(inputs) if len(tokens)]
         written = dict(zip(filled, self._write([inputs[n] for n in filled], [start + n for n in filled]), strict=True))
@@ -137,7 +137,7 @@ def _line(
 
 def _check_local(output: str) -> None:
     if "://" in output:
-        raise ConfigError(f"output {output}: lines can be added to a local file only; give a path")
+        raise ConfigError(f"output {output} is not local, and lines can be added to a local file only; give a path")
     if not output.endswith(".jsonl"):
         raise ConfigError(f"output {output}: JSON lines are written, so give a name that ends in .jsonl")
 
