@@ -28,7 +28,9 @@ def server(dumped):
 
 
 def needed_bytes(dumped):
-    return required_bytes(open_cache(str(dumped)).manifest, ["targets"], shards_at_a_time=1)
+    cache = open_cache(str(dumped))
+    assert cache.fields_read() == ["tokens", "targets"]
+    return required_bytes(cache.manifest, cache.fields_read(), shards_at_a_time=1)
 
 
 def weights(directory):

@@ -318,7 +318,7 @@ def test_what_no_shard_can_be_read_with_is_one_problem(copy):
     assert len([problem for problem in problems if "unknown codec 'exacter'" in problem]) == 1
 
 
-AGAIN, FETCH = "run the command that made the cache again: it writes them again", "delete the commit record"
+AGAIN, FETCH = "tokenizer files and LM head, run the command", "To repair a shard, copy its files again"
 
 
 @pytest.mark.parametrize(
