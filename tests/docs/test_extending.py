@@ -29,6 +29,7 @@ from kdcache.inspect import inspect_cache
 from kdcache.losses import LOSSES, MEASURES, SCHEDULES, TERMS, ChunkView, Loss, TeacherContext, incompatibility
 from kdcache.losses.from_cache import context_of
 from kdcache.models.bodies import BODIES
+from kdcache.peek import PeekResult, peek_cache
 from kdcache.plugins import Table
 from kdcache.presets import PRESETS
 from kdcache.schema import Kind, TargetsRecord
@@ -365,6 +366,21 @@ def test_a_student_learns_from_the_cache_of_the_backend(table_cache: str, tmp_pa
     before, after = found["students"]
     assert after["kl"] < 0.35 * before["kl"]
     assert after["agreement"] > 0.3
+
+
+def test_peek_shows_what_the_cache_of_the_backend_knows(table_cache: str) -> None:
+    view = peek_cache(table_cache, 0, count=4)
+    assert isinstance(view, PeekResult)
+    for position in view.positions:
+        kept = {choice.id: choice.probability for choice in position.top}
+        assert position.entropy is None
+        assert position.gold is not None
+        assert position.gold.probability == kept.get(position.gold.id)
+    assert "entropy" not in view.render()
+    json.dumps(view.to_dict(), allow_nan=False)
+    for select, missing in (("entropy", "entropy"), ("loss", "gold_logprob")):
+        with pytest.raises(ConfigError, match=rf"cannot be selected by {select}: .* not store {missing}; use --select"):
+            peek_cache(table_cache, 0, select=select)
 
 
 def test_what_the_backend_cannot_give_is_an_error_that_names_it(table_teacher: dict[str, Any], tmp_path: Path) -> None:
