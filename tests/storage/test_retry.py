@@ -12,11 +12,17 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from kdcache.cache import open_cache
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.storage import retry
 from kdcache.storage.folder import Folder
 from kdcache.storage.lease import LEASE, Lease
+from kdcache.storage.local_store import LocalStoreConfig
+from kdcache.verify.stored import verify_cache
 from tests.cache.http_store import serving
+from tests.cache.test_reader import check_batch
+from tests.cache.test_writer import content_of
+from tests.caches import SOURCE
 
 PAUSES_S = (0.001, 0.001, 0.001, 0.001)
 ATTEMPTS = len(PAUSES_S) + 1
@@ -46,6 +52,7 @@ class FaultyStore(MemoryFileSystem):
     faults: ClassVar[list[BaseException]] = []
     lost: ClassVar[list[BaseException]] = []
     requests: ClassVar[Counter[str]] = Counter()
+    busy_every: ClassVar[int] = 0
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -55,6 +62,8 @@ class FaultyStore(MemoryFileSystem):
         self.requests[name] += 1
         if self.faults:
             raise self.faults.pop(0)
+        if self.busy_every and sum(self.requests.values()) % self.busy_every == 0:
+            raise answered(503)
         result = getattr(MemoryFileSystem, name)(self, *arguments, **options)
         if self.lost:
             raise self.lost.pop(0)
@@ -230,6 +239,20 @@ def test_a_lost_answer_to_a_removal_is_a_removal(folder):
     FaultyStore.lost[:] = [answered(503)]
     folder.remove("a")
     assert not folder.exists("a")
+
+
+@pytest.mark.parametrize("busy_every", [2, 3])
+def test_a_cache_is_written_and_read_through_a_busy_store(folder, monkeypatch, tmp_path, sound, busy_every):
+    folder.remove("a")
+    monkeypatch.setattr(FaultyStore, "busy_every", busy_every)
+    SOURCE.write(folder.url, shards=range(1), finish=False)
+    SOURCE.write(folder.url)
+    assert content_of(folder.url) == content_of(sound)
+    assert verify_cache(folder.url, deep=True).problems == []
+    with open_cache(folder.url, local_store=LocalStoreConfig(directory=str(tmp_path))) as cache:
+        check_batch(cache.read([12, 0, 7]), SOURCE, [12, 0, 7])
+    assert FaultyStore.requests["pipe_file"] > 20
+    assert not folder.exists(LEASE)
 
 
 def test_damaged_bytes_are_read_again(folder):
