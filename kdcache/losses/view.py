@@ -125,7 +125,7 @@ class ChunkView:
         return head_CK - lse_C[:, None], rest_C - lse_C
 
     def _coarse(self, spread: Spread | None = None, temperature: float = 1.0) -> tuple[Tensor, ...]:
-        if spread is None:  # whatever pass has been made at this temperature
+        if spread is None:  # reuse any pass at this temperature
             for (_, made_at), parts in self._coarsened.items():
                 if made_at == temperature:
                     return parts
@@ -156,9 +156,9 @@ def _logsumexp(logits_CK: Tensor) -> Tensor:
 class _Coarsen(torch.autograd.Function):
     """Logits [C, V] to (logits at ids [C, K], logsumexp of logits / T outside the ids [C], logits at labels [C]).
 
-    With ``weights_U`` also the weighted sum of the logits outside the ids, [C]. One [C, V] array is made, the softmax
-    outside the ids; the backward turns it into the gradient in place, so it can run only once (autograd raises if it
-    is asked twice).
+    With ``weights_U`` also the weighted sum of the logits outside the ids, [C]. It allocates one [C, V] array, the
+    softmax outside the ids; the backward converts it to the gradient in place, so it can run only once (autograd raises
+    on a second call).
     """
 
     @staticmethod
@@ -175,11 +175,11 @@ class _Coarsen(torch.autograd.Function):
         labels_C = labels_C.clamp(min=0)  # NO_LABEL is below all ids
         gold_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1)
         lowest, sum_outside_C = torch.finfo(logits_CV.dtype).min * min(1.0, temperature), None
-        # For a moment the logits at the ids are lowered in place, which costs K of V elements; a copy would cost as
-        # much as the softmax. Through ``data``, because they are back before anyone can see it.
+        # The logits at the ids are lowered in place and restored below: K of V elements, where a copy would cost as
+        # much as the softmax. Through ``data``, so that autograd does not record it.
         outside_CV = logits_CV.data
         if weights_U is not None:
-            # Without the ids from the start: subtracting them from a sum over all would cost digits.
+            # Without the ids from the start: subtracting them from the sum over all ids would lose digits.
             sum_outside_C = outside_CV.scatter_(1, ids_CK, 0.0)[:, : len(weights_U)] @ weights_U
         outside_CV.scatter_(1, ids_CK, lowest)
         peak_C = outside_CV.amax(1)
@@ -197,11 +197,11 @@ class _Coarsen(torch.autograd.Function):
         ctx: Any, grad_head_CK: Tensor, grad_rest_C: Tensor, grad_gold_C: Tensor, grad_sum_C: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         probs_CV, ids_CK, labels_C, weights_U = ctx.saved_tensors
-        # In a row with nothing outside the ids all of this is overwritten below.
+        # In a row with nothing outside the ids, all of this is overwritten below.
         grad_CV = probs_CV.mul_(grad_rest_C[:, None] / ctx.temperature)
         if weights_U is not None:
             grad_CV[:, : len(weights_U)].addr_(grad_sum_C, weights_U)
-        if ctx.has_pads:  # an id stands in several places, and only their sum is its gradient
+        if ctx.has_pads:  # an id is in several columns; its gradient is their sum
             grad_CV.scatter_(1, ids_CK, 0.0).scatter_add_(1, ids_CK, grad_head_CK)
         else:
             grad_CV.scatter_(1, ids_CK, grad_head_CK)

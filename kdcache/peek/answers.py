@@ -189,7 +189,7 @@ def ranking(context: PeekContext) -> RankingView:
     order = np.argsort(-scores_P, kind="stable").tolist()
     documents = [
         RankedDocument(
-            # Every document stands behind the query in a pair of its own.
+            # Each document has a pair of its own, after the query.
             number,
             context.texts.plain(context.part(2 * number + 1)),
             rank,

@@ -1,4 +1,4 @@
-"""Tokens as text, by the tokenizer that lies in the cache (no torch, no transformers)."""
+"""Decode tokens with the tokenizer of the cache (no torch, no transformers)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kdcache.errors import CacheError
 
 
 class Texts:
-    """Decodes token ids; raises ``CacheError`` for a cache whose tokenizer cannot be read."""
+    """Decodes token ids; raises ``CacheError`` if the tokenizer of the cache cannot be read."""
 
     def __init__(self, cache: Cache) -> None:
         text = cache.tokenizer_json()
@@ -22,12 +22,12 @@ class Texts:
             raise CacheError(f"the tokenizer.json of {cache.folder} cannot be read: {error}") from None
 
     def fed(self, ids: list[int]) -> str:
-        """Return what a model is fed, special tokens included."""
+        """Return the text of a model input, special tokens included."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
     def plain(self, ids: list[int]) -> str:
-        """Return a text without the special tokens around it; those inside, such as unknown words, are shown."""
+        """Return a text without the special tokens around it; those inside it, such as unknown words, are kept."""
         start, stop = 0, len(ids)
         while start < stop and ids[start] in self._specials:
             start += 1
@@ -36,7 +36,7 @@ class Texts:
         return self.fed(ids[start:stop])
 
     def token(self, token_id: int) -> str:
-        """Return a token as text; one that is no text by itself (a piece of a character) as its raw form."""
+        """Return a token as text; in its raw form if it is not text by itself (a piece of a character)."""
         text = self.fed([token_id])
         if text and "\ufffd" not in text:
             return text
@@ -44,7 +44,7 @@ class Texts:
 
     @cached_property
     def _specials(self) -> set[int]:
-        # The token of unknown words stands for a part of the text.
+        # The token of unknown words replaces a part of the text.
         unknown = getattr(self._tokenizer.model, "unk_token", None)
         added = self._tokenizer.get_added_tokens_decoder().items()
         return {number for number, token in added if token.special and token.content not in (unknown, "<unk>")}
