@@ -35,9 +35,10 @@ from kdcache.cache import Cache
 from kdcache.cache.reader import OPEN_BYTES
 from kdcache.config import Config
 from kdcache.losses.kernel import default_chunk_positions
+from kdcache.models.trying import in_mode
 from kdcache.step import StepInputs
 from kdcache.train.module import Distiller
-from kdcache.train.sample import Batch, mode_of
+from kdcache.train.sample import Batch
 
 _PROBE_TOKENS = 128
 
@@ -151,7 +152,7 @@ def _own_gradients(module: nn.Module) -> Iterator[None]:
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     try:
-        with mode_of(module, training=True):
+        with in_mode(module, training=True):
             yield
     finally:
         for parameter, gradient in zip(module.parameters(), before, strict=True):

@@ -80,7 +80,7 @@ def prepare(config: TrainConfig, *, cache: Cache | None = None, student: Student
     cache = open_training_cache(config) if cache is None else cache
     config = with_objective(config, cache)
     objective = training_objective(config, cache)
-    check_local_store(config, cache, objective.needs.teacher_fields)  # first: loading the student reads through it
+    check_local_store(config, cache, ())  # first: loading the student reads through it
     student = load_student(config.student, cache.manifest, cache.tokenizer_dir()) if student is None else student
     if config.gradient_checkpointing:
         student.checkpoint_activations()
@@ -88,6 +88,7 @@ def prepare(config: TrainConfig, *, cache: Cache | None = None, student: Student
         fit_widths(student.vocab_size, student.sentence, config.student, cache)
         check_pairs(objective, cache)
     fit_terms(objective, student, config.seed)
+    check_local_store(config, cache, objective.needs.teacher_fields)  # known when the terms are built
     return PreparedRun(config, cache, student, objective)
 
 

@@ -11,18 +11,19 @@ Shape suffixes: P flat positions, G grid temperatures.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdcache.cache import Cache
 from kdcache.cache.batches import MicroBatches
 from kdcache.config import Config
 from kdcache.losses import Objective, Select, TeacherRows, score_positions
 from kdcache.models.batching import batches_in_order
+from kdcache.models.trying import in_eval_mode
 from kdcache.step import StepInputs
 from kdcache.train.module import Distiller
 
@@ -101,7 +102,7 @@ def measure(
     """Return the sums of student, teacher and every term of the objective over collated ``batches``."""
     objective = module.objective
     measured = Measured(tail_sums_G=[0.0] * len(objective.context.temperatures))
-    with mode_of(module, training=False):
+    with in_eval_mode(module):
         for batch in batches:
             with autocast():
                 inputs = module.inputs(batch)
@@ -164,15 +165,3 @@ def _add_terms(measured: Measured, module: Distiller, inputs: StepInputs) -> Non
     sums = inputs.loss(module.objective, module.student, inputs.rows.loss_mask_P.sum()).sums
     for name in module.objective.config.terms:
         measured.term_sums[name] = measured.term_sums.get(name, 0.0) + float(sums[name])
-
-
-@contextlib.contextmanager
-def mode_of(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put ``module`` into training or eval mode, and restore the mode of every submodule afterwards."""
-    was_training = {part: part.training for part in module.modules()}
-    module.train(training)
-    try:
-        yield
-    finally:
-        for part, training in was_training.items():
-            part.training = training

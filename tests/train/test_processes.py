@@ -1,7 +1,7 @@
 """The command under the launchers that people use: two processes do the work of one, each reads its share of the cache.
 
-As a script (``python -m tests.train.test_processes RECORD kdcache-arguments...``) it is the command, and records which shards
-its process opened.
+As a script (``python -m tests.train.test_processes RECORD kdcache-arguments...``) it is the command, and records which
+shards its process opened.
 """
 
 from __future__ import annotations
