@@ -1,7 +1,7 @@
 """Commands start fast: what they import is counted, because times depend on the machine.
 
-`kdcache --help` takes 0.04 s, `inspect` and `verify` 0.26 s, a misspelt setting of `train-student` 0.3 s. A package that
-takes long to import (zarr 0.16 s, pyarrow.compute 0.04 s, torch and transformers seconds) would multiply that.
+`kdcache --help` takes 0.04 s, `inspect` and `verify` 0.26 s, a misspelt setting of `train-student` 0.3 s. A package
+that takes long to import (zarr 0.16 s, pyarrow.compute 0.04 s, torch and transformers seconds) would multiply that.
 """
 
 import subprocess

@@ -394,4 +394,7 @@ def test_what_students_may_choose():
     assert all(choice.incompatibility is None for choice in hybrid.values())
     assert (hybrid["reverse_kl"].modes, hybrid["skew_kl"].modes) == ({"decoupled": "any"}, {})
     sampled = choices(kind="sampled", top_k=0, num_samples=5)
-    assert {name for name, choice in sampled.items() if choice.incompatibility is None} == {"forward_kl", "cross_entropy"}
+    assert {name for name, choice in sampled.items() if choice.incompatibility is None} == {
+        "forward_kl",
+        "cross_entropy",
+    }

@@ -65,11 +65,19 @@ REFUSED = [
     ("hybrid", {"tail": "prior"}, "tail prior needs the exact mass of the tail, and the cache holds hybrid targets"),
     ("sampled", {"tail": "renormalise"}, "cache holds sampled targets .*; use tail bucket"),
     ("sampled", {"mode": "full"}, "the cache holds sampled targets"),
-    ("hidden", {"tail": "uniform", "mode": "full"}, "tail uniform is for caches of kept ids, .* which give the whole tail"),
+    (
+        "hidden",
+        {"tail": "uniform", "mode": "full"},
+        "tail uniform is for caches of kept ids, .* which give the whole tail",
+    ),
     ("hidden", {"tail": "drop", "temperature": 2}, "tail drop is for caches of kept ids, .* which give the whole tail"),
     ("hidden", {"tail": "prior"}, "tail prior is for caches of kept ids, .* or transcode the cache to top-k targets"),
     # Its rows keep a single id: without the others there would be only that to learn.
-    ("hidden", {"tail": "renormalise", "mode": "decoupled"}, "tail renormalise is for caches of kept ids, .* which give the whole tail"),
+    (
+        "hidden",
+        {"tail": "renormalise", "mode": "decoupled"},
+        "tail renormalise is for caches of kept ids, .* which give the whole tail",
+    ),
     ("hidden", {"mode": "grid", "temperature": 2}, "stores the tail at temperature 1 only"),
 ]
 

@@ -137,7 +137,10 @@ T = "forward_kl.temperature"
             r"weight.schedule': unknown schedule '.*'; known: constant, cosine, linear, wsd",
         ),
         ([f"{W}.start=1"], "weight.schedule': a schedule needs its name; known: constant, "),
-        ([f"{W}.schedule=linear", f"{W}.strat=1"], "weight.strat': unknown setting of linear 'strat'; did you mean 'start'"),
+        (
+            [f"{W}.schedule=linear", f"{W}.strat=1"],
+            "weight.strat': unknown setting of linear 'strat'; did you mean 'start'",
+        ),
         ([f"{W}.schedule=linear", f"{W}.start=1"], r"objective.forward_kl.weight.end' is required$"),
         ([f"{W}={{schedule: linear, start: 1, end: -0.5}}"], r"weight.end': .*greater than or equal to 0 .found -0.5"),
         (

@@ -66,7 +66,10 @@ def made_of(start: int, rows: list[tuple[str, dict[str, Any]]]) -> Any:
     """Two sequences of each text, none of one that is too short; tokens say which document they are of."""
     for number, (text, _) in enumerate(rows):
         tokens = np.full(len(text), start + number, np.uint32)
-        yield [BuiltSequence(tokens, num_rows=1), BuiltSequence(tokens[1:], num_rows=1, token_offset=1)] if len(text) > 1 else []
+        if len(text) > 1:
+            yield [BuiltSequence(tokens, num_rows=1), BuiltSequence(tokens[1:], num_rows=1, token_offset=1)]
+        else:
+            yield []
 
 
 def test_sequences_are_those_of_all_documents_in_order(tmp_path):

@@ -90,7 +90,8 @@ def test_a_number_that_may_be_two_classes_is_not_guessed():
     stars = ("1", "2", "3")
     assert [class_label(name, stars, "d") for name in stars] == [0, 1, 2]
     assert class_label(0, stars, "d") == 0, "no class is called so"
-    with pytest.raises(CorpusError, match="label 1 is ambiguous: it is the name of one class, and the number of class '2'"):
+    ambiguous = "label 1 is ambiguous: it is the name of one class, and the number of class '2'"
+    with pytest.raises(CorpusError, match=ambiguous):
         class_label(1, stars, "d")
     assert [class_label(n, ("0", "1"), "d") for n in (0, 1)] == [0, 1]
 
