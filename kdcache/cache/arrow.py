@@ -1,6 +1,6 @@
-"""A cache as Arrow: one row per sequence, for tools that know tables and nothing of kdcache.
+"""A cache as Arrow tables, one row per sequence, for tools other than kdcache.
 
-A row is the sequence's row of the per-sequence table and, beside it, everything that `Cache.read` gives, as lists:
+A row is the sequence's row of the per-sequence table and everything that `Cache.read` returns, as lists:
 tokens of T entries, positions of P (what a position is, the task says), and where a position has several values (kept
 ids, states, a teacher's raw outputs) a list of lists, of fixed size where every position has equally many. So one row
 holds everything about a sequence, and a row's meaning does not depend on its neighbours.
@@ -73,7 +73,7 @@ def to_arrow_reader(
 
 
 def chosen_rows(cache: Cache, indices: Iterable[int] | None) -> NDArray[np.int64]:
-    """Return ``indices`` as an array (all sequences for None), [N]; raises ``CacheError`` for one that there is not."""
+    """Return ``indices`` as an array (all sequences for None), [N]; raises ``CacheError`` for unknown ones."""
     if indices is None:
         return np.arange(len(cache))
     rows_N = np.array([int(index) for index in indices], dtype=np.int64)

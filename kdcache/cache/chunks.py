@@ -1,11 +1,11 @@
-"""The chunks of one array: how rows are cut, laid out, compressed, sealed, and put back in place.
+"""The chunks of one array: how rows are cut, laid out, compressed, checksummed, and read back.
 
 A chunk is what zarr-python would write for the codecs [transpose,] bytes, blosc, crc32c, byte for byte. Doing it here
 spares zarr-python's work per chunk (about 0.3 ms, more than decoding takes) and two copies: Blosc decompresses
 straight into the result wherever the layouts agree. The columns of a transposed array stay contiguous in the result,
 because decoders of top-k arrays work column by column; code that takes single rows of such an array pays for it.
 
-Nothing here reads metadata: whoever calls must know that a chunk has this layout and these sizes (`shard_file`).
+Nothing here reads metadata: callers must have checked that a chunk has this layout and these sizes (`shard_file`).
 """
 
 from __future__ import annotations
@@ -116,12 +116,12 @@ def decode_chunks(chunks: Sequence[NDArray[np.uint8]], layout: ChunkLayout, *, c
     result = base.T if layout.transposed else base
     chunk, rows_first = _scratch(layout)
     for number, data in enumerate(chunks):
-        place = result[number * layout.rows : (number + 1) * layout.rows]
-        target = place.T if layout.transposed else place
-        is_direct = len(place) == layout.rows and target.flags.c_contiguous
+        rows = result[number * layout.rows : (number + 1) * layout.rows]
+        target = rows.T if layout.transposed else rows
+        is_direct = len(rows) == layout.rows and target.flags.c_contiguous
         _open_chunk(data, target if is_direct else chunk, number, check_crc)
         if not is_direct:
-            place[...] = rows_first[: len(place)]
+            rows[...] = rows_first[: len(rows)]
     return result
 
 

@@ -1,7 +1,7 @@
 """A cache as a Hugging Face data set: an Arrow file that is written once and mapped into memory from then on.
 
 The file is named after everything that decides its content (the cache's fingerprint, the sequences, the fields, K) and
-lies where the ``datasets`` library keeps its own: asking for the same again costs nothing, and another cache at the
+is in the cache directory of the ``datasets`` library: asking for the same again costs nothing, and another cache at the
 same path is another file. It is written whole before it gets its name.
 """
 
@@ -41,7 +41,7 @@ def to_hf_dataset(
     ``datasets``), about 8 bytes per kept id, unless it is there already; memory stays bounded. Raises ``CacheError``
     for sequences, fields or a ``top_k`` that the cache does not have.
     """
-    import datasets  # takes a second, which nobody else should wait
+    import datasets  # imported here, since it takes a second
 
     rows_N = chosen_rows(cache, indices)
     names = list(hidden)

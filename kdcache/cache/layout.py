@@ -1,4 +1,4 @@
-"""Where things lie in a cache, and how its JSON records are read and written.
+"""Paths of the files of a cache, and how its JSON records are read and written.
 
 ::
 
@@ -94,8 +94,8 @@ def from_json(model: type[R], data: bytes, where: str) -> R:
         return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise CorruptCacheError(f"{where} is damaged: {place}: {first['msg']}") from None
+        member = ".".join(map(str, first["loc"]))
+        raise CorruptCacheError(f"{where} is damaged: {member}: {first['msg']}") from None
     except (ValueError, RecursionError) as error:
         raise CorruptCacheError(f"{where} is not valid JSON: {error}") from None
 
@@ -299,13 +299,13 @@ def _check_targets(targets: TargetsRecord, num_ids: int, where: str) -> None:
 
 
 def cache_file_names(plan: Plan) -> set[str]:
-    """Return the names of the files that a cache has once, beside its shards."""
+    """Return the names of the files that a cache has once, in addition to its shards."""
     names = {LM_HEAD} if plan.targets.kind == "hidden" else set()
     return names | ({TAIL_PRIOR} if plan.targets.tail_prior else set())
 
 
 def check_relative(path: str, where: str) -> None:
-    """Refuse a path that leaves the cache: a manifest may come from a stranger."""
+    """Raise ``CorruptCacheError`` for a path outside the cache: manifests are untrusted."""
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or not path or any(character in path for character in "\\:\0"):
         raise CorruptCacheError(f"{where}: path {path!r} leads outside the cache")

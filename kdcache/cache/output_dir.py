@@ -22,10 +22,10 @@ def refuse_foreign(folder: Folder) -> None:
     if folder.exists(layout.PLAN):
         return
     ours = {layout.PLAN_TABLE, layout.TOKENIZER, layout.LM_HEAD, LOCK, LEASE}
-    strange = [name for name in folder.names() if name not in ours and not name.endswith(TEMPORARY)]
-    if strange:
+    foreign = [name for name in folder.names() if name not in ours and not name.endswith(TEMPORARY)]
+    if foreign:
         raise CacheError(
-            f"output {folder} is not empty and holds no cache (found {strange[0]}); choose another directory"
+            f"output {folder} is not empty and holds no cache (found {foreign[0]}); choose another directory"
         )
 
 
@@ -41,7 +41,7 @@ def check_same_plan(existing: Plan, wanted: Plan, folder: Folder) -> None:
 
 def differences_of(existing: Plan, wanted: Plan) -> list[str]:
     """Return what would make the content of two planned caches differ, one line each."""
-    # Names and paths may change while the content stays; content is what the hashes beside them compare.
+    # Names and paths may change while the content, which hashes identify, stays.
     unimportant: Any = {
         "provenance": True,
         "table_sha256": True,  # the bytes of a Parquet file change with the library that writes it

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 CODECS = (["bytes", "blosc", "crc32c"], ["transpose", "bytes", "blosc", "crc32c"])
 #: Zarr's data types that an array can have.
 DATA_TYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64")
-#: The only keys that chunks are looked up by; under others, zarr could read chunks that nobody checked.
+#: The only keys that chunks are looked up by; under others, zarr could read chunks that were not checked.
 CHUNK_KEYS = {"name": "default", "configuration": {"separator": "/"}}
 #: Most rows of a table, which alone decides its length.
 MAX_TABLE_ROWS = 1 << 24
@@ -91,7 +91,7 @@ def unpack(
     """Read the arrays of an object made by `pack`.
 
     ``expected`` gives every array's record and number of rows (None where the shard decides, for tables). Shapes and
-    dtypes are compared with it before anything is allocated, so a manifest bounds what a stranger's file can cost.
+    dtypes are compared with it before anything is allocated, so a manifest bounds what an untrusted file can cost.
     Two-dimensional arrays of few columns come in Fortran order, as they are stored; all others in C order.
     Without ``check_crc`` damage inside a chunk is found only where Blosc stumbles over it, which is seldom.
     Raises ``CorruptCacheError`` that names ``where`` and the array.

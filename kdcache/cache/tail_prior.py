@@ -47,7 +47,7 @@ class TailPrior:
         self._folder = folder
         self._probability_V = np.zeros(vocab_size, dtype=np.float32)
         self._num_positions: dict[int, int] = {}
-        if not committed:  # whatever lies there is of shards that are made again
+        if not committed:  # a file that is there is of shards that are made again
             return
         try:
             self._probability_V, self._num_positions = _read(folder, vocab_size)

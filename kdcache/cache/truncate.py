@@ -1,7 +1,7 @@
 """Fewer kept ids from more: what is dropped goes to the tail, so that nothing of the teacher's mass is lost.
 
 A smaller K or a threshold only moves the border between kept ids and tail. The dropped ids' log-probabilities are
-known, so the new tail is their mass and the old tail added, never 1 minus the head (which rounding makes negative).
+known, so the new tail is the old tail plus their mass, never 1 minus the kept mass (rounding makes that negative).
 The same holds at the other temperatures, where the kept ids' distribution is that of their log-probabilities over T,
 scaled to the mass outside the stored tail. Gold token and entropy are of the full distribution and stay.
 
@@ -26,7 +26,7 @@ def with_top_k(held: TargetsRecord, top_k: int, where: str) -> TargetsRecord:
     """Return what becomes of targets of ``held`` when only ``top_k`` ids of every row are kept.
 
     Raises ``CacheError``, naming the cache as ``where``, for more ids than are held, fewer than one, and kinds of
-    targets whose K is part of how they were drawn.
+    targets whose samples depend on K.
     """
     asked = f"{where}: top_k {top_k!r} was asked for"
     if not isinstance(top_k, Integral) or isinstance(top_k, bool) or top_k < 1:
@@ -98,8 +98,8 @@ def _log_tails(
         tempered_PK = targets.logprobs_PK / np.float64(temperature)
         share_P = _log_sum_exp(tempered_PK, dropped_PK) - _log_sum_exp(tempered_PK, live_PK)
         with np.errstate(divide="ignore"):
-            log_head_P = np.log1p(-np.minimum(np.exp(log_tail_P), 1))
-        columns.append(np.logaddexp(log_tail_P, log_head_P + share_P))
+            log_kept_P = np.log1p(-np.minimum(np.exp(log_tail_P), 1))
+        columns.append(np.logaddexp(log_tail_P, log_kept_P + share_P))
     return np.stack(columns, axis=1).astype(np.float32)
 
 

@@ -1,9 +1,9 @@
 """Writing a cache: plan first, shards in any order, commit records last, manifest at the very end.
 
 A shard is its objects plus a commit record that is written after them. Killing the process at any instant therefore
-loses at most the shards in flight; what lies about without a record is garbage, which the next writer removes. A
+loses at most the shards in flight; files without a record are garbage, which the next writer removes. A
 committed shard is never touched again. The lock makes a second process on the same output fail at once; it belongs
-to the operating system, so it vanishes with a killed process. On an object store a lease takes its place.
+to the operating system, so it ends with a killed process. On an object store a lease replaces it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _QUESTIONS = 8
 class CacheWriter:
     """The one process that may write to ``folder``; use it as a context manager, it holds the lock or the lease.
 
-    ``watch_s`` is how many seconds a lease is watched that somebody else has left on a folder that is not local.
+    ``watch_s`` is for how many seconds a lease of another writer is watched, on a folder that is not local.
     """
 
     def __init__(self, folder: Folder, *, watch_s: float = WATCH_S) -> None:
@@ -92,21 +92,20 @@ class CacheWriter:
         ``cache_files`` are those that the cache has once and that are known before any shard (the LM head), by name.
         Raises ``CacheError`` when the folder holds another cache (saying what differs) or something else entirely.
         """
-        beside = {f"{layout.TOKENIZER}/{name}": data for name, data in tokenizer_files.items()} | dict(
-            cache_files or {}
-        )
+        files = {f"{layout.TOKENIZER}/{name}": data for name, data in tokenizer_files.items()}
+        files |= cache_files or {}
         existing = layout.read_plan(self.folder)
         if existing is not None and not self._has_commits() and differences_of(existing, plan):
             # A dump that failed before its first shard (NaN, out of memory) must not forbid another attempt. Its plan
-            # stands until the new one is written over it: without any, this would look like somebody else's folder.
+            # stands until the new one is written over it: without a plan, this would look like a foreign folder.
             self.remove_garbage(existing, {})
             existing = None
         if existing is None:
-            self._start(plan, table, beside)
+            self._start(plan, table, files)
             existing = plan
         else:
             check_same_plan(existing, plan, self.folder)
-            self._restore(existing, table, beside)
+            self._restore(existing, table, files)
         self.plan = existing
         committed = self._committed()
         if existing.targets.tail_prior:
@@ -120,23 +119,23 @@ class CacheWriter:
     def _has_commits(self) -> bool:
         return any(not name.endswith(TEMPORARY) for name in self.folder.names(layout.COMMITS))
 
-    def _start(self, plan: Plan, table: pa.Table, beside: Mapping[str, bytes]) -> None:
+    def _start(self, plan: Plan, table: pa.Table, files: Mapping[str, bytes]) -> None:
         refuse_foreign(self.folder)
         # Of a start that was killed, perhaps with another teacher.
         for name in (*self.folder.names(layout.TOKENIZER), layout.LM_HEAD, layout.TAIL_PRIOR):
             self.folder.remove(name)
-        for name, data in beside.items():
+        for name, data in files.items():
             self.folder.write(name, data)
         self.folder.write(layout.PLAN_TABLE, layout.table_to_parquet(table))
         self.folder.write(layout.PLAN, layout.to_json(plan))
 
-    def _restore(self, plan: Plan, table: pa.Table, beside: Mapping[str, bytes]) -> None:
-        """Write again what stands beside the shards and is missing or damaged, if these are the recorded bytes."""
+    def _restore(self, plan: Plan, table: pa.Table, files: Mapping[str, bytes]) -> None:
+        """Write again the files that are missing or damaged, if these are the recorded bytes."""
         wanted = {layout.PLAN_TABLE: (layout.table_to_parquet(table), plan.table_sha256)}
         manifest = _standing_manifest(self.folder)
-        files = (*manifest.tokenizer_files, *manifest.cache_files) if manifest else ()
-        recorded = {item.path: item.sha256 for item in files}
-        for name, data in beside.items():
+        records = (*manifest.tokenizer_files, *manifest.cache_files) if manifest else ()
+        recorded = {record.path: record.sha256 for record in records}
+        for name, data in files.items():
             wanted[name] = (data, recorded.get(name, layout.sha256(data)))
         for name, (data, digest) in wanted.items():
             if self.folder.exists(name) and layout.sha256(self.folder.read(name)) == digest:
@@ -216,9 +215,9 @@ class CacheWriter:
         self._refuse_lost(manifest)
         self.check_right()
         standing = _standing_manifest(self.folder)
-        # Files beside the shards are recorded once: whatever lies there later must not become the truth.
-        beside = {"tokenizer_files": manifest.tokenizer_files, "cache_files": manifest.cache_files}
-        if standing and standing.model_copy(update=beside) == manifest:
+        # Files that a cache has once are recorded once: later versions of them must not become the truth.
+        once = {"tokenizer_files": manifest.tokenizer_files, "cache_files": manifest.cache_files}
+        if standing and standing.model_copy(update=once) == manifest:
             return standing
         self.folder.write(layout.MANIFEST, layout.to_json(manifest))
         return manifest

@@ -1,7 +1,7 @@
 """Rows of different lengths, stored without their padding.
 
-In memory such rows are a rectangle [P, K] with padding behind the first n of each row, because everything that computes
-with them wants rectangles. On disk only what counts is kept, column by column: the first entries of all rows, then
+In memory such rows are a rectangle [P, K] with padding after the first n of each row, because all computations need
+rectangles. On disk only what counts is kept, column by column: the first entries of all rows, then
 the second ones of those rows that have two, and so on. Neighbours then resemble each other as they do in a rectangle
 that is stored transposed, and the rows' lengths say where everything belongs.
 """

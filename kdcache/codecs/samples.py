@@ -1,7 +1,7 @@
-"""Samples as small numbers: which ids were drawn how often, without order.
+"""Samples as small numbers: which ids were sampled how often, without order.
 
-Which draw came first means nothing, so a row is sorted by count (most first) and then by frequency rank, and an id is
-the step from its neighbour of the same count. Most ids are drawn once, so most steps are steps.
+The order of sampling means nothing, so a row is sorted by count (most first) and then by frequency rank. An id is
+stored as the step from its neighbour of the same count. Most ids are sampled once, so most are stored as steps.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The codec of a cache's targets: the kept ids, the numbers beside them, and what the kind of targets adds.
+"""The codec of a cache's targets: kept ids, scalars, tails at other temperatures, and samples.
 
-Four parts, each with its arrays: scalars of every row; the head, by one of `TOPK_CODECS`; tails at other temperatures;
-samples. A ragged cache stores the head's arrays without padding. Reading is in two steps: `open` turns the arrays of
-a shard into rectangles of rows once, `decode` takes any rows of them.
+The kept ids are stored by one of `TOPK_CODECS`; a ragged cache stores their arrays without padding. Reading has two
+steps: `TargetsCodec.open` turns the arrays of a shard into rectangles once, `TargetsCodec.decode` takes any rows of
+them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Arrays = Mapping[str, NDArray[Any]]
 class TargetsCodec:
     """Encodes and decodes `Targets` of the kind that ``record`` describes, over ``vocab_size`` ids."""
 
-    def __init__(self, head: TopKCodec, record: TargetsRecord, vocab_size: int) -> None:
-        self.head = head
+    def __init__(self, topk: TopKCodec, record: TargetsRecord, vocab_size: int) -> None:
+        self.topk = topk
         self.record = record
         self.vocab_size = vocab_size
-        self._head_arrays = head.arrays(record.top_k, vocab_size) if record.top_k else ()
-        self._ragged = [a.name for a in self._head_arrays if record.is_ragged and a.rows == "positions"]
+        self._topk_arrays = topk.arrays(record.top_k, vocab_size) if record.top_k else ()
+        self._ragged = [a.name for a in self._topk_arrays if record.is_ragged and a.rows == "positions"]
         self._scalars = tuple(name for name in SCALARS if name in record.scalars)
         self._computes_tail = record.top_k > 0 and "log_tail" not in self._scalars
         if self._computes_tail and record.probabilities == "vocabulary":
@@ -38,20 +38,20 @@ class TargetsCodec:
                 raise ConfigError(
                     "the plan stores no log_tail; add it to targets.scalars, or set targets.tail=remainder"
                 )
-            if not head.stores_logprobs:
+            if not topk.stores_logprobs:
                 raise ConfigError(
-                    f"codec {head.name} needs the scalar log_tail; add it to targets.scalars, or use the codec fp16, "
+                    f"codec {topk.name} needs the scalar log_tail; add it to targets.scalars, or use the codec fp16, "
                     "bf16 or exact"
                 )
-        self.id_tables = (*(head.id_tables if record.top_k else ()), *(("sample_table",) if record.num_samples else ()))
+        self.id_tables = (*(topk.id_tables if record.top_k else ()), *(("sample_table",) if record.num_samples else ()))
         """Tables that `decode` also takes as `OpenTables`."""
 
     def arrays(self) -> tuple[ArrayRecord, ...]:
         """Describe the arrays that `encode` returns."""
-        record, scalar = self.record, self.head.scalar_dtype
+        record, scalar = self.record, self.topk.scalar_dtype
         found = [
             array.model_copy(update={"rows": "entries", "shape": ()}) if array.name in self._ragged else array
-            for array in self._head_arrays
+            for array in self._topk_arrays
         ]
         found += [ArrayRecord(name=name, dtype=scalar, rows="positions") for name in self._scalars]
         if record.is_ragged:
@@ -65,24 +65,24 @@ class TargetsCodec:
 
     def encode(self, targets: Targets) -> dict[str, NDArray[Any]]:
         """Encode P rows; ids must be below V and log-probabilities must not increase along K."""
-        scalar = self.head.scalar_dtype
+        scalar = self.topk.scalar_dtype
         values = {"log_tail": targets.log_tail_P, "gold_logprob": targets.gold_logprob_P, "entropy": targets.entropy_P}
         encoded: dict[str, NDArray[Any]] = {
-            name: np.asarray(_there(values[name], name)).astype(scalar) for name in self._scalars
+            name: np.asarray(_required(values[name], name)).astype(scalar) for name in self._scalars
         }
         if self.record.top_k:
-            encoded |= self._encode_head(targets)
+            encoded |= self._encode_topk(targets)
         if self.record.temperatures:
-            encoded["log_tails"] = _there(targets.log_tails_PG, "log_tails").astype(scalar)
+            encoded["log_tails"] = _required(targets.log_tails_PG, "log_tails").astype(scalar)
         if self.record.num_samples:
-            encoded |= encode_samples(_there(targets.samples, "samples"), self.record.num_samples, self.vocab_size)
+            encoded |= encode_samples(_required(targets.samples, "samples"), self.record.num_samples, self.vocab_size)
         return encoded
 
-    def _encode_head(self, targets: Targets) -> dict[str, NDArray[Any]]:
+    def _encode_topk(self, targets: Targets) -> dict[str, NDArray[Any]]:
         if not self.record.is_ragged:
-            return self.head.encode(targets.ids_PK, targets.logprobs_PK, self.vocab_size)
-        num_P = _there(targets.num_kept_P, "num_kept")
-        encoded = self.head.encode(
+            return self.topk.encode(targets.ids_PK, targets.logprobs_PK, self.vocab_size)
+        num_P = _required(targets.num_kept_P, "num_kept")
+        encoded = self.topk.encode(
             targets.ids_PK, targets.logprobs_PK, self.vocab_size, _kept(num_P, self.record.top_k)
         )
         flat = {name: flatten(encoded[name], num_P) for name in self._ragged}
@@ -93,7 +93,7 @@ class TargetsCodec:
         opened = dict(arrays)
         for name in self._ragged:
             opened[name] = expand(arrays[name], arrays["num_kept"], self.record.top_k, name)
-        # No row has more distinct samples than there are ids, whatever a stranger's file claims.
+        # A row has at most as many distinct samples as there are ids, whatever an untrusted file claims.
         most = min(self.record.num_samples, self.vocab_size)
         return open_samples(opened, most) if self.record.num_samples else opened
 
@@ -108,7 +108,7 @@ class TargetsCodec:
         if self.record.top_k:
             kept_PK = None if num_kept_P is None else _kept(num_kept_P, self.record.top_k)
             log_tail_P = self._remainder(arrays, kept_PK) if self._computes_tail else scalars.pop("log_tail_P")
-            ids_PK, logprobs_PK = self.head.decode(arrays, log_tail_P, kept_PK)
+            ids_PK, logprobs_PK = self.topk.decode(arrays, log_tail_P, kept_PK)
         else:
             num_positions = len(arrays["num_sampled"])
             ids_PK, logprobs_PK = np.zeros((num_positions, 0), np.int32), np.zeros((num_positions, 0), np.float32)
@@ -126,9 +126,9 @@ class TargetsCodec:
     def _remainder(self, arrays: Arrays, kept_PK: NDArray[np.bool_] | None) -> NDArray[np.float32]:
         """Return the log tail [P] of rows that do not store it."""
         if self.record.probabilities == "kept":
-            num_positions = next(len(arrays[a.name]) for a in self._head_arrays if a.rows == "positions")
+            num_positions = next(len(arrays[a.name]) for a in self._topk_arrays if a.rows == "positions")
             return np.full(num_positions, -np.inf, np.float32)
-        return self.head.log_remainder(arrays, kept_PK)
+        return self.topk.log_remainder(arrays, kept_PK)
 
 
 def _kept(num_P: NDArray[Any], width: int) -> NDArray[np.bool_]:
@@ -137,7 +137,7 @@ def _kept(num_P: NDArray[Any], width: int) -> NDArray[np.bool_]:
     return mask
 
 
-def _there(value: Any, name: str) -> Any:
+def _required(value: Any, name: str) -> Any:
     if value is None:
         raise CacheError(f"the plan stores {name}, but the targets have none")
     return value

@@ -1,12 +1,12 @@
 """Codecs of the kept ids: log-probabilities in, small integer and half-precision arrays out, and back.
 
 A codec changes *meaning to numbers* only (gaps, grids, rank tables); packing the numbers into bytes is left to Zarr's
-own codecs, so any Zarr reader opens the arrays. What every codec promises: the decoded head and tail form a proper
-distribution, because the quantised head is re-normalised to the mass that the *stored* tail leaves. The tail is never
-derived from the head: rounding the head to half precision would already make it negative.
+own codecs, so any Zarr reader opens the arrays. Every codec guarantees that decoded log-probabilities and tail
+form a proper distribution: the quantised probabilities are normalised to one minus the *stored* tail. A tail that the
+teacher knows exactly is never derived from them, since rounding to half precision would already make it negative.
 
 ======= ===================================================== ==========================================
-codec   head                                                  use it for
+codec   log-probabilities                                     use it for
 ======= ===================================================== ==========================================
 compact log-probability gaps on a grid of 1/16 nat, one byte, sharing and training (the default)
         ids as frequency ranks with a table per shard
@@ -43,7 +43,7 @@ _BLOCK = 8192
 
 
 class TopKCodec(Config):
-    """Base: ``scalar_dtype`` is that of the numbers that stand beside the kept ids of every row."""
+    """Base class; ``scalar_dtype`` is the dtype of a position's scalars, such as its entropy."""
 
     name: str
     scalar_dtype: Literal["float16", "float32"] = "float16"
@@ -81,18 +81,18 @@ class TopKCodec(Config):
         raise NotImplementedError
 
     def normalise(
-        self, head_KP: NDArray[np.float32], log_tail_P: NDArray[np.float32], kept_KP: Kept
+        self, logprobs_KP: NDArray[np.float32], log_tail_P: NDArray[np.float32], kept_KP: Kept
     ) -> NDArray[np.float32]:
-        """Scale the head to the mass 1 - tail, in place, and set padding to -inf."""
-        exp_KP = np.exp(head_KP)
+        """Scale the kept probabilities to the mass 1 - tail, in place, and set padding to -inf."""
+        exp_KP = np.exp(logprobs_KP)
         if kept_KP is not None:
             exp_KP *= kept_KP
-        # The head always holds some mass, but half precision can round a tail of 0.9999999 up to 1.
+        # The kept ids always have some mass, but half precision can round a tail of 0.9999999 up to 1.
         tail_P = np.minimum(np.exp(log_tail_P), np.float32(1 - 2**-23))
-        head_KP += np.log1p(-tail_P) - np.log(_sum_columns(exp_KP))
+        logprobs_KP += np.log1p(-tail_P) - np.log(_sum_columns(exp_KP))
         if kept_KP is not None:
-            head_KP[~kept_KP] = -np.inf
-        return head_KP
+            logprobs_KP[~kept_KP] = -np.inf
+        return logprobs_KP
 
 
 class CompactCodec(TopKCodec):
@@ -139,17 +139,17 @@ class CompactCodec(TopKCodec):
         gaps_KP, steps_KP = arrays["topk_gaps"].T, arrays["topk_ranks"].T
         tables = OpenTables.of(arrays["id_table"], steps_KP.shape[1])
         ids_KP = np.empty(steps_KP.shape, dtype=tables.dtype)
-        head_KP = np.empty(steps_KP.shape, dtype=np.float32)
+        logprobs_KP = np.empty(steps_KP.shape, dtype=np.float32)
         for block in _blocks(gaps_KP.shape[1]):
             kept_KP = None if kept_PK is None else kept_PK.T[:, block]
             gaps_KB = gaps_KP[:, block]
-            _cumulate(gaps_KB, head_KP[:, block], np.float32(-1 / self.grid))
-            self.normalise(head_KP[:, block], log_tail_P[block], kept_KP)
+            _cumulate(gaps_KB, logprobs_KP[:, block], np.float32(-1 / self.grid))
+            self.normalise(logprobs_KP[:, block], log_tail_P[block], kept_KP)
             ranks_KB = undo_sorted_steps(steps_KP[:, block], _ties(gaps_KB.T).T)
             if kept_KP is not None:  # the steps of padding are zeros that mean nothing
                 ranks_KB = np.where(kept_KP, ranks_KB, ranks_KB[:1])
             tables.write_ids(ranks_KB, block.start, ids_KP[:, block], "id_table")
-        return ids_KP.T, head_KP.T
+        return ids_KP.T, logprobs_KP.T
 
     def arrays(self, top_k: int, vocab_size: int) -> tuple[ArrayRecord, ...]:
         return (
@@ -162,7 +162,7 @@ class CompactCodec(TopKCodec):
 def _ties(gaps_PK: NDArray[Any]) -> NDArray[np.bool_]:
     """Return where a column is on the grid point of the one before, from the second tied column on."""
     same_PK = gaps_PK == 0
-    same_PK[:, :2] = False  # the first column is not sorted, so the second has nobody to be a step from
+    same_PK[:, :2] = False  # the first column is not sorted, so the second is stored as it is
     return same_PK
 
 
@@ -212,8 +212,8 @@ class _LogprobCodec(TopKCodec):
         if kept_PK is not None:
             ids_PK = np.where(kept_PK, ids_PK, ids_PK[:, :1])
         # A copy in any case: the encoded arrays may be read-only, and they are read again.
-        head_KP = np.array(self._format.unpack(arrays["topk_logprobs"]).T, order="C")
-        return ids_PK, self.normalise(head_KP, log_tail_P, None if kept_PK is None else kept_PK.T).T
+        logprobs_KP = np.array(self._format.unpack(arrays["topk_logprobs"]).T, order="C")
+        return ids_PK, self.normalise(logprobs_KP, log_tail_P, None if kept_PK is None else kept_PK.T).T
 
     def log_remainder(self, arrays: Arrays, kept_PK: Kept = None) -> NDArray[np.float32]:
         exp_KP = np.exp(np.array(self._format.unpack(arrays["topk_logprobs"]).T, order="C"))
@@ -255,11 +255,11 @@ class ExactCodec(_LogprobCodec):
     _kl_bound = 1e-6
 
     def normalise(
-        self, head_KP: NDArray[np.float32], log_tail_P: NDArray[np.float32], kept_KP: Kept
+        self, logprobs_KP: NDArray[np.float32], log_tail_P: NDArray[np.float32], kept_KP: Kept
     ) -> NDArray[np.float32]:
         if kept_KP is not None:
-            head_KP[~kept_KP] = -np.inf
-        return head_KP
+            logprobs_KP[~kept_KP] = -np.inf
+        return logprobs_KP
 
 
 #: Every codec of kept ids by its name on the command line.

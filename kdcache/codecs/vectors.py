@@ -1,7 +1,7 @@
-"""Codecs of hidden states: float32 [P, D] in, integer or half-precision arrays out.
+"""Codecs of vectors, such as hidden states: float32 [P, D] in, integer or half-precision arrays out.
 
 bf16 is the default because it keeps the range that hidden states need: attention sinks reach 150 times the median
-norm and overflow float16 in some models, which `Fp16VectorCodec` therefore refuses rather than clips. int8 halves the
+norm and overflow float16 in some models. `Fp16VectorCodec` raises an error then and does not clip. int8 halves the
 bytes again at a relative error of 0.7 to 1 percent.
 
 Encoding is in two steps, because int8 needs to see a shard before it can choose its scales, and a shard of float32
@@ -26,7 +26,7 @@ from kdcache.schema import ArrayRecord
 FP16_LIMIT = 6e4
 #: Rows that are converted at once.
 _BLOCK = 4096
-#: Stands for the scale of a channel or a token that is 0 throughout.
+#: Scale of a channel or a row that is 0 throughout.
 _TINY = np.float32(1e-30)
 
 
@@ -61,7 +61,7 @@ class Bf16VectorCodec(VectorCodec):
 
 
 class Fp16VectorCodec(VectorCodec):
-    """Float16; refuses magnitudes above 6e4."""
+    """Float16; raises ``TeacherError`` for magnitudes above 6e4."""
 
     name: Literal["fp16"] = "fp16"
     _format = FP16

@@ -162,4 +162,4 @@ def _check_gold(gold_P: NDArray[np.float32], labels_P: NDArray[Any] | None) -> I
 
 def targets_field(codec: TargetsCodec) -> FieldRecord:
     """Describe the field of the targets that ``codec`` stores."""
-    return FieldRecord(name=TARGETS_FIELD, kind="targets", codec=codec.head.model_dump(), arrays=codec.arrays())
+    return FieldRecord(name=TARGETS_FIELD, kind="targets", codec=codec.topk.model_dump(), arrays=codec.arrays())

@@ -1,6 +1,6 @@
 """Records: what flows between the layers and what stands in the manifest.
 
-Shape suffixes used throughout kdcache: N sequences, T tokens, P positions (rows), K kept ids, J drawn ids, G grid
+Shape suffixes used throughout kdcache: N sequences, T tokens, P positions (rows), K kept ids, J sampled ids, G grid
 temperatures, V vocabulary, D width, B batch, L positions of one padded sequence. Logarithms are natural; losses and
 entropies are in nats.
 

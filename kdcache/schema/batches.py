@@ -1,4 +1,4 @@
-"""What flows between the layers in memory: documents, sequences, targets and batches, as arrays."""
+"""Records in memory: documents, sequences, targets and batches, as arrays."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class Document:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-#: Stands for a label that there is not, among whole numbers; among other numbers that is NaN.
+#: Label of positions without one, where labels are integers; where they are floats, NaN.
 NO_LABEL = -1
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """One training sequence: what models are fed, T tokens, and L rows that the teacher answers; the task says which.
+    """One training sequence: T tokens that models are fed, and L positions that the teacher predicts (see the task).
 
-    ``loss_mask_L`` is 0 where a row must not be learnt (the first token of another document in a packed window).
-    ``segment_ids_T`` numbers the parts of a sequence (documents of a packed window, text and second text, input and
-    target), None where there is one. ``labels_L`` are the corpus's own answers where they are not tokens that follow:
-    int64 classes or ids (`NO_LABEL`: none), or float32 numbers (NaN: none). ``token_index_L`` are the tokens, by their
-    places in the sequence, that the rows belong to, where only some tokens have rows.
+    ``loss_mask_L`` is 0 at positions that must not be learnt (the first token of another document in a packed window).
+    ``segment_ids_T`` numbers the segments of a sequence (documents of a packed window, first and second text, input and
+    target); None for a single one. ``labels_L`` are the gold labels where they are not the next tokens: int64 classes
+    or ids (`NO_LABEL`: none), or float32 numbers (NaN: none). ``token_index_L`` are the indices, in the sequence, of
+    the tokens that the positions belong to, where only some tokens have one.
     """
 
     index: int
@@ -47,12 +47,12 @@ class Sequence:
 
     @property
     def num_positions(self) -> int:
-        """Number of rows."""
+        """Number of positions, L."""
         return len(self.loss_mask_L)
 
     @property
     def num_fed(self) -> int:
-        """Tokens that a model has to read, about: a causal one never sees the last."""
+        """About how many tokens a model reads: a causal one never reads the last."""
         return max(len(self.tokens_T) - 1, 1)
 
 
@@ -63,10 +63,10 @@ def token_hash(tokens_T: IntArray) -> str:
 
 @dataclass
 class Samples:
-    """Tokens drawn with replacement from the teacher's distribution outside the kept ids (all of it where K is 0).
+    """Ids sampled with replacement from the teacher's distribution outside the kept ids (all of it where K is 0).
 
-    ``ids_PJ`` are distinct in a row, ``counts_PJ`` say how often each was drawn. Rows have different numbers of
-    distinct ids: what follows them has count 0 and stands for nothing.
+    ``ids_PJ`` are distinct in a row, ``counts_PJ`` are how often each was sampled. Rows have different numbers of
+    distinct ids; the rest is padding with count 0.
     """
 
     ids_PJ: IntArray
@@ -75,19 +75,20 @@ class Samples:
 
 @dataclass
 class Targets:
-    """What the teacher knows at P positions, as float32 natural logarithms.
+    """The teacher's targets at P positions, as float32 natural logarithms.
 
     ``ids_PK`` are the K most probable ids, most probable first; ``logprobs_PK`` their log-probabilities over
     the true vocabulary; ``log_tail_P`` the log of the mass outside them (-inf when K = V); ``gold_logprob_P`` the
     log-probability of the gold label; ``entropy_P`` the entropy of the full distribution. The last two are None where
     the teacher does not know them or the cache does not store them.
 
-    Three parts are there only if the cache was made so. ``num_kept_P``: rows keep different numbers of ids, the
-    first ``num_kept_P[p]`` of row p; its further columns repeat the row's first id with log-probability -inf.
-    ``log_tails_PG``: log of the mass outside the kept ids at each of G temperatures. ``samples``: samples of the tail.
+    Three members are None unless the cache has them. ``num_kept_P``: rows keep different numbers of ids, the first
+    ``num_kept_P[p]`` of row p; its further columns are padding, which repeats the row's first id with log-probability
+    -inf. ``log_tails_PG``: log of the mass outside the kept ids at each of G temperatures. ``samples``: samples of the
+    tail.
 
-    Where the corpus has no answer of its own, ``gold_logprob_P`` is NaN. Ids are those of tokens, or of classes where
-    the task is about classes; rows of the kind outputs hold nothing here (see `Targets.nothing`).
+    ``gold_logprob_P`` is NaN at positions without a label. Ids are those of tokens, or of classes in tasks with
+    classes. Targets of the kind outputs are empty (see `Targets.nothing`).
     """
 
     ids_PK: IntArray
@@ -101,7 +102,7 @@ class Targets:
 
     @property
     def num_positions(self) -> int:
-        """Number of rows."""
+        """Number of positions, P."""
         return int(self.ids_PK.shape[0])
 
     @property
@@ -111,7 +112,7 @@ class Targets:
 
     @property
     def top1_ids_P(self) -> IntArray:
-        """The teacher's favourite token; where no ids are kept, the one that was drawn most often."""
+        """The teacher's top-1 ids; where no ids are kept, those that were sampled most often."""
         if self.top_k or self.samples is None:
             return self.ids_PK[:, 0]
         best_P1 = self.samples.counts_PJ.argmax(axis=1)[:, None]
@@ -119,7 +120,7 @@ class Targets:
 
     @staticmethod
     def nothing(num_positions: int) -> Targets:
-        """Return rows of a teacher that gives no distribution: no ids, nothing outside them, no answer."""
+        """Return the targets of a teacher without a distribution: no ids, no tail, no labels."""
         zeros_P = np.zeros(num_positions, np.float32)
         return Targets(
             ids_PK=np.zeros((num_positions, 0), np.int32),
@@ -132,8 +133,8 @@ class Targets:
     def merged(self) -> tuple[IntArray, NDArray[np.float32], NDArray[np.float32]]:
         """Return ids [P, K + J], log-probabilities [P, K + J] and log tail [P] with the tail shared out to its samples.
 
-        An id that was drawn c times of N has c / N of the mass outside the kept ids, whose expectation is its own
-        probability. The ids of a row are distinct; places that stand for nothing repeat its first id with -inf.
+        An id that was sampled c times of N has c / N of the mass outside the kept ids, whose expectation is its own
+        probability. The ids of a row are distinct; padding repeats its first id with -inf.
         """
         if self.samples is None:
             return self.ids_PK, self.logprobs_PK, self.log_tail_P
@@ -148,12 +149,12 @@ class Targets:
         return ids, logprobs, np.where(num_P > 0, np.float32(-np.inf), self.log_tail_P)
 
     def take(self, rows: NDArray[np.int64] | slice) -> Targets:
-        """Return some rows."""
+        """Return some positions."""
         return Targets(**{name: _map(value, lambda array: array[rows]) for name, value in vars(self).items()})
 
     @staticmethod
     def concatenate(parts: list[Targets]) -> Targets:
-        """Return the rows of all ``parts``, one after another; narrower samples are filled up with count 0."""
+        """Return the targets of all ``parts``, in this order; narrower samples are padded with count 0."""
         joined: dict[str, Any] = {}
         for name in vars(parts[0]):
             values = [getattr(part, name) for part in parts]
@@ -229,7 +230,7 @@ class SequenceBatch:
         return len(self.indices)
 
     def sequences(self) -> list[Sequence]:
-        """Return the sequences one by one (views), as the dump had them."""
+        """Return the sequences one by one, as views."""
 
         def split(array: NDArray[Any] | None, offsets_N1: NDArray[np.int64]) -> list[Any]:
             return [None] * len(self) if array is None else np.split(array, offsets_N1[1:-1])

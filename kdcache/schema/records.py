@@ -315,7 +315,7 @@ class Plan(Record):
     """How documents became sequences (max_length, packing, ...)."""
     fields: tuple[FieldRecord, ...]
     outputs: OutputsRecord | None = None
-    """What the field of raw outputs holds; None where there is none."""
+    """What the field of raw outputs holds; None for a cache without one."""
     num_sequences: int
     num_positions: int
     num_tokens: int

@@ -1,7 +1,7 @@
 """The configuration of a transcoding: only what is to change; whatever is not given stays as the source has it.
 
 What a source can become follows from what it holds. Kept ids can only become fewer: their mass goes to the tail
-exactly. Samples stay as they were drawn. The last hidden state with the teacher's LM head is the whole distribution, so
+exactly. Samples stay as they are. The last hidden state with the teacher's LM head is the whole distribution, so
 a cache of the kind hidden can become any other.
 """
 
@@ -53,7 +53,7 @@ class TranscodeConfig(Config):
     """Positions that are decoded at once."""
 
     def settings(self) -> dict[str, Any]:
-        """Return what was asked for, without places and devices, as the provenance of the output says it."""
+        """Return the settings without paths and devices, for the provenance of the output."""
         hidden_states = self.hidden_states.model_dump(mode="json", exclude_none=True)
         asked = {"targets": self.targets, "hidden_states": hidden_states, "where": self.where}
         return {**asked, "limit_sequences": self.limit_sequences}

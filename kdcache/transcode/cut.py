@@ -31,7 +31,7 @@ class TargetsCutter:
         self._forget()
 
     def __call__(self, batch: SequenceBatch) -> Targets:
-        """Return the targets of a batch of the source; raises ``CorruptCacheError`` for ids that there are not."""
+        """Return the targets of a batch of the source; raises ``CorruptCacheError`` for ids outside the vocabulary."""
         largest = int(batch.targets.ids_PK.max(initial=0))
         if largest >= self._vocab_size:
             raise CorruptCacheError(

@@ -50,7 +50,7 @@ def transcode_cache(config: TranscodeConfig, *, check: bool = True, progress: bo
 
     With ``check`` every byte that was written is read again and compared with its hash. Raises ``ConfigError`` for what
     the source cannot become, ``CacheError`` for a source or an output that cannot be used; what was committed before
-    stays, and the same call goes on from there.
+    stays, and the same call resumes from there.
     """
     job = load_transcoding(config)
     maker = targets_maker(job, config)

@@ -128,7 +128,7 @@ def _check_rewritable(folder: Folder, manifest: Manifest) -> Iterator[str]:
         yield f"file {layout.PLAN_TABLE} is missing or damaged (its sha256 is not the plan's)"
     head = [record for record in manifest.cache_files if record.path == layout.LM_HEAD]
     for record in (*manifest.tokenizer_files, *head):
-        problem = _check_object(folder, record, f"file beside the shards, as {layout.MANIFEST} records it")
+        problem = _check_object(folder, record, f"file that {layout.MANIFEST} records")
         if problem:
             yield problem
 

@@ -62,8 +62,8 @@ def prepare(name: str, record: TargetsRecord, case: str) -> tuple[TargetsCodec, 
 
 
 def check_same(codec: TargetsCodec, decoded: Targets, targets: Targets) -> None:
-    error = scalar_error(codec.head)
-    check_head(codec.head, decoded, targets)
+    error = scalar_error(codec.topk)
+    check_head(codec.topk, decoded, targets)
     check_samples(decoded.samples, targets.samples)
     for part in ("log_tail_P", "gold_logprob_P", "entropy_P", "log_tails_PG"):
         found, expected = getattr(decoded, part), getattr(targets, part)
