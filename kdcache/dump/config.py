@@ -9,6 +9,7 @@ from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, mod
 
 from kdcache.config import Config, build_nested
 from kdcache.corpus import CorpusConfig
+from kdcache.errors import ConfigError, unknown
 from kdcache.schema import OutputsRecord
 from kdcache.targets_config import HiddenStatesConfig, OutputsConfig, TargetsConfig
 from kdcache.tasks import TASKS, Task, task_of
@@ -45,7 +46,10 @@ class DumpConfig(Config):
     def _of_the_backend(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value  # settings of a backend already, or a mistake that the type reports
-        backend = BACKENDS[str(value.get("backend", _DEFAULT_BACKEND))]
+        name = str(value.get("backend", _DEFAULT_BACKEND))
+        if name not in BACKENDS:  # said about this setting alone, not about all of the teacher's
+            raise ConfigError(f"'teacher.backend': {unknown(BACKENDS.kind, name, BACKENDS)}")
+        backend = BACKENDS[name]
         return build_nested(backend.config, {"backend": backend.name, **value})
 
     @field_validator("task")
