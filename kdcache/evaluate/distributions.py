@@ -179,11 +179,11 @@ class Distributions:
             tensors = to_tensors(read, student.pad_id, self._task)
             batch = {key: value.to(self._device) for key, value in tensors.items()}
             started_s = time.perf_counter()
-            self._add(tally, counts, student, batch)
+            hidden_PD = self._add(tally, counts, student, batch)
             seconds += time.perf_counter() - started_s
             num_tokens += int(count_tokens(batch))
             if self._has_metrics:
-                answers.append(self._answers(read, _logits(student, batch)))
+                answers.append(self._answers(read, _logits(student, hidden_PD)))
         row = _row(
             name,
             student.num_parameters,
@@ -208,7 +208,10 @@ class Distributions:
         return Answers(logits_PC[valid_P], numbers_P[valid_P], groups_P[valid_P])
 
     @torch.no_grad()
-    def _add(self, tally: Tally, counts: ClassCounts | None, student: Student, batch: dict[str, torch.Tensor]) -> None:
+    def _add(
+        self, tally: Tally, counts: ClassCounts | None, student: Student, batch: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Add a batch to the sums, and return the student's hidden states [P, D]."""
         inputs = StepInputs.of(student, batch)
         kl = ForwardKL(weight=1.0)
         losses = {} if incompatibility(kl, self._context) else {"kl": kl}
@@ -224,11 +227,12 @@ class Distributions:
             **{name: values_P.cpu().numpy() for name, values_P in scores.losses.items()},
             agreement=(top1_P == scores.teacher_top1_P).cpu().numpy(),
         )
+        return inputs.hidden_PD
 
 
 @torch.no_grad()
-def _logits(student: Student, batch: dict[str, torch.Tensor]) -> NDArray[np.float32]:
-    logits: NDArray[np.float32] = student.head.logits(student.hidden(batch)).float().cpu().numpy()
+def _logits(student: Student, hidden_PD: torch.Tensor) -> NDArray[np.float32]:
+    logits: NDArray[np.float32] = student.head.logits(hidden_PD).float().cpu().numpy()
     return logits
 
 

@@ -144,8 +144,8 @@ def test_every_pass_reads_every_shard_once(tmp_path, teacher, student_path, monk
     drawn = random_sequences(40, VOCAB_SIZE, seed=3)
     path = str(make_cache(tmp_path / "cache", teacher, TOKENIZER, drawn, num_shards=10))
     loads = []
-    load_shard = reader.load_shard
-    monkeypatch.setattr(reader, "load_shard", lambda *given: loads.append(given[2].index) or load_shard(*given))
+    load = reader._load
+    monkeypatch.setattr(reader, "_load", lambda *given: loads.append(given[2]) or load(*given))
     result = run(path, student_path[0], batch_tokens=20, limit_sequences=limit)
     assert result.num_sequences == (limit or 40)
     assert sorted(loads[:10]) == sorted(loads[10:]) == list(range(10)), "student and teacher, one pass each"
