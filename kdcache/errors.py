@@ -7,7 +7,7 @@
     ├── CorpusError              documents that cannot be found, read or used
     ├── TeacherError             a teacher that cannot be loaded, or has invalid outputs
     ├── StudentError             a student that cannot be loaded, or is incompatible with the cache
-    └── CacheError               a cache that does not support the operation
+    └── CacheError               a cache that is missing, unusable, or lacks what is asked for
         ├── IncompleteCacheError     the dump has not finished
         └── CorruptCacheError        bytes differ from what the manifest describes
 
@@ -42,7 +42,7 @@ class StudentError(KdcacheError):
 
 
 class CacheError(KdcacheError):
-    """A cache that does not support the operation."""
+    """A cache that is missing, unusable, or lacks what is asked for."""
 
 
 class IncompleteCacheError(CacheError):

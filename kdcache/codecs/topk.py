@@ -1,9 +1,9 @@
-"""Codecs of the kept ids: log-probabilities in, small integer and half-precision arrays out, and back.
+"""Codecs of the kept ids: encode ids and log-probabilities as small integers or half-precision numbers.
 
-A codec changes *meaning to numbers* only (gaps, grids, rank tables); packing the numbers into bytes is left to Zarr's
-own codecs, so any Zarr reader opens the arrays. Every codec guarantees that decoded log-probabilities and tail
-form a proper distribution: the quantised probabilities are normalised to one minus the *stored* tail. A tail that the
-teacher knows exactly is never derived from them, since rounding to half precision would already make it negative.
+A codec only turns values into small numbers (gaps on a grid, ranks in a table). Zarr's own codecs turn these numbers
+into bytes, so any Zarr reader opens the arrays. In every codec the decoded probabilities and the tail add up to 1: the
+quantised probabilities are normalised to one minus the *stored* tail. An exact tail is always stored and never computed
+as one minus the kept mass, because rounding the kept mass to half precision can make that negative.
 
 ======= ===================================================== ==========================================
 codec   log-probabilities                                     use it for
@@ -48,13 +48,13 @@ class TopKCodec(Config):
     name: str
     scalar_dtype: Literal["float16", "float32"] = "float16"
     id_tables: ClassVar[tuple[str, ...]] = ()
-    """Tables that `decode` also takes as `OpenTables`, which is how rows of several shards are decoded at once."""
+    """Tables that `decode` also accepts as `OpenTables`, to decode positions of several shards at once."""
     stores_logprobs: ClassVar[bool] = False
-    """Whether the kept mass is known without the tail, see `log_remainder`."""
+    """Whether the kept mass can be computed without the tail, see `log_remainder`."""
 
     @property
     def kl_bound(self) -> float:
-        """Mean KL (nats), original to decoded, that no real teacher exceeds; for checks against the teacher."""
+        """Upper bound, from real teachers, of the mean KL from original to decoded, in nats; `verify` allows this much."""
         raise NotImplementedError
 
     def encode(
@@ -66,9 +66,10 @@ class TopKCodec(Config):
     def decode(
         self, arrays: Arrays, log_tail_P: NDArray[np.float32], kept_PK: Kept = None
     ) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        """Return ids and log-probabilities of rows whose mass outside is exp(``log_tail_P``).
+        """Return ids and log-probabilities of positions with the tail mass exp(``log_tail_P``).
 
-        Any slice of the per-position arrays, with the whole of every table; fastest when their columns are contiguous.
+        ``arrays`` may hold any slice of the positions, but must hold every table as a whole. Contiguous columns decode
+        fastest.
         """
         raise NotImplementedError
 
@@ -100,8 +101,8 @@ class CompactCodec(TopKCodec):
 
     The *cumulated* gap is rounded to ``1 / grid`` nat, so errors do not add up along K: every kept log-probability is
     off by at most ``0.5 / grid`` before normalisation, at any temperature. A step of more than 255 / grid nats
-    (15.9 by default: a factor of 8 million) is stored as 255. Ids that fall on the same grid point have no order any
-    more, except that the first of a row stays the first; sorted by frequency rank they cost 3 bytes less per row.
+    (15.9 by default: a factor of 8 million) is stored as 255. Ids on the same grid point lose their order, except that
+    the most probable id stays the first. They are sorted by frequency rank instead, which saves 3 bytes per position.
     """
 
     name: Literal["compact"] = "compact"
@@ -117,7 +118,7 @@ class CompactCodec(TopKCodec):
     ) -> dict[str, NDArray[Any]]:
         below_top_PK = logprobs_PK[:, :1] - np.maximum(logprobs_PK, np.float32(_FLOOR))
         codes_PK = np.rint(below_top_PK * np.float32(self.grid)).astype(np.int64)
-        # What is cut to 255 counts as cut: order must depend on what a reader will see.
+        # Cumulated after clipping: ids are sorted by the gaps that a reader will decode.
         gaps_PK = np.minimum(np.diff(codes_PK, axis=1, prepend=0), 255)
         codes_PK = np.cumsum(gaps_PK, axis=1)
         if kept_PK is not None:
@@ -160,7 +161,7 @@ class CompactCodec(TopKCodec):
 
 
 def _ties(gaps_PK: NDArray[Any]) -> NDArray[np.bool_]:
-    """Return where a column is on the grid point of the one before, from the second tied column on."""
+    """Return which columns are on the grid point of the column before; the first two columns never are."""
     same_PK = gaps_PK == 0
     same_PK[:, :2] = False  # the first column is not sorted, so the second is stored as it is
     return same_PK
@@ -178,7 +179,7 @@ def _cumulate(gaps_KP: NDArray[Any], out_KP: NDArray[np.float32], unit: np.float
 
 def _sum_columns(values_KP: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the sums over the columns, [P], always added in the same order."""
-    # np.sum adds a single row pairwise: a row that is read alone would decode to other bits than in company.
+    # np.sum adds a single row in another order than many rows: a position read alone would decode to other bits.
     total_P = values_KP[0].copy()
     for values_P in values_KP[1:]:
         total_P += values_P

@@ -1,7 +1,7 @@
-"""Evaluating models that predict numbers: scores or embeddings, gathered from all rows and then measured at once.
+"""Evaluate models that predict numbers: scores and embeddings.
 
-The metrics of these tasks (correlations, rankings) are not means over rows, so all answers of a model are kept: 4 bytes
-per row and output. Which metrics a task has is in `measures`.
+The metrics of these tasks (correlations, rankings) are not means over positions. So the outputs of a model at all
+positions are collected first, 4 bytes per number, and then measured. Each task defines its metrics, see `measures`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kdcache.torch_data import count_tokens, to_tensors
 class Outputs:
     """Evaluate the models of a cache whose task predicts numbers; students one at a time.
 
-    ``more`` gives further metrics of a model's answers.
+    ``more`` returns further metrics, computed from all answers of a model.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class Outputs:
         self._own = self._teacher_answers()
 
     def teacher(self) -> tuple[ModelRow, int]:
-        """Return the teacher's row, from the cache alone, and the number of rows."""
+        """Return the teacher's row of the table, computed from the cache, and the number of positions."""
         record, own = self._cache.manifest.teacher, self._own
         metrics = self._measure(own, None) | self._more(own)
         row = ModelRow(model=f"{record.name} (teacher)", num_parameters=record.num_parameters, metrics=metrics)
         return row, len(own.outputs_PC)
 
     def student(self, name: str, student: Student) -> ModelRow:
-        """Return the row of ``student``, which is on the device of the evaluation."""
+        """Return the student's row of the table; ``student`` must be on the device of the evaluation."""
         answers, tokens_per_s = self._student_answers(name, student)
         return ModelRow(
             model=name,
@@ -85,7 +85,7 @@ class Outputs:
 
 
 def _in_width_of(student: Student, own: Answers) -> Answers:
-    """Return the teacher's answers as the student was trained on them, reduced by PCA or not."""
+    """Return the teacher's answers, reduced by PCA if ``student`` was trained on reduced ones."""
     if student.sentence is None or student.sentence.reduction_DC is None:
         return own
     reduced_PD = student.sentence.reduced(torch.from_numpy(own.outputs_PC)).numpy()

@@ -5,8 +5,8 @@ come in chunks from the LM head and are reduced in smaller sub-chunks that stay 
 
 - *top-k in two steps*: the maximum of each of V / 24 strided blocks, then the top k among the elements of the k best
   blocks. Every element outside them is at most the smallest of k block maxima, so the values are exactly the top k.
-- *one exponential*: without the kept ids, the sum of ``exp(z - max)`` is the tail (never 1 - kept mass) and, weighted
-  by z, the tail's share of the entropy. The k kept values are exponentiated separately.
+- *one exponential*: the sum of ``exp(z - max)`` over all other ids is the tail, which is never computed as 1 - kept
+  mass. The same sum weighted by z is the tail's part of the entropy. The k kept values are exponentiated separately.
 - *the same two buffers throughout*: page faults of new megabytes cost more than the arithmetic on them.
 - *everything else from the same exponentials*, while they are in the cache: ids that thresholds drop are put back,
   samples are drawn from them, and their weighted sum over positions is the tail prior. Only another temperature needs
@@ -103,7 +103,7 @@ class TargetReducer:
         return taken
 
     def _uniforms(self, uniforms_PN: NDArray[Any] | None, num_positions: int, device: torch.device) -> Tensor:
-        """Return the numbers on the device; without samples, none per position."""
+        """Return the uniform numbers as a tensor on ``device``; [P, 0] without samples."""
         expected = (num_positions, self.record.num_samples)
         found = (num_positions, 0) if uniforms_PN is None else uniforms_PN.shape
         if found != expected:
@@ -191,7 +191,7 @@ class TargetReducer:
         self._batch_sum_V.addmv_(exp_CV.T, total_C.reciprocal())
 
     def _add_batch_sum(self, num_positions: int) -> None:
-        """Add the sum of a batch, float32, to the total; a batch that is not finite never gets here."""
+        """Add the sum of a batch, float32, to the total; batches that are not finite were rejected before."""
         if self._batch_sum_V is None:
             return
         batch_sum_V = self._batch_sum_V.cpu().numpy().astype(np.float64)

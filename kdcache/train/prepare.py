@@ -1,4 +1,4 @@
-"""Preparing a run, for training, its dry run and the plan of a sweep: cache, student, objective, order, checks."""
+"""Prepare a run for training, for a dry run or for a sweep: cache, student, objective, order, checks."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 class PreparedRun:
     """A checked training run before its first step; nothing is written yet.
 
-    ``config`` names the objective that is trained on, the task's where none was given. ``objective`` has its terms
-    built for ``student``, and its shares of positions turned into bounds.
+    ``config.objective`` is always set; if none was configured, it is the default of the task. In ``objective``, terms
+    are built for ``student``, and selected shares of positions have become bounds.
     """
 
     config: TrainConfig
@@ -58,7 +58,7 @@ class PreparedRun:
         return lengths_N if self.chosen_N is None else lengths_N[self.chosen_N]
 
     def micro_batches(self, rank: int = 0, num_ranks: int = 1) -> MicroBatches:
-        """Return the micro-batches of one rank; raises as the function of this name does."""
+        """Return the micro-batches of one rank; raises the errors of the function `micro_batches`."""
         return micro_batches(self.config, self.cache, rank, num_ranks)
 
     def num_steps(self, batches: MicroBatches) -> int:
@@ -73,14 +73,14 @@ class PreparedRun:
 def prepare(config: TrainConfig, *, cache: Cache | None = None, student: Student | None = None) -> PreparedRun:
     """Open the cache, load the student, and build the objective that fits both.
 
-    ``cache`` and ``student`` are those that the configuration names, where several runs share them. Raises
-    ``ConfigError``, ``CacheError`` or ``StudentError`` for whatever would stop the run before its first step.
+    Runs that share a cache or a student pass it as ``cache`` or ``student``; otherwise it is loaded as ``config`` says.
+    Raises ``ConfigError``, ``CacheError`` or ``StudentError`` if the run cannot start.
     """
     check_machine(config)
     cache = open_training_cache(config) if cache is None else cache
     config = with_objective(config, cache)
     objective = training_objective(config, cache)
-    check_local_store(config, cache, ())  # first: loading the student reads through it
+    check_local_store(config, cache, ())  # before the student, whose loading reads files of the cache
     student = load_student(config.student, cache.manifest, cache.tokenizer_dir()) if student is None else student
     if config.gradient_checkpointing:
         student.checkpoint_activations()
@@ -88,7 +88,7 @@ def prepare(config: TrainConfig, *, cache: Cache | None = None, student: Student
         fit_widths(student.vocab_size, student.sentence, config.student, cache)
         check_pairs(objective, cache)
     fit_terms(objective, student, config.seed)
-    check_local_store(config, cache, objective.needs.teacher_fields)  # known when the terms are built
+    check_local_store(config, cache, objective.needs.teacher_fields)  # again: the terms decide which fields are read
     return PreparedRun(config, cache, student, objective)
 
 
@@ -116,7 +116,7 @@ def check_logger(name: str) -> None:
         hint = did_you_mean(name, ["none", "all", *INTEGRATION_TO_CALLBACK])
         raise ConfigError(f"report_to: unknown logger {name!r}; {hint}")
     try:
-        INTEGRATION_TO_CALLBACK[name]()  # there is no other way to ask that all of them answer
+        INTEGRATION_TO_CALLBACK[name]()  # the only check that all loggers have
     except (RuntimeError, ImportError) as error:
         raise ConfigError(f"report_to: {name} cannot be used: {first_line(error)}") from None
 
@@ -205,7 +205,7 @@ def check_device(config: TrainConfig) -> None:
 
 
 def uses_cpu(config: TrainConfig) -> bool:
-    """Return whether the run is on the CPU, which the Trainer must be told so that several processes work together."""
+    """Return whether the run is on the CPU; the Trainer needs to know, or several processes would train alone."""
     return config.device == "cpu" or (config.device == "auto" and not torch.accelerator.is_available())
 
 
