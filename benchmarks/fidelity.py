@@ -249,7 +249,7 @@ def layer_errors(cache: Cache) -> dict[str, dict[str, float | None]]:
     """Return the relative error of every codec of hidden states on the layers of ``cache``; None if unsupported."""
     names = cache.manifest.hidden_layers
     count = min(int(np.searchsorted(np.cumsum(cache.lengths_N), _LAYER_POSITIONS)) + 1, len(cache))
-    batch = cache.read(range(count), hidden=names)
+    batch = cache.read(range(count), fields=names)
     found: dict[str, dict[str, float | None]] = {}
     for name in names:
         found[name] = {}

@@ -98,7 +98,7 @@ def to_torch(
     batch_sequences: int = 8,
     *,
     pad_id: int = 0,
-    hidden: Sequence[str] = (),
+    fields: Sequence[str] = (),
     top_k: int | None = None,
     threads: int = 1,
     ahead: int = 2,
@@ -111,5 +111,5 @@ def to_torch(
     and ``num_workers=0``; with workers its iteration raises ``ConfigError``.
     """
     dealt = cache.batches(batch_sequences, **order).micro_batches
-    batches = training_batches(cache, dealt, pad_id, hidden=hidden, top_k=top_k, threads=threads, ahead=ahead)
+    batches = training_batches(cache, dealt, pad_id, fields=fields, top_k=top_k, threads=threads, ahead=ahead)
     return TorchBatches(batches)

@@ -28,17 +28,17 @@ BATCH_POSITIONS = 8192
 
 
 def to_arrow(
-    cache: Cache, indices: Iterable[int] | None = None, *, hidden: Iterable[str] = (), top_k: int | None = None
+    cache: Cache, indices: Iterable[int] | None = None, *, fields: Iterable[str] = (), top_k: int | None = None
 ) -> pa.Table:
     """Return sequences of a cache (default: all) as a table in memory, one row each; see `to_arrow_reader`."""
-    return to_arrow_reader(cache, indices, hidden=hidden, top_k=top_k).read_all()
+    return to_arrow_reader(cache, indices, fields=fields, top_k=top_k).read_all()
 
 
 def to_arrow_reader(
     cache: Cache,
     indices: Iterable[int] | None = None,
     *,
-    hidden: Iterable[str] = (),
+    fields: Iterable[str] = (),
     top_k: int | None = None,
     batch_positions: int = BATCH_POSITIONS,
 ) -> pa.RecordBatchReader:
@@ -47,7 +47,7 @@ def to_arrow_reader(
     Columns are those of the per-sequence table, then ``tokens`` [T], and per position ``loss_mask``, ``ids`` [K],
     ``logprobs`` [K], ``log_tail``, ``gold_logprob`` (NaN: no label), ``entropy``; where the cache has them
     ``segment_ids`` [T], ``labels`` (int64, `NO_LABEL` for none, or float32, NaN for none), ``token_index``,
-    ``num_kept``, ``log_tails`` [G], ``sample_ids`` and ``sample_counts``; and the ``hidden`` fields [D] under their
+    ``num_kept``, ``log_tails`` [G], ``sample_ids`` and ``sample_counts``; and further ``fields`` under their
     names. Where the teacher gives no distribution, ``outputs`` [C] replaces its columns, whether asked for or not.
 
     A column of the per-sequence table whose name is one of these gets ``table_`` in front. Batches hold about
@@ -57,16 +57,16 @@ def to_arrow_reader(
     rows_N = chosen_rows(cache, indices)
     # Without its outputs a table of such a cache would say nothing of the teacher.
     own = (OUTPUTS_FIELD,) if cache.manifest.targets.kind == "outputs" else ()
-    names = tuple(dict.fromkeys((*hidden, *own)))
+    names = tuple(dict.fromkeys((*fields, *own)))
     table = cache.sequence_table()
     # What an array looks like is said once, where it is made: the schema is that of a batch.
-    first = _record_batch(cache.read([0], hidden=names, top_k=top_k), table.slice(0, 1))
+    first = _record_batch(cache.read([0], fields=names, top_k=top_k), table.slice(0, 1))
 
     def batches() -> Iterator[pa.RecordBatch]:
         bounds = assign_shards(cache.lengths_N[rows_N], batch_positions)
         for start, stop in pairwise(bounds.tolist()):
             piece_N = rows_N[start:stop]
-            batch = cache.read(piece_N.tolist(), hidden=names, top_k=top_k)
+            batch = cache.read(piece_N.tolist(), fields=names, top_k=top_k)
             yield _record_batch(batch, table.take(pa.array(piece_N)))
 
     return pa.RecordBatchReader.from_batches(first.schema, batches())

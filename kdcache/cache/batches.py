@@ -44,11 +44,11 @@ class Source(Protocol):
         """About how many tokens of every sequence a model reads, [N]."""
         ...
 
-    def read(self, indices: Iterable[int], *, hidden: Iterable[str] = (), top_k: int | None = None) -> SequenceBatch:
+    def read(self, indices: Iterable[int], *, fields: Iterable[str] = (), top_k: int | None = None) -> SequenceBatch:
         """Read and decode sequences."""
         ...
 
-    def prefetch(self, shards: Iterable[int], hidden: Iterable[str] = ()) -> None:
+    def prefetch(self, shards: Iterable[int], fields: Iterable[str] = ()) -> None:
         """Download shards in the background, in the order of their first use."""
         ...
 
@@ -139,7 +139,7 @@ class Batches(Generic[T]):
         micro_batches: MicroBatches,
         *,
         make: Callable[[SequenceBatch], T],
-        hidden: Sequence[str] = (),
+        fields: Sequence[str] = (),
         top_k: int | None = None,
         threads: int = 1,
         ahead: int = 2,
@@ -149,7 +149,7 @@ class Batches(Generic[T]):
         """Seconds that the caller has waited for data so far."""
         self._cache = cache
         self._make = make
-        self._hidden = tuple(hidden)
+        self._fields = tuple(fields)
         self._top_k = top_k
         self._threads = threads
         self._ahead = max(ahead, threads)
@@ -198,16 +198,16 @@ class Batches(Generic[T]):
 
     def _read(self, indices: list[int]) -> T:
         if indices:
-            return self._make(self._cache.read(indices, hidden=self._hidden, top_k=self._top_k))
+            return self._make(self._cache.read(indices, fields=self._fields, top_k=self._top_k))
         shortest = int(self._cache.sizes_N.argmin())
-        stand_in = self._cache.read([shortest], hidden=self._hidden, top_k=self._top_k)
+        stand_in = self._cache.read([shortest], fields=self._fields, top_k=self._top_k)
         stand_in.loss_mask_P = np.zeros_like(stand_in.loss_mask_P)
         return self._make(stand_in)
 
     def _expect(self, epoch: int, start: int) -> None:
         shards = np.searchsorted(self._cache.shard_starts, self.micro_batches.mine(epoch, start), side="right") - 1
         firsts = np.unique(shards, return_index=True)[1]
-        self._cache.prefetch(shards[np.sort(firsts)].tolist(), self._hidden)
+        self._cache.prefetch(shards[np.sort(firsts)].tolist(), self._fields)
 
 
 def read_ahead(

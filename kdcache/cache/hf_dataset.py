@@ -31,7 +31,7 @@ def to_hf_dataset(
     cache: Cache,
     indices: Iterable[int] | None = None,
     *,
-    hidden: Iterable[str] = (),
+    fields: Iterable[str] = (),
     top_k: int | None = None,
     directory: str | Path | None = None,
 ) -> Dataset:
@@ -44,12 +44,12 @@ def to_hf_dataset(
     import datasets  # imported here, since it takes a second
 
     rows_N = chosen_rows(cache, indices)
-    names = list(hidden)
+    names = list(fields)
     identity = [_VERSION, cache.fingerprint, layout.sha256(rows_N.tobytes()), names, top_k]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "kdcache" if directory is None else Path(directory)
     file = folder / f"{layout.sha256(layout.canonical_json(identity))[:32]}.arrow"
     if not file.exists():
-        _write(to_arrow_reader(cache, rows_N.tolist(), hidden=names, top_k=top_k), file)
+        _write(to_arrow_reader(cache, rows_N.tolist(), fields=names, top_k=top_k), file)
     return cast("Dataset", datasets.Dataset.from_file(str(file)))
 
 

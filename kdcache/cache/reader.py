@@ -250,8 +250,8 @@ class Cache:
             raise CacheError(f"{self.folder} has no LM head; only targets of the kind hidden have one")
         return self._checked_file(record, "the teacher's LM head")
 
-    def read(self, indices: Iterable[int], *, hidden: Iterable[str] = (), top_k: int | None = None) -> SequenceBatch:
-        """Read and decode sequences ``indices`` (any order, repeats allowed), with the named hidden-state fields.
+    def read(self, indices: Iterable[int], *, fields: Iterable[str] = (), top_k: int | None = None) -> SequenceBatch:
+        """Read and decode sequences ``indices`` (any order, repeats allowed), and these further ``fields``.
 
         Targets of the kind hidden always include the last hidden state, from which the distribution is computed. With
         ``top_k`` only that many ids are kept at every position, and the mass of the others is added to the tail,
@@ -261,7 +261,7 @@ class Cache:
         """
         self._check_open()
         wanted = [int(index) for index in indices]
-        names = tuple(hidden)
+        names = tuple(fields)
         for name in names:
             field_named(self.fields, self.manifest, name)
         held = self.manifest.targets
@@ -282,7 +282,7 @@ class Cache:
         shuffle: bool = True,
         seed: int = 0,
         where: str | None = None,
-        hidden: Sequence[str] = (),
+        fields: Sequence[str] = (),
         top_k: int | None = None,
         shuffle_window: int = 1,
         num_streams: int = NUM_STREAMS,
@@ -296,7 +296,7 @@ class Cache:
         ``threads`` threads read up to ``ahead`` batches in advance. A step of all ranks is ``batch_sequences x
         num_ranks`` sequences, the same ones however they are split. The order is that of training with the same
         ``seed`` (`epoch_order` explains windows and streams), or, without ``shuffle``, the stored one. ``where``
-        filters by the per-sequence table; ``hidden`` and ``top_k`` are those of `read`.
+        filters by the per-sequence table; ``fields`` and ``top_k`` are those of `read`.
         """
         chosen_N = None if where is None else self.where(where)
         order: Order
@@ -305,11 +305,11 @@ class Cache:
         else:
             order = SequentialOrder(np.arange(len(self)) if chosen_N is None else chosen_N)
         dealt = MicroBatches(self, order, batch_sequences=batch_sequences, rank=rank, num_ranks=num_ranks)
-        return Batches(self, dealt, make=_as_read, hidden=hidden, top_k=top_k, threads=threads, ahead=ahead)
+        return Batches(self, dealt, make=_as_read, fields=fields, top_k=top_k, threads=threads, ahead=ahead)
 
-    def _groups(self, indices: list[int], hidden: tuple[str, ...]) -> Iterator[list[Piece]]:
+    def _groups(self, indices: list[int], fields: tuple[str, ...]) -> Iterator[list[Piece]]:
         """Open the shards of ``indices``, at most as many at once as may stay open."""
-        mean_bytes = self.encoded_bytes(hidden) // max(self.manifest.num_shards, 1)
+        mean_bytes = self.encoded_bytes(fields) // max(self.manifest.num_shards, 1)
         most = max(1, min(self.max_open_shards, OPEN_BYTES // max(mean_bytes, 1)))
         group: dict[int, ShardArrays] = {}
         pieces: list[Piece] = []
@@ -322,26 +322,26 @@ class Cache:
                 yield pieces
                 group, pieces = {}, []
             if shard not in group:
-                group[shard] = self._open_shard(shard, hidden)
+                group[shard] = self._open_shard(shard, fields)
             pieces.append(Piece(shard, group[shard], local))
         yield pieces
 
-    def prefetch(self, shards: Iterable[int], hidden: Iterable[str] = ()) -> None:
+    def prefetch(self, shards: Iterable[int], fields: Iterable[str] = ()) -> None:
         """Download ``shards`` of a remote cache in the background, in the order of their first use.
 
         A later call replaces the shards of an earlier one. The local store keeps each shard until it is read. Does
         nothing for a cache on a local path.
         """
         if self._prefetcher is not None:
-            self._prefetcher.expect(shards, self.fields_read(hidden), self.max_open_shards)
+            self._prefetcher.expect(shards, self.fields_read(fields), self.max_open_shards)
 
-    def fields_read(self, hidden: Iterable[str] = ()) -> list[str]:
-        """Return the fields whose objects a read with the ``hidden`` fields opens."""
-        return list(dict.fromkeys([TOKENS_FIELD, *self._always.values(), *hidden]))
+    def fields_read(self, fields: Iterable[str] = ()) -> list[str]:
+        """Return the fields whose objects a read with these ``fields`` opens."""
+        return list(dict.fromkeys([TOKENS_FIELD, *self._always.values(), *fields]))
 
-    def _open_shard(self, shard: int, hidden: tuple[str, ...] = ()) -> ShardArrays:
+    def _open_shard(self, shard: int, fields: tuple[str, ...] = ()) -> ShardArrays:
         """Return the arrays of ``shard``, from memory if it is open."""
-        arrays = self._shards.get(shard, self.fields_read(hidden))
+        arrays = self._shards.get(shard, self.fields_read(fields))
         if self._prefetcher is not None:
             self._prefetcher.opened(shard)
         return arrays
@@ -366,9 +366,9 @@ class Cache:
         """Return the bytes of the encoded shards that are in memory."""
         return self._shards.num_bytes()
 
-    def encoded_bytes(self, hidden: Iterable[str] = ()) -> int:
-        """Return about how many bytes all shards take in memory, encoded, if read with the ``hidden`` fields."""
-        return sum(self._field_bytes[layout.field_of(self.manifest, name).name] for name in self.fields_read(hidden))
+    def encoded_bytes(self, fields: Iterable[str] = ()) -> int:
+        """Return about how many bytes all shards take in memory, encoded, if read with these ``fields``."""
+        return sum(self._field_bytes[layout.field_of(self.manifest, name).name] for name in self.fields_read(fields))
 
     def metadata(self, index: int) -> dict[str, Any]:
         """Return the row of the per-sequence table of sequence ``index``."""

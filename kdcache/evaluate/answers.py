@@ -62,7 +62,7 @@ class Outputs:
     def _teacher_answers(self) -> Answers:
         found = []
         for indices in tqdm(self._batches, desc="teacher", unit="batch", disable=not self._progress):
-            batch = self._cache.read(indices, hidden=(OUTPUTS_FIELD,))
+            batch = self._cache.read(indices, fields=(OUTPUTS_FIELD,))
             groups_P = np.repeat(batch.indices, np.diff(batch.position_offsets_N1))
             outputs_PC = batch.hidden[OUTPUTS_FIELD]
             labels_P = np.full(len(groups_P), np.nan, np.float32) if batch.labels_P is None else batch.labels_P

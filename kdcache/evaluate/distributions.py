@@ -138,7 +138,7 @@ class Distributions:
         tally, counts = Tally(), _class_counts(self._cache)
         answers: list[Answers] | None = [] if self._has_metrics else None
         for indices in tqdm(self._batches, desc="teacher", unit="batch", disable=not self._progress):
-            batch = self._cache.read(indices, hidden=() if answers is None else (OUTPUTS_FIELD,))
+            batch = self._cache.read(indices, fields=() if answers is None else (OUTPUTS_FIELD,))
             if answers is not None:
                 answers.append(self._answers(batch, batch.hidden[OUTPUTS_FIELD]))
             targets = batch.targets

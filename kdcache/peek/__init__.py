@@ -45,7 +45,7 @@ def peek_cache(
         raise ConfigError(
             f"positions cannot be chosen for task {task.name}: its teacher answers whole texts; leave them out"
         )
-    batch = cache.read([sequence], hidden=() if cache.manifest.outputs is None else (OUTPUTS_FIELD,))
+    batch = cache.read([sequence], fields=() if cache.manifest.outputs is None else (OUTPUTS_FIELD,))
     found: View = task.view(
         PeekContext(cache, task, Texts(cache), batch, tuple(positions), select, count, top, context)
     )

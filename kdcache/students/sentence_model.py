@@ -178,7 +178,7 @@ def _sample(cache: Cache) -> Any:
     count = min(len(cache), max(int(PCA_ROWS / rows_per_sequence), 1))
     indices: NDArray[np.int64] = np.linspace(0, len(cache) - 1, count).round().astype(np.int64)
     for start in range(0, count, _READ_SEQUENCES):
-        batch = cache.read(indices[start : start + _READ_SEQUENCES], hidden=(OUTPUTS_FIELD,))
+        batch = cache.read(indices[start : start + _READ_SEQUENCES], fields=(OUTPUTS_FIELD,))
         yield batch.hidden[OUTPUTS_FIELD].astype(np.float64)
 
 

@@ -81,7 +81,7 @@ class _Look:
         yield from map(self._read, chosen)
 
     def _read(self, indices: list[int]) -> Batch:
-        read = self.run.cache.read(indices, hidden=self.module.hidden_fields)
+        read = self.run.cache.read(indices, fields=self.module.hidden_fields)
         tensors = to_tensors(read, self.run.student.pad_id, self.task)
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 

@@ -109,7 +109,7 @@ def _make_trainer(
         module,
         args,
         training_batches(
-            run.cache, batches, run.student.pad_id, hidden=module.hidden_fields, threads=run.config.data_threads
+            run.cache, batches, run.student.pad_id, fields=module.hidden_fields, threads=run.config.data_threads
         ),
         callbacks=[*callbacks, *([ProgressBar()] if progress else [])],
     )

@@ -137,7 +137,7 @@ def _other_field(
     if record.name == TOKENS_FIELD or (everything and settings in (None, {}, record.codec)):
         return record
     field = field_named(cache.fields, cache.manifest, record.name)
-    return field.transcoded(settings, cache.read(pilot_N, hidden=[record.name]).fields[record.name])
+    return field.transcoded(settings, cache.read(pilot_N, fields=[record.name]).fields[record.name])
 
 
 def _sequence_table(table: pa.Table, chosen_N: NDArray[np.int64]) -> pa.Table:

@@ -52,7 +52,7 @@ def make_shard(
     ]
     builder = ShardBuilder(shard, fields)
     for first, last in pairwise(assign_shards(lengths_N, batch_positions).tolist()):
-        batch = job.cache.read(job.chosen_N[members][first:last], hidden=encoded_again)
+        batch = job.cache.read(job.chosen_N[members][first:last], fields=encoded_again)
         staged = {name: fields[name].stage(batch.fields[name]) for name in encoded_again}
         if TARGETS_FIELD in fields:  # where they are copied too: the statistics are of them
             staged[TARGETS_FIELD] = maker(batch)

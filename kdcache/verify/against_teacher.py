@@ -114,7 +114,7 @@ def verify_against_teacher(
     raw = (OUTPUTS_FIELD,) if cache.manifest.outputs is not None else ()
     with bar(len(chosen), "teacher", "seq", enabled=progress) as meter:
         for index in chosen:
-            stored = cache.read([index], hidden=raw)
+            stored = cache.read([index], fields=raw)
             output = runner.run(stored.sequences(), [] if layer is None else [layer])
             if output.outputs_PC is not None:
                 outputs.append(relative_errors(stored.hidden[OUTPUTS_FIELD], hidden_to_numpy(output.outputs_PC)))

@@ -198,7 +198,7 @@ def _content_problems(cache: Cache, shard: ShardRecord) -> Iterator[str]:
     lengths = np.asarray(table["num_positions"])
     step = max(1, int(_deep_positions(cache) // max(float(lengths.mean()), 1.0))) if len(lengths) else 1
     for first in range(begin, end, step):
-        batch = cache.read(range(first, min(first + step, end)), hidden=list(cache.fields))
+        batch = cache.read(range(first, min(first + step, end)), fields=list(cache.fields))
         for name, kind in cache.fields.items():
             where = f"shard {shard.index}, field {name}, file {shard.objects[name].path}"
             yield from (f"{where}: {problem}" for problem in kind.check(batch))

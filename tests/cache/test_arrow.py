@@ -28,7 +28,7 @@ def own_datasets_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def assert_equal(row: dict, cache: kdcache.Cache, index: int, **reading) -> None:
     """Compare a row with what is read of that sequence alone."""
     gives_numbers = cache.manifest.targets.kind == "outputs"
-    batch = cache.read([index], **({"hidden": ["outputs"]} if gives_numbers else {}) | reading)
+    batch = cache.read([index], **({"fields": ["outputs"]} if gives_numbers else {}) | reading)
     targets = batch.targets
     expected = {
         "tokens": batch.tokens_T,
@@ -83,15 +83,15 @@ def test_rows_of_other_tasks(task, task_caches) -> None:
 def test_outputs_of_classes_are_a_column_when_asked_for(task_caches) -> None:
     cache = kdcache.open_cache(str(task_caches["sequence-classification"]))
     assert "outputs" not in kdcache.to_arrow(cache).column_names
-    table = kdcache.to_arrow(cache, hidden=["outputs"])
+    table = kdcache.to_arrow(cache, fields=["outputs"])
     assert table.schema.field("outputs").type == pa.list_(pa.list_(pa.float32(), 3))
     for index, row in enumerate(table.to_pylist()):
-        assert_equal(row, cache, index, hidden=["outputs"])
+        assert_equal(row, cache, index, fields=["outputs"])
 
 
 def test_numbers_are_columns_and_nothing_is_said_of_a_distribution(task_caches) -> None:
     cache = kdcache.open_cache(str(task_caches["ranking"]))
-    table = kdcache.to_arrow(cache, hidden=["outputs"])
+    table = kdcache.to_arrow(cache, fields=["outputs"])
     assert table.schema == kdcache.to_arrow(cache).schema
     assert table.schema.field("outputs").type == pa.list_(pa.list_(pa.float32(), 1))
     assert table.schema.field("labels").type == pa.list_(pa.float32())
@@ -101,7 +101,7 @@ def test_numbers_are_columns_and_nothing_is_said_of_a_distribution(task_caches) 
 
 def test_packed_cache_with_hidden_states_in_any_order(sound) -> None:
     cache = kdcache.open_cache(str(sound))
-    indices, reading = [11, 0, 0, 7], {"hidden": ["hidden-2"], "top_k": 2}
+    indices, reading = [11, 0, 0, 7], {"fields": ["hidden-2"], "top_k": 2}
     table = kdcache.to_arrow(cache, indices, **reading)
     assert table["sequence"].to_pylist() == indices
     for index, row in zip(indices, table.to_pylist(), strict=True):
@@ -158,7 +158,7 @@ def test_mistakes_are_told_at_once(sound, copy) -> None:
     with pytest.raises(CacheError, match="top_k 9"):
         kdcache.to_arrow_reader(cache, top_k=9)
     with pytest.raises(CacheError, match="hidden-3"):
-        kdcache.to_arrow_reader(cache, hidden=["hidden-3"])
+        kdcache.to_arrow_reader(cache, fields=["hidden-3"])
     broken = kdcache.open_cache(str(copy))
     record = broken.manifest.shards[2].objects["targets"]
     Path(copy, record.path).write_bytes(b"")
@@ -177,7 +177,7 @@ def test_hf_dataset_has_the_same_rows(kind, written) -> None:
 
 def test_hf_dataset_of_hidden_states(sound, tmp_path) -> None:
     cache = kdcache.open_cache(str(sound))
-    reading = {"hidden": ["hidden-1"], "top_k": 3}
+    reading = {"fields": ["hidden-1"], "top_k": 3}
     dataset = kdcache.to_hf_dataset(cache, directory=tmp_path / "mine", **reading)
     assert dataset.features["ids"].feature.length == 3
     assert_equal(dataset[12], cache, 12, **reading)

@@ -26,10 +26,10 @@ class Sizes(SimpleNamespace):
         lengths = np.random.default_rng(seed).integers(1, 50, int(starts[-1]))
         super().__init__(shard_starts=starts, sizes_N=lengths, expected=[])
 
-    def read(self, indices, hidden=(), top_k=None):
+    def read(self, indices, fields=(), top_k=None):
         return SimpleNamespace(indices=list(indices), loss_mask_P=np.ones(1))
 
-    def prefetch(self, shards, hidden):
+    def prefetch(self, shards, fields):
         self.expected.append(shards)
 
 
@@ -231,12 +231,12 @@ def test_every_thread_has_a_batch_to_read():
 
 def test_batches_of_a_cache(sound):
     cache = open_cache(str(sound))
-    loader = cache.batches(4, seed=3, hidden=["hidden-1"])
+    loader = cache.batches(4, seed=3, fields=["hidden-1"])
     seen = [n for batch in loader for n in batch.indices]
     assert sorted(seen) == list(range(len(cache)))
     batch = next(iter(loader))
     np.testing.assert_array_equal(
-        batch.hidden["hidden-1"], cache.read(batch.indices, hidden=["hidden-1"]).hidden["hidden-1"]
+        batch.hidden["hidden-1"], cache.read(batch.indices, fields=["hidden-1"]).hidden["hidden-1"]
     )
     assert next(iter(cache.batches(5, shuffle=False))).indices == [0, 1, 2, 3, 4]
     chosen = [n for batch in cache.batches(2, where="num_positions > 6") for n in batch.indices]

@@ -50,9 +50,9 @@ def check_same(batch, alone):
 
 def check_reads(path, reads, hidden=(), **settings):
     cache = open_cache(str(path), **settings)
-    alone = [cache.read([index], hidden=hidden) for index in range(13)]
+    alone = [cache.read([index], fields=hidden) for index in range(13)]
     for indices in reads:
-        batch = cache.read(indices, hidden=hidden)
+        batch = cache.read(indices, fields=hidden)
         assert batch.indices == list(indices)
         check_same(batch, [alone[index] for index in indices])
 
@@ -86,14 +86,14 @@ def arrays_of(batch):
 def test_who_changes_what_was_read_does_not_change_the_next_read(tmp_path, codec, indices):
     SyntheticCache(codec=codec, hidden=("hidden-1",), hidden_codec="exact", packed=True).write(tmp_path)
     cache = open_cache(str(tmp_path))
-    first = cache.read(indices, hidden=["hidden-1"])
+    first = cache.read(indices, fields=["hidden-1"])
     expected = {name: values.copy() for name, values in arrays_of(first).items()}
     assert first.tokens_T.flags.writeable
     assert first.loss_mask_P.flags.writeable
     for values in arrays_of(first).values():
         if values.flags.writeable:
             values[:] = 0
-    again = arrays_of(cache.read(indices, hidden=["hidden-1"]))
+    again = arrays_of(cache.read(indices, fields=["hidden-1"]))
     for name, values in expected.items():
         np.testing.assert_array_equal(again[name], values, err_msg=name)
 

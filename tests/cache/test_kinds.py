@@ -81,7 +81,7 @@ def test_every_kind_verifies(written, kind):
 def test_the_last_state_comes_along_and_by_its_name_if_asked_for(written):
     cache = open_cache(str(written("hidden")))
     assert set(cache.read([3]).hidden) == {"last"}
-    batch = cache.read([3, 12], hidden=["hidden-2"])
+    batch = cache.read([3, 12], fields=["hidden-2"])
     assert set(batch.hidden) == {"last", "hidden-2"}
     np.testing.assert_array_equal(batch.hidden["last"], batch.hidden["hidden-2"])
 
@@ -93,7 +93,7 @@ def test_the_last_state_in_every_codec(tmp_path, codec):
     assert verify_cache(str(tmp_path), deep=True).problems == []
     cache = open_cache(str(tmp_path))
     order = [12, 3, 3, 0, 1, 7]
-    batch = cache.read(order, hidden=["hidden-1"])
+    batch = cache.read(order, fields=["hidden-1"])
     for name, field in (("last", "hidden-2"), ("hidden-1", "hidden-1")):
         expected = np.concatenate([source.states[n][field] for n in order])
         assert batch.hidden[name].shape == (len(expected), WIDTH)

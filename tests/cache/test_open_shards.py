@@ -149,8 +149,8 @@ def test_damage_is_found_with_checksums_and_by_chance_without(copy):
     data[start + 40] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(CorruptCacheError, match=r"shard 0, field hidden-1, .*chunk 0 is damaged, its crc32c"):
-        cache.read([0], hidden=["hidden-1"])
-    assert "hidden-1" in open_cache(str(copy), check_crc=False).read([0], hidden=["hidden-1"]).hidden
+        cache.read([0], fields=["hidden-1"])
+    assert "hidden-1" in open_cache(str(copy), check_crc=False).read([0], fields=["hidden-1"]).hidden
 
 
 def test_a_new_shard_displaces_one_that_the_batch_does_not_need(written, monkeypatch):

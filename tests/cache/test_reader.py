@@ -51,7 +51,7 @@ def check_batch(batch, source, indices, hidden=()):
 )
 @pytest.mark.parametrize("hidden", [(), ("hidden-2",), ("hidden-2", "hidden-1")], ids=str)
 def test_any_order_any_subset(sound, indices, hidden):
-    check_batch(open_cache(str(sound)).read(indices, hidden=hidden), SOURCE, indices, hidden)
+    check_batch(open_cache(str(sound)).read(indices, fields=hidden), SOURCE, indices, hidden)
 
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=40), st.integers(1, 4))
@@ -146,7 +146,7 @@ def test_a_sequence_that_is_not_there(sound, index):
 
 def test_a_field_that_is_not_there(sound):
     with pytest.raises(CacheError, match="no field 'hidden-3'; it holds tokens, targets, hidden-1, hidden-2"):
-        open_cache(str(sound)).read([0], hidden=["hidden-3"])
+        open_cache(str(sound)).read([0], fields=["hidden-3"])
 
 
 def test_reading_nothing(sound):

@@ -31,7 +31,7 @@ def test_write_resume_read_verify(url, sound):
     assert content_of(url) == content_of(sound)
     assert verify_cache(url, deep=True).problems == []
     indices = [12, 0, 7, 7]
-    check_batch(open_cache(url).read(indices, hidden=["hidden-1"]), SOURCE, indices, ["hidden-1"])
+    check_batch(open_cache(url).read(indices, fields=["hidden-1"]), SOURCE, indices, ["hidden-1"])
     np.testing.assert_array_equal(open_cache(url).lengths_N, SOURCE.lengths)
 
 
@@ -56,7 +56,7 @@ def test_damage_is_found(url):
     [problem] = verify_cache(url).problems
     assert f"file {path} is missing" in problem
     with pytest.raises(CorruptCacheError, match="shard 1, field hidden-2"):
-        open_cache(url).read([6], hidden=["hidden-2"])
+        open_cache(url).read([6], fields=["hidden-2"])
 
 
 def test_a_foreign_folder_is_refused(url):

@@ -34,7 +34,7 @@ def replace_object(path: Path, field: str, data: bytes) -> None:
 
 def use(path: Path) -> None:
     cache = open_cache(str(path))
-    cache.read([0, 12], hidden=cache.manifest.hidden_layers)
+    cache.read([0, 12], fields=cache.manifest.hidden_layers)
     cache.sequence_table()
     assert len(cache.lengths_N) == len(cache)
 

@@ -57,7 +57,7 @@ def test_field_of_the_page_is_dumped_read_verified_transcoded_and_trained_on(
     assert cache.manifest.num_shards > 1
     assert set(cache.read([1, 0]).fields) == {"targets"}
     order = [len(cache) - 1, 0, 2]
-    batch = cache.read(order, hidden=["attended"])
+    batch = cache.read(order, fields=["attended"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", attn_implementation="eager").eval()
     for n, tokens in enumerate(s.tokens_T for s in batch.sequences()):
         distances = batch.fields["attended"][batch.position_offsets_N1[n] : batch.position_offsets_N1[n + 1]]
@@ -66,12 +66,12 @@ def test_field_of_the_page_is_dumped_read_verified_transcoded_and_trained_on(
             weights = model(ids, output_attentions=True).attentions[-1][0].mean(0).numpy()
         found = np.take_along_axis(weights, np.arange(len(weights))[:, None] - distances, axis=1)[3:]
         np.testing.assert_allclose(found, -np.sort(-weights, axis=1)[3:, :3], atol=1e-5)
-    column = to_arrow(cache, order, hidden=["attended"])["attended"]
+    column = to_arrow(cache, order, fields=["attended"])["attended"]
     assert np.array_equal(np.concatenate([np.array(row) for row in column.to_pylist()]), batch.fields["attended"])
 
     # Verified: as it is, and written wrongly.
     assert verify_cache(path, deep=True).problems == []
-    whole = cache.read(range(len(cache)), hidden=["attended"])
+    whole = cache.read(range(len(cache)), fields=["attended"])
     field = cache.fields["attended"]
     whole.fields["attended"] = whole.fields["attended"] + 1
     assert list(field.check(whole)) == ["a distance leads out of its sequence"]
@@ -84,7 +84,7 @@ def test_field_of_the_page_is_dumped_read_verified_transcoded_and_trained_on(
         assert verify_cache(str(tmp_path / name), deep=True).problems == []
         chosen = np.flatnonzero(cache.lengths_N >= 10) if name == "some" else np.arange(len(cache))
         assert len(made) == len(chosen)
-        found, expected = (c.read(i, hidden=["attended"]) for c, i in ((made, range(len(made))), (cache, chosen)))
+        found, expected = (c.read(i, fields=["attended"]) for c, i in ((made, range(len(made))), (cache, chosen)))
         np.testing.assert_array_equal(found.fields["attended"], expected.fields["attended"])
 
     # Trained on: the term's map learns.
@@ -105,4 +105,4 @@ def test_field_of_the_page_is_dumped_read_verified_transcoded_and_trained_on(
     without = open_cache(path)
     np.testing.assert_array_equal(without.read(order).targets.ids_PK, batch.targets.ids_PK)
     with pytest.raises(CacheError, match="field 'attended' is of the kind 'attended', which is not installed"):
-        without.read([0], hidden=["attended"])
+        without.read([0], fields=["attended"])

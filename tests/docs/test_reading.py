@@ -48,7 +48,7 @@ def test_columns_of_the_table_are_those_that_there_are(tmp_path: Path, task_cach
         source.write(tmp_path / str(number))
     for path in (*tmp_path.iterdir(), *task_caches.values()):
         cache = kdcache.open_cache(str(path))
-        columns = kdcache.to_arrow(cache, [0], hidden=cache.manifest.vector_fields).column_names
+        columns = kdcache.to_arrow(cache, [0], fields=cache.manifest.vector_fields).column_names
         found |= set(columns) - set(cache.sequence_table().column_names)
     listed = sections(PAGE)["Tables"]
     said = {name for line in listed.splitlines() if line.startswith("| `") for name in re.findall(r"`([^`]+)`", line)}

@@ -99,7 +99,7 @@ def test_hidden_states_stand_at_their_rows(tmp_path, corpus_file):
     run_dump(corpus_file, tmp_path, teacher, layers=(0, 1))
     cache = open_cache(str(tmp_path))
     assert cache.manifest.hidden_layers == ("hidden-0", "hidden-1")
-    batch = cache.read(range(len(cache)), hidden=["hidden-0", "hidden-1"])
+    batch = cache.read(range(len(cache)), fields=["hidden-0", "hidden-1"])
     inputs = np.concatenate([p[:-1] for p in np.split(batch.tokens_T, batch.token_offsets_N1[1:-1])])
     for layer in (0, 1):
         np.testing.assert_array_equal(batch.hidden[f"hidden-{layer}"], teacher.states_VD.numpy()[inputs] + layer)

@@ -73,7 +73,7 @@ def check_cache(path: Path, teacher: Path, *, atol: float = 5e-5) -> None:
     assert cache.vocab_size == vocab_size < model.config.vocab_size
     names = cache.manifest.hidden_layers
     for index in range(len(cache)):
-        batch = cache.read([index], hidden=names)
+        batch = cache.read([index], fields=names)
         logits, states = oracle(model, batch.tokens_T, batch.segment_ids_T)
         labels = batch.tokens_T[1:].astype(int)
         expected = targets_of(logits[:, :vocab_size].numpy(), labels, cache.manifest.top_k)
@@ -390,7 +390,7 @@ def test_a_last_state_of_another_width(tmp_path, corpus_file):
         config_for(tmp_path / "teacher", corpus_file, tmp_path / "cache", hidden_states=layers), progress=False
     )
     cache = open_cache(str(tmp_path / "cache"))
-    batch = cache.read([0], hidden=cache.manifest.hidden_layers)
+    batch = cache.read([0], fields=cache.manifest.hidden_layers)
     assert {name: states.shape[1] for name, states in batch.hidden.items()} == {"hidden-1": 16, "hidden-2": 8}
     assert verify_cache(str(tmp_path / "cache"), deep=True).problems == []
 

@@ -56,7 +56,7 @@ def test_metrics_are_those_of_ranking_every_document_for_every_judged_query(foun
     evaluation = evaluate_students(
         found["cache"], [], qrels=found["qrels"], id_column="_id", device="cpu", progress=False
     )
-    vectors = cache.read(range(len(cache)), hidden=(OUTPUTS_FIELD,)).hidden[OUTPUTS_FIELD]
+    vectors = cache.read(range(len(cache)), fields=(OUTPUTS_FIELD,)).hidden[OUTPUTS_FIELD]
     table = cache.sequence_table().to_pylist()
     documents = {r["_id"]: v for r, v in zip(table, vectors, strict=True) if "corpus" in r["document_id"]}
     queries = {r["_id"]: v for r, v in zip(table, vectors, strict=True) if "queries" in r["document_id"]}

@@ -25,12 +25,12 @@ def test_vectors_of_every_token_in_any_order(tmp_path, shape):
     source = SyntheticCache(token_vectors=shape)
     source.write(tmp_path)
     cache = open_cache(str(tmp_path))
-    batch = cache.read(ORDER, hidden=["attention"])
+    batch = cache.read(ORDER, fields=["attention"])
     expected = np.concatenate([source.token_vectors[n] for n in ORDER])
     np.testing.assert_array_equal(batch.fields["attention"], expected)
     assert len(expected) == batch.token_offsets_N1[-1] != batch.num_positions
     assert verify_cache(str(tmp_path), deep=True).problems == []
-    rows = to_arrow(cache, ORDER, hidden=["attention"])["attention"].to_pylist()
+    rows = to_arrow(cache, ORDER, fields=["attention"])["attention"].to_pylist()
     assert [len(row) for row in rows] == [len(source.tokens[n]) for n in ORDER]
     np.testing.assert_array_equal(np.array(rows[0], np.float32), source.token_vectors[12])
     collated = TASKS["causal-lm"].collate(batch, 0)

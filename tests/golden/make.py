@@ -54,7 +54,7 @@ TASK_VARIANTS = {
 
 def decoded(cache: Cache) -> dict[str, np.ndarray]:
     """Everything that a reader hands out, by name."""
-    batch = cache.read(range(len(cache)), hidden=cache.manifest.vector_fields)
+    batch = cache.read(range(len(cache)), fields=cache.manifest.vector_fields)
     targets = vars(batch.targets)
     samples = {} if batch.targets.samples is None else vars(batch.targets.samples)
     arrays = {

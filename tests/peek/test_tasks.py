@@ -148,7 +148,7 @@ def test_classes(caches: dict[str, Path], run: Run) -> None:
         result = shown(run, caches["sequence-classification"], "--sequence", index)
         assert row["text"].startswith(result["text"])
         assert row["text_pair"].startswith(result["text_pair"])
-        logits = cache.read([index], hidden=["outputs"]).hidden["outputs"][0]
+        logits = cache.read([index], fields=["outputs"]).hidden["outputs"][0]
         probabilities = np.exp(logits) / np.exp(logits).sum()
         assert [choice["id"] for choice in result["top"]] == np.argsort(-logits).tolist()
         for choice in result["top"]:
@@ -173,7 +173,7 @@ def test_score(caches: dict[str, Path], run: Run) -> None:
     cache = open_cache(str(caches["sequence-regression"]))
     for index, row in enumerate(TINY_TASKS["sequence-regression"].rows):
         result = shown(run, caches["sequence-regression"], "--sequence", index)
-        score = float(cache.read([index], hidden=["outputs"]).hidden["outputs"][0, 0])
+        score = float(cache.read([index], fields=["outputs"]).hidden["outputs"][0, 0])
         assert result["scores"] == [pytest.approx(score)]
         assert result["label"] == row["label"]
         people = run("peek", caches["sequence-regression"], "--sequence", index).out
@@ -184,7 +184,7 @@ def test_embedding(caches: dict[str, Path], run: Run) -> None:
     cache = open_cache(str(caches["embedding"]))
     for index, row in enumerate(TINY_TASKS["embedding"].rows):
         result = shown(run, caches["embedding"], "--sequence", index, "--top", 3)
-        vectors = cache.read([index], hidden=["outputs"]).hidden["outputs"].astype(np.float64)
+        vectors = cache.read([index], fields=["outputs"]).hidden["outputs"].astype(np.float64)
         texts = [text for text in (row["text"], row["text_pair"]) if text]
         assert len(result["texts"]) == len(vectors) == len(texts)
         for item, text, vector in zip(result["texts"], texts, vectors, strict=True):
@@ -204,7 +204,7 @@ def test_embedding(caches: dict[str, Path], run: Run) -> None:
 def test_ranking(caches: dict[str, Path], run: Run) -> None:
     cache = open_cache(str(caches["ranking"]))
     for index, row in enumerate(TINY_TASKS["ranking"].rows):
-        scores = cache.read([index], hidden=["outputs"]).hidden["outputs"][:, 0]
+        scores = cache.read([index], fields=["outputs"]).hidden["outputs"][:, 0]
         result = shown(run, caches["ranking"], "--sequence", index)
         assert result["query"] == row["query"]
         assert result["num_documents"] == len(row["documents"])

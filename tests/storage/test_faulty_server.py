@@ -42,7 +42,7 @@ def same_as_on_disk(server, sound, tmp_path):
     here = open_cache(str(sound))
     there = open_cache(server.url, local_store=LocalStoreConfig(directory=str(tmp_path / "store")))
     for epoch in range(2):
-        for batches in (pair := [cache.batches(3, seed=5, hidden=["hidden-1"]) for cache in (here, there)]):
+        for batches in (pair := [cache.batches(3, seed=5, fields=["hidden-1"]) for cache in (here, there)]):
             batches.set_epoch(epoch)
         for a, b in zip(*pair, strict=True):
             assert a.indices == b.indices
@@ -80,13 +80,13 @@ def test_what_stays_damaged_is_named(server, tmp_path, fault):
     path = cache.manifest.shards[1].objects["hidden-2"].path
     server.fault = lambda asked, number, data: fault(data) if asked == path else None
     with pytest.raises(CacheError) as caught:
-        cache.read([6], hidden=["hidden-2"])
+        cache.read([6], fields=["hidden-2"])
     assert isinstance(caught.value, CorruptCacheError) is (fault is flipped)
     assert re.search(f"shard 1, field hidden-2: .*{re.escape(f'{server.url}/{path}')}", str(caught.value))
     assert server.requests[path] == 5
     assert cache.read([6]).indices == [6], "the other fields are sound"
     server.fault = lambda asked, number, data: None
-    check_batch(cache.read([6], hidden=["hidden-2"]), SOURCE, [6], ["hidden-2"])
+    check_batch(cache.read([6], fields=["hidden-2"]), SOURCE, [6], ["hidden-2"])
 
 
 def test_a_server_that_is_gone(sound, tmp_path, monkeypatch):
@@ -120,9 +120,9 @@ def test_from_s3(object_store, tmp_path):
     SOURCE.write(url)
     cache = open_cache(url, local_store=LocalStoreConfig(directory=str(tmp_path)))
     indices = [12, 0, 7, 7]
-    check_batch(cache.read(indices, hidden=["hidden-1"]), SOURCE, indices, ["hidden-1"])
+    check_batch(cache.read(indices, fields=["hidden-1"]), SOURCE, indices, ["hidden-1"])
     # From the second time on S3 is not asked.
     cache.folder.fetch = None
     again = open_cache(url, local_store=LocalStoreConfig(directory=str(tmp_path)))
     again.folder.fetch = None
-    check_batch(again.read(indices, hidden=["hidden-1"]), SOURCE, indices, ["hidden-1"])
+    check_batch(again.read(indices, fields=["hidden-1"]), SOURCE, indices, ["hidden-1"])

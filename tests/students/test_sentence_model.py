@@ -142,7 +142,7 @@ def test_a_student_that_cannot_be_compared_has_no_cosine_to_the_teacher(found):
 
 def test_pca_keeps_the_directions_with_most_of_the_length(found, reduced):
     cache = open_cache(found["cache"])
-    outputs_PC = cache.read(range(len(cache)), hidden=(OUTPUTS_FIELD,)).hidden[OUTPUTS_FIELD].astype(np.float64)
+    outputs_PC = cache.read(range(len(cache)), fields=(OUTPUTS_FIELD,)).hidden[OUTPUTS_FIELD].astype(np.float64)
     directions = load_file(reduced / "teacher_pca" / "model.safetensors")["linear.weight"].numpy()
     _, _, expected = np.linalg.svd(outputs_PC, full_matrices=False)
     np.testing.assert_allclose(np.abs(directions @ expected[:WIDTH].T), np.eye(WIDTH), atol=1e-4)
@@ -180,7 +180,7 @@ def test_a_run_can_be_a_teacher(found, projected, tmp_path):
     dump_teacher(dump_config("embedding", made, tmp_path / "cache"), progress=False)
     cache = open_cache(str(tmp_path / "cache"))
     assert cache.manifest.outputs.width == 16
-    batch = cache.read(range(len(cache)), hidden=(OUTPUTS_FIELD,))
+    batch = cache.read(range(len(cache)), fields=(OUTPUTS_FIELD,))
     first = batch.hidden[OUTPUTS_FIELD][batch.position_offsets_N1[:-1]]
     np.testing.assert_allclose(first, kdcache_vectors(projected, found["cache"]), rtol=1e-4, atol=1e-6)
 

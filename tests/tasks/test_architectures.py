@@ -106,7 +106,7 @@ def test_teacher_and_student_say_what_the_model_says(make, tokenizer, rows, tmp_
     path = dump(tmp_path, make(), rows, tokenizer(), outputs={"codec": "exact"})
     expected = own_answers(make().eval(), tokenizer(), rows)
     cache = open_cache(path)
-    stored = cache.read(range(len(rows)), hidden=(OUTPUTS_FIELD,))
+    stored = cache.read(range(len(rows)), fields=(OUTPUTS_FIELD,))
     np.testing.assert_allclose(stored.hidden[OUTPUTS_FIELD], expected, rtol=1e-4, atol=1e-5)
     student = load_student(StudentConfig(model=str(tmp_path / "teacher")), cache.manifest, cache.tokenizer_dir())
     student.model.eval()

@@ -54,7 +54,7 @@ def test_collate_lines_the_teachers_rows_up_with_the_labels(tmp_path, packed):
     source = SyntheticCache(packed=packed, hidden=("hidden-2",))
     source.write(tmp_path)
     indices = [12, 3, 3, 7]
-    batch = causal_lm.collate(open_cache(str(tmp_path)).read(indices, hidden=["hidden-2"]), pad_id=0)
+    batch = causal_lm.collate(open_cache(str(tmp_path)).read(indices, fields=["hidden-2"]), pad_id=0)
     assert ("position_ids" in batch) == packed
     np.testing.assert_array_equal(batch["labels"], np.concatenate([source.tokens[n][1:] for n in indices]))
     flat = batch["input_ids"].reshape(-1)[batch["rows"]]

@@ -40,7 +40,7 @@ def dumped(models: dict[str, str], path: Path, rows: list[dict[str, Any]] = ROWS
 
 
 def vectors(cache: Cache) -> np.ndarray:
-    return cache.read(range(len(cache)), hidden=(OUTPUTS_FIELD,)).hidden[OUTPUTS_FIELD]
+    return cache.read(range(len(cache)), fields=(OUTPUTS_FIELD,)).hidden[OUTPUTS_FIELD]
 
 
 def states(directory: str, text: str, max_length: int = 16) -> torch.Tensor:

@@ -53,7 +53,7 @@ def live_batch(task: str, found: dict[str, str], indices: list[int], pad_id: int
     """A training batch whose teacher's part comes from the running teacher, in one batch of its own."""
     cache = open_cache(found["cache"])
     raw = (OUTPUTS_FIELD,) if cache.manifest.outputs is not None else ()
-    stored = cache.read(indices, hidden=raw)
+    stored = cache.read(indices, fields=raw)
     vocab_size = true_vocab_size(load_tokenizer(found["teacher"]))
     config = TeacherConfig(model=found["teacher"], device="cpu")
     teacher = load_teacher(config, vocab_size, task_of(task), cache.manifest.outputs)
@@ -77,7 +77,7 @@ def test_offline_is_live(task: str, caches: dict[str, dict[str, str]]) -> None:
     module = Distiller(student, objective)
     indices = [3, 0, len(cache) - 1]
     gradients = []
-    offline = to_tensors(cache.read(indices, hidden=module.hidden_fields), student.pad_id, task_of(task))
+    offline = to_tensors(cache.read(indices, fields=module.hidden_fields), student.pad_id, task_of(task))
     for batch in (offline, live_batch(task, found, indices, student.pad_id)):
         module.zero_grad()
         loss, _, count = module(batch, batch["loss_mask"].sum())

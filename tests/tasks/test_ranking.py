@@ -178,7 +178,7 @@ def test_scores_and_relevance_come_back_document_by_document(tmp_path: Path) -> 
         {"query": "a big dog", "documents": ["", "the dog"], "relevance": None},
     ]
     cache = open_cache(dump(tmp_path, 1, rows))
-    batch = cache.read([1, 0], hidden=(OUTPUTS_FIELD,))
+    batch = cache.read([1, 0], fields=(OUTPUTS_FIELD,))
     np.testing.assert_array_equal(batch.labels_P, [np.nan, np.nan, 0, 1, np.nan])
     model = bert("BertForSequenceClassification", num_labels=1).eval()
     expected = []

@@ -168,7 +168,7 @@ def test_hidden_states_are_the_decoders(family: str, tmp_path: Path) -> None:
     model = FAMILIES[family]().eval()
     cache = dump(write(tmp_path, model, ROWS), hidden_states={"layers": ["0", "1"], "codec": "fp16"})
     names = (layer_field(0), layer_field(1))
-    batch = cache.read([2], hidden=names)
+    batch = cache.read([2], fields=names)
     of_target = np.asarray(batch.sequences()[0].segment_ids_T) == 1
     tokens = torch.from_numpy(batch.tokens_T.astype(np.int64))
     fed = torch.cat([torch.tensor([model.config.decoder_start_token_id]), tokens[of_target][:-1]])[None]

@@ -264,7 +264,7 @@ def test_a_decoder_as_teacher_and_as_student(tmp_path):
         expected = [
             model(input_ids=torch.tensor(bare_tokenizer()([text])["input_ids"])).logits[0].numpy() for text in SENTENCES
         ]
-    stored = cache.read(range(len(SENTENCES)), hidden=(OUTPUTS_FIELD,))
+    stored = cache.read(range(len(SENTENCES)), fields=(OUTPUTS_FIELD,))
     np.testing.assert_allclose(stored.hidden[OUTPUTS_FIELD], expected, rtol=1e-4, atol=1e-5)
     student = load_student(StudentConfig(model=teacher), cache.manifest, cache.tokenizer_dir())
     student.model.eval()
@@ -298,7 +298,7 @@ def cache_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 7.0])
 def test_every_temperature_is_exact(cache_path, temperature):
     cache = open_cache(cache_path)
-    batch = cache.read(range(len(cache)), hidden=(OUTPUTS_FIELD,))
+    batch = cache.read(range(len(cache)), fields=(OUTPUTS_FIELD,))
     teacher_PC = torch.from_numpy(batch.hidden[OUTPUTS_FIELD]).double()
     student_PC = torch.randn(teacher_PC.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
     rows = TeacherRows.from_batch(to_tensors(batch, 0, TASK))

@@ -90,7 +90,7 @@ def test_a_loop_of_your_own_may_have_terms(packed):
     student = load_student(StudentConfig(size="nano", seed=1), cache.manifest, cache.tokenizer_dir())
     objective = Objective(build(ObjectiveConfig, OBJECTIVE), context=context_of(cache))
     fit_terms(objective, student, seed=0)
-    batch = next(iter(to_torch(cache, 4, pad_id=student.pad_id, hidden=objective.needs.teacher_fields)))
+    batch = next(iter(to_torch(cache, 4, pad_id=student.pad_id, fields=objective.needs.teacher_fields)))
     num_valid = batch["loss_mask"].sum()
     mine = StepInputs.of(student, batch, objective.needs).loss(objective, student, num_valid)
     loss, sums, count = Distiller(student, objective)(batch, num_valid)

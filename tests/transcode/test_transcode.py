@@ -158,12 +158,12 @@ def test_hidden_states_are_dropped_and_chosen(tmp_path, rich):
 
 def test_the_error_of_hidden_states_adds_up(tmp_path):
     SyntheticCache(30, hidden=("hidden-1",), hidden_codec="exact", shard_sequences=30).write(tmp_path / "exact")
-    states = open_cache(str(tmp_path / "exact")).read(range(30), hidden=["hidden-1"]).hidden["hidden-1"]
+    states = open_cache(str(tmp_path / "exact")).read(range(30), fields=["hidden-1"]).hidden["hidden-1"]
     at, errors = "exact", []
     for name in ("bf16", "int8", "fp16"):
         transcode(tmp_path / at, tmp_path / name, hidden_states={"codec": name})
         cache = opened(tmp_path / name)
-        found = cache.read(range(30), hidden=["hidden-1"]).hidden["hidden-1"]
+        found = cache.read(range(30), fields=["hidden-1"]).hidden["hidden-1"]
         rows = np.linalg.norm(found - states, axis=1) / np.linalg.norm(states, axis=1)
         recorded = cache.manifest.field("hidden-1").relative_error
         assert recorded == pytest.approx(np.sqrt((rows**2).mean()), rel=0.1)
@@ -193,7 +193,7 @@ def test_some_sequences(tmp_path, rich, where, limit):
     lengths, losses = np.asarray(table["num_positions"]), np.asarray(table["teacher_loss"])
     chosen = np.flatnonzero((lengths % 2 == 0) & (losses < 8)) if where else np.arange(11)
     assert 3 < len(made) == len(chosen) < 40
-    before, after = (c.read(n, hidden=["hidden-1"]) for c, n in ((source, chosen), (made, range(len(made)))))
+    before, after = (c.read(n, fields=["hidden-1"]) for c, n in ((source, chosen), (made, range(len(made)))))
     for name in ("tokens_T", "segment_ids_T", "loss_mask_P", "position_offsets_N1"):
         np.testing.assert_array_equal(getattr(before, name), getattr(after, name), err_msg=name)
     np.testing.assert_array_equal(before.targets.ids_PK[:, :6], after.targets.ids_PK)

@@ -37,7 +37,7 @@ def assert_same_rows(part: str, source: str, indices: list[int]) -> None:
     mine, theirs = open_cache(str(part)), open_cache(str(source))
     assert len(mine) == len(indices)
     layers = mine.manifest.hidden_layers
-    a, b = mine.read(range(len(mine)), hidden=layers), theirs.read(indices, hidden=layers)
+    a, b = mine.read(range(len(mine)), fields=layers), theirs.read(indices, fields=layers)
     np.testing.assert_array_equal(a.tokens_T, b.tokens_T)
     np.testing.assert_array_equal(a.loss_mask_P, b.loss_mask_P)
     np.testing.assert_array_equal(a.targets.logprobs_PK, b.targets.logprobs_PK)
