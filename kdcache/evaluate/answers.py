@@ -23,7 +23,7 @@ from kdcache.tasks import task_of
 from kdcache.torch_data import count_tokens, to_tensors
 
 
-class Outputs:
+class OutputScorer:
     """Evaluate the models of a cache whose task predicts numbers; students one at a time.
 
     ``more`` returns further metrics, computed from all answers of a model.

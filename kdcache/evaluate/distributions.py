@@ -124,7 +124,7 @@ class Tally:
         return self.sums.get(name, 0.0) / max(self.num_positions, 1)
 
 
-class Distributions:
+class DistributionScorer:
     """Evaluate the models of a cache whose task predicts tokens or classes; students one at a time."""
 
     def __init__(self, cache: Cache, batches: Sequence[list[int]], device: torch.device, progress: bool) -> None:

@@ -19,8 +19,8 @@ import torch
 
 from kdcache.cache import Cache, open_cache
 from kdcache.errors import ConfigError
-from kdcache.evaluate.answers import Outputs
-from kdcache.evaluate.distributions import Distributions
+from kdcache.evaluate.answers import OutputScorer
+from kdcache.evaluate.distributions import DistributionScorer
 from kdcache.evaluate.measures import Metrics
 from kdcache.evaluate.results import Evaluation, ModelRow
 from kdcache.evaluate.retrieval import load_retrieval
@@ -122,15 +122,15 @@ def _scorer(
             raise ConfigError(
                 f"qrels are for task {Embedding.name}, and the cache is of task {cache.manifest.task}; remove them"
             )
-        return Distributions(cache, batches, device, progress)
+        return DistributionScorer(cache, batches, device, progress)
     if qrels is None:
-        return Outputs(cache, batches, device, progress)
+        return OutputScorer(cache, batches, device, progress)
     if cache.manifest.task != Embedding.name or limit is not None:
         found = f"is of task {cache.manifest.task}" if limit is None else "is searched in part (limit_sequences)"
         raise ConfigError(
             f"qrels need a whole cache of task {Embedding.name}, and this one {found}; remove one of them"
         )
-    return Outputs(cache, batches, device, progress, load_retrieval(cache, qrels, id_column).measure)
+    return OutputScorer(cache, batches, device, progress, load_retrieval(cache, qrels, id_column).measure)
 
 
 def _batches(cache: Cache, batch_tokens: int, limit_sequences: int | None) -> Iterator[list[int]]:
