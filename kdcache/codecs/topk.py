@@ -54,7 +54,7 @@ class TopKCodec(Config):
 
     @property
     def kl_bound(self) -> float:
-        """Upper bound, from real teachers, of the mean KL from original to decoded, in nats; `verify` allows this much."""
+        """Upper bound of the mean KL from original to decoded, in nats, from real teachers; `verify` allows it."""
         raise NotImplementedError
 
     def encode(
