@@ -162,7 +162,9 @@ def test_the_settings_are_those_of_the_backend():
         configure(dtype="bf16")
     with pytest.raises(ConfigError, match=r"unknown setting 'teacher\.modle'; did you mean 'model'"):
         configure(modle="a")
-    with pytest.raises(ConfigError, match=r"'teacher\.backend': unknown teacher backend 'transformer'; did you mean 'transformers'"):
+    with pytest.raises(
+        ConfigError, match=r"'teacher\.backend': unknown teacher backend 'transformer'; did you mean 'transformers'"
+    ):
         configure(model="a", backend="transformer")
     with pytest.raises(ConfigError, match=r"'teacher'"):
         build(DumpConfig, {"output": "cache", "corpus": {"paths": ["a.txt"]}, "teacher": "a"})
