@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import EntryPoint
 from itertools import pairwise
 from pathlib import Path
@@ -191,6 +192,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (package / name).write_text(text)
     (package / "toy-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
     (package / "toy-1.0.dist-info" / "entry_points.txt").write_text(entry_points_of_the_page())
+    import_module("kdcache.cli.dump_teacher")  # whose choices are made at import, for later tests without the package
+    import_module("kdcache.cli.transcode")
     monkeypatch.syspath_prepend(package)
     tables = [table for table in TABLES.values() if isinstance(table, Table)]
     for table in tables:
