@@ -97,7 +97,7 @@ def of_classes(tmp_path):
 
 
 def test_a_student_with_a_head_of_other_classes_is_told(of_classes):
-    with pytest.raises(StudentError, match="as those of a head of another number of classes are"):
+    with pytest.raises(StudentError, match="such as a head with another number of classes"):
         of_classes(bert("BertForSequenceClassification", num_labels=2))
 
 
