@@ -28,7 +28,7 @@ def same(found, expected) -> bool:
 
 
 def test_batches_are_those_that_are_read(cache) -> None:
-    settings = {"seed": 3, "hidden": ["hidden-1"], "top_k": 2, "where": "num_positions > 3"}
+    settings = {"seed": 3, "fields": ["hidden-1"], "top_k": 2, "where": "num_positions > 3"}
     read = [to_tensors(batch, pad_id=7) for batch in cache.batches(4, **settings)]
     data = kdcache.to_torch(cache, 4, pad_id=7, **settings)
     assert isinstance(data, IterableDataset)
