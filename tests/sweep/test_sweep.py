@@ -222,7 +222,7 @@ def test_another_sweep_is_kept_out_and_an_interrupt_ends_the_children(make, tmp_
     process = start(config, tmp_path, start_new_session=True)
     wait_for(Path(config.output) / "base" / "checkpoint-5")
     children = children_of(process.pid)
-    with pytest.raises(ConfigError, match="another sweep is at work"):
+    with pytest.raises(ConfigError, match="another sweep is running"):
         sweep_students(config, progress=False)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
     _, err = process.communicate(timeout=60)
