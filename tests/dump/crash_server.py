@@ -49,6 +49,10 @@ def kill_in_write(number: int) -> None:
     folder.os.fsync = fsync
 
 
+#: Most batches of an attempt before it is killed: ten attempts come far, and hardly any of them to the end.
+MOST_BATCHES = 8
+
+
 class SlowTeacher(BigramTeacher):
     """Says on ``pipe`` that it has begun, and takes its time."""
 
@@ -80,10 +84,13 @@ def attempt_and_kill(corpus: Path, output: Path, generator: random.Random) -> in
     pid = attempt(corpus, output, SlowTeacher(writing))
     os.close(writing)
     if generator.random() < 0.7:
-        # By batches, not by time: however slow the machine, some attempts get further. Ends when nothing is left to do.
-        for _ in range(generator.randint(1, 12)):
+        # By batches, not by time: however slow or fast the machine, an attempt gets further, but not to the end. The
+        # read ends when nothing is left to do.
+        for _ in range(generator.randint(1, MOST_BATCHES)):
             os.read(reading, 1)
-    time.sleep(generator.uniform(0, 0.2))
+        time.sleep(generator.uniform(0, 0.01))  # about two batches of `SlowTeacher`
+    else:
+        time.sleep(generator.uniform(0, 0.1))  # while a dump starts
     os.kill(pid, signal.SIGKILL)
     os.close(reading)
     return pid
