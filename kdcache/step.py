@@ -1,8 +1,8 @@
-"""What a loss is computed from in one step: a student's answers and the teacher's rows for one micro-batch.
+"""Inputs of the loss in one step: the student's hidden states and the teacher's targets for one micro-batch.
 
 Training, the report before it, its dry run, the estimate of memory, timing and evaluation all run a student through
-`StepInputs.of`, and so can a loop of your own. What belongs to the forward pass of a step (the teacher's embeddings in
-the student's width, say) therefore stands here and nowhere else.
+`StepInputs.of`, and so can a loop of your own. Code that belongs to the forward pass of a step, such as reducing the
+teacher's embeddings to the student's width, is called only here.
 
 Shape suffixes: P flat positions, D width.
 """

@@ -1,8 +1,8 @@
-"""Settings of what is stored of a teacher: the targets at every position, raw outputs and hidden states.
+"""Settings of the stored targets, raw outputs and hidden states of a teacher.
 
-Dumps make these from a running teacher, transcoding makes them from a cache that holds at least as much. Both read the
-same settings, so a target means the same thing in both. A setting that is None was not given; its value follows from
-the kind of targets, and in a dump also from what the teacher can give.
+A dump makes them with a running teacher, a transcoding from a cache that holds at least as much. Both read the same
+settings, so a target means the same in both. None means not given: the value then follows from the kind of targets
+and, in a dump, also from the teacher's capabilities.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """The base of all field kinds.
 
-A field is stored as arrays whose first axis counts something: ``sequences``, ``tokens``, ``positions``, an axis of the
-field's own, or nothing that a shard counts (``table``: one per shard). In memory a field has three forms:
+A field is stored as arrays. The first axis of an array counts ``sequences``, ``tokens``, ``positions`` or entries of an
+axis that the kind defines; a ``table`` exists once per shard. In memory a field has three forms:
 
 - *staged*: small rows as they come from the teacher, collected until their shard is complete;
 - *encoded*: the arrays of one shard, as they are stored;
 - *decoded*: the value that users of a batch see.
 
-Encoding sees a whole shard, so that codecs may choose scales and tables for it. Decoding sees any rows, gathered from
-several shards at once: that is why `FieldKind.open` turns every array into one row per token or position first.
+Encoding sees a whole shard, so that codecs may choose scales and tables for it. Decoding gets any rows, often
+from several shards. `FieldKind.open` therefore gives every array one row per token or position first.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 class FieldKind(ABC):
-    """One field of one plan. A subclass is a kind; what differs from a plain array per row is what it overrides."""
+    """One field of one plan. A subclass defines a kind and overrides what differs from one plain array per position."""
 
     is_always_read: ClassVar[bool] = False
-    """Whether reading a batch reads the field without being asked for it."""
+    """Whether every batch includes the field, even if it is not requested."""
 
     id_tables: tuple[str, ...] = ()
     """Tables of ids that `decode` also takes as `OpenTables`: rows of several shards are then decoded together."""
@@ -56,14 +56,14 @@ class FieldKind(ABC):
     def most_rows(cls, plan: Plan, num_positions: int) -> dict[str, int]:
         """Return the largest number of rows that a shard of ``num_positions`` may have on each axis of the kind's own.
 
-        A manifest may come from a stranger: this bounds what a reader allocates.
+        A manifest may be untrusted. This limit bounds the memory that a reader allocates.
         """
         return {}
 
     # ------------------------------------------------------------------------------------------------ writing a shard
 
     def stage(self, value: Any) -> Any:
-        """Return the rows of a batch, as decoded or as the teacher gave them, in the form that waits for the shard."""
+        """Convert the rows of a batch, as decoded or as received from the teacher, to the staged form."""
         return value
 
     def allocate(self, staged: Any, num_rows: int) -> Any:

@@ -1,7 +1,7 @@
 """The settings of an objective: which losses and terms, with which weights.
 
-A part is imported and its settings are validated when the objective names it, so a package whose loss cannot be
-imported hinders only those who use that loss. Importing this module imports no torch.
+A loss or term is imported and validated when the objective names it. A package whose loss fails to import therefore
+affects only objectives that use that loss. Importing this module imports no torch.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 DEFAULT_WEIGHTS: dict[str, Any] = {"forward_kl": {"weight": 0.9}, "cross_entropy": {"weight": 0.1}}
 
-# One optional field per row of kdcache's own tables, so that a record names them all; those of other packages are
-# extra fields. Typed Any: a part's class is imported when the objective names it, and a checker cannot follow that.
+# One optional field for each of kdcache's own losses and terms, so that a record lists them all; those of other
+# packages are extra fields. Typed Any: classes are imported on first use, which type checkers cannot follow.
 _FIELDS: dict[str, Any] = dict.fromkeys((*LOSSES.own, *TERMS.own), (Any, None))
 _OneFieldPerPart: Any = create_model("_OneFieldPerPart", __base__=Config, **_FIELDS)
 

@@ -1,7 +1,7 @@
-"""The table of a sweep: one row per variation, with what varies, what it costs, and how good its students are.
+"""The table of a sweep: one row per variation, with its settings, costs and quality.
 
-Over several seeds a number is a mean with the half width of its 95 % interval (Student's t): with three seeds two
-students may differ considerably by chance, which bare means would hide.
+With several seeds, a number is a mean with the half width of its 95 % interval (Student's t). With three seeds, two
+students may differ considerably by chance; means alone would hide that.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from kdcache.tasks import Task
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a teacher can give. The default gives the most probable ids with their log-probabilities, nothing else.
+    """What a teacher supports. By default: the most probable ids with their log-probabilities only.
 
     ``batch_tokens`` and the limits below it shape the batches of a dump; ``batch_tokens`` is a default, which the
     configuration overrides.
@@ -49,7 +49,7 @@ class Capabilities:
     """Raw outputs: logits of classes, scores, embeddings."""
     attention: bool = False
     packing: bool = False
-    """Documents of a packed window do not see each other."""
+    """Attention does not cross documents in a packed window."""
     context_length: int | None = None
     """Most tokens of a sequence; None: no limit is known."""
     batch_tokens: int = 16384
@@ -70,7 +70,7 @@ class Request:
     outputs: bool = False
     """Raw outputs."""
     packed: bool = False
-    """Sequences hold several documents that must not see each other."""
+    """Sequences hold several documents, and attention must not cross them."""
     fields: tuple[FieldRecord, ...] = ()
     """Other fields that the plan stores; `Answer.vectors` has a value for each, as the kind of the field stages it."""
 
@@ -112,7 +112,7 @@ def add_tail_sums(parts: Iterator[TailSum | None]) -> TailSum | None:
 
 
 class Teacher(ABC):
-    """What a dump needs of a teacher."""
+    """The interface through which a dump runs a teacher."""
 
     record: TeacherRecord
     capabilities: Capabilities
@@ -145,7 +145,7 @@ class BackendConfig(Config):
     """Names of settings that are never written into a cache: URLs, keys."""
 
     def public(self) -> dict[str, Any]:
-        """Return the settings as a cache that is shared may name them; of absolute paths only the last part."""
+        """Return settings that are safe to write into a shared cache. Absolute paths are reduced to their last part."""
         settings = self.model_dump(mode="json", exclude=set(self.private))
         return {name: public_name(value) if isinstance(value, str) else value for name, value in settings.items()}
 
@@ -185,12 +185,12 @@ class Backend(ABC):
     ) -> Teacher:
         """Load a teacher of ``task`` whose tokenizer has ``vocab_size`` ids; raises ``TeacherError``.
 
-        With ``is_preview`` nothing will be written, so what serves the record alone may come from an earlier load.
+        With ``is_preview`` nothing is written. The hash of the weights may then come from an earlier load.
         """
 
 
 def _lacking(can: Capabilities, request: Request) -> Iterator[tuple[str, str]]:
-    """Yield what is asked and cannot be given, and the setting that does without it."""
+    """Yield each unsupported item of the request, and the setting that avoids it."""
     wanted = request.targets
     if not can.logits:
         yield from _lacking_without_logits(can, wanted)

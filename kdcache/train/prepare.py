@@ -122,7 +122,7 @@ def check_logger(name: str) -> None:
 
 
 def check_pairs(objective: Objective, cache: Cache) -> None:
-    """Raise ``ConfigError`` when a term compares pairs of texts and the cache has none: it would always be 0."""
+    """Raise ``ConfigError`` if a term compares pairs of texts but the cache has none. The term would always be 0."""
     terms = [name for name, term in objective.config.terms.items() if term.needs_pairs]
     if terms and cache.manifest.num_positions == cache.manifest.num_sequences:
         raise ConfigError(
@@ -205,7 +205,7 @@ def check_device(config: TrainConfig) -> None:
 
 
 def uses_cpu(config: TrainConfig) -> bool:
-    """Return whether the run is on the CPU; the Trainer needs to know, or several processes would train alone."""
+    """Return whether the run uses the CPU. Unless the Trainer is told, several processes train a model each."""
     return config.device == "cpu" or (config.device == "auto" and not torch.accelerator.is_available())
 
 
@@ -230,7 +230,7 @@ def check_processes(num_ranks: int) -> None:
 def leave_processes() -> None:
     """Leave the process group at the end of a run.
 
-    A process that exits without it may be killed by its communication threads, although its work is done.
+    Without this, communication threads may kill a process at exit, after its work is done.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -239,7 +239,7 @@ def leave_processes() -> None:
 def training_objective(config: TrainConfig, cache: Cache) -> Objective:
     """Return the objective of the run; selected shares of positions become bounds on the sequences trained on.
 
-    Raises ``ConfigError`` when it needs what the cache does not hold.
+    Raises ``ConfigError`` if the cache lacks data that the objective needs.
     """
     objective = with_objective(config, cache).objective
     assert objective is not None

@@ -1,4 +1,4 @@
-"""One shard of the output, from the sequences of the source that belong to it."""
+"""Build one output shard from its sequences in the source."""
 
 from __future__ import annotations
 
