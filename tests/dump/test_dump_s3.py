@@ -47,6 +47,7 @@ def config(teacher_dir, corpus_file, object_store):
     return dump_settings(f"{object_store}/dumps/one", teacher_dir, corpus_file)
 
 
+@pytest.mark.slow
 def test_killed_and_finished(config, dumped, tmp_path, preloaded):
     url = config["output"]
     (tmp_path / "dump.yaml").write_text(yaml.safe_dump(config))

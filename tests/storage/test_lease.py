@@ -77,6 +77,7 @@ def test_a_second_writer_is_refused_with_host_and_process(url, holder):
     assert verify_cache(url, deep=True).ok
 
 
+@pytest.mark.slow
 def test_a_killed_writer_of_this_machine_is_replaced_without_watching(url, holder):
     holder.kill()
     holder.wait()

@@ -143,7 +143,8 @@ torch.save((inputs["input_ids"], model(**inputs).logits), sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("place", ["", pytest.param("checkpoint-2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["", "checkpoint-2"])
 def test_output_and_checkpoints_load_without_kdcache(tmp_path, caches, place):
     recorder = Recorder()
     train(settings(caches[8], tmp_path / "out", max_steps=3, save_steps=2, learning_rate=0.1), callbacks=[recorder])

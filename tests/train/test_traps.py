@@ -145,6 +145,7 @@ def test_adapters_alone(tmp_path, world, family):
     world.check(family, recorder.gradients, recorder.weights)
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path, world, preloaded):
     two = {
         # Of themselves they would not find each other here: the Trainer takes "no device named" for one process.
