@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kdcache.terminal import one_line
+
 
 def render_table(columns: Mapping[str, tuple[str, str]], rows: Sequence[Any], *, markdown: bool = False) -> str:
     """Return ``rows`` as a table. ``columns`` maps attributes of a row to (heading, format specification).
@@ -24,7 +26,7 @@ def render_table(columns: Mapping[str, tuple[str, str]], rows: Sequence[Any], *,
 
 
 def _cell(value: Any, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    return "-" if value is None else one_line(format(value, form))
 
 
 def _aligned(line: Sequence[str], widths: Sequence[int], left: Sequence[bool]) -> str:

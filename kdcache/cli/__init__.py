@@ -14,6 +14,7 @@ import sys
 
 import click
 
+from kdcache import terminal
 from kdcache.errors import KdcacheError, did_you_mean
 
 #: Every command: its module and its one-line help, kept here so that listing them imports nothing.
@@ -83,19 +84,25 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Else pydantic asks every installed package for plugins, which takes 10 ms at the start of each command.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    with terminal.guarded():
+        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+        _run()
+
+
+def _run() -> None:
+    """Run the command; turn errors of users into a message and an exit code."""
     try:
         cli(prog_name="kdcache", standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
-        error.show()
+        error.show(file=sys.stderr)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted. Finished work is kept; run the same command again to resume.", err=True)
+        terminal.echo("Interrupted. Finished work is kept; run the same command again to resume.", err=True)
         sys.exit(130)
     except KdcacheError as error:
-        click.echo(f"Error: {error}", err=True)
+        terminal.echo_error(str(error))
         sys.exit(1)
     except BrokenPipeError:
         # Whatever reads the output (head, less) has closed it: not an error.
@@ -103,7 +110,7 @@ def main() -> None:
         sys.exit(0)
     except OSError as error:  # full disk, missing permission, lost network
         path = f"{error.filename}: " if error.filename else ""
-        click.echo(f"Error: {path}{error.strerror or error}", err=True)
+        terminal.echo_error(f"{path}{error.strerror or error}")
         sys.exit(1)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from kdcache import terminal
 from kdcache.cli import options, settings
 from kdcache.codecs import TOPK_CODECS, VECTOR_CODECS
 from kdcache.presets import PRESETS
@@ -147,14 +148,14 @@ def command(
     if dry_run:
         estimate = preview_dump(config, progress=not quiet)
         if as_json:
-            options.echo_json(estimate.to_dict())
+            terminal.echo_json(estimate.to_dict())
         else:
             _echo_estimate(estimate)
         return
     result = dump_teacher(config, progress=not quiet)
     manifest = result.manifest
     if as_json:
-        options.echo_json(
+        terminal.echo_json(
             {
                 "output": result.output,
                 "num_positions": manifest.num_positions,
@@ -169,11 +170,11 @@ def command(
         )
         return
     if result.num_positions_written == 0:
-        click.echo(f"{result.output} is complete already; nothing was written.")
+        terminal.echo(f"{result.output} is complete already; nothing was written.")
         return
     unit = TASKS[manifest.task].unit
     rows = "positions" if unit == "token" else "rows"
-    click.echo(
+    terminal.echo(
         f"Wrote {result.num_positions_written:,} {rows} in {result.num_shards_written} shards to {result.output}: "
         f"{options.human_bytes(manifest.num_bytes)}, {manifest.bytes_per_token:.1f} bytes/{unit}, "
         f"{result.num_positions_written / max(result.teacher_s, 1e-9):,.0f} {unit}s/s."
@@ -181,16 +182,16 @@ def command(
     corpus = manifest.corpus
     short = "had a single token" if manifest.task == "causal-lm" else "were too short"
     if corpus.num_empty or corpus.num_too_short:
-        click.echo(
+        terminal.echo(
             f"Of {corpus.num_documents:,} documents {corpus.num_empty:,} were empty and {corpus.num_too_short:,} "
             f"{short}; they were left out."
         )
     if corpus.num_truncated:
-        click.echo(f"{corpus.num_truncated:,} documents were truncated to --max-length.")
+        terminal.echo(f"{corpus.num_truncated:,} documents were truncated to --max-length.")
 
 
 def _echo_estimate(estimate: Any) -> None:
-    options.echo_rows(
+    terminal.echo_rows(
         [
             (
                 "documents",
@@ -207,4 +208,4 @@ def _echo_estimate(estimate: Any) -> None:
             ("time", options.human_seconds(estimate.eta_s)),
         ]
     )
-    click.echo(f"Nothing was written; run it without --dry-run to fill {estimate.output}.")
+    terminal.echo(f"Nothing was written; run it without --dry-run to fill {estimate.output}.")

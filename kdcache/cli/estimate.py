@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from kdcache import terminal
 from kdcache.cli import dump_teacher, options, settings
 from kdcache.presets import PRESETS
 
@@ -78,17 +79,17 @@ def command(
     config = load(DumpConfig, file=config_file, assignments=assignments, options=nested)
     result = estimate_presets(config, num_positions=positions, presets=preset, progress=not quiet)
     if as_json:
-        options.echo_json(result.to_dict())
+        terminal.echo_json(result.to_dict())
         return
-    click.echo(
+    terminal.echo(
         f"{result.teacher}: loss {result.teacher_loss:.3f} nats, {result.teacher_tokens_per_s:,.0f} tokens/s; "
         f"{result.num_documents:,} documents, {result.num_positions:,} positions; pilot of {result.pilot_positions:,}\n"
     )
     _echo_table([_row(item) for item in result.presets if item.measurement is not None])
     _echo_notes(result.presets)
-    click.echo("\nWhat a student may use (train-student --set objective...):\n")
+    terminal.echo("\nWhat a student may use (train-student --set objective...):\n")
     _echo_choices(result.presets)
-    click.echo("\nNothing was written; to make a cache, run kdcache dump-teacher --preset NAME.")
+    terminal.echo("\nNothing was written; to make a cache, run kdcache dump-teacher --preset NAME.")
 
 
 def _row(item: Any) -> dict[str, str]:
@@ -117,17 +118,17 @@ def _echo_table(rows: list[dict[str, str]]) -> None:
 
     if rows:
         columns = {name: (name, "s" if name == "preset" else ">s") for name in rows[0]}
-        click.echo(render_table(columns, [SimpleNamespace(**row) for row in rows]))
+        terminal.echo(render_table(columns, [SimpleNamespace(**row) for row in rows]))
 
 
 def _echo_notes(presets: list[Any]) -> None:
     files = {name: size for item in presets for name, size in item.cache_files.items()}
     if files:
         listed = ", ".join(f"{name} {options.human_bytes(size)}" for name, size in files.items())
-        click.echo(f"\nOnce per cache that has it, not in the sizes above: {listed}.")
+        terminal.echo(f"\nOnce per cache that has it, not in the sizes above: {listed}.")
     for item in presets:
         if item.unavailable is not None:
-            click.echo(f"\n{item.name} is not available: {item.unavailable}")
+            terminal.echo(f"\n{item.name} is not available: {item.unavailable}")
 
 
 def _echo_choices(presets: list[Any]) -> None:
@@ -137,7 +138,7 @@ def _echo_choices(presets: list[Any]) -> None:
         if item.measurement is not None:
             groups.setdefault("\n".join(_choice_lines(item.choices)), []).append(item.name)
     for text, names in groups.items():
-        click.echo(f"{', '.join(names)}\n{text}")
+        terminal.echo(f"{', '.join(names)}\n{text}")
 
 
 def _choice_lines(choices: list[Any]) -> list[str]:

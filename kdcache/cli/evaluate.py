@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import click
 
+from kdcache import terminal
 from kdcache.cli import options
 
 _EPILOG = """\b
@@ -88,6 +89,6 @@ def command(
         progress=not quiet,
     )
     if as_json:
-        options.echo_json(evaluation.to_dict())
+        terminal.echo_json(evaluation.to_dict())
     else:
-        click.echo(evaluation.table(markdown=markdown))
+        terminal.echo(evaluation.table(markdown=markdown))

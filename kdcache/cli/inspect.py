@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from kdcache import terminal
 from kdcache.cli import options
 from kdcache.schema import Manifest, OutputsRecord, TargetsRecord, TeacherRecord
 
@@ -24,7 +25,7 @@ def command(cache: str, as_json: bool) -> None:
     opened = open_cache(cache)
     description = inspect_cache(opened)
     if as_json:
-        options.echo_json(description)
+        terminal.echo_json(description)
         return
     manifest, totals = opened.manifest, description["totals"]
     teacher, corpus, unit = manifest.teacher, manifest.corpus, _unit(manifest.task)
@@ -55,7 +56,7 @@ def command(cache: str, as_json: bool) -> None:
     rows += [("transcoded", text) for text in _transcoded(manifest.provenance)]
     if corpus.metadata_columns:
         rows.insert(6, ("metadata", ", ".join(corpus.metadata_columns)))
-    options.echo_rows(rows)
+    terminal.echo_rows(rows)
 
 
 def _unit(task: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -62,20 +61,8 @@ def settings_tree(values: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def echo_json(data: Any) -> None:
-    """Print ``data`` as JSON."""
-    click.echo(json.dumps(data, indent=2, default=str))
-
-
-def echo_rows(rows: list[tuple[str, Any]]) -> None:
-    """Print aligned ``name  value`` lines."""
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        click.echo(f"{name.ljust(width)}  {value}")
-
-
 def known_row(name: str, value: float | None, form: str, unit: str = "") -> list[tuple[str, str]]:
-    """Return a line for `echo_rows` with a number in a format; none where it is not known."""
+    """Return a line for `kdcache.terminal.echo_rows` with a number in a format; none where it is not known."""
     return [] if value is None else [(name, f"{value:{form}}{unit}")]
 
 

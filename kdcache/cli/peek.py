@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from kdcache import terminal
 from kdcache.cli import options
 
 _EPILOG = """\b
@@ -52,12 +53,13 @@ def command(cache: str, sequence: int, positions: str | None, select: str, count
     chosen = _parse_positions(positions)
     result = peek_cache(cache, sequence, positions=chosen, select=select, count=count, top=top)
     if as_json:
-        options.echo_json(result.to_dict())
+        terminal.echo_json(result.to_dict())
         return
     metadata = {key: value for key, value in result.metadata.items() if key not in ("token_hash", "sequence")}
-    click.echo(f"sequence {sequence}: " + ", ".join(f"{key} {_short(value)}" for key, value in metadata.items()))
-    click.echo()
-    click.echo(result.render())
+    shown = ", ".join(f"{key} {_short(value)}" for key, value in metadata.items())
+    terminal.echo(terminal.one_line(f"sequence {sequence}: {shown}"))
+    terminal.echo()
+    terminal.echo(result.render())
 
 
 def _parse_positions(text: str | None) -> list[int]:

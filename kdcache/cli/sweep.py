@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kdcache import terminal
 from kdcache.cli import options
 
 if TYPE_CHECKING:
@@ -47,16 +48,16 @@ def command(file: str, jobs: int | None, dry_run: bool, as_json: bool, quiet: bo
     if dry_run:
         plan = preview_sweep(config)
         if as_json:
-            options.echo_json(plan.to_dict())
+            terminal.echo_json(plan.to_dict())
         else:
             _echo_plan(plan)
         return
     result = sweep_students(config, progress=not quiet)
     if as_json:
-        options.echo_json(result.to_dict())
+        terminal.echo_json(result.to_dict())
     else:
-        click.echo(result.table())
-        click.echo(f"\nThe students are in {config.output}.{_about_plot(result)}")
+        terminal.echo(result.table())
+        terminal.echo(f"\nThe students are in {config.output}.{_about_plot(result)}")
     if result.failures:
         sys.exit(1)
 
@@ -73,12 +74,12 @@ def _echo_plan(plan: SweepPlan) -> None:
     for run in plan.runs:
         changes = ", ".join(f"{key}={value}" for key, value in run.variation.changes.items())
         objective = " + ".join(f"{_weight(part.weight)} {name}" for name, part in run.objective.parts.items())
-        click.echo(f"{run.name} ({run.state})")
-        click.echo(f"  {changes or 'as base'}; objective {objective}")
-        click.echo(f"  {run.num_parameters:,} parameters, {run.steps:,} steps, {run.num_positions:,} positions")
+        terminal.echo(f"{run.name} ({run.state})")
+        terminal.echo(f"  {changes or 'as base'}; objective {objective}")
+        terminal.echo(f"  {run.num_parameters:,} parameters, {run.steps:,} steps, {run.num_positions:,} positions")
     steps, positions = (sum(getattr(run, name) for run in plan.runs) for name in ("steps", "num_positions"))
     held_out = "no held-out cache" if plan.held_out is None else f"evaluated on {plan.held_out[0]}"
-    click.echo(
+    terminal.echo(
         f"\n{len(plan.runs)} students, {steps:,} steps, {positions:,} positions; {held_out}. Nothing was trained."
     )
 

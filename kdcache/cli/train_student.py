@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kdcache import terminal
 from kdcache.cli import options
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def command(
         if not is_first:
             return
         if as_json:
-            options.echo_json(report.to_dict())
+            terminal.echo_json(report.to_dict())
         else:
             _echo_report(report)
         return
@@ -109,10 +110,10 @@ def command(
     if not is_first:
         return
     if as_json:
-        options.echo_json(dataclasses.asdict(result))
+        terminal.echo_json(dataclasses.asdict(result))
         return
     losses = ", ".join(f"{name} {value:.4f}" for name, value in result.losses.items())
-    click.echo(
+    terminal.echo(
         f"Trained {result.steps:,} steps in {options.human_seconds(result.seconds)} ({result.tokens_per_s:,.0f} "
         f"tokens/s, {result.data_wait:.1%} of the time waiting for data); last losses: {losses}. The student is in "
         f"{result.output}."
@@ -152,7 +153,7 @@ def _echo_report(report: TrainingReport) -> None:
     sample, memory, speed = report.sample, report.memory, report.speed
     assert speed is not None
     of = "" if memory.available_bytes is None else f" of {options.human_bytes(memory.available_bytes)}"
-    options.echo_rows(
+    terminal.echo_rows(
         [
             ("student", f"{report.student}, {report.num_parameters:,} parameters"),
             ("to train", f"{report.num_trainable_parameters:,} parameters, learning rate {report.learning_rate:g}"),
@@ -170,9 +171,9 @@ def _echo_report(report: TrainingReport) -> None:
             ("output", f"{report.output} (nothing was written)"),
         ]
     )
-    click.echo("\n" + render_table(_TERM_COLUMNS, [_TermRow(term) for term in report.terms]))
+    terminal.echo("\n" + render_table(_TERM_COLUMNS, [_TermRow(term) for term in report.terms]))
     for warning in report.warnings:
-        click.echo(f"\nwarning: {warning}")
+        terminal.echo(f"\nwarning: {warning}")
 
 
 def _sample_row(sample: SampleReport) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from kdcache import terminal
 from kdcache.cli import options, settings
 from kdcache.codecs import TOPK_CODECS, VECTOR_CODECS
 from kdcache.schema import KINDS
@@ -93,13 +94,13 @@ def command(
     if dry_run:
         estimate = preview_transcoding(config)
         if as_json:
-            options.echo_json(estimate.to_dict())
+            terminal.echo_json(estimate.to_dict())
         else:
             _echo_estimate(estimate)
         return
     result = transcode_cache(config, check=not no_verify, progress=not quiet)
     if as_json:
-        options.echo_json(result.to_dict())
+        terminal.echo_json(result.to_dict())
     else:
         _echo_result(result)
 
@@ -108,9 +109,9 @@ def _echo_result(result: Any) -> None:
     manifest, speed = result.manifest, result.num_positions_written / max(result.elapsed_s, 1e-9)
     checked = " Every byte was read again and is as written." if result.verified else ""
     if result.num_positions_written == 0:
-        click.echo(f"{result.output} is complete already; nothing was written.{checked}")
+        terminal.echo(f"{result.output} is complete already; nothing was written.{checked}")
         return
-    click.echo(
+    terminal.echo(
         f"Wrote {result.num_positions_written:,} positions in {result.num_shards_written} shards to {result.output}: "
         f"{options.human_bytes(manifest.num_bytes)}, {manifest.bytes_per_token:.1f} bytes/token (source "
         f"{result.source_bytes_per_token:.1f}), {speed:,.0f} tokens/s.{checked}"
@@ -128,5 +129,5 @@ def _echo_estimate(estimate: Any) -> None:
         *((f"  {name}", f"{size:.1f}") for name, size in estimate.field_bytes_per_token.items()),
         ("size", options.human_bytes(estimate.total_bytes)),
     ]
-    options.echo_rows(rows)
-    click.echo(f"Nothing was written; run it without --dry-run to fill {estimate.output}.")
+    terminal.echo_rows(rows)
+    terminal.echo(f"Nothing was written; run it without --dry-run to fill {estimate.output}.")

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from kdcache import terminal
 from kdcache.cli import options
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -60,9 +61,9 @@ def run(source: str, target: str, given: dict[str, Any]) -> None:
         progress=not given["quiet"],
     )
     if given["as_json"]:
-        options.echo_json(result.to_dict())
+        terminal.echo_json(result.to_dict())
     else:
-        click.echo(_summary(result))
+        terminal.echo(_summary(result))
 
 
 def _summary(result: Any) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from kdcache import terminal
 from kdcache.cli import options
 
 _EPILOG = """\b
@@ -63,7 +64,7 @@ def command(
         )
         check = verify_against_teacher(opened, against_teacher, teacher=config, progress=not quiet)
     if as_json:
-        options.echo_json(
+        terminal.echo_json(
             {
                 "path": report.path,
                 "ok": report.ok and (check is None or check.ok),
@@ -95,12 +96,12 @@ def _advice(report: Any) -> str:
 
 def _echo(report: Any, check: Any) -> None:
     for problem in report.problems:
-        click.echo(f"PROBLEM {problem}")
+        terminal.echo(f"PROBLEM {problem}")
     if report.problems:
-        click.echo(f"{len(report.problems)} problems in {report.path}. {_advice(report)}")
+        terminal.echo(f"{len(report.problems)} problems in {report.path}. {_advice(report)}")
         return
     kind = "bytes and content are" if report.deep else "every byte is"
-    click.echo(
+    terminal.echo(
         f"{report.path}: {kind} as written ({report.num_objects} files, {options.human_bytes(report.num_bytes)})."
     )
     if check is None:
@@ -123,14 +124,14 @@ def _echo(report: Any, check: Any) -> None:
     if check.top1_agreement is not None:
         parts.append(f"top-1 agreement {check.top1_agreement:.4f}")
     where = f"{check.num_sequences} sequences ({check.num_positions:,} positions)"
-    click.echo(f"Teacher over {where}: {', '.join(parts)}.")
+    terminal.echo(f"Teacher over {where}: {', '.join(parts)}.")
     if check.samples_excess is not None:
-        click.echo(
+        terminal.echo(
             f"Samples: mean surprise off by {check.samples_excess:.2e} nats (allowed "
             f"{check.allowed_samples_excess:.0e})."
         )
     if check.states_error is not None:
-        click.echo(
+        terminal.echo(
             f"Last hidden states: relative difference {check.states_error:.2e} (allowed "
             f"{check.allowed_states_error:.0e})."
         )

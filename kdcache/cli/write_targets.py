@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from kdcache import terminal
 from kdcache.cli import options, settings
 
 _EPILOG = """\b
@@ -99,18 +100,18 @@ def command(
         return
     result = write_targets(config, progress=not quiet)
     if as_json:
-        options.echo_json(result.to_dict())
+        terminal.echo_json(result.to_dict())
         return
     _echo_result(result)
 
 
 def _echo_estimate(estimate: Any, as_json: bool) -> None:
     if as_json:
-        options.echo_json(estimate.to_dict())
+        terminal.echo_json(estimate.to_dict())
         return
     for example in estimate.examples:
-        click.echo(f"input      {' '.join(example['input'].split())[:200]}\ntarget     {example['target']}\n")
-    options.echo_rows(
+        terminal.echo(f"input      {' '.join(example['input'].split())[:200]}\ntarget     {example['target']}\n")
+    terminal.echo_rows(
         [
             ("documents", f"{estimate.num_documents:,} ({estimate.num_done:,} written already)"),
             ("truncated inputs", f"{estimate.pilot.num_cut_inputs:,} of {estimate.num_pilot:,} (pilot)"),
@@ -119,15 +120,15 @@ def _echo_estimate(estimate: Any, as_json: bool) -> None:
             ("time", options.human_seconds(estimate.eta_s)),
         ]
     )
-    click.echo(f"Nothing was written; run it without --dry-run to fill {estimate.output}.")
+    terminal.echo(f"Nothing was written; run it without --dry-run to fill {estimate.output}.")
 
 
 def _echo_result(result: Any) -> None:
     counts = result.counts
     if counts.num_written == 0:
-        click.echo(f"{result.output} is complete already; nothing was written.")
+        terminal.echo(f"{result.output} is complete already; nothing was written.")
         return
-    click.echo(
+    terminal.echo(
         f"Wrote {counts.num_written:,} of {result.num_documents:,} lines to {result.output}: {counts.num_tokens:,} "
         f"tokens, {counts.num_tokens / max(result.seconds, 1e-9):,.0f} tokens/s."
     )
@@ -137,4 +138,4 @@ def _echo_result(result: Any) -> None:
         (counts.num_cut_targets, "texts were stopped at --max-target-length"),
     ):
         if number:
-            click.echo(f"{number:,} {words}.")
+            terminal.echo(f"{number:,} {words}.")

@@ -28,6 +28,7 @@ from kdcache.evaluate import Evaluation, evaluate_students, weight_bytes
 from kdcache.json_files import finite
 from kdcache.students.run_file import read_run
 from kdcache.sweep.results import HeldOut, Outcome, StudentResult, SweepFailure, read_result, write_result
+from kdcache.terminal import guarded
 from kdcache.train import Distiller, TrainConfig, TrainResult, train_student
 
 #: Least seconds between two messages about the steps of a student.
@@ -70,10 +71,11 @@ def serve(connection: Connection, num_threads: int) -> None:
     """Receive jobs, and send the steps done and then the outcome of each; None and SIGTERM end it."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # an orderly exit leaves no semaphore behind
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     torch.set_num_threads(num_threads)
-    while (job := connection.recv()) is not None:
-        connection.send(_outcome(job, connection.send))
+    with guarded():
+        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+        while (job := connection.recv()) is not None:
+            connection.send(_outcome(job, connection.send))
 
 
 def _end_with_parent() -> None:
