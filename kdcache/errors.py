@@ -53,6 +53,12 @@ class CorruptCacheError(CacheError):
     """Bytes of a cache that differ from what its manifest describes."""
 
 
+def shortened(text: object, length: int = 80) -> str:
+    """Return ``text`` in at most ``length`` characters, for an error: a stranger's text or name may be of any size."""
+    whole = str(text)
+    return whole if len(whole) <= length else f"{whole[: length - 3]}..."
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """Return ``unknown loss 'x'; did you mean 'y'?``, or the list of ``known`` names if none is similar."""
     return f"unknown {kind} {name!r}; {did_you_mean(str(name), known)}"

@@ -8,7 +8,6 @@ not depend on the order of reading.
 from __future__ import annotations
 
 import os
-import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -26,6 +25,7 @@ from kdcache.cache.gather import Piece, join, runs_of
 from kdcache.cache.open_shards import OpenShards
 from kdcache.cache.order import NUM_STREAMS, Order, SequentialOrder, ShuffledOrder
 from kdcache.cache.prefetch import Prefetcher
+from kdcache.cache.private_copy import private_copy
 from kdcache.cache.shards import FieldArrays, ShardArrays
 from kdcache.cache.tail_prior import read_prior
 from kdcache.cache.truncate import cut_targets, with_top_k
@@ -101,8 +101,6 @@ class Cache:
         self._shards.clear()
         for name in ("_sequences", "_plan"):  # those that were used
             self.__dict__.pop(name, None)
-        if "_tokenizer_copy" in self.__dict__:
-            self._tokenizer_copy.cleanup()
 
     def __len__(self) -> int:
         return self.manifest.num_sequences
@@ -208,18 +206,12 @@ class Cache:
         return files["tokenizer.json"].decode()
 
     def tokenizer_dir(self) -> Path:
-        """Return a local directory with the teacher's tokenizer files (a copy when the cache is remote)."""
-        files = self._tokenizer_files()
-        local = self.folder.local_path
-        if local is not None:
-            return local / layout.TOKENIZER
-        for name, data in files.items():
-            Path(self._tokenizer_copy.name, name).write_bytes(data)
-        return Path(self._tokenizer_copy.name)
+        """Return a local directory with the teacher's tokenizer files; it is removed when the process ends.
 
-    @cached_property
-    def _tokenizer_copy(self) -> tempfile.TemporaryDirectory[str]:
-        return tempfile.TemporaryDirectory(prefix="kdcache-tokenizer-")
+        It holds copies of the files that the manifest records, checked against their hashes, and nothing else: loaders
+        read whatever lies in the directory that they are given.
+        """
+        return private_copy(self._tokenizer_files(), "kdcache-tokenizer-")
 
     def _tokenizer_files(self) -> dict[str, bytes]:
         """Return the tokenizer's files by name, checked against their hashes."""

@@ -86,7 +86,7 @@ def _advice(report: Any) -> str:
     advice = []
     if report.num_rewritable:
         advice.append("To repair plan.parquet, tokenizer files and LM head, run the command that made the cache again.")
-    if len(report.problems) > report.num_rewritable:
+    if len(report.problems) > report.num_rewritable + len(report.unlisted):
         advice.append(
             "To repair a shard, copy its files again; or delete its commit record and the manifest, and run the same "
             "dump-teacher command again."

@@ -104,7 +104,8 @@ def open_hub(name: str, config: str | None, split: str, text_field: str) -> Tabl
 
     try:
         with _quiet():
-            dataset = datasets.load_dataset(name, config, split=split)
+            # Versions below 4 would ask on standard input whether to run the script of a data set.
+            dataset = datasets.load_dataset(name, config, split=split, trust_remote_code=False)
     except OSError as error:  # unknown names, refused access and all network failures
         raise CorpusError(
             f"cannot load {label} from the Hugging Face hub: {error}. Check the name and the network; "

@@ -18,10 +18,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from kdcache.cache import Cache
-from kdcache.errors import CacheError, ConfigError
+from kdcache.errors import ConfigError
 from kdcache.evaluate.measures import Metrics
 from kdcache.models.generation import write_all
-from kdcache.models.loading import load_tokenizer
+from kdcache.models.loading import load_cache_tokenizer
 from kdcache.schema import Sequence
 from kdcache.students import Student
 from kdcache.tasks.seq2seq_lm import Seq2SeqLM, source_of, target_of
@@ -106,7 +106,7 @@ def scores(texts: SequenceOf[str], references: SequenceOf[str]) -> Metrics:
 
 def _targets(cache: Cache, sequences: list[Sequence]) -> list[str]:
     """Return the targets of the cache as texts."""
-    tokenizer = load_tokenizer(str(cache.tokenizer_dir()), error=CacheError)
+    tokenizer = load_cache_tokenizer(cache.tokenizer_dir())
     tokens = [target_of(sequence).tolist() for sequence in sequences]
     return [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in tokens]
 

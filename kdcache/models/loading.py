@@ -1,13 +1,19 @@
 """Load the model of a task and its tokenizer from a hub id, a directory or a GGUF file.
 
 Teachers and students are loaded here, so that both report the same mistakes in the same words. Code from model
-repositories never runs: a cache may name the model, and may contain the tokenizer, of somebody you do not know. Every
-load passes ``trust_remote_code=False``; without it transformers would ask on standard input.
+repositories never runs: a cache may name the model, and may contain the tokenizer, of somebody you do not know.
+
+- Every load passes ``trust_remote_code=False``; without it transformers would ask on standard input. A model or a
+  tokenizer that transformers has a class for is loaded with that class, and the reference to the other one (auto_map)
+  is dropped, so that no student that is saved hands it on. Others are refused.
+- Pickled weights are read by torch's unpickler for weights alone (``weights_only``), which runs no code.
+- Attention from another repository, which is compiled code, and weights outside the model's directory are refused.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import warnings
@@ -15,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.errors import ConfigError, KdcacheError, did_you_mean
+from kdcache.errors import CacheError, ConfigError, KdcacheError, did_you_mean, shortened
 
 if TYPE_CHECKING:
     import torch
@@ -119,6 +125,7 @@ def load_model(
                 output_loading_info=True,
             )
     _check_whole(report, model, name, task, error, may_lack_head)
+    vars(model.config).pop("auto_map", None)
     if task.body == "pooled":
         from kdcache.models.pooling import drop_pooler
 
@@ -131,19 +138,48 @@ def check_loadable(
 ) -> Any:
     """Return the configuration of ``name``, and raise ``error`` when that is no model of ``task`` by its files."""
     _check_not_an_adapter(name, error)
+    _check_weight_files(name, error)
     config = load_config(name, revision=revision, error=error)
     _check_architecture(config, task, name, error)
     return config
 
 
 def load_config(name: str, *, revision: str | None = None, error: type[KdcacheError] = KdcacheError) -> Any:
-    """Load the configuration of ``name`` alone; raises ``error`` if it has none."""
+    """Load the configuration of ``name`` alone; raises ``error`` if it has none, or if it asks for foreign code."""
     import transformers
 
     with _readable_failures(name, error), quiet():
-        return transformers.AutoConfig.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
             **source_arguments(name), **_NO_FOREIGN_CODE, revision=revision or "main"
         )
+    check_no_kernels(config, name, error)
+    return config
+
+
+def check_no_kernels(config: Any, name: str, error: type[KdcacheError]) -> None:
+    """Raise ``error`` for a configuration that names attention from a repository: transformers would download it."""
+    for part in (config, *vars(config).values()):
+        wanted = getattr(part, "_attn_implementation", None)
+        if isinstance(wanted, str) and "/" in wanted:
+            raise error(
+                f"{name} asks for compiled code from a repository (attn_implementation {shortened(wanted)} in its config.json), "
+                "which kdcache never runs; remove this setting"
+            )
+
+
+def _check_weight_files(name: str, error: type[KdcacheError]) -> None:
+    """Raise ``error`` for an index whose weights do not lie beside it; transformers would read them anywhere."""
+    for index in Path(name).glob("*.index.json"):
+        try:
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            continue  # transformers says what is wrong with an index that it needs
+        for file in sorted(map(str, files)):
+            if file in ("", ".", "..") or set(file) & set("/\\:"):
+                raise error(
+                    f"{index} names the weights {shortened(file)}, which are no file of {name}; kdcache reads no other "
+                    "files; download the model again"
+                )
 
 
 def _check_whole(
@@ -173,12 +209,28 @@ def _check_whole(
         )
 
 
-def load_tokenizer(name: str, *, revision: str | None = None, error: type[KdcacheError] = KdcacheError) -> Any:
-    """Load the tokenizer of ``name``; raises ``error`` if it has none."""
-    from transformers import AutoTokenizer
+def load_tokenizer(
+    name: str,
+    *,
+    revision: str | None = None,
+    error: type[KdcacheError] = KdcacheError,
+    described: str | None = None,
+) -> Any:
+    """Load the tokenizer of ``name``, which errors call ``described``; raises ``error`` if it has none."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-    with _readable_failures(name, error), quiet():
-        return AutoTokenizer.from_pretrained(**source_arguments(name), **_NO_FOREIGN_CODE, revision=revision or "main")
+    described = described or name
+    with _readable_failures(name, error, described), quiet():
+        found = AutoTokenizer.from_pretrained(**source_arguments(name), **_NO_FOREIGN_CODE, revision=revision or "main")
+    if not isinstance(found, PreTrainedTokenizerBase):  # such as the pair of tokenizers of RAG
+        raise error(f"{described} has a {type(found).__name__}, which is no tokenizer of texts; use another model")
+    found.init_kwargs.pop("auto_map", None)
+    return found
+
+
+def load_cache_tokenizer(directory: str | Path) -> Any:
+    """Load the tokenizer of a cache from its ``tokenizer_dir()``; raises ``CacheError``."""
+    return load_tokenizer(str(directory), error=CacheError, described="the tokenizer of the cache")
 
 
 def _check_not_an_adapter(name: str, error: type[KdcacheError]) -> None:
@@ -207,30 +259,36 @@ def _check_architecture(config: Any, task: Task, name: str, error: type[KdcacheE
 
 
 @contextlib.contextmanager
-def _readable_failures(name: str, error: type[KdcacheError]) -> Iterator[None]:
+def _readable_failures(name: str, error: type[KdcacheError], described: str | None = None) -> Iterator[None]:
+    described = described or name
     try:
         yield
     except KdcacheError:
         raise
     except ImportError as failure:
         hint = "; install it with pip install 'kdcache[gguf]'" if name.endswith(".gguf") else ""
-        raise error(f"{name} needs a package that is not installed: {first_line(failure)}{hint}") from None
+        raise error(f"{described} needs a package that is not installed: {first_line(failure)}{hint}") from None
     except Exception as failure:  # transformers, tokenizers, safetensors and the hub client have no common base
         if "trust_remote_code" in str(failure):
             raise error(
-                f"{name} needs Python code from its own repository (auto_map in its JSON files), which kdcache never "
+                f"{described} needs Python code from its own repository (auto_map in its JSON files), which kdcache never "
                 "runs; use a model whose architecture and tokenizer the installed transformers has"
+            ) from None
+        if "weights_only" in str(failure):
+            raise error(
+                f"the weights of {described} are pickled with more than tensors, which may be code, and kdcache never runs "
+                "it; use a copy of the model in safetensors"
             ) from None
         if "ignore_mismatched_sizes" in str(failure):  # its message is advice; the shapes are only logged
             raise error(
-                f"the weights of {name} have other shapes than needed, such as a head with another number of classes; "
+                f"the weights of {described} have other shapes than needed, such as a head with another number of classes; "
                 "choose another model, or one without a head"
             ) from None
         looks_local = os.path.exists(name) or name.startswith((".", "/", "~")) or name.endswith(".gguf")
         if looks_local and not os.path.exists(name):
             raise error(f"there is no model at {name}") from None
         where = "" if looks_local else " (not a local path; as a hub id it could not be loaded either)"
-        raise error(f"cannot load {name}{where}: {first_line(failure)}") from None
+        raise error(f"cannot load {described}{where}: {first_line(failure)}") from None
 
 
 def first_line(failure: BaseException) -> str:

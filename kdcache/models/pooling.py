@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcache.errors import KdcacheError, TeacherError
+from kdcache.errors import KdcacheError, TeacherError, shortened
 
 #: Name of the linear layer among a model's modules.
 PROJECTION = "sentence_projection"
@@ -83,15 +84,30 @@ def modules_of(
 
     Raises ``error`` for a pooling that is not mean, cls or last, and for modules that cannot be run.
     """
+    try:
+        return _parse_modules(name, revision, error)
+    except (LookupError, TypeError, ValueError, AttributeError) as failure:
+        raise error(f"modules.json of {name} cannot be read: {shortened(failure)}; download the model again") from None
+
+
+def _parse_modules(name: str, revision: str | None, error: type[KdcacheError]) -> SentenceModules | None:
     modules = _read(name, "modules.json", revision)
     if modules is None:
         return None
     paths: dict[str, str] = {}
     for module in modules:
-        kind = str(module["type"]).rpartition(".")[2]
+        package, _, kind = str(module["type"]).rpartition(".")
+        path = str(module["path"])
+        if package.partition(".")[0] != "sentence_transformers":
+            raise error(
+                f"{name} has a module of its own Python code in modules.json ({shortened(module['type'])}), which "
+                "kdcache never runs; use another model"
+            )
         if kind not in ("Transformer", "Pooling", "Dense", "Normalize") or kind in paths:
             raise error(f"{name} has a module {kind} in modules.json that task embedding cannot run")
-        paths[kind] = str(module["path"])
+        if path.startswith("/") or set(path) & set("\\:") or ".." in path.split("/"):
+            raise error(f"{name} has a module in {shortened(path)} in modules.json, which is not in the model's folder")
+        paths[kind] = path
     settings = _read(name, f"{paths['Pooling']}/config.json", revision) if "Pooling" in paths else None
     if settings is None:
         return None
@@ -134,8 +150,13 @@ def load_projection(
     linear = nn.Linear(settings["in_features"], settings["out_features"], bias=settings.get("bias", True))
     try:
         linear.load_state_dict(_dense_weights(name, modules.dense, revision))
-    except (OSError, RuntimeError, ValueError) as failure:
-        raise error(f"the Dense layer of {name} cannot be loaded: {str(failure).splitlines()[0]}") from None
+    except pickle.UnpicklingError:
+        raise error(
+            f"the Dense layer of {name} is pickled with more than tensors, which may be code, and kdcache never runs "
+            "it; use a copy of the model in safetensors"
+        ) from None
+    except Exception as failure:  # torch, safetensors and the hub client have no common base
+        raise error(f"the Dense layer of {name} cannot be loaded: {shortened(failure)}") from None
     add_projection(model, nn.Sequential(linear, _ACTIVATIONS[activation]()))
 
 

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, set_seed
 
 from kdcache.config import read_yaml
 from kdcache.errors import ConfigError, StudentError, did_you_mean
-from kdcache.models.loading import first_line
+from kdcache.models.loading import check_no_kernels, first_line
 from kdcache.schema import Manifest
 from kdcache.students.config import StudentConfig
 from kdcache.students.sizes import SIZES, llama_config
@@ -113,7 +113,10 @@ def _hf_config(settings: dict[str, Any], path: str) -> Any:
         # A list of hundreds of architectures would not help.
         hint = hint if hint.startswith("did") else "transformers has no architecture of a similar name"
         raise StudentError(f"{path}: unknown model_type {model_type!r}; {hint}")
+    settings.pop("auto_map", None)  # names the code of a repository, which never runs
     try:
-        return AutoConfig.for_model(model_type, **settings)
+        config = AutoConfig.for_model(model_type, **settings)
     except Exception as error:  # configuration classes validate with exceptions of several libraries
         raise StudentError(f"{path}: {first_line(error)}") from None
+    check_no_kernels(config, path, StudentError)
+    return config

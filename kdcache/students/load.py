@@ -20,10 +20,18 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from kdcache.errors import CacheError, ConfigError, StudentError
+from kdcache.errors import ConfigError, StudentError
 from kdcache.models.bodies import Parts, context_length, fed, probe_inputs, split_for
 from kdcache.models.lm_head import LMHead
-from kdcache.models.loading import check_loadable, load_config, load_model, load_tokenizer, parse_dtype, quiet
+from kdcache.models.loading import (
+    check_loadable,
+    load_cache_tokenizer,
+    load_config,
+    load_model,
+    load_tokenizer,
+    parse_dtype,
+    quiet,
+)
 from kdcache.models.packing import keeps_documents_apart
 from kdcache.models.padding import depends_on_padding
 from kdcache.models.tokenizer import describe_difference, pad_id_of
@@ -140,7 +148,7 @@ def load_student(config: StudentConfig, manifest: Manifest, tokenizer_dir: str |
     of the cache's task, has another tokenizer, too few ids or too few positions; `ConfigError` for a configuration
     file that cannot be read.
     """
-    tokenizer = load_tokenizer(str(tokenizer_dir), error=CacheError)
+    tokenizer = load_cache_tokenizer(tokenizer_dir)
     name = config.model or config.config_file or f"of size {config.size}"
     task = task_of_student(config, manifest)
     if config.is_fresh:
@@ -173,7 +181,7 @@ def check_pretrained(config: StudentConfig, manifest: Manifest, tokenizer_dir: s
     _check_num_ids(getattr(found.get_text_config(), "vocab_size", None), manifest, config.model)
     own = own_tokenizer(config.model, config.revision)
     if own is not None:
-        _check_same_ids(own, load_tokenizer(str(tokenizer_dir), error=CacheError), config.model)
+        _check_same_ids(own, load_cache_tokenizer(tokenizer_dir), config.model)
 
 
 def _load_pretrained(config: StudentConfig, task: Task, manifest: Manifest, name: str) -> Any:
@@ -286,8 +294,8 @@ def own_tokenizer(name: str, revision: str | None = None) -> Any | None:
         return None
     try:
         return load_tokenizer(name, revision=revision, error=StudentError)
-    except StudentError:
-        if path.exists():
+    except StudentError as error:
+        if path.exists() or "Python code" in str(error):
             raise
         return None  # on the hub there is no cheaper way to find out
 

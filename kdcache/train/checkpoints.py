@@ -63,7 +63,7 @@ def load_weights(student: Student, checkpoint: str | Path) -> None:
         return
     model = student.model
     with quiet():
-        saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
+        saved = type(model).from_pretrained(checkpoint, dtype=model.dtype, trust_remote_code=False)
     if student.sentence is not None:
         load_projection(saved, str(checkpoint), error=StudentError)
     if getattr(model, "pooler", None) is None:

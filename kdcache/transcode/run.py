@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from kdcache.cache import CacheWriter, layout, open_cache
@@ -99,9 +98,7 @@ def _transcode(
 
 
 def _tokenizer_files(job: Transcoding) -> dict[str, bytes]:
-    folder = job.cache.tokenizer_dir()  # checked
-    names = [Path(record.path).name for record in job.cache.manifest.tokenizer_files]
-    return {name: (folder / name).read_bytes() for name in names}
+    return {path.name: path.read_bytes() for path in sorted(job.cache.tokenizer_dir().iterdir())}
 
 
 def _cache_files(job: Transcoding) -> dict[str, bytes]:

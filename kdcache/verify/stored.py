@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from kdcache.schema import (
     ShardRecord,
     token_hash,
 )
-from kdcache.storage.folder import Folder
+from kdcache.storage.folder import TEMPORARY, Folder
 
 Progress = Callable[[int, int], None]
 
@@ -51,6 +52,8 @@ class VerifyReport:
     problems: list[str] = field(default_factory=list)
     num_rewritable: int = 0
     """How many of the problems are of plan.parquet and the tokenizer's files, which a dump writes again."""
+    unlisted: list[str] = field(default_factory=list)
+    """Files beside the tokenizer that the manifest does not record; each is a problem."""
 
     @property
     def ok(self) -> bool:
@@ -78,6 +81,11 @@ def check_files(path: str, *, deep: bool = False, report_progress: Progress | No
         return report
     report.problems.extend(_check_rewritable(folder, manifest))
     report.num_rewritable = len(report.problems)
+    report.unlisted.extend(_unlisted(folder, manifest))
+    report.problems.extend(
+        f"file {name} is not recorded in {layout.MANIFEST}; kdcache never reads it, but other programs may: delete it"
+        for name in report.unlisted
+    )
     report.problems.extend(_check_records(folder, manifest))
     report.problems.extend(_check_prior(folder, manifest))
     cache = _open(folder, manifest, fingerprint, report) if deep else None
@@ -131,6 +139,20 @@ def _check_rewritable(folder: Folder, manifest: Manifest) -> Iterator[str]:
         problem = _check_object(folder, record, f"file that {layout.MANIFEST} records")
         if problem:
             yield problem
+
+
+def _unlisted(folder: Folder, manifest: Manifest) -> list[str]:
+    """Return the files beside the tokenizer that no record names, where the store can be listed.
+
+    Without hidden ones, which file managers leave behind and no loader of tokenizers reads.
+    """
+    recorded = {record.path for record in manifest.tokenizer_files}
+    try:
+        found = folder.names(layout.TOKENIZER)
+    except (CacheError, OSError):  # reading needs no right to list
+        return []
+    unlisted = [name for name in found if name not in recorded and not name.endswith(TEMPORARY)]
+    return [name for name in unlisted if not Path(name).name.startswith(".")]
 
 
 def _check_prior(folder: Folder, manifest: Manifest) -> Iterator[str]:
