@@ -6,7 +6,14 @@ READY = $(VENV)/.ready
 # Processes that tests are shared out to; a file stays in one, so that its fixtures are made once.
 JOBS ?= 2
 
-.PHONY: demo test test-slow coverage lint docs clean
+# What `make fuzz` tries; about half an hour on 2 cores.
+SEED ?= 0
+CORRUPTIONS ?= 10000
+MANIFESTS ?= 1000
+OPERATIONS ?= all
+KILLS ?= 100
+
+.PHONY: demo test test-slow fuzz coverage lint docs clean
 
 demo: $(READY)  ## dump a real teacher, train a student with and without it, compare (six to ten minutes on 2 cores)
 	PYTHON="$(CURDIR)/$(BIN)/python" pipelines/causal_lm/run.sh
@@ -16,6 +23,10 @@ test: $(READY)  ## the default tests: quick, no model files, no network; `make l
 
 test-slow: $(READY)  ## the tests that need the real embedded teacher, kill processes or take long
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 40
+
+fuzz: $(READY)  ## damage files and manifests, kill commands: docs/reliability.md; SEED, CORRUPTIONS, MANIFESTS, OPERATIONS, KILLS
+	$(BIN)/python -m tests.reliability --seed $(SEED) --jobs $(JOBS) --corruptions $(CORRUPTIONS) --manifests $(MANIFESTS) \
+		--operations $(OPERATIONS) --kills $(KILLS)
 
 coverage: $(READY)  ## lines and branches of kdcache/ that the default tests run; child processes are not counted
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --cov=kdcache --cov-branch \
