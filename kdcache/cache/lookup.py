@@ -58,7 +58,7 @@ class PlanTable:
     def _read(self, columns: Sequence[str] | None) -> None:
         import pyarrow.parquet as pq
 
-        file = pq.ParquetFile(pa.BufferReader(_checked_plan_table(self._folder, self._manifest)))
+        file = pq.ParquetFile(pa.BufferReader(checked_plan_table(self._folder, self._manifest)))
         self._schema = file.schema_arrow
         wanted = [n for n in self._schema.names if n not in self._columns and (columns is None or n in columns)]
         table = file.read(columns=wanted)
@@ -75,10 +75,11 @@ def read_plan_table(folder: Folder, manifest: Manifest) -> pa.Table:
     return PlanTable(folder, manifest).table()
 
 
-def _checked_plan_table(folder: Folder, manifest: Manifest) -> bytes:
+def checked_plan_table(folder: Folder, manifest: Manifest) -> bytes:
+    """Return the bytes of ``plan.parquet``; raise ``CorruptCacheError`` unless they have the recorded hash."""
     try:
-        data = folder.read(layout.PLAN_TABLE)
-    except FileNotFoundError:
+        data = folder.read(layout.PLAN_TABLE, max_bytes=layout.MAX_TABLE_BYTES)
+    except (FileNotFoundError, CorruptCacheError):
         data = b""
     if layout.sha256(data) != manifest.table_sha256:
         raise CorruptCacheError(

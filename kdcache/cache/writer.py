@@ -24,6 +24,7 @@ from kdcache.cache.tail_prior import TailPrior
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.fields import field_of
 from kdcache.schema import FieldRecord, Manifest, ObjectRecord, Plan, ShardRecord
+from kdcache.schema.names import is_name
 from kdcache.storage.folder import TEMPORARY, Folder
 from kdcache.storage.lease import WATCH_S, Lease
 
@@ -138,7 +139,7 @@ class CacheWriter:
         for name, data in files.items():
             wanted[name] = (data, recorded.get(name, layout.sha256(data)))
         for name, (data, digest) in wanted.items():
-            if self.folder.exists(name) and layout.sha256(self.folder.read(name)) == digest:
+            if self.folder.exists(name) and _sha256_of(self.folder, name) == digest:
                 continue
             if layout.sha256(data) == digest:
                 self.folder.write(name, data)
@@ -173,7 +174,7 @@ class CacheWriter:
         kept = {item.path for record in committed.values() for item in record.objects.values()}
         for directory in layout.object_directories(plan):
             for name in self.folder.names(directory):
-                if name not in kept:
+                if name not in kept and layout.is_object_name(name):
                     self.folder.remove(name)
         for directory in ("", layout.COMMITS, layout.TOKENIZER):
             for name in self.folder.names(directory):
@@ -258,8 +259,8 @@ def build_manifest(folder: Folder) -> Manifest:
     holes = [index for index, shard in enumerate(shards) if shard is None]
     if holes:
         raise CacheError(f"{folder} cannot be finished: {len(holes)} shards are missing, the first is {holes[0]}")
-    # What file managers and locks leave about begins with a dot.
-    tokenizer = [n for n in folder.names(layout.TOKENIZER) if not n.rpartition("/")[2].startswith(".")]
+    # File managers, locks and people leave other files there.
+    tokenizer = [name for name in folder.names(layout.TOKENIZER) if is_name(name.rpartition("/")[2])]
     return Manifest(
         **plan.model_dump(),
         shards=tuple(shard for shard in shards if shard is not None),
@@ -268,9 +269,16 @@ def build_manifest(folder: Folder) -> Manifest:
     )
 
 
+def _sha256_of(folder: Folder, name: str) -> str:
+    try:
+        return layout.sha256(folder.read(name, max_bytes=layout.MAX_TABLE_BYTES))
+    except CorruptCacheError:  # larger than anything that belongs there
+        return ""
+
+
 def _record_of(folder: Folder, name: str) -> ObjectRecord:
     try:
-        data = folder.read(name)
+        data = folder.read(name, max_bytes=layout.MAX_TABLE_BYTES)
     except FileNotFoundError:
         raise CacheError(f"{folder} cannot be finished: {name} is missing; dump it again into another output") from None
     return ObjectRecord(path=name, num_bytes=len(data), sha256=layout.sha256(data))

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ConfigDict, Field, NonNegativeInt, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from kdcache.config import Config
+from kdcache.schema.names import Name, ObjectPath, first_repeated
 
 FORMAT_VERSION = 2
 
@@ -23,6 +24,30 @@ KNOWN_FEATURES: frozenset[str] = frozenset()
 
 #: Columns that a writer adds to the per-sequence table; metadata of the corpus may not take their names.
 STATISTICS_COLUMNS = ("num_targets", "teacher_loss", "teacher_entropy", "kept_mass")
+
+#: Deepest nesting of the members that explain, such as provenance.
+MAX_DEPTH = 32
+
+#: A number of things: from 0 to what a float64 and JSON readers of other languages hold exactly.
+Count = Annotated[int, Field(ge=0, le=2**53)]
+
+
+def _check_depth(values: dict[str, Any]) -> dict[str, Any]:
+    level: list[Any] = [values]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return values
+    raise ValueError(f"is nested more than {MAX_DEPTH} levels deep")
+
+
+#: Members of any name and value, nested within bounds.
+JsonObject = Annotated[dict[str, Any], AfterValidator(_check_depth)]
 
 
 class Record(Config):
@@ -37,7 +62,7 @@ class WeightsIdentity(Record):
     kind: Literal["weights"] = "weights"
     sha256: str
     dtype: str
-    num_parameters: int
+    num_parameters: Count
 
 
 class EndpointIdentity(Record):
@@ -47,7 +72,7 @@ class EndpointIdentity(Record):
     model: str
     server: str
     server_version: str | None = None
-    sampling: dict[str, Any] = Field(default_factory=dict)
+    sampling: JsonObject = Field(default_factory=dict)
     """Settings of the requests that change the answers."""
 
 
@@ -67,12 +92,12 @@ class TeacherRecord(Record):
 
     name: str
     identity: Identity
-    vocab_size: int
+    vocab_size: Count
     """Rows of the teacher's LM head, padding included."""
     architecture: str | None = None
     """Class of the model; None where it is unknown, as for the next two."""
-    num_layers: int | None = None
-    hidden_size: int | None = None
+    num_layers: Count | None = None
+    hidden_size: Count | None = None
     revision: str | None = None
     backend: str = "transformers"
 
@@ -96,11 +121,11 @@ class TokenizerRecord(Record):
     """Which tokenizer made the ids: ``sha256`` covers vocabulary, merges, normalisation and special tokens."""
 
     sha256: str
-    vocab_size: int
+    vocab_size: Count
     """True vocabulary size; ids at or above it are padding rows of the teacher and never stored."""
-    bos_id: int | None
-    eos_id: int | None
-    pad_id: int | None
+    bos_id: Count | None
+    eos_id: Count | None
+    pad_id: Count | None
 
 
 class CorpusRecord(Record):
@@ -109,12 +134,12 @@ class CorpusRecord(Record):
     sources: tuple[str, ...]
     text_field: str
     fingerprint: str
-    num_documents: int
-    num_empty: int
-    num_too_short: int
+    num_documents: Count
+    num_empty: Count
+    num_too_short: Count
     metadata_columns: tuple[str, ...]
     licence: str | None = None
-    num_truncated: int = 0
+    num_truncated: Count = 0
     """Documents that were cut to fit into a sequence."""
 
 
@@ -137,13 +162,13 @@ class TargetsRecord(Record):
     """
 
     kind: Kind = "top-k"
-    top_k: int = Field(default=64, ge=0)
+    top_k: Count = 64
     """Most ids kept at a position, K."""
     min_prob: float = Field(default=0.0, ge=0, lt=1)
     """Ids of a smaller probability are not kept (the most probable one always is)."""
     min_mass: float = Field(default=1.0, gt=0, le=1)
     """The smallest set of most probable ids that has this mass is kept."""
-    num_samples: int = Field(default=0, ge=0)
+    num_samples: Count = 0
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of the samples."""
     temperatures: tuple[float, ...] = ()
@@ -177,7 +202,7 @@ class TargetsRecord(Record):
 class OutputsRecord(Record):
     """What the teacher's raw outputs at a row are: logits of classes, a score, or an embedding."""
 
-    width: int
+    width: Count
     """Numbers at every row."""
     labels: tuple[str, ...] = ()
     """Names of the classes, in order; none where the outputs are no logits of classes."""
@@ -199,10 +224,10 @@ class ArrayRecord(Record):
     ids of all positions. Both are stored column by column: the first ones of all positions, then the second ones.
     """
 
-    name: str
+    name: Name
     dtype: str
-    rows: str
-    shape: tuple[int, ...] = ()
+    rows: Name
+    shape: tuple[Count, ...] = ()
 
     @property
     def path(self) -> str:
@@ -228,10 +253,10 @@ def layer_field(layer: int) -> str:
 class FieldRecord(Record):
     """A group of arrays that is stored and read together, one object per shard; ``codec`` with all its parameters."""
 
-    name: str
+    name: Name
     kind: str
     """What the field is: ``tokens``, ``targets``, ``vectors``, or the kind of a plugin."""
-    codec: dict[str, Any]
+    codec: JsonObject
     arrays: tuple[ArrayRecord, ...]
     relative_error: float | None = None
     """Of hidden states: root mean square of |decoded - state| / |state| over the rows of a pilot."""
@@ -240,21 +265,21 @@ class FieldRecord(Record):
 class ObjectRecord(Record):
     """One immutable file of a shard; ``path`` is relative to the cache."""
 
-    path: str
-    num_bytes: int
+    path: ObjectPath
+    num_bytes: Count
     sha256: str
 
 
 class Statistics(Record):
     """Sums over the positions that count (loss mask 1), so that shards add up exactly."""
 
-    num_positions: int = 0
-    num_unlabelled: int = 0
+    num_positions: Count = 0
+    num_unlabelled: Count = 0
     """Positions for which the corpus has no answer, so that they have no loss."""
     teacher_loss_sum: float = 0.0
     entropy_sum: float = 0.0
     kept_mass_sum: float = 0.0
-    top1_correct: int = 0
+    top1_correct: Count = 0
 
     def __add__(self, other: Statistics) -> Statistics:
         mine, theirs = self.model_dump(), other.model_dump()
@@ -264,11 +289,11 @@ class Statistics(Record):
 class ShardRecord(Record):
     """The commit record of a shard, written after all of its objects: its presence makes the shard exist."""
 
-    index: int
-    attempt: str
-    num_rows: dict[str, NonNegativeInt]
+    index: Count
+    attempt: Name
+    num_rows: dict[Name, Count]
     """By axis: ``sequences``, ``tokens``, ``positions``, and every other axis of the shard's arrays."""
-    objects: dict[str, ObjectRecord]
+    objects: dict[Name, ObjectRecord]
     """By field name; ``sequences`` is the per-sequence Arrow table."""
     statistics: Statistics
 
@@ -311,20 +336,20 @@ class Plan(Record):
     tokenizer: TokenizerRecord
     corpus: CorpusRecord
     targets: TargetsRecord
-    sequences: dict[str, Any]
+    sequences: JsonObject
     """How documents became sequences (max_length, packing, ...)."""
     fields: tuple[FieldRecord, ...]
     outputs: OutputsRecord | None = None
     """What the field of raw outputs holds; None for a cache without one."""
-    num_sequences: int
-    num_positions: int
-    num_tokens: int
-    num_shards: int
-    shard_positions: int
+    num_sequences: Count
+    num_positions: Count
+    num_tokens: Count
+    num_shards: Count
+    shard_positions: Count
     """Positions after which a shard is closed, from which everyone derives the same shards."""
     table_sha256: str
     """Hash of plan.parquet."""
-    provenance: dict[str, Any]
+    provenance: JsonObject
     """Versions, command and time of creation: for people, never compared."""
 
     def field(self, name: str) -> FieldRecord:
@@ -384,6 +409,17 @@ class Manifest(Plan):
     tokenizer_files: tuple[ObjectRecord, ...] = ()
     cache_files: tuple[ObjectRecord, ...] = ()
     """What exists once for the whole cache: the teacher's LM head, the tail prior."""
+
+    @model_validator(mode="after")
+    def _each_file_once(self) -> Manifest:
+        shards = (record for shard in self.shards for record in shard.objects.values())
+        twice = first_repeated(record.path for record in (*self.tokenizer_files, *self.cache_files, *shards))
+        if twice is not None:
+            raise ValueError(f"two files have the path {twice!r}")
+        for record in self.tokenizer_files:
+            if record.path.count("/") != 1 or not record.path.startswith("tokenizer/"):
+                raise ValueError(f"the tokenizer file {record.path!r} does not lie in tokenizer/")
+        return self
 
     @property
     def plan(self) -> Plan:

@@ -11,9 +11,12 @@ On remote stores every operation is retried by the one policy in `kdcache.storag
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import re
 import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -30,6 +33,12 @@ T = TypeVar("T")
 
 #: Suffix of files that are still being written; never read, removed by the next writer.
 TEMPORARY = ".tmp"
+
+#: Most bytes of a JSON record; a manifest has about 2 kB for each shard.
+MAX_RECORD_BYTES = 256 << 20
+
+#: Characters that lead elsewhere on some system, or that no name of a cache has.
+_UNSAFE = re.compile(r"[\\:\x00-\x1f\x7f]")
 
 
 class ObjectStore(Protocol):
@@ -67,20 +76,53 @@ class Folder:
         """The kind of store. The same root in two kinds of stores names two different folders."""
         return type(self._fs)
 
-    def read(self, name: str, sha256: str | None = None) -> bytes:
+    def read(self, name: str, sha256: str | None = None, *, max_bytes: int = MAX_RECORD_BYTES) -> bytes:
         """Return the bytes of object ``name``; with ``sha256`` (hexadecimal), only bytes that have it.
 
-        Raises ``FileNotFoundError``, ``CacheError`` when a remote store cannot be reached, and ``CorruptCacheError``
-        when the bytes have another hash at every attempt.
+        ``max_bytes`` is the size that a record says (default: more than a JSON record has); no more is read. Raises
+        ``FileNotFoundError``, ``CacheError`` when a remote store cannot be reached, and ``CorruptCacheError`` when the
+        object is larger, is no regular file, or its bytes have another hash at every attempt.
         """
 
         def attempt() -> bytes:
-            data = bytes(self._fs.cat_file(self._path(name)))
+            data = self._read_local(name, max_bytes) if self.local_path else self._read_remote(name, max_bytes)
             if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
                 raise WrongBytesError
             return data
 
         return self._attempt(attempt, name)
+
+    def _read_local(self, name: str, max_bytes: int) -> bytes:
+        path = self._path(name)
+        # A folder from a stranger may hold a pipe, which would wait for ever, or a link to a device without an end.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            if os.path.isdir(path):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+            raise CorruptCacheError(f"file {name} of {self.url} is no regular file; remove it")
+        with open(path, "rb") as file:
+            data = file.read(max_bytes + 1) if os.fstat(file.fileno()).st_size <= max_bytes else None
+        if data is None or len(data) > max_bytes:
+            raise self._too_large(name, os.path.getsize(path), max_bytes)
+        return data
+
+    def _read_remote(self, name: str, max_bytes: int) -> bytes:
+        size = self._fs.info(self._path(name)).get("size")
+        if size is not None and size > max_bytes:
+            raise self._too_large(name, size, max_bytes)
+        if size is None:  # a server that does not say: count what arrives
+            with self._fs.open(self._path(name), "rb", block_size=0) as file:
+                data = bytes(file.read(max_bytes + 1))
+        else:
+            data = bytes(self._fs.cat_file(self._path(name)))
+        if len(data) > max_bytes:
+            raise self._too_large(name, len(data), max_bytes)
+        return data
+
+    def _too_large(self, name: str, num_bytes: int, max_bytes: int) -> CorruptCacheError:
+        return CorruptCacheError(
+            f"file {name} of {self.url} has {num_bytes:,} bytes, at most {max_bytes:,} are expected; it is damaged or "
+            "not what a cache holds"
+        )
 
     def fetch(
         self,
@@ -141,7 +183,7 @@ class Folder:
             if local is None:
                 retrying(lambda: self._fs.pipe_file(self._path(name), data))
             else:
-                _write_whole(local / name, data)
+                _write_whole(self._writable_path(name), data)
         except KdcacheError:
             raise
         except Exception as error:  # each client has its own kinds
@@ -168,14 +210,15 @@ class Folder:
                 self.write(name, data)
                 return True
         try:
-            return self.read(name) == data
+            return self.read(name, max_bytes=len(data)) == data
         except FileNotFoundError:  # removed a moment ago
             return False
 
     def remove(self, name: str) -> None:
         """Remove object ``name`` if it exists."""
         with contextlib.suppress(FileNotFoundError):
-            self._attempt(lambda: self._fs.rm_file(self._path(name)))
+            path = self._path(name) if self.local_path is None else str(self._writable_path(name))
+            self._attempt(lambda: self._fs.rm_file(path))
 
     def _info(self, name: str) -> dict[str, Any] | None:
         def ask() -> dict[str, Any]:
@@ -216,7 +259,24 @@ class Folder:
         self._fs.invalidate_cache(self._path(name))
 
     def _path(self, name: str) -> str:
-        return f"{self.root}/{name}" if name else self.root
+        """Return the full path of ``name``; every access goes through here, so none leads outside the folder."""
+        if not name:
+            return self.root
+        parts = name.split("/")
+        if any(part in ("", ".", "..") for part in parts) or _UNSAFE.search(name):
+            raise CacheError(f"path {name!r} leads outside {self.url}; it comes from a damaged or hostile record")
+        return f"{self.root}/{name}"
+
+    def _writable_path(self, name: str) -> Path:
+        """Return the local path of ``name`` to write or remove; a link inside the folder must not lead out of it."""
+        path = Path(self._path(name))
+        root, parent = os.path.realpath(self.root), os.path.realpath(path.parent)
+        if parent != root and not parent.startswith(root.rstrip(os.sep) + os.sep):
+            raise CacheError(
+                f"{path.parent} is a link that leads outside {self.url}; nothing is written there. Replace the link "
+                "by a directory"
+            )
+        return path
 
     def __str__(self) -> str:
         return self.url

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 #: Name of the object.
 LEASE = "writer.json"
+#: More than any lease has.
+_MAX_BYTES = 1 << 20
 #: Seconds without a change of the counter after which the holder counts as dead.
 WATCH_S = 20.0
 #: Increases of the counter during a watch: single ones may be late or get lost.
@@ -155,7 +157,7 @@ class Lease:
     def _read(self) -> LeaseRecord | None:
         """Return the current lease; one that cannot be parsed counts as that of an unknown writer."""
         try:
-            data = self.folder.read(LEASE)
+            data = self.folder.read(LEASE, max_bytes=_MAX_BYTES)
         except FileNotFoundError:
             return None
         try:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -152,9 +152,8 @@ class _Mover:
 
     def _write_record(self, pair: tuple[str, bytes]) -> None:
         name, data = pair
-        with suppress(FileNotFoundError):
-            if self.target.read(name) == data:
-                return
+        if self.target.size(name) == len(data) and self.target.read(name, max_bytes=len(data)) == data:
+            return
         self.target.write(name, data)
 
     def _all(self, work: Callable[[Item], None], items: Sequence[Item], title: str) -> None:
@@ -178,7 +177,7 @@ class _Mover:
         if item.is_unique and not check:
             return True
         with self._memory.hold(record.num_bytes):
-            data = self.target.read(record.path)
+            data = self.target.read(record.path, max_bytes=record.num_bytes)
             return layout.sha256(data) == record.sha256
 
     def _move_one(self, item: Item) -> None:
@@ -188,7 +187,7 @@ class _Mover:
 
     def _read(self, item: Item) -> bytes:
         try:
-            return self.source.read(item.source, item.record.sha256)
+            return self.source.read(item.source, item.record.sha256, max_bytes=item.record.num_bytes)
         except FileNotFoundError:
             what = "missing"
         except CorruptCacheError:

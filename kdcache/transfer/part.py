@@ -123,7 +123,9 @@ def _table_item(source: Folder, manifest: Manifest) -> Item:
             f"file {layout.PLAN_TABLE} is missing from {source}; run the command that made the cache again, which "
             "writes the file again"
         )
-    record = ObjectRecord(path=layout.PLAN_TABLE, num_bytes=size, sha256=manifest.table_sha256)
+    if size > layout.MAX_TABLE_BYTES:
+        raise CorruptCacheError(f"file {layout.PLAN_TABLE} of {source} has {size:,} bytes, which no such table has")
+    record = ObjectRecord.model_construct(path=layout.PLAN_TABLE, num_bytes=size, sha256=manifest.table_sha256)
     return Item(record, layout.PLAN_TABLE)
 
 

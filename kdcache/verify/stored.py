@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from kdcache.cache import layout
+from kdcache.cache.lookup import checked_plan_table
 from kdcache.cache.reader import Cache
 from kdcache.cache.sequence_table import load_table
 from kdcache.cache.tail_prior import read_prior
@@ -131,8 +132,9 @@ def _check_records(folder: Folder, manifest: Manifest) -> Iterator[str]:
 
 def _check_rewritable(folder: Folder, manifest: Manifest) -> Iterator[str]:
     """Check the table of the plan and the tokenizer, which the dump's own command can make again."""
-    table = folder.read(layout.PLAN_TABLE) if folder.exists(layout.PLAN_TABLE) else b""
-    if layout.sha256(table) != manifest.table_sha256:
+    try:
+        checked_plan_table(folder, manifest)
+    except CorruptCacheError:
         yield f"file {layout.PLAN_TABLE} is missing or damaged (its sha256 is not the plan's)"
     head = [record for record in manifest.cache_files if record.path == layout.LM_HEAD]
     for record in (*manifest.tokenizer_files, *head):
@@ -174,8 +176,8 @@ def _check_record(folder: Folder, name: str, model: type[Record], expected: Any)
     if not folder.exists(name):
         yield f"file {name} is missing from {folder}"
         return
-    data = folder.read(name)
     try:
+        data = folder.read(name)
         layout.from_json(model, data, f"{folder}/{name}")
     except CacheError as error:
         yield str(error)
