@@ -39,7 +39,7 @@ from kdcache.schema import (
     ShardRecord,
     TargetsRecord,
 )
-from kdcache.storage.folder import Folder
+from kdcache.storage.folder import TEMPORARY, Folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -69,13 +69,13 @@ def object_name(field: str, shard: int, attempt: str) -> str:
     return f"{FIELDS}/{field}/{shard:06d}-{attempt}.zarr.zip"
 
 
-#: Names that writers give to objects and to files that they have not finished.
-_OBJECT = re.compile(r"\d{6,}-[A-Za-z0-9][A-Za-z0-9._-]*\.(zarr\.zip|arrow|tmp)")
+#: Names that writers give to objects.
+_OBJECT = re.compile(r"\d{6,}-[A-Za-z0-9][A-Za-z0-9._-]*\.(zarr\.zip|arrow)")
 
 
 def is_object_name(path: str) -> bool:
     """Return whether a writer can have written ``path`` as an object; nothing else may be removed as left over."""
-    return _OBJECT.fullmatch(path.rpartition("/")[2]) is not None
+    return path.endswith(TEMPORARY) or _OBJECT.fullmatch(path.rpartition("/")[2]) is not None
 
 
 def object_directories(plan: Plan) -> list[str]:
@@ -107,7 +107,8 @@ def from_json(model: type[R], data: bytes, where: str) -> R:
     except ValidationError as error:
         first = error.errors()[0]
         member = ".".join(map(str, first["loc"]))
-        raise CorruptCacheError(f"{where} is damaged: {member}: {first['msg']}") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise CorruptCacheError(f"{where} is damaged: {member + ': ' if member else ''}{reason}") from None
     except (ValueError, RecursionError) as error:
         raise CorruptCacheError(f"{where} is not valid JSON: {error}") from None
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 
+from annotated_types import Ge, Le
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from kdcache.config import Config
@@ -29,7 +30,7 @@ STATISTICS_COLUMNS = ("num_targets", "teacher_loss", "teacher_entropy", "kept_ma
 MAX_DEPTH = 32
 
 #: A number of things: from 0 to what a float64 and JSON readers of other languages hold exactly.
-Count = Annotated[int, Field(ge=0, le=2**53)]
+Count = Annotated[int, Ge(0), Le(2**53)]
 
 
 def _check_depth(values: dict[str, Any]) -> dict[str, Any]:

@@ -100,10 +100,10 @@ class Folder:
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
             raise CorruptCacheError(f"file {name} of {self.url} is no regular file; remove it")
         with open(path, "rb") as file:
-            data = file.read(max_bytes + 1) if os.fstat(file.fileno()).st_size <= max_bytes else None
-        if data is None or len(data) > max_bytes:
-            raise self._too_large(name, os.path.getsize(path), max_bytes)
-        return data
+            size = os.fstat(file.fileno()).st_size
+            if size > max_bytes:
+                raise self._too_large(name, size, max_bytes)
+            return file.read(size)
 
     def _read_remote(self, name: str, max_bytes: int) -> bytes:
         size = self._fs.info(self._path(name)).get("size")

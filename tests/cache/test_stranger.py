@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from kdcache.cache import layout, open_cache
 from kdcache.cache.sequence_table import decode_table
 from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
 from kdcache.storage.folder import Folder
+from kdcache.transfer import pull_cache
 from kdcache.verify.stored import verify_cache
 from tests.synthetic import SyntheticCache
 
@@ -49,7 +52,7 @@ def test_paths_that_leave_the_cache(copy, target, kind):
         record["path"] = target
 
     change_manifest(copy, change)
-    with pytest.raises(CorruptCacheError, match=r"manifest\.json: path .* leads outside the cache"):
+    with pytest.raises(CorruptCacheError, match=r"manifest\.json is damaged: .*path: path .* leads outside the cache"):
         open_cache(str(copy))
 
 
@@ -63,6 +66,152 @@ def set_at(*path_and_value):
         node[last] = value
 
     return change
+
+
+#: What a stranger may write where a record has a name or a path; made with care, so that all hashes are right.
+HOSTILE_NAMES = {
+    "up": "hidden-1/../../../victim",
+    "absolute": "/victim",
+    "only up": "..",
+    "empty": "",
+    "capital twin": "TOKENS/../tokens",
+    "control": "hidden\x1b[2J",
+    "right to left": "hidden\u202e1",
+    "too long": "h" * 101,
+    "query": "hidden?x=1#y",
+    "glob": "hidden*",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_names_that_become_paths(name, copy, tmp_path):
+    """Fields and attempts named like this wrote outside the target; a second pull removed files there."""
+    wanted, ours = HOSTILE_NAMES[name], tmp_path / "victim" / "thesis.tex"
+    ours.parent.mkdir()
+    ours.write_text("three years of work")
+
+    def rename_field(manifest):
+        next(field for field in manifest["fields"] if field["name"] == "hidden-1")["name"] = wanted
+        for shard in manifest["shards"]:
+            shard["objects"][wanted] = shard["objects"].pop("hidden-1")
+
+    before = (copy / "manifest.json").read_bytes()
+    for change in (rename_field, set_at("shards", 0, "attempt", wanted)):
+        (copy / "manifest.json").write_bytes(before)
+        change_manifest(copy, change)
+        for attempt in range(2):
+            with pytest.raises(CorruptCacheError, match=r"manifest\.json is damaged: .* is no name"):
+                pull_cache(str(copy), str(tmp_path / "pulled"), progress=False)
+            assert not (tmp_path / "pulled").exists(), attempt
+    assert [path.name for path in ours.parent.iterdir()] == ["thesis.tex"]
+
+
+def test_files_of_records_are_no_objects(copy):
+    """A record that calls the manifest, the plan or a writer's file its object would have them overwritten."""
+    for path in ("manifest.json", "Plan.json", "commits/000000.json", "writer.json", "fields/x.tmp", "plan.parquet"):
+        change_manifest(copy, set_at("shards", 0, "objects", "targets", "path", path))
+        with pytest.raises(CorruptCacheError, match=r"belongs to a record of the cache"):
+            open_cache(str(copy))
+
+
+def test_two_objects_at_one_path(copy):
+    change_manifest(copy, set_at("tokenizer_files", 0, "path", "tokenizer/TOKENIZER.JSON"))
+    change_manifest(
+        copy, lambda m: m["tokenizer_files"].append({**m["tokenizer_files"][0], "path": "tokenizer/tokenizer.json"})
+    )
+    with pytest.raises(CorruptCacheError, match=r"two files have the path 'tokenizer/tokenizer.json'"):
+        open_cache(str(copy))
+
+
+@pytest.mark.parametrize("directory", ["commits", "fields/targets", "sequences"])
+def test_a_link_inside_a_target_does_not_lead_out_of_it(directory, sound, tmp_path):
+    outside, target = tmp_path / "outside", tmp_path / "target"
+    outside.mkdir()
+    (outside / "000000-deadbeef.zarr.zip").write_text("not ours")
+    pull_cache(str(sound), str(target), progress=False)
+    shutil.rmtree(target / directory)
+    (target / directory).symlink_to(outside)
+    with pytest.raises(CacheError, match=r"is a link that leads outside .*; nothing is written there"):
+        pull_cache(str(sound), str(target), progress=False)
+    assert [path.name for path in outside.iterdir()] == ["000000-deadbeef.zarr.zip"]
+
+
+def test_only_what_a_writer_leaves_is_removed(sound, tmp_path):
+    target = tmp_path / "target"
+    pull_cache(str(sound), str(target), progress=False)
+    note = target / "fields" / "targets" / "notes about 000000.txt"
+    note.write_text("somebody's")
+    left = target / "fields" / "targets" / "000001-deadbeef.zarr.zip"
+    left.write_text("of an attempt that was killed")
+    (target / "manifest.json").unlink()
+    pull_cache(str(sound), str(target), progress=False)
+    assert note.exists()
+    assert not left.exists()
+
+
+#: By file of a cache: what a stranger may put in its place.
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "plan.json", "plan.parquet", "commits/000000.json", "object", "tokenizer"]
+)
+def test_files_of_20_gb_are_not_read(name, copy, forbid_large_arrays):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    objects = {
+        "object": manifest["shards"][0]["objects"]["targets"]["path"],
+        "tokenizer": manifest["tokenizer_files"][0]["path"],
+    }
+    with open(copy / objects.get(name, name), "r+b") as file:
+        file.truncate(20 << 30)
+    if name == "plan.json":
+        (copy / "manifest.json").unlink()  # else the plan is not read
+    forbid_large_arrays(1 << 30)
+    if name == "manifest.json" or name == "plan.json":
+        with pytest.raises(CorruptCacheError, match=rf"file {name} of .* has 21,474,836,480 bytes, at most"):
+            open_cache(str(copy))
+        return
+    report = verify_cache(str(copy), progress=False)
+    assert any(objects.get(name, name).rpartition("/")[2] in problem for problem in report.problems)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_only_regular_files_are_read(kind, copy):
+    (copy / "manifest.json").unlink()
+    if kind == "fifo":
+        os.mkfifo(copy / "manifest.json")
+    else:
+        (copy / "manifest.json").symlink_to("/dev/zero")
+    with pytest.raises(CorruptCacheError, match=r"file manifest\.json of .* is no regular file"):
+        open_cache(str(copy))
+
+
+def test_counts_that_no_cache_has_cost_nothing(copy, forbid_large_arrays):
+    forbid_large_arrays(1 << 30)
+    plan = (copy / "plan.json").read_bytes()
+    for count in (10**9, 2**53):
+        change_manifest(copy, set_at("num_shards", count))
+        with pytest.raises(CorruptCacheError, match=rf"it lists 3 shards, num_shards is {count}"):
+            open_cache(str(copy))
+        (copy / "plan.json").write_bytes(layout.canonical_json(json.loads(plan) | {"num_shards": count}))
+        (copy / "manifest.json").rename(copy / "aside")
+        with pytest.raises(IncompleteCacheError, match=rf"3 of {count} shards are written"):
+            open_cache(str(copy))
+        (copy / "aside").rename(copy / "manifest.json")
+    for count in (-1, 2**53 + 1, 10**30, 10**400):
+        change_manifest(copy, set_at("num_shards", count))
+        with pytest.raises(CorruptCacheError, match=r"manifest\.json is damaged: num_shards: Input should be"):
+            open_cache(str(copy))
+
+
+def test_deep_nesting(copy):
+    deep: list = []
+    for _ in range(900):
+        deep = [deep]
+    change_manifest(copy, set_at("provenance", "x", deep))
+    with pytest.raises(CorruptCacheError, match=r"provenance: is nested more than 32 levels deep"):
+        open_cache(str(copy))
+    text, deeper = (copy / "manifest.json").read_text(), "[" * 100_000 + "]" * 100_000
+    (copy / "manifest.json").write_text(text.replace('"provenance": {', f'"provenance": {{"y": {deeper},', 1))
+    with pytest.raises(CorruptCacheError, match=r"manifest\.json is not valid JSON"):
+        open_cache(str(copy))
 
 
 def all_counts_huge(manifest):

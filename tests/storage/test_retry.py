@@ -193,11 +193,11 @@ def test_a_local_folder_is_never_tried_again(tmp_path, monkeypatch):
     folder = Folder(tmp_path)
     tries = []
 
-    def cat_file(path):
-        tries.append(path)
+    def read_local(name, max_bytes):
+        tries.append(name)
         raise OSError(errno.EIO, "a disk that fails")
 
-    monkeypatch.setattr(folder._fs, "cat_file", cat_file)
+    monkeypatch.setattr(folder, "_read_local", read_local)
     with pytest.raises(OSError, match="a disk that fails"):
         folder.read("a")
     assert len(tries) == 1
