@@ -41,19 +41,20 @@ def check_name(text: str) -> str:
 
 
 def check_object_path(text: str) -> str:
-    """Return ``text``, the path of an object of a cache; raise ``ValueError`` where an object cannot lie there.
-
-    It must lead to a place inside the cache that belongs to no record of the layout and to no writer.
-    """
+    """Return ``text``, the path of a file of a cache; raise ``ValueError`` where it is not made of names."""
     parts = text.split("/")
     if len(text) > MAX_PATH or not all(is_name(part, MAX_PART) for part in parts):
         raise ValueError(
             f"path {shortened(text)} leads outside the cache or is no path of names: expected letters, digits, '.', "
             "'_' and '-' between slashes"
         )
-    if parts[0].lower() in _RESERVED or text.lower().endswith(_TEMPORARY):
-        raise ValueError(f"path {shortened(text)} belongs to a record of the cache, not to an object")
     return text
+
+
+def check_not_reserved(path: str) -> None:
+    """Raise ``ValueError`` where ``path`` is that of a record of the layout or of a writer, not of an object."""
+    if path.split("/")[0].lower() in _RESERVED or path.lower().endswith(_TEMPORARY):
+        raise ValueError(f"path {shortened(path)} belongs to a record of the cache, not to an object")
 
 
 def first_repeated(names: Iterable[str]) -> str | None:

@@ -16,7 +16,7 @@ from annotated_types import Ge, Le
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from kdcache.config import Config
-from kdcache.schema.names import Name, ObjectPath, first_repeated
+from kdcache.schema.names import Name, ObjectPath, check_not_reserved, first_repeated
 
 FORMAT_VERSION = 2
 
@@ -314,10 +314,12 @@ class ShardRecord(Record):
         return self.num_rows["positions"]
 
     @model_validator(mode="after")
-    def _counts_what_every_cache_has(self) -> ShardRecord:
+    def _has_what_every_shard_has(self) -> ShardRecord:
         missing = [axis for axis in ("sequences", "tokens", "positions") if axis not in self.num_rows]
         if missing:
             raise ValueError(f"num_rows does not count {missing[0]}")
+        for record in self.objects.values():
+            check_not_reserved(record.path)
         return self
 
     @property
@@ -417,7 +419,10 @@ class Manifest(Plan):
         twice = first_repeated(record.path for record in (*self.tokenizer_files, *self.cache_files, *shards))
         if twice is not None:
             raise ValueError(f"two files have the path {twice!r}")
+        for record in self.cache_files:
+            check_not_reserved(record.path)
         for record in self.tokenizer_files:
+            check_not_reserved(record.path)
             if record.path.count("/") != 1 or not record.path.startswith("tokenizer/"):
                 raise ValueError(f"the tokenizer file {record.path!r} does not lie in tokenizer/")
         return self

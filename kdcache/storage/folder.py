@@ -84,6 +84,9 @@ class Folder:
         object is larger, is no regular file, or its bytes have another hash at every attempt.
         """
 
+        if self.local_path is None:  # a question of its own, so that each is retried by itself
+            self._check_size(name, max_bytes)
+
         def attempt() -> bytes:
             data = self._read_local(name, max_bytes) if self.local_path else self._read_remote(name, max_bytes)
             if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
@@ -105,15 +108,16 @@ class Folder:
                 raise self._too_large(name, size, max_bytes)
             return file.read(size)
 
-    def _read_remote(self, name: str, max_bytes: int) -> bytes:
-        size = self._fs.info(self._path(name)).get("size")
+    def _check_size(self, name: str, max_bytes: int) -> None:
+        info = self._info(name)
+        if info is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._path(name))
+        size = info.get("size")
         if size is not None and size > max_bytes:
             raise self._too_large(name, size, max_bytes)
-        if size is None:  # a server that does not say: count what arrives
-            with self._fs.open(self._path(name), "rb", block_size=0) as file:
-                data = bytes(file.read(max_bytes + 1))
-        else:
-            data = bytes(self._fs.cat_file(self._path(name)))
+
+    def _read_remote(self, name: str, max_bytes: int) -> bytes:
+        data = bytes(self._fs.cat_file(self._path(name)))
         if len(data) > max_bytes:
             raise self._too_large(name, len(data), max_bytes)
         return data
@@ -210,7 +214,7 @@ class Folder:
                 self.write(name, data)
                 return True
         try:
-            return self.read(name, max_bytes=len(data)) == data
+            return self.read(name) == data
         except FileNotFoundError:  # removed a moment ago
             return False
 

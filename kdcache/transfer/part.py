@@ -125,7 +125,7 @@ def _table_item(source: Folder, manifest: Manifest) -> Item:
         )
     if size > layout.MAX_TABLE_BYTES:
         raise CorruptCacheError(f"file {layout.PLAN_TABLE} of {source} has {size:,} bytes, which no such table has")
-    record = ObjectRecord.model_construct(path=layout.PLAN_TABLE, num_bytes=size, sha256=manifest.table_sha256)
+    record = ObjectRecord(path=layout.PLAN_TABLE, num_bytes=size, sha256=manifest.table_sha256)
     return Item(record, layout.PLAN_TABLE)
 
 

@@ -292,8 +292,8 @@ def test_memory_is_bounded(sound, object_store, tmp_path, monkeypatch):
     largest = max(r.num_bytes for s in open_cache(str(sound)).manifest.shards for r in s.objects.values())
     real_read, real_write, held, most = Folder.read, Folder.write, {}, [0]
 
-    def read(folder, name, sha256=None):
-        data = real_read(folder, name, sha256)
+    def read(folder, name, sha256=None, **bound):
+        data = real_read(folder, name, sha256, **bound)
         if folder.local_path is None:
             held[name] = len(data)
             most[0] = max(most[0], sum(list(held.values())))
