@@ -16,10 +16,11 @@ This module imports nothing heavy: every command starts with it.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
 #: C0 controls but tab and line feed, DEL and C1 controls.
@@ -53,12 +54,10 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def echo(text: str = "", *, err: bool = False) -> None:
-    """Write ``text`` and a line break to standard output, or to standard error; nothing where it is closed."""
+    """Write ``text`` and a line break to standard output, or to standard error."""
     stream = sys.stderr if err else sys.stdout
-    # Python has no stream for a descriptor that is closed.
-    if stream is not None:
-        stream.write(printable(text) + "\n")
-        stream.flush()
+    stream.write(printable(text) + "\n")
+    stream.flush()
 
 
 def echo_error(text: str) -> None:
@@ -80,37 +79,90 @@ def echo_rows(rows: list[tuple[str, Any]]) -> None:
         echo(f"{name.ljust(width)}  {value}")
 
 
+class OutputClosedError(Exception):
+    """Whatever read the standard output of a command has closed it.
+
+    No ``OSError``: a broken pipe to a server is something else.
+    """
+
+
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Escape everything that is written to the standard streams.
+    """Escape everything that is written to the standard streams; `OutputClosedError` may be raised.
 
     After an unexpected error they stay so: Python writes its traceback later.
     """
+    _open_missing()
     saved = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _guard(sys.stdout), _guard(sys.stderr)
+    sys.stdout, sys.stderr = _guard(sys.stdout, True), _guard(sys.stderr, False)
     try:
         yield
     except SystemExit:
-        sys.stdout, sys.stderr = saved
+        _restore(saved)
         raise
-    sys.stdout, sys.stderr = saved
+    _restore(saved)
 
 
-def _guard(stream: TextIO) -> TextIO:
-    return stream if stream is None or isinstance(stream, _Guarded) else cast(TextIO, _Guarded(stream))
+def _open_missing() -> None:
+    """Let standard streams that are closed lead nowhere.
+
+    Python has None for them, which bars cannot write to; and the next file to be opened would get their number, and
+    with it what C libraries write to standard error.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def _restore(streams: tuple[TextIO, TextIO]) -> None:
+    sys.stdout, sys.stderr = streams
+    for stream in streams:
+        try:
+            stream.flush()
+        except OSError:  # Python would try it again at its end, and complain
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _guard(stream: TextIO, holds_results: bool) -> TextIO:
+    if isinstance(stream, _Guarded):
+        return stream
+    return cast(TextIO, _Guarded(stream, holds_results=holds_results))
 
 
 class _Guarded:
     """A text stream that escapes what is written to it."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, *, holds_results: bool) -> None:
         self._stream = stream
+        self._holds_results = holds_results
 
     def write(self, text: str) -> int:
         escaped = text if _BETWEEN_BARS.fullmatch(text) else _redrawn(text) or printable(text)
         encoding = self._stream.encoding or "utf-8"
-        self._stream.write(escaped.encode(encoding, "backslashreplace").decode(encoding))
+        with self._checked():
+            self._stream.write(escaped.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
+
+    def flush(self) -> None:
+        with self._checked():
+            self._stream.flush()
+
+    @contextmanager
+    def _checked(self) -> Iterator[None]:
+        """Say of a failure that it is one of standard output; on standard error it ends no command."""
+        try:
+            yield
+        except BrokenPipeError:
+            if self._holds_results:
+                raise OutputClosedError from None
+        except OSError as error:
+            if self._holds_results:
+                raise OSError(error.errno, error.strerror, "standard output") from None
 
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:

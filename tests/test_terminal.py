@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
+import os
 import sys
 import unicodedata
 
@@ -102,5 +104,35 @@ def test_streams_are_restored_unless_something_unexpected_is_raised(monkeypatch)
 
 def test_a_closed_stream_is_no_error(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
     with terminal.guarded():
         terminal.echo("nothing")
+        for _ in tqdm(range(2)):
+            pass
+
+
+class Failing(io.StringIO):
+    """A stream that cannot be written to."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def write(self, text):
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "message"),
+    [
+        (errno.EPIPE, terminal.OutputClosedError, "^$"),
+        (errno.ENOSPC, OSError, "No space left on device: 'standard output'"),
+    ],
+)
+def test_a_stream_that_cannot_be_written_to(monkeypatch, number, error, message):
+    monkeypatch.setattr(sys, "stdout", Failing(number))
+    monkeypatch.setattr(sys, "stderr", Failing(number))
+    with terminal.guarded():
+        terminal.echo_error("nobody reads it")  # progress and messages end no command
+        with pytest.raises(error, match=message):
+            terminal.echo("a result")

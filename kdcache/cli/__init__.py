@@ -1,16 +1,21 @@
 """The command line: one module per command, imported when it runs, so that ``--help`` is instant.
 
 A command reads its options, calls one function of the library and prints the result. A user error (``KdcacheError``)
-or a failure of disk or network (``OSError``) prints one message and exits with 1; wrong usage exits with 2; an
-interrupt with 130.
+or a failure of disk or network (``OSError``) prints one message and exits with 1; wrong usage exits with 2. A signal
+that ends a command (Ctrl-C, SIGTERM, SIGHUP) exits with 128 and its number, after the command has cleaned up; so does
+the end of whatever reads the output, silently, as for other tools.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import click
 
@@ -38,10 +43,32 @@ COMMANDS = {
     "pull": ("kdcache.cli.pull", "Copy a cache, or part of it, from an object store."),
     "peek": ("kdcache.cli.peek", "Show a sequence of a cache with the teacher's predictions."),
 }
+#: Commands that resume when they are run again.
+RESUMABLE = ("write-targets", "dump-teacher", "transcode", "train-student", "sweep", "push", "pull")
+
+
+class _Terminated(KeyboardInterrupt):
+    """A signal that ends the command in the same way as Ctrl-C; its argument is the number."""
+
+
+class _Stopped(Exception):
+    """What ended ``command`` early: an ``OSError`` or an interrupt, as the cause.
+
+    click has its own way with these: it exits with 1 after any broken pipe, also one to a server, without a word.
+    """
+
+    def __init__(self, command: str | None) -> None:
+        self.command = command
 
 
 class LazyGroup(click.Group):
     """A group that imports a command when it is used."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (OSError, KeyboardInterrupt) as error:
+            raise _Stopped(ctx.invoked_subcommand) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -84,34 +111,76 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Else pydantic asks every installed package for plugins, which takes 10 ms at the start of each command.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    with terminal.guarded():
+    with terminal.guarded(), _ended_by_signals():
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-        _run()
+        try:
+            sys.exit(_run())
+        except terminal.OutputClosedError:  # what read the output (head, less) has ended
+            sys.exit(128 + _SIGPIPE)
 
 
-def _run() -> None:
-    """Run the command; turn errors of users into a message and an exit code."""
+#: Signals that ask a process to end; without a handler they would end it at once, and temporary files would stay.
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_SIGPIPE = 13
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Raise `_Terminated` in the main thread for signals that would end the process."""
+
+    def end(number: int, frame: object) -> None:
+        raise _Terminated(number)
+
+    changed = []
+    # One that is ignored (nohup) or that a program has its own use for stays as it is.
+    with contextlib.suppress(ValueError):  # not the main thread
+        for number in _ENDING:
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, end)
+                changed.append(number)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _run() -> int:
+    """Run the command; turn errors of users and interrupts into a message, and return the exit code."""
     try:
         cli(prog_name="kdcache", standalone_mode=False)
     except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        return stop.exit_code
     except click.ClickException as error:
         error.show(file=sys.stderr)
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        terminal.echo("Interrupted. Finished work is kept; run the same command again to resume.", err=True)
-        sys.exit(130)
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt) as stop:  # before the command began
+        return _interrupted(stop.__cause__ or stop, None)
     except KdcacheError as error:
         terminal.echo_error(str(error))
-        sys.exit(1)
-    except BrokenPipeError:
-        # Whatever reads the output (head, less) has closed it: not an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except OSError as error:  # full disk, missing permission, lost network
-        path = f"{error.filename}: " if error.filename else ""
-        terminal.echo_error(f"{path}{error.strerror or error}")
-        sys.exit(1)
+        return 1
+    except _Stopped as stop:
+        if not isinstance(stop.__cause__, OSError):
+            return _interrupted(stop.__cause__, stop.command)
+        return _failed(stop.__cause__)
+    except OSError as failure:  # before the command began, such as while its help was written
+        return _failed(failure)
+    return 0
+
+
+def _failed(failure: OSError) -> int:
+    """Print a full disk, a missing permission or a lost network."""
+    path = f"{failure.filename}: " if failure.filename else ""
+    terminal.echo_error(f"{path}{failure.strerror or failure}")
+    return 1
+
+
+def _interrupted(cause: BaseException | None, command: str | None) -> int:
+    number = cause.args[0] if isinstance(cause, _Terminated) else signal.SIGINT
+    advice = " Finished work is kept; run the same command again to resume." if command in RESUMABLE else ""
+    with contextlib.suppress(OSError, terminal.OutputClosedError):  # after SIGHUP there is no terminal any more
+        terminal.echo(f"Interrupted.{advice}", err=True)
+    return 128 + int(number)
 
 
 if __name__ == "__main__":
