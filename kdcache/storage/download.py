@@ -18,6 +18,7 @@ from fsspec.callbacks import Callback
 
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.schema import ObjectRecord
+from kdcache.storage.failures import explained
 from kdcache.storage.folder import Folder
 from kdcache.storage.retry import RetriesExhaustedError, WrongBytesError, words_of
 
@@ -98,6 +99,8 @@ def _failure(error: Exception, folder: Folder, record: ObjectRecord, where: str)
             f"{where}: file {url} arrived damaged {attempts} times ({last}); check the file there with kdcache verify, "
             "and write it again with the command that made the cache or with kdcache push"
         )
+    if attempts == 1:
+        return CacheError(f"{where}: cannot download {url}: {explained(error)}")
     return CacheError(
         f"{where}: cannot download {url} in {attempts} attempts: {words_of(last)}; run the same command again when the "
         "server is back"

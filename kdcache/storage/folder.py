@@ -27,6 +27,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from kdcache.errors import CacheError, ConfigError, CorruptCacheError, KdcacheError
 from kdcache.schema import ObjectRecord
+from kdcache.storage.failures import explained, is_denied, is_missing_bucket
 from kdcache.storage.retry import RetriesExhaustedError, WrongBytesError, retrying, words_of
 
 T = TypeVar("T")
@@ -170,7 +171,7 @@ class Folder:
             return found
 
         try:
-            found = self._attempt(listing)
+            found = self._attempt(listing, directory)
         except (FileNotFoundError, NotADirectoryError):
             return []
         names = (str(path).rstrip("/").removeprefix(self.root).lstrip("/") for path in found)
@@ -222,7 +223,7 @@ class Folder:
         """Remove object ``name`` if it exists."""
         with contextlib.suppress(FileNotFoundError):
             path = self._path(name) if self.local_path is None else str(self._writable_path(name))
-            self._attempt(lambda: self._fs.rm_file(path))
+            self._attempt(lambda: self._fs.rm_file(path), name)
 
     def _info(self, name: str) -> dict[str, Any] | None:
         def ask() -> dict[str, Any]:
@@ -231,33 +232,43 @@ class Folder:
             return found
 
         try:
-            return self._attempt(ask)
+            return self._attempt(ask, name)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def _attempt(self, action: Callable[[], T], name: str = "") -> T:
         """Return what ``action`` returns, retried on a remote store; turn the errors of its client into readable ones.
 
-        ``OSError`` passes (a missing file, no permission); everything else becomes a ``CacheError``.
+        A missing file passes, and every ``OSError`` of the local disk; everything else becomes a ``CacheError``.
         """
         try:
             return action() if self.local_path is not None else retrying(action)
-        except (OSError, KdcacheError):
+        except KdcacheError:
             raise
         except Exception as error:
+            if isinstance(error, OSError) and (self.local_path is not None or _is_missing_object(error)):
+                raise
             last = error.last if isinstance(error, RetriesExhaustedError) else error
             if isinstance(last, WrongBytesError):
                 raise CorruptCacheError(
                     f"file {name} of {self.url} is damaged: its sha256 is not the recorded one"
                 ) from None
-            raise CacheError(f"cannot reach {self.url}: {words_of(error)}") from None
+            if is_denied(last) or is_missing_bucket(last):
+                raise CacheError(f"cannot read {self._url_of(name)}: {explained(error)}") from None
+            raise CacheError(f"cannot reach {self.url}: {explained(error)}") from None
 
     def _cannot_write(self, name: str, data: bytes, error: Exception) -> CacheError:
-        reason = (error.strerror if isinstance(error, OSError) else None) or words_of(error)
+        if self.local_path is None:
+            reason = explained(error)
+        else:
+            reason = (error.strerror if isinstance(error, OSError) else None) or words_of(error)
         return CacheError(
-            f"cannot write {self._path(name)} ({len(data):,} bytes): {reason}; what was finished before stays, and "
+            f"cannot write {self._url_of(name)} ({len(data):,} bytes): {reason}; what was finished before stays, and "
             "the same command resumes from there"
         )
+
+    def _url_of(self, name: str) -> str:
+        return f"{self.url.rstrip('/')}/{name}" if name else self.url
 
     def _forget(self, name: str) -> None:
         self._fs.invalidate_cache(self._path(name))
@@ -284,6 +295,12 @@ class Folder:
 
     def __str__(self) -> str:
         return self.url
+
+
+def _is_missing_object(error: OSError) -> bool:
+    # fsspec's HTTP client reports any answer but 200 as a missing file.
+    is_missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    return is_missing and not is_missing_bucket(error) and not is_denied(error)
 
 
 def check_no_overlap(source: Folder, target: Folder) -> None:

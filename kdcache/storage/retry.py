@@ -83,8 +83,8 @@ def retrying(action: Callable[[], T]) -> T:
 
 def is_final(error: BaseException) -> bool:
     """Return whether another attempt cannot change ``error``."""
-    chain = list(_causes(error))
-    statuses = [status for status in map(_status, chain) if status is not None]
+    chain = list(causes(error))
+    statuses = [status for status in map(status_of, chain) if status is not None]
     if not any(isinstance(item, (ConnectionError, TimeoutError)) for item in chain) and statuses:
         return statuses[-1] in _FINAL_STATUSES or (400 <= statuses[-1] < 500 and statuses[-1] not in _PASSING_STATUSES)
     # A client that reports a broken connection as a missing file is not to be believed.
@@ -102,7 +102,12 @@ def _is_of_the_network(error: BaseException) -> bool:
 def _is_final_here(error: BaseException) -> bool:
     """Return whether the local disk or the credentials of this machine are the reason."""
     is_disk = isinstance(error, OSError) and error.errno in _FINAL_ERRNOS
-    return is_disk or type(error).__name__ in _FINAL_NAMES
+    return is_disk or lacks_credentials(error)
+
+
+def lacks_credentials(error: BaseException) -> bool:
+    """Return whether a client found no credentials, or only a part of them."""
+    return type(error).__name__ in _FINAL_NAMES
 
 
 def words_of(error: BaseException) -> str:
@@ -110,7 +115,7 @@ def words_of(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def causes(error: BaseException) -> Iterator[BaseException]:
     """Yield ``error``, its cause, the cause of that, and so on."""
     found: BaseException | None = error
     while found is not None:
@@ -118,7 +123,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         found = found.__cause__
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
     """Return the HTTP status of the answer that ``error`` reports: of aiohttp's, botocore's or gcsfs's errors."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
