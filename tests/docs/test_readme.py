@@ -13,7 +13,7 @@ from tests.docs.pages import DOCS, ROOT, blocks
 
 README = ROOT / "README.md"
 SHELL = ("bash", "sh", "shell", "console")
-PAGES = sorted({README, *DOCS.rglob("*.md"), *(ROOT / "pipelines").rglob("*.md")})
+PAGES = sorted({README, ROOT / "SECURITY.md", *DOCS.rglob("*.md"), *(ROOT / "pipelines").rglob("*.md")})
 SCRIPTS = sorted((ROOT / "pipelines").rglob("*.sh"))
 
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)[^)]*\)")
