@@ -47,15 +47,15 @@ def pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     import zarr  # only where shards are written: it takes as long to import as `kdcache inspect` may take in all
     from zarr.storage import MemoryStore
 
-    store = MemoryStore()
-    group = zarr.create_group(store)
+    metadata: dict[str, Any] = {}
+    group = zarr.create_group(MemoryStore(metadata))
     chunks: dict[str, bytes] = {}
     for name in sorted(arrays):
         layout = ChunkLayout.of(arrays[name])
         _write_metadata(group, name, layout)
         for number, chunk in enumerate(encode_chunks(arrays[name], layout)):
             chunks[f"{name}/{layout.key(number)}"] = chunk
-    entries = chunks | {key: value.to_bytes() for key, value in store._store_dict.items()}
+    entries = chunks | {key: value.to_bytes() for key, value in metadata.items()}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for key in sorted(entries):
@@ -220,9 +220,18 @@ def _is_written_by_kdcache(metadata: Any, layout: ChunkLayout) -> bool:
 
 def _read_array_with_zarr(entries: Entries) -> NDArray[Any]:
     import zarr
-    from zarr.core.buffer import default_buffer_prototype
     from zarr.storage import MemoryStore
 
-    prototype = default_buffer_prototype()
-    store = MemoryStore({key: prototype.buffer.from_bytes(value.tobytes()) for key, value in entries.items()})
+    store = MemoryStore({key: _zarr_buffer(value.tobytes()) for key, value in entries.items()})
     return np.asarray(zarr.open_array(store, mode="r")[...])
+
+
+def _zarr_buffer(data: bytes) -> Any:
+    """Return ``data`` as the stores of zarr hold it.
+
+    Relies on ``zarr.core.buffer.default_buffer_prototype``, which older versions do not publish elsewhere. Seen in zarr
+    3.0.8 to 3.1.6; a canary for it is in tests/test_private_names.py.
+    """
+    from zarr.core.buffer import default_buffer_prototype
+
+    return default_buffer_prototype().buffer.from_bytes(data)

@@ -73,9 +73,8 @@ def open_json(path: Path, text_field: str) -> TableReader:
     """Open a JSON lines file (or one JSON array of objects)."""
     options: dict[str, Any] = {"chunksize": safe_batch_bytes(path, text_field)}
     # Left to itself the builder stores a field of mixed types as JSON text, quotes included: a text must never be.
-    strict = {"on_mixed_types": None} if _knows_mixed_types() else {}
     try:
-        dataset = _load_file("json", path, **options, **strict)
+        dataset = _load_file("json", path, **options, on_mixed_types=None)
     except Exception:
         if check_json(path, text_field) == 0:
             return _no_rows(path, text_field)
@@ -136,12 +135,6 @@ def _no_rows(path: Path, text_field: str) -> TableReader:
     import datasets
 
     return TableReader(str(path), datasets.Dataset.from_dict({text_field: []}), text_field)
-
-
-def _knows_mixed_types() -> bool:
-    from datasets.packaged_modules.json.json import JsonConfig
-
-    return hasattr(JsonConfig, "on_mixed_types")
 
 
 @contextmanager

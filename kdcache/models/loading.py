@@ -158,8 +158,10 @@ def load_config(name: str, *, revision: str | None = None, error: type[KdcacheEr
 
 def check_no_kernels(config: Any, name: str, error: type[KdcacheError]) -> None:
     """Raise ``error`` for a configuration that names attention from a repository: transformers would download it."""
+    from kdcache.models.internals import attention_of  # imports torch
+
     for part in (config, *vars(config).values()):
-        wanted = getattr(part, "_attn_implementation", None)
+        wanted = attention_of(part)
         if isinstance(wanted, str) and "/" in wanted:
             raise error(
                 f"{name} asks for compiled code from a repository (attn_implementation {shortened(wanted)} in its config.json), "

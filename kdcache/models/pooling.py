@@ -125,7 +125,9 @@ def add_projection(model: Any, projection: nn.Sequential) -> None:
 @contextlib.contextmanager
 def without_projection(model: Any) -> Iterator[None]:
     """Take the linear layer out of a model for a while, so that the model is saved without it."""
-    projection = model._modules.pop(PROJECTION, None)
+    projection = getattr(model, PROJECTION, None)
+    if projection is not None:
+        delattr(model, PROJECTION)
     try:
         yield
     finally:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdcache.models.internals import onednn_linear
+
 
 @torch.no_grad()
 def logits_of(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None) -> Tensor:
@@ -51,6 +53,4 @@ def _suits_onednn(left: Tensor, weight_VD: Tensor) -> bool:
 
 @cache
 def _onednn_linear() -> Any:
-    if not torch.backends.mkldnn.is_available():
-        return None
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return onednn_linear()

@@ -176,7 +176,7 @@ class TextEncoder:
 
 
 def _backend(tokenizer: Any) -> Any | None:
-    backend = getattr(tokenizer, "_tokenizer", None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend if isinstance(backend, tokenizers.Tokenizer) else None
 
 

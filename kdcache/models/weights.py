@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdcache.models.hub import directory_of
 from kdcache.storage.local_store import LocalStoreConfig
 
 #: File in the directory of the local store that maps keys of loaded files to hashes, the newest last.
@@ -44,13 +45,13 @@ def _entry(name: str, tensor: Tensor) -> list[Any]:
     return [name, str(tensor.dtype), list(tensor.shape), hashlib.sha256(data.data).hexdigest()]
 
 
-def remembered_sha256(model: Any, name: str) -> str:
-    """Return `weights_sha256` of a model that was loaded from ``name``, hashing it only the first time.
+def remembered_sha256(model: Any, name: str, revision: str | None = None) -> str:
+    """Return `weights_sha256` of a model that was loaded from ``name`` at ``revision``, hashing it only the first time.
 
     The hash is kept under path, size and modification time of the files, the class and the dtype of the model. A file
     that is replaced by one of the same size and time goes unnoticed, so this is for dry runs alone.
     """
-    key = _key(model, name)
+    key = _key(model, name, revision)
     if key is None:
         return weights_sha256(model)
     path = LocalStoreConfig().path / _REMEMBERED
@@ -63,8 +64,8 @@ def remembered_sha256(model: Any, name: str) -> str:
     return known[key]
 
 
-def _key(model: Any, name: str) -> str | None:
-    source = _directory_of(model, name)
+def _key(model: Any, name: str, revision: str | None) -> str | None:
+    source = Path(name) if os.path.exists(name) else directory_of(name, revision)
     if source is None:
         return None
     files = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix in _SUFFIXES)
@@ -72,19 +73,6 @@ def _key(model: Any, name: str) -> str | None:
     dtypes = sorted({str(parameter.dtype) for parameter in model.parameters()})
     facts = [type(model).__qualname__, dtypes, stats, torch.__version__]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _directory_of(model: Any, name: str) -> Path | None:
-    """Return the file or directory that a model was loaded from; None where it is not found."""
-    if os.path.exists(name):
-        return Path(name)
-    from transformers.utils import cached_file
-
-    try:
-        found = cached_file(name, "config.json", revision=model.config._commit_hash, local_files_only=True)
-    except (OSError, AttributeError):
-        return None
-    return None if found is None else Path(found).parent
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from kdcache.errors import ConfigError, StudentError
+from kdcache.models.internals import model_from_config
 from kdcache.models.loading import first_line, quiet
 from kdcache.models.pooling import drop_pooler
 
@@ -79,7 +80,7 @@ def _shortened(config: Any, layers: Sequence[int]) -> Any:
 def _rebuilt(model: Any, config: Any, state: dict[str, Any], name: str) -> Any:
     with quiet():
         # Not made in float32 and cast: rotary frequencies stay float32 whatever the dtype of the weights.
-        student = type(model)._from_config(config, dtype=model.dtype)
+        student = model_from_config(type(model), config, model.dtype)
     if _is_tied(student) and not _is_tied(model):
         # The configuration of a T5 always says tied; the weights of the checkpoint decide.
         head = student.get_output_embeddings()

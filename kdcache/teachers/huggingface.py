@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kdcache.errors import TeacherError
 from kdcache.models.bodies import context_length, fed, num_layers, split_for
+from kdcache.models.hub import commit_of
 from kdcache.models.lm_head import BufferedHead, LMHead
 from kdcache.models.loading import load_model, parse_dtype, pick_device
 from kdcache.models.packing import keeps_documents_apart
@@ -204,7 +205,7 @@ def load_teacher(
     model = load_model(config.model, task, dtype=dtype, revision=config.revision, error=TeacherError)
     if task.body == "pooled":
         load_projection(model, config.model, config.revision)
-    sha256 = remembered_sha256(model, config.model) if is_preview else None
+    sha256 = remembered_sha256(model, config.model, config.revision) if is_preview else None
     return HuggingFaceTeacher(model.to(device), config.model, vocab_size, config.revision, task, outputs, sha256)
 
 
@@ -221,7 +222,7 @@ def _describe(model: Any, name: str, vocab_rows: int, revision: str | None, sha2
         num_layers=num_layers(model),
         hidden_size=int(config.hidden_size),
         vocab_size=vocab_rows,
-        revision=getattr(model.config, "_commit_hash", None) or revision,
+        revision=commit_of(name, revision) or revision,
     )
 
 

@@ -28,13 +28,12 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from kdcache.cache import Cache
 from kdcache.cache.reader import OPEN_BYTES
 from kdcache.config import Config
 from kdcache.losses.kernel import default_chunk_positions
+from kdcache.models.internals import TorchDispatchMode, identity_of_storage, leaves_of
 from kdcache.models.trying import in_mode
 from kdcache.step import StepInputs
 from kdcache.train.module import Distiller
@@ -82,10 +81,10 @@ class AllocatedBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # An output that shares its storage with an input is a view or was written in place.
-        known = {storage._cdata for storage in _storages((args, kwargs))}
+        known = {identity_of_storage(storage) for storage in _storages((args, kwargs))}
         result = func(*args, **kwargs)
-        for storage in {storage._cdata: storage for storage in _storages(result)}.values():
-            if storage._cdata not in known:
+        for identity, storage in {identity_of_storage(storage): storage for storage in _storages(result)}.items():
+            if identity not in known:
                 self._add(storage)
         return result
 
@@ -100,7 +99,7 @@ class AllocatedBytes(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
-    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return (leaf.untyped_storage() for leaf in leaves_of(tree) if isinstance(leaf, Tensor))
 
 
 def estimate_memory(

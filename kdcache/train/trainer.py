@@ -38,6 +38,7 @@ from transformers import (
 
 from kdcache.cache.batches import Batches
 from kdcache.errors import StudentError
+from kdcache.models.internals import use_one_gpu
 from kdcache.torch_data import count_tokens
 from kdcache.train.checkpoints import load_terms, load_weights, save_terms, save_weights
 from kdcache.train.module import Distiller
@@ -55,7 +56,7 @@ class DistillationTrainer(Trainer):
         batches: Batches[dict[str, Tensor]],
         **kwargs: Any,
     ) -> None:
-        args._n_gpu = min(args.n_gpu, 1)
+        use_one_gpu(args)
         args.ignore_data_skip = True  # the batches begin where they should
         super().__init__(model=module, args=args, **kwargs)
         self.model_accepts_loss_kwargs = True

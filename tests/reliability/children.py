@@ -7,6 +7,7 @@ is known, and the others of the handful go to another child.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import resource
@@ -126,6 +127,7 @@ def run_cases(engine: Engine, cases: Iterable[int], *, jobs: int, work: Path) ->
 def _answer(engine: Engine, cases: list[int], work: Path, pipe: int) -> None:
     """Be the child: run the cases and report them; never returns."""
     os.setpgid(0, 0)
+    faulthandler.disable()  # of pytest: it would write to the streams that pytest has put aside
     try:
         quiet(work / "stderr")
         run = engine.prepare(work)
