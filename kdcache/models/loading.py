@@ -232,7 +232,12 @@ def load_tokenizer(
 
 def load_cache_tokenizer(directory: str | Path) -> Any:
     """Load the tokenizer of a cache from its ``tokenizer_dir()``; raises ``CacheError``."""
-    return load_tokenizer(str(directory), error=CacheError, described="the tokenizer of the cache")
+    from kdcache.models.tokenizer import check_decoder
+
+    described = "the tokenizer of the cache"
+    tokenizer = load_tokenizer(str(directory), error=CacheError, described=described)
+    check_decoder(tokenizer, described)
+    return tokenizer
 
 
 def _check_not_an_adapter(name: str, error: type[KdcacheError]) -> None:

@@ -16,6 +16,7 @@ import copy
 import hashlib
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Mapping
 from functools import cached_property
@@ -24,10 +25,13 @@ from typing import Any
 
 import tokenizers
 
-from kdcache.errors import ConfigError
+from kdcache.errors import CacheError, ConfigError
 from kdcache.schema import TokenizerRecord
 
 logger = logging.getLogger(__name__)
+
+#: How many times as long the decoder of a cache's tokenizer may make a text.
+_MOST_GROWTH = 64
 
 _PROBE = "a probe"
 _RULES = {"model": "model or merges", "normalizer": "normaliser", "pre_tokenizer": "pre-tokeniser"}
@@ -223,6 +227,35 @@ def _vocabulary_differences(a: Mapping[str, int], b: Mapping[str, int]) -> list[
             found.append(f"id {number} is {by_id_a.get(number)!r} against {by_id_b.get(number)!r}")
             break  # one example shows the difference
     return found
+
+
+def check_decoder(tokenizer: Any, described: str) -> None:
+    """Raise ``CacheError`` for a tokenizer of a cache whose decoder makes texts enormous, of which a process would die.
+
+    A few replacements of a character by a thousand, one after another, suffice. The decoders of real tokenizers replace
+    a character by another one.
+    """
+    backend = tokenizer if isinstance(tokenizer, tokenizers.Tokenizer) else _backend(tokenizer)
+    decoder = None if backend is None else backend.decoder
+    if decoder is None:
+        return
+    growth = _growth(json.loads(decoder.__getstate__()))
+    if growth > _MOST_GROWTH:
+        raise CacheError(
+            f"{described} has a decoder that makes texts up to {growth:,.0f} times as long (at most {_MOST_GROWTH} is "
+            "allowed); use a cache of another teacher"
+        )
+
+
+def _growth(decoder: Mapping[str, Any]) -> float:
+    """Return how many times as long a decoder may make a text."""
+    if decoder.get("type") == "Sequence":
+        return math.prod(map(_growth, decoder.get("decoders", [])))
+    if decoder.get("type") != "Replace":
+        return 1.0
+    content, pattern = len(decoder.get("content", "")), decoder.get("pattern", {}).get("String", "")
+    # A regular expression may match between any two characters.
+    return max(1.0, content / len(pattern)) if pattern else 1.0 + content
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:

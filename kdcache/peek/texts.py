@@ -8,7 +8,11 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from kdcache.cache import Cache
-from kdcache.errors import CacheError
+from kdcache.errors import CacheError, shortened
+from kdcache.models.tokenizer import check_decoder
+
+#: Characters of a text that is shown; a token may be as long as the file allows.
+_MOST_CHARACTERS = 1 << 26
 
 
 class Texts:
@@ -19,10 +23,18 @@ class Texts:
         try:
             self._tokenizer: Any = Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception
-            raise CacheError(f"the tokenizer.json of {cache.folder} cannot be read: {error}") from None
+            raise CacheError(f"the tokenizer.json of {cache.folder} cannot be read: {shortened(error)}") from None
+        self._described = f"the tokenizer of {cache.folder}"
+        check_decoder(self._tokenizer, self._described)
 
     def fed(self, ids: list[int]) -> str:
         """Return the text of a model input, special tokens included."""
+        size = sum(len(self._tokenizer.id_to_token(number) or "") for number in ids)
+        if size > _MOST_CHARACTERS:
+            raise CacheError(
+                f"{self._described} makes {size:,} characters of {len(ids):,} tokens (at most {_MOST_CHARACTERS:,} are "
+                "shown); use a cache of another teacher"
+            )
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import kdcache
+import kdcache.peek.texts
 from kdcache.cache import layout, open_cache
 from kdcache.config import build
 from kdcache.dump import dump_teacher
@@ -285,6 +286,47 @@ def test_files_that_the_manifest_does_not_record_take_no_part(run, executed, cac
     assert "PROBLEM file tokenizer/evil.py is not recorded in manifest.json" in outcome.out
     assert "To repair" not in outcome.out
     assert not verify_cache(str(dumped), progress=False).problems
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 40}
+DECODERS = {
+    "twice": ({"type": "Sequence", "decoders": [REPLACE, {"type": "Fuse"}, REPLACE]}, "1,600"),
+    "nested": ({"type": "Sequence", "decoders": [{"type": "Sequence", "decoders": [REPLACE, REPLACE]}]}, "1,600"),
+    "expression": ({**REPLACE, "pattern": {"Regex": ""}, "content": "e" * 100}, "101"),
+    "once": ({**REPLACE, "content": "\u2581"}, None),
+    "a long one": ({**REPLACE, "pattern": {"String": "e" * 20}}, None),
+}
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_decoder_that_makes_texts_enormous(run, cache, tmp_path, kind):
+    """A process that uses such a one is killed for its memory."""
+    decoder, growth = DECODERS[kind]
+    settings = json.loads((cache / "tokenizer" / "tokenizer.json").read_text())
+    record_tokenizer_file(cache, "tokenizer.json", json.dumps({**settings, "decoder": decoder}).encode())
+    train = [
+        "--cache",
+        cache,
+        "--student-size",
+        "nano",
+        "--output",
+        tmp_path / "run",
+        "--max-steps",
+        1,
+        "--device",
+        "cpu",
+    ]
+    for arguments in (["peek", cache], ["train-student", *train]):
+        outcome = run(*arguments)
+        if growth is None:
+            assert outcome.code == 0, outcome.err
+        else:
+            assert f"has a decoder that makes texts up to {growth} times as long" in outcome.message()
+
+
+def test_a_token_as_long_as_its_file(run, cache, monkeypatch):
+    monkeypatch.setattr(kdcache.peek.texts, "_MOST_CHARACTERS", 10)
+    assert "makes 11 characters of 6 tokens (at most 10 are shown)" in run("peek", cache).message()
 
 
 def test_a_change_after_the_check_takes_no_part(cache):
