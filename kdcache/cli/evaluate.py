@@ -13,6 +13,8 @@ _EPILOG = """\b
 Examples:
   kdcache evaluate --cache held-out-cache --student run
   kdcache evaluate --cache held-out-cache --student run-ce --student run-kd --markdown
+  kdcache train-student --cache cache --where "sequence % 10 > 0" --student-size tiny --output run
+  kdcache evaluate --cache cache --where "sequence % 10 == 0" --student run
 """
 
 
@@ -24,8 +26,9 @@ Examples:
     "--student", "students", multiple=True, metavar="RUN", help="Student: directory or Hugging Face id. Repeatable."
 )
 @click.option("--batch-tokens", default=8192, show_default=True, help="Tokens per forward pass, padding included.")
+@click.option("--where", metavar="FILTER", help="Evaluate only sequences that match, such as sequence % 10 == 0.")
 @click.option(
-    "--limit-sequences", type=int, help="Evaluate this many sequences, spread over the cache.  [default: all]"
+    "--limit-sequences", type=int, help="Evaluate this many sequences, spread over those chosen.  [default: all]"
 )
 @click.option(
     "--qrels", metavar="FILE", help="Relevant documents per query, for retrieval with embeddings: BEIR or TREC format."
@@ -50,6 +53,7 @@ def command(
     cache: str,
     students: tuple[str, ...],
     batch_tokens: int,
+    where: str | None,
     limit_sequences: int | None,
     qrels: str | None,
     id_column: str | None,
@@ -65,7 +69,7 @@ def command(
 
     Metrics: loss and perplexity on the corpus, KL from the teacher in nats, agreement (share of positions where both
     have the same top-1), top-1 accuracy, expected calibration error (ECE), size and speed. The teacher's metrics come
-    from the cache.
+    from the cache. A student that was trained on some of the sequences gets a warning with their number.
 
     Embeddings: rank correlation of the cosines of pairs with their labels, and mean cosine to the teacher; with --qrels
     also nDCG@10, recall@10, recall@100 and MRR@10 of retrieving the documents of the cache for its queries.
@@ -81,6 +85,7 @@ def command(
         batch_tokens=batch_tokens,
         device=device,
         dtype=dtype,
+        where=where,
         limit_sequences=limit_sequences,
         qrels=qrels,
         id_column=id_column,

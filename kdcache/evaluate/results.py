@@ -30,6 +30,8 @@ class ModelRow(Config):
     """Further metrics of the task, by the names of ``kdcache.evaluate.measures``."""
     num_bytes: int | None = None
     tokens_per_s: float | None = None
+    num_trained_on: int | None = None
+    """How many of the sequences the student was trained on; None where its run does not tell."""
     warnings: tuple[str, ...] = ()
 
 
@@ -38,6 +40,8 @@ class Evaluation(Config):
 
     cache: str
     fingerprint: str
+    where: str | None = None
+    """The filter that selected the sequences; None: the whole cache."""
     num_sequences: int
     num_targets: int
     """Valid positions."""

@@ -15,6 +15,7 @@ import importlib.util
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from kdcache.cache import Cache
@@ -51,14 +52,24 @@ def check_texts(cache: Cache, num_texts: int, beams: int) -> None:
 
 
 class GeneratedTexts:
-    """Evaluate texts that students write for ``num_texts`` inputs, spread evenly over the cache.
+    """Evaluate texts that students write for ``num_texts`` of the sequences ``chosen_N``, spread evenly over them.
 
     Inputs whose corpus has no reference are left out; raises ``ConfigError`` when none is left.
     """
 
-    def __init__(self, cache: Cache, num_texts: int, *, beams: int, batch_tokens: int, progress: bool) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        chosen_N: NDArray[np.int64],
+        num_texts: int,
+        *,
+        beams: int,
+        batch_tokens: int,
+        progress: bool,
+    ) -> None:
         self._cache, self._beams, self._batch_tokens, self._progress = cache, beams, batch_tokens, progress
-        indices = np.linspace(0, len(cache) - 1, min(num_texts, len(cache))).round().astype(np.int64).tolist()
+        spread = np.linspace(0, len(chosen_N) - 1, min(num_texts, len(chosen_N))).round().astype(np.int64)
+        indices = chosen_N[spread].tolist()
         self._written_for: list[str] = []
         if _REFERENCE in cache.manifest.corpus.metadata_columns:
             known = [(n, text) for n in indices if (text := _reference(cache, n))]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcache.errors import CacheError, ConfigError, KdcacheError, did_you_mean, shortened
+from kdcache.words import count
 
 if TYPE_CHECKING:
     import torch
@@ -192,23 +193,35 @@ def _check_whole(
     if task.body in ("pooled", "bi-encoder"):
         # The model's own pooler is never used here.
         missing = [key for key in missing if not key.startswith("pooler.")]
-    inside = f"{model.base_model_prefix}."
-    of_head = [key for key in missing if not key.startswith(inside) or key.startswith(f"{inside}pooler.")]
-    if may_lack_head and not task.is_causal and not model.config.is_encoder_decoder:
-        if of_head:
-            log.warning(
-                "%s has no head for task %s: %d weights, such as %s, begin at random",
-                name,
-                task.name,
-                len(of_head),
-                of_head[0],
-            )
-        missing = [key for key in missing if key not in of_head]
-    if missing:
+    of_head = _weights_of_head(missing, model, task)
+    needed = [key for key in missing if key not in of_head]
+    if needed:
         raise error(
-            f"{name} lacks {len(missing)} of the weights of a {type(model).__name__}, such as {missing[0]}: it is "
+            f"{name} lacks {len(needed)} of the weights of a {type(model).__name__}, such as {needed[0]}: it is "
             f"incomplete or no model for the task {task.name}"
         )
+    if of_head and not may_lack_head:
+        raise error(
+            f"{name} has no head for task {task.name}: it lacks {len(of_head)} of the weights of a "
+            f"{type(model).__name__}, such as {of_head[0]}, which would be random numbers; give a model that was "
+            "trained for this task"
+        )
+    if of_head:
+        log.warning(
+            "%s has no head for task %s: %s of it, such as %s, begin at random",
+            name,
+            task.name,
+            count(len(of_head), "weight"),
+            of_head[0],
+        )
+
+
+def _weights_of_head(missing: list[str], model: Any, task: Task) -> list[str]:
+    """Return those of the ``missing`` weights that belong to a head of the task that can be trained."""
+    if task.is_causal or model.config.is_encoder_decoder or task.body in ("pooled", "bi-encoder"):
+        return []  # heads of language models come with their bodies; embedders have none, and keys without a prefix
+    inside = f"{model.base_model_prefix}."
+    return [key for key in missing if not key.startswith(inside) or key.startswith(f"{inside}pooler.")]
 
 
 def load_tokenizer(
@@ -254,11 +267,6 @@ def _check_architecture(config: Any, task: Task, name: str, error: type[KdcacheE
         raise error(
             f"{name} is an encoder-decoder ({config.model_type}), and texts are embedded by the states of an encoder "
             "or a decoder alone; choose another model"
-        )
-    if task.model_class == "AutoModelForMaskedLM" and getattr(config, "is_encoder_decoder", False):
-        raise error(
-            f"{name} is an encoder-decoder ({config.model_type}), and task {task.name} is about models that predict the "
-            "masked tokens of a text itself; use --task seq2seq-lm, or choose another model"
         )
     if not task.is_causal:
         return  # missing weights are noticed when the checkpoint is loaded

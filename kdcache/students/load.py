@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from kdcache.errors import ConfigError, StudentError
-from kdcache.models.bodies import Parts, context_length, fed, num_input_ids, probe_inputs, split_for
+from kdcache.models.bodies import Parts, context_length, fed, probe_inputs, split_for
 from kdcache.models.lm_head import LMHead
 from kdcache.models.loading import (
     check_loadable,
@@ -33,9 +33,9 @@ from kdcache.models.loading import (
     quiet,
 )
 from kdcache.models.packing import keeps_documents_apart
-from kdcache.models.padding import without_padding
+from kdcache.models.padding import depends_on_padding
 from kdcache.models.tokenizer import describe_difference, pad_id_of
-from kdcache.models.trying import failures_of, in_eval_mode
+from kdcache.models.trying import in_eval_mode
 from kdcache.schema import Manifest
 from kdcache.students.config import StudentConfig
 from kdcache.students.fresh import build_fresh, head_settings, max_length
@@ -141,10 +141,13 @@ class Student:
             ) from None
 
 
-def load_student(config: StudentConfig, manifest: Manifest, tokenizer_dir: str | Path) -> Student:
+def load_student(
+    config: StudentConfig, manifest: Manifest, tokenizer_dir: str | Path, *, may_lack_head: bool = True
+) -> Student:
     """Load or build the student of ``config`` and check that it fits the cache of ``manifest``.
 
-    ``tokenizer_dir`` holds the cache's tokenizer files. Raises `StudentError` for a model that cannot be loaded, is not
+    ``tokenizer_dir`` holds the cache's tokenizer files. With ``may_lack_head`` a head that the checkpoint lacks begins
+    at random, to be trained; without, that is an error. Raises `StudentError` for a model that cannot be loaded, is not
     of the cache's task, has another tokenizer, too few ids or too few positions; `ConfigError` for a configuration
     file that cannot be read.
     """
@@ -154,15 +157,14 @@ def load_student(config: StudentConfig, manifest: Manifest, tokenizer_dir: str |
     if config.is_fresh:
         model = build_fresh(config, manifest, tokenizer, name, task)
     else:
-        model = _load_pretrained(config, task, manifest, name)
+        model = _load_pretrained(config, task, manifest, name, may_lack_head)
         _check_tokenizer(config, manifest, tokenizer, name)
     if task.body == "logits" and getattr(model.config, "pad_token_id", None) is None:
         # Decoders that classify find the last token of a text by it, also outside of kdcache.
         model.config.pad_token_id = tokenizer.pad_token_id
     ranker = make_ranker(model, task, tokenizer, config, manifest)
     sentence = ranker or sentence_model(model, config, manifest, task, name)
-    with failures_of(model, f"student {name}", task.name, StudentError):
-        student = _fit(model, task, tokenizer, manifest, name, sentence)
+    student = _fit(model, task, tokenizer, manifest, name, sentence)
     if config.lora is not None:
         _check_lora(task)
         student.adapter = adapt(student.model, config, name)
@@ -185,7 +187,7 @@ def check_pretrained(config: StudentConfig, manifest: Manifest, tokenizer_dir: s
         _check_same_ids(own, load_cache_tokenizer(tokenizer_dir), config.model)
 
 
-def _load_pretrained(config: StudentConfig, task: Task, manifest: Manifest, name: str) -> Any:
+def _load_pretrained(config: StudentConfig, task: Task, manifest: Manifest, name: str, may_lack_head: bool) -> Any:
     _check_classes(config, manifest, name)
     set_seed(config.seed)  # of a head that the checkpoint may lack
     model = load_model(
@@ -194,7 +196,7 @@ def _load_pretrained(config: StudentConfig, task: Task, manifest: Manifest, name
         dtype=parse_dtype(config.dtype),
         revision=config.revision,
         error=StudentError,
-        may_lack_head=True,
+        may_lack_head=may_lack_head,
         **head_settings(task, manifest),
     )
     return model if config.keep_layers is None else with_layers(model, config.keep_layers, name)
@@ -222,7 +224,7 @@ def _fit(
     model: Any, task: Task, tokenizer: Any, manifest: Manifest, name: str, sentence: SentenceModel | None
 ) -> Student:
     vocab_size = manifest.tokenizer.vocab_size
-    _check_num_ids(num_input_ids(model), manifest, name)
+    _check_num_ids(model.get_input_embeddings().num_embeddings, manifest, name)
     positions = context_length(model)
     if positions is not None and positions < max_length(manifest):
         raise StudentError(
@@ -242,7 +244,11 @@ def _fit(
             f"student {name} ({type(model).__name__}) lets a position see later tokens, so it is not a causal language "
             "model; choose a decoder"
         )
-    parts = replace(parts, body=without_padding(parts.body, model, f"student {name}", StudentError))
+    if task.body == "logits" and sentence is None and depends_on_padding(model):
+        raise StudentError(
+            f"student {name} ({type(model).__name__}) answers a text differently when it is padded, so it would learn "
+            "from the make-up of its batches; choose another architecture"
+        )
     num_ids = manifest.num_ids if task.gives != "outputs" else parts.head().vocab_size
     return Student(model, tokenizer, parts, num_ids, sentence=sentence)
 

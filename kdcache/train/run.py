@@ -25,6 +25,7 @@ from transformers import TrainerCallback, TrainingArguments
 from kdcache.cache.batches import MicroBatches
 from kdcache.losses import Objective, TermModule
 from kdcache.students import Student
+from kdcache.students.trained_on import write_trained_on
 from kdcache.torch_data import training_batches
 from kdcache.train.checkpoints import STATE_FILE, TERMS_FILE, last_checkpoint, save_student, save_terms
 from kdcache.train.config import TrainConfig
@@ -85,6 +86,8 @@ def train_student(
     )
     if record.finished is not None:
         return TrainResult(Path(config.output), **record.finished)
+    if trainer.args.should_save:
+        write_trained_on(config.output, run.cache, run.chosen_N)
     checkpoint = last_checkpoint(config.output) if resume else None
     if progress and checkpoint is None and trainer.is_world_process_zero():
         for line in report_start(run, trainer.module, batches).summary():

@@ -23,6 +23,7 @@ from kdcache.errors import ConfigError
 from kdcache.json_files import write_json
 from kdcache.students.load import Student
 from kdcache.students.run_file import RUN_FILE, read_run
+from kdcache.students.trained_on import cut_of
 
 #: Settings that may change when a run is resumed: paths, how the work is divided, what is logged and saved.
 _FREE = {
@@ -101,7 +102,11 @@ class RunRecord:
             "status": "running",
             "settings": {**settings, "cache_fingerprint": cache.fingerprint},
             "config": dict(config),
-            "cache": {"fingerprint": cache.fingerprint, "corpus": cache.manifest.corpus.fingerprint},
+            "cache": {
+                "fingerprint": cache.fingerprint,
+                "corpus": cache.manifest.corpus.fingerprint,
+                "sequences": cut_of(cache),
+            },
             "teacher": cache.manifest.teacher.model_dump(mode="json"),
             "tokenizer": cache.manifest.tokenizer.model_dump(mode="json"),
             "student": {

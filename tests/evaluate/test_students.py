@@ -11,6 +11,7 @@ from kdcache.cache import open_cache, reader
 from kdcache.errors import CacheError, ConfigError, StudentError
 from kdcache.evaluate import evaluate_students
 from kdcache.evaluate import run as evaluation
+from kdcache.evaluate.distributions import DistributionScorer
 from kdcache.students import load_student
 from tests.tiny import bpe_tokenizer, llama, make_cache, random_sequences
 
@@ -228,9 +229,9 @@ def test_a_perplexity_beyond_all_numbers_is_null_in_json(cache_path):
 def test_one_student_is_in_memory_at_a_time(cache_path, student_path, monkeypatch):
     alive: list[weakref.ref] = []
 
-    def watched(*given):
+    def watched(*given, **options):
         assert all(reference() is None for reference in alive), "the student before is still in memory"
-        student = load_student(*given)
+        student = load_student(*given, **options)
         alive.append(weakref.ref(student.model))
         return student
 
@@ -238,12 +239,39 @@ def test_one_student_is_in_memory_at_a_time(cache_path, student_path, monkeypatc
     path = student_path[0]
     names = [str(path), f"{path}/", f"{path}/."]
     result = evaluate_students(str(cache_path), names, device="cpu", progress=True)
-    assert len(alive) == 3
+    assert len(alive) == 3 + 2, "the first is evaluated as it was checked"
     assert [row.model for row in result.students] == names
     assert len({row.loss for row in result.students}) == 1
 
 
 def test_a_student_that_cannot_be_loaded_is_found_before_any_is(cache_path, student_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "load_student", lambda *given: pytest.fail("a student was loaded"))
+    monkeypatch.setattr(evaluation, "load_student", lambda *given, **options: pytest.fail("a student was loaded"))
     with pytest.raises(StudentError, match="there is no model at"):
         evaluate_students(str(cache_path), [str(student_path[0]), str(tmp_path / "none")], device="cpu", progress=False)
+
+
+def test_weights_that_cannot_be_used_are_found_before_any_student_is_evaluated(
+    cache_path, student_path, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(DistributionScorer, "student", lambda *given: pytest.fail("a student was evaluated"))
+    student = llama(VOCAB_SIZE)
+    student.model.norm.weight.data[0] = torch.nan
+    student.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    with pytest.raises(StudentError, match=r"NaN or infinite"):
+        run(cache_path, str(student_path[0]), str(tmp_path))
+
+
+def test_a_filter_selects_the_sequences(cache_path, student_path):
+    cache = open_cache(cache_path)
+    chosen = cache.where("sequence % 3 == 1").tolist()
+    found = cache.read(chosen)
+    result = run(cache_path, student_path[0], where="sequence % 3 == 1")
+    assert (result.num_sequences, result.num_targets) == (len(chosen), found.loss_mask_P.sum())
+    assert result.teacher.loss == pytest.approx(-found.targets.gold_logprob_P[found.loss_mask_P > 0].mean(), rel=1e-5)
+    assert result.to_dict()["where"] == "sequence % 3 == 1"
+    assert run(cache_path, where="sequence % 3 == 1", limit_sequences=2).num_sequences == 2
+    with pytest.raises(ConfigError, match="selects none of the 12 sequences"):
+        run(cache_path, where="sequence > 100")
+    with pytest.raises(ConfigError, match="unknown column 'sequenze'"):
+        run(cache_path, where="sequenze > 1")
