@@ -46,7 +46,12 @@ class Overlap:
 
 
 def write_trained_on(output: str | Path, cache: Cache, sequences_N: NDArray[np.int64] | None) -> None:
-    """Write the hashes of the sequences (None: all) of ``cache`` that a run in ``output`` draws from."""
+    """Write the hashes of the sequences (None: all) of ``cache`` that a run in ``output`` draws from.
+
+    Nothing is written for a cache whose per-sequence table does not have what they are made of.
+    """
+    if not _has_columns(cache):
+        return
     chosen_N = np.arange(len(cache)) if sequences_N is None else sequences_N
     hashes = _sequence_hashes(cache, chosen_N), _document_hashes(cache, chosen_N)[1]
     path = Path(output) / TRAINED_ON_FILE
@@ -62,7 +67,7 @@ def overlap(student: str, cache: Cache, sequences_N: NDArray[np.int64]) -> Overl
     record = (read_run(student) or {}).get("cache", {})
     same_corpus = record.get("corpus") == cache.manifest.corpus.fingerprint
     cut = record.get("sequences")
-    if same_corpus and cut is None:
+    if (same_corpus and cut is None) or not _has_columns(cache):
         return None
     by: Literal["sequences", "documents"] = "documents" if same_corpus and cut != cut_of(cache) else "sequences"
     read = _read(student, by)
@@ -86,6 +91,10 @@ def overlap(student: str, cache: Cache, sequences_N: NDArray[np.int64]) -> Overl
 def cut_of(cache: Cache) -> dict[str, Any]:
     """Return what decides how the documents of a corpus become sequences."""
     return {"task": cache.manifest.task, **cache.manifest.sequences}
+
+
+def _has_columns(cache: Cache) -> bool:
+    return {"token_hash", "document_id"} <= set(cache.sequences.column_names)
 
 
 def _read(student: str, name: str) -> tuple[Hashes, bool] | None:
