@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -182,11 +183,32 @@ def test_an_output_that_is_something_else_is_refused(make, dumped, tmp_path):
         preview_sweep(make(output=str(dumped)))
 
 
+@pytest.fixture
+def start(tmp_path):
+    """Start a sweep in a process of its own; whatever of it still runs ends with the test, also with one that fails."""
+    started = []
+
+    def start(config) -> subprocess.Popen:
+        file = tmp_path / "sweep.yaml"
+        file.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
+        command = [sys.executable, "-m", "kdcache", "sweep", str(file), "--quiet"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        # A group of processes of its own, with those that train.
+        started.append(subprocess.Popen(command, **pipes, text=True, start_new_session=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+
+
 @pytest.mark.slow
-def test_a_killed_process_is_named_and_the_others_go_on(make, tmp_path):
+def test_a_killed_process_is_named_and_the_others_go_on(make, start, tmp_path):
     """A student of which each step takes long is killed in the middle; its place is taken by the next."""
     config = make(runs=[{"name": "long", "set": {"max_steps": 100_000}}, {"name": "short"}], base={"save_steps": 5})
-    process = start(config, tmp_path)
+    process = start(config)
     kill_trainer_of(process, Path(config.output) / "long" / "checkpoint-5")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -197,9 +219,9 @@ def test_a_killed_process_is_named_and_the_others_go_on(make, tmp_path):
 
 
 @pytest.mark.slow
-def test_after_kill_9_of_the_sweep_students_go_on_from_their_checkpoints(make, tmp_path):
+def test_after_kill_9_of_the_sweep_students_go_on_from_their_checkpoints(make, start, tmp_path):
     config = make(runs=[{"name": "first"}, {"name": "second", "set": {"max_steps": 60}}], base={"save_steps": 5})
-    process = start(config, tmp_path)
+    process = start(config)
     wait_for(Path(config.output) / "second" / "checkpoint-5")
     children = children_of(process.pid)
     process.kill()
@@ -217,9 +239,9 @@ def test_after_kill_9_of_the_sweep_students_go_on_from_their_checkpoints(make, t
 
 
 @pytest.mark.slow
-def test_another_sweep_is_kept_out_and_an_interrupt_ends_the_children(make, tmp_path):
+def test_another_sweep_is_kept_out_and_an_interrupt_ends_the_children(make, start):
     config = make(base={"max_steps": 100_000, "save_steps": 5})
-    process = start(config, tmp_path, start_new_session=True)
+    process = start(config)
     wait_for(Path(config.output) / "base" / "checkpoint-5")
     children = children_of(process.pid)
     with pytest.raises(ConfigError, match="another sweep is running"):
@@ -240,13 +262,6 @@ def test_devices_of_jobs(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert devices_of(1, on_gpu=True) == ["0"]
-
-
-def start(config, tmp_path: Path, **options) -> subprocess.Popen:
-    file = tmp_path / "sweep.yaml"
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
-    command = [sys.executable, "-m", "kdcache", "sweep", str(file), "--quiet"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def wait_until(condition, seconds: float = 60) -> None:
