@@ -43,6 +43,11 @@ class FloatFormat:
     unpack: Callable[[NDArray[Any]], NDArray[np.float32]]
 
 
+def format_of(dtype: str) -> FloatFormat:
+    """Return the format of numbers that are stored as floats of ``dtype``, float16 or float32."""
+    return FP16 if dtype == FP16.dtype else FP32
+
+
 BF16 = FloatFormat("uint16", to_bfloat16, from_bfloat16)
 FP16 = FloatFormat("float16", _to("float16"), _to("float32"))
 FP32 = FloatFormat("float32", _to("float32"), _to("float32"))

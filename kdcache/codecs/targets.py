@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.codecs.checks import ROUNDING, check_below, check_logprobs, check_rows
+from kdcache.codecs.floats import format_of
+from kdcache.codecs.ids import open_table
 from kdcache.codecs.ragged import expand, flatten
 from kdcache.codecs.samples import count_dtype, decode_samples, encode_samples, open_samples, sample_arrays
 from kdcache.codecs.topk import TopKCodec
@@ -96,6 +99,40 @@ class TargetsCodec:
         # A row has at most as many distinct samples as there are ids, whatever an untrusted file claims.
         most = min(self.record.num_samples, self.vocab_size)
         return open_samples(opened, most) if self.record.num_samples else opened
+
+    def opened_bytes(self, num_rows: Mapping[str, int]) -> int:
+        """Return the bytes of the rectangles that `open` makes of rows without padding."""
+        entries = [np.dtype(array.dtype).itemsize for array in self._topk_arrays if array.name in self._ragged]
+        widths = [self.record.top_k * itemsize for itemsize in entries]
+        if self.record.num_samples:
+            most = min(self.record.num_samples, self.vocab_size)
+            arrays = (array for array in sample_arrays(self.record.num_samples, self.vocab_size))
+            widths += [most * np.dtype(array.dtype).itemsize for array in arrays if array.rows == "samples"]
+        return num_rows.get("positions", 0) * sum(widths)
+
+    def check(self, arrays: Arrays, *, all_labelled: bool) -> None:
+        """Raise ``CorruptCacheError`` unless what `open` returned decodes to ids below V and to log-probabilities.
+
+        With ``all_labelled`` every row has a label. Whether ids are distinct and masses add up to 1 is left to
+        ``verify --deep``, which costs far more.
+        """
+        stored = format_of(self.topk.scalar_dtype)
+        if self.record.is_ragged:
+            num_P = arrays["num_kept"]
+            check_rows(num_P < 1, num_P, "num_kept", "ids are kept, expected at least 1")
+        if self.record.top_k:
+            self.topk.check(arrays, self.vocab_size)
+        for name in ({"log_tail", "gold_logprob"} & set(self._scalars)) | ({"log_tails"} & arrays.keys()):
+            check_logprobs(arrays[name], stored, name, may_be_nan=name == "gold_logprob" and not all_labelled)
+        if "entropy" in self._scalars:
+            entropy_P = stored.unpack(arrays["entropy"])
+            wrong_P = ~(np.isfinite(entropy_P) & (entropy_P > -ROUNDING))
+            check_rows(wrong_P, entropy_P, "entropy", "is no entropy")
+        if self.record.num_samples:
+            check_below(open_table(arrays["sample_table"]), self.vocab_size, "sample_table", "the number of ids")
+            num_P = arrays["sample_counts"].sum(axis=1, dtype=np.int64)
+            wrong_P = (num_P != self.record.num_samples) & (arrays["num_sampled"] > 0)
+            check_rows(wrong_P, num_P, "sample_counts", f"samples, the plan says {self.record.num_samples}")
 
     def decode(self, arrays: Arrays) -> Targets:
         """Decode rows of what `open` returned: any slice of the per-position arrays, with the whole of every table.

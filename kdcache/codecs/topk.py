@@ -27,8 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from kdcache.codecs.checks import check_below, check_finite, check_logprobs
 from kdcache.codecs.floats import BF16, FP16, FP32, FloatFormat
-from kdcache.codecs.ids import OpenTables, id_dtype, rank_ids, sorted_steps, undo_sorted_steps
+from kdcache.codecs.ids import OpenTables, id_dtype, open_table, rank_ids, sorted_steps, undo_sorted_steps
 from kdcache.config import Config
 from kdcache.plugins import Table
 from kdcache.schema import ArrayRecord
@@ -62,6 +63,12 @@ class TopKCodec(Config):
     ) -> dict[str, NDArray[Any]]:
         """Encode P rows; ids must be below ``vocab_size`` and log-probabilities must not increase along K."""
         raise NotImplementedError
+
+    def check(self, arrays: Arrays, vocab_size: int) -> None:
+        """Raise ``CorruptCacheError`` unless all rows of a shard decode to ids below ``vocab_size`` and to numbers.
+
+        What decoding itself finds need not be checked.
+        """
 
     def decode(
         self, arrays: Arrays, log_tail_P: NDArray[np.float32], kept_PK: Kept = None
@@ -134,6 +141,9 @@ class CompactCodec(TopKCodec):
             "id_table": table,
         }
 
+    def check(self, arrays: Arrays, vocab_size: int) -> None:
+        check_below(open_table(arrays["id_table"]), vocab_size, "id_table", "the number of ids")
+
     def decode(
         self, arrays: Arrays, log_tail_P: NDArray[np.float32], kept_PK: Kept = None
     ) -> tuple[NDArray[Any], NDArray[np.float32]]:
@@ -205,6 +215,12 @@ class _LogprobCodec(TopKCodec):
         self, ids_PK: NDArray[Any], logprobs_PK: NDArray[np.float32], vocab_size: int, kept_PK: Kept = None
     ) -> dict[str, NDArray[Any]]:
         return {"topk_ids": ids_PK.astype(id_dtype(vocab_size)), "topk_logprobs": self._format.pack(logprobs_PK)}
+
+    def check(self, arrays: Arrays, vocab_size: int) -> None:
+        check_below(arrays["topk_ids"], vocab_size, "topk_ids", "the number of ids")
+        logprobs_PK = arrays["topk_logprobs"]
+        check_logprobs(logprobs_PK, self._format, "topk_logprobs")
+        check_finite(logprobs_PK[:, :1], self._format, "topk_logprobs")  # else a row has no mass at all
 
     def decode(
         self, arrays: Arrays, log_tail_P: NDArray[np.float32], kept_PK: Kept = None

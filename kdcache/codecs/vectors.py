@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.codecs.checks import check_finite
 from kdcache.codecs.floats import BF16, FP16, FP32, FloatFormat
 from kdcache.config import Config
 from kdcache.errors import CorruptCacheError, TeacherError
@@ -44,6 +45,9 @@ class VectorCodec(Config):
         """Encode all rows of a shard, which `stage` returned."""
         return {"states": staged_PD}
 
+    def check(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Raise ``CorruptCacheError`` unless the arrays of a shard decode to finite numbers."""
+
     def decode(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Decode any rows (slices of the per-position arrays, with the whole of every table) to float32."""
         return self._format.unpack(arrays["states"])
@@ -53,14 +57,21 @@ class VectorCodec(Config):
         return (ArrayRecord(name="states", dtype=self._format.dtype, rows="positions", shape=(width,)),)
 
 
-class Bf16VectorCodec(VectorCodec):
+class _FloatCodec(VectorCodec):
+    """Base of the codecs that store each number by itself, in the subclass's float format."""
+
+    def check(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        check_finite(arrays["states"], self._format, "states")
+
+
+class Bf16VectorCodec(_FloatCodec):
     """Bfloat16, stored as 16 bits each."""
 
     name: Literal["bf16"] = "bf16"
     _format = BF16
 
 
-class Fp16VectorCodec(VectorCodec):
+class Fp16VectorCodec(_FloatCodec):
     """Float16; raises ``TeacherError`` for magnitudes above 6e4."""
 
     name: Literal["fp16"] = "fp16"
@@ -75,7 +86,7 @@ class Fp16VectorCodec(VectorCodec):
         return super().stage(states_PD)
 
 
-class ExactVectorCodec(VectorCodec):
+class ExactVectorCodec(_FloatCodec):
     """Float32 as it came."""
 
     name: Literal["exact"] = "exact"
@@ -111,6 +122,13 @@ class Int8VectorCodec(VectorCodec):
             squares_D += ((states_PD / np.maximum(norm_P1, _TINY)) ** 2).sum(axis=0)
         rms_D = np.sqrt(squares_D / max(len(staged_PD), 1)).astype(np.float32)
         return np.maximum(rms_D, _TINY)
+
+    def check(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        for name in ("token_scale", "channel_scale"):
+            check_finite(arrays[name], FP32, name)
+        largest = [float(np.abs(arrays[name]).max(initial=0)) for name in ("channel_scale", "token_scale")]
+        if 128 * largest[0] * largest[1] > np.finfo(np.float32).max:
+            raise CorruptCacheError(f"scales of {largest[0]:.3g} and {largest[1]:.3g} decode to infinite numbers")
 
     def decode(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         states_PD, channel_D = arrays["states"], arrays["channel_scale"]

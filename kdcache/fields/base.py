@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -60,6 +61,11 @@ class FieldKind(ABC):
         """
         return {}
 
+    def opened_bytes(self, num_rows: Mapping[str, int]) -> int:
+        """Return the bytes that the arrays of a shard take in memory, tables left out, from its ``num_rows``."""
+        arrays = (array for array in self.record.arrays if array.rows != "table")
+        return sum(num_rows.get(a.rows, 0) * prod(a.shape) * np.dtype(a.dtype).itemsize for a in arrays)
+
     # ------------------------------------------------------------------------------------------------ writing a shard
 
     def stage(self, value: Any) -> Any:
@@ -83,7 +89,9 @@ class FieldKind(ABC):
     def open(self, arrays: Arrays) -> dict[str, NDArray[Any]]:
         """Return the arrays of a shard with one row per token or position, still encoded.
 
-        Arrays over an axis of the kind's own become rectangles here. Raises ``CorruptCacheError``.
+        Arrays over an axis of the kind's own become rectangles here. What can be checked at little cost is checked
+        here, once for a shard: whatever the numbers are, `decode` must not give ids out of range, or NaN. Raises
+        ``CorruptCacheError``.
         """
         return dict(arrays)
 

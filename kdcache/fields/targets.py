@@ -10,13 +10,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.codecs import TargetsCodec, targets_codec
+from kdcache.codecs.checks import ROUNDING
 from kdcache.fields.base import Arrays, FieldKind, lists
 from kdcache.schema import NO_LABEL, ArrayRecord, FieldRecord, Plan, Samples, SequenceBatch, Targets, TargetsRecord
 
 TARGETS_FIELD = "targets"
-
-#: Rounding to half precision may put a log-probability so much above 0, and a mass so far from 1.
-_ROUNDING = 1e-3
 
 
 class TargetsField(FieldKind):
@@ -28,6 +26,9 @@ class TargetsField(FieldKind):
         super().__init__(record, plan)
         self.codec: TargetsCodec = targets_codec(record.codec, plan.targets, plan.num_ids)
         self.id_tables = self.codec.id_tables
+        tokens = (array for field in plan.fields if field.name == "tokens" for array in field.arrays)
+        self._lacks_labels = any(array.name == "labels" and array.dtype == "int32" for array in tokens)
+        """Whether rows may lack a label; where labels are not stored, they are tokens."""
 
     def arrays(self) -> tuple[ArrayRecord, ...]:
         return self.codec.arrays()
@@ -62,7 +63,12 @@ class TargetsField(FieldKind):
         return self.codec.encode(staged)
 
     def open(self, arrays: Arrays) -> dict[str, NDArray[Any]]:
-        return self.codec.open(arrays)
+        opened = self.codec.open(arrays)
+        self.codec.check(opened, all_labelled=not self._lacks_labels)
+        return opened
+
+    def opened_bytes(self, num_rows: Mapping[str, int]) -> int:
+        return super().opened_bytes(num_rows) + self.codec.opened_bytes(num_rows)
 
     def decode(self, arrays: Mapping[str, Any]) -> Targets:
         return self.codec.decode(arrays)
@@ -131,10 +137,10 @@ def _check_distribution(targets: Targets, num_ids: int) -> Iterator[str]:
         yield "log-probabilities increase along a row"
     tails = targets.log_tail_P if targets.log_tails_PG is None else targets.log_tails_PG
     for name, values in (("logprobs", logprobs), ("log_tail", targets.log_tail_P), ("log_tails", tails)):
-        if np.isnan(values).any() or (values > _ROUNDING).any():
+        if np.isnan(values).any() or (values > ROUNDING).any():
             yield f"{name} holds values that are not log-probabilities"
     mass = np.exp(logprobs.astype(np.float64)).sum(axis=1) + np.exp(log_tail.astype(np.float64))
-    if not (np.abs(mass - 1) < _ROUNDING).all():
+    if not (np.abs(mass - 1) < ROUNDING).all():
         yield f"kept mass and tail add up to {mass[np.argmax(np.abs(mass - 1))]:.6f} in a row, not to 1"
 
 
@@ -155,7 +161,7 @@ def _check_gold(gold_P: NDArray[np.float32], labels_P: NDArray[Any] | None) -> I
     is_known_P = np.ones(len(gold_P), bool)
     if labels_P is not None and labels_P.dtype.kind == "i":
         is_known_P = labels_P != NO_LABEL
-    good_P = np.where(is_known_P, np.isfinite(gold_P) & (gold_P < _ROUNDING), np.isnan(gold_P))
+    good_P = np.where(is_known_P, np.isfinite(gold_P) & (gold_P < ROUNDING), np.isnan(gold_P))
     if not good_P.all():
         yield "gold_logprob holds values that are not log-probabilities"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +11,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kdcache.codecs import id_dtype
+from kdcache.codecs.checks import check_below, check_rows
 from kdcache.fields.base import Arrays, FieldKind, lists
+from kdcache.fields.rows import check_sequences
 from kdcache.schema import NO_LABEL, ArrayRecord, FieldRecord, Plan, SequenceBatch
 from kdcache.schema import Sequence as TokenSequence
 
@@ -90,7 +92,22 @@ class TokensField(FieldKind):
             f"{axis}_offsets": np.concatenate([[0], np.cumsum(arrays[f"num_{axis}s"], dtype=np.int64)])
             for axis in ("token", "position")
         }
-        return {**arrays, **offsets}
+        opened = {**arrays, **offsets}
+        self._check(opened)
+        return opened
+
+    def _check(self, arrays: Arrays) -> None:
+        check_below(arrays["tokens"], self.plan.tokenizer.vocab_size, "tokens", "the number of token ids")
+        check_below(arrays["loss_mask"], 2, "loss_mask", "it is 0 or 1")
+        for name in ("num_tokens", "num_positions"):
+            check_rows(arrays[name] < 1, arrays[name], name, "is less than 1")
+        labels_P = arrays.get("labels")
+        if labels_P is not None and labels_P.dtype.kind == "i" and self.plan.targets.kind != "outputs":
+            wrong_P = (labels_P < NO_LABEL) | (labels_P >= self.plan.num_ids)
+            check_rows(wrong_P, labels_P, "labels", f"is none of the {self.plan.num_ids} ids of the targets, or -1")
+        elif labels_P is not None and labels_P.dtype.kind == "f":
+            check_rows(np.isinf(labels_P), labels_P, "labels", "is not finite")
+        check_sequences(self.plan.task, arrays)
 
     def decode(self, arrays: Mapping[str, Any]) -> TokenRows:
         labels_P = arrays.get("labels")
@@ -104,24 +121,6 @@ class TokensField(FieldKind):
             labels_P=labels_P,
             token_index_P=arrays.get("token_index"),
         )
-
-    def check(self, batch: SequenceBatch) -> Iterator[str]:
-        vocab_size = self.plan.tokenizer.vocab_size
-        if batch.tokens_T.size and int(batch.tokens_T.max()) >= vocab_size:
-            yield f"token id {int(batch.tokens_T.max())} is outside the vocabulary of {vocab_size}"
-        if set(np.unique(batch.loss_mask_P)) - {0, 1}:
-            yield "loss_mask holds values other than 0 and 1"
-        yield from self._check_labels(batch.labels_P)
-        if batch.token_index_P is not None:
-            num_tokens_N, num_positions_N = np.diff(batch.token_offsets_N1), np.diff(batch.position_offsets_N1)
-            if (batch.token_index_P >= np.repeat(num_tokens_N, num_positions_N)).any():
-                yield "token_index holds an index outside its sequence"
-
-    def _check_labels(self, labels_P: NDArray[Any] | None) -> Iterator[str]:
-        if labels_P is None or labels_P.dtype.kind != "i" or self.plan.targets.kind == "outputs":
-            return
-        if (labels_P < NO_LABEL).any() or int(labels_P.max(initial=0)) >= self.plan.num_ids:
-            yield f"a label is none of the {self.plan.num_ids} ids that the targets are about"
 
     def columns(self, name: str, batch: SequenceBatch) -> dict[str, pa.Array]:
         tokens, positions = batch.token_offsets_N1, batch.position_offsets_N1

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kdcache.codecs import VectorCodec, vector_codec
 from kdcache.codecs.vectors import relative_error
-from kdcache.fields.base import FieldKind
+from kdcache.fields.base import Arrays, FieldKind
 from kdcache.schema import ArrayRecord, FieldRecord, Plan, SequenceBatch
 
 #: The codec's array of the numbers themselves.
@@ -46,6 +46,10 @@ class VectorsField(FieldKind):
     def encode(self, staged: NDArray[Any]) -> dict[str, NDArray[Any]]:
         encoded = self.codec.encode(_as_matrix(staged))
         return {**encoded, _STATES: encoded[_STATES].reshape(staged.shape)}
+
+    def open(self, arrays: Arrays) -> dict[str, NDArray[Any]]:
+        self.codec.check(arrays)
+        return dict(arrays)
 
     def decode(self, arrays: Mapping[str, Any]) -> NDArray[np.float32]:
         states = arrays[_STATES]

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from kdcache.cache import ShardBuilder, ShardData
-from kdcache.cache.shards import load_fields
+from kdcache.cache.shards import load_fields, naming
 from kdcache.cache.tail_prior import TailSum
 from kdcache.corpus import assign_shards
 from kdcache.fields import TARGETS_FIELD, TOKENS_FIELD, known_fields
@@ -66,4 +66,11 @@ def make_shard(
 def copied_fields(job: Transcoding, shard: int) -> dict[str, dict[str, NDArray[Any]]]:
     """Return the fields that are copied as they are stored: without a filter, shards are those of the source."""
     manifest = job.cache.manifest
-    return load_fields(job.cache.folder, manifest, manifest.shards[shard], job.copied) if job.copied else {}
+    if not job.copied:
+        return {}
+    found = load_fields(job.cache.folder, manifest, manifest.shards[shard], job.copied)
+    for name, arrays in found.items():
+        if name in job.cache.fields:  # opening checks what is in them; a field of an unknown kind is copied as it is
+            with naming(job.cache.folder, manifest, shard, name):
+                job.cache.fields[name].open(arrays)
+    return found

@@ -213,7 +213,7 @@ def _check_content(cache: Cache, shard: ShardRecord) -> Iterator[str]:
         # The same problem in several pieces of the shard is one problem.
         yield from dict.fromkeys(_content_problems(cache, shard))
     except KdcacheError as error:
-        yield str(error)
+        yield str(error).removeprefix(f"{cache.folder}, ")
 
 
 def _content_problems(cache: Cache, shard: ShardRecord) -> Iterator[str]:

@@ -114,7 +114,7 @@ def test_threads_read_what_one_reads_and_open_every_shard_once(sound, monkeypatc
     reads: list[str] = []
     cache = open_cache(str(sound))
     real = cache.folder.read
-    monkeypatch.setattr(cache.folder, "read", lambda name: reads.append(name) or real(name))
+    monkeypatch.setattr(cache.folder, "read", lambda name, **how: reads.append(name) or real(name, **how))
     wanted = [np.random.default_rng(n).permutation(13)[: 1 + n % 13].tolist() for n in range(60)]
     start = threading.Barrier(6)
 
@@ -157,7 +157,7 @@ def test_a_new_shard_displaces_one_that_the_batch_does_not_need(written, monkeyp
     reads: list[str] = []
     cache = open_cache(str(written("tail prior")), max_open_shards=3)
     real = cache.folder.read
-    monkeypatch.setattr(cache.folder, "read", lambda name: reads.append(name) or real(name))
+    monkeypatch.setattr(cache.folder, "read", lambda name, **how: reads.append(name) or real(name, **how))
     cache.read([0, 4, 8])
     assert len(reads) == 2 * 3  # tokens and targets
     cache.read([12, 0, 4])  # shard 0 was used longest ago, but is needed again

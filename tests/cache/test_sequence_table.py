@@ -76,8 +76,8 @@ def test_rows_of_a_shard_are_read_together(sound, reads):
 
 
 def test_the_plan_is_read_once_for_each_column(sound, monkeypatch):
-    real, counts = lookup._checked_plan_table, []
-    monkeypatch.setattr(lookup, "_checked_plan_table", lambda *a: counts.append(1) or real(*a))
+    real, counts = lookup.checked_plan_table, []
+    monkeypatch.setattr(lookup, "checked_plan_table", lambda *a: counts.append(1) or real(*a))
     cache = open_cache(str(sound))
     names = cache.sequence_table(["document_id"])["document_id"].to_pylist()
     for number, name in enumerate(names):

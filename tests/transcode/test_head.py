@@ -162,11 +162,18 @@ def test_a_damaged_head(tmp_path):
             transcode(tmp_path / "source", tmp_path / "made", targets=targets)
 
 
-def test_states_of_nan(tmp_path):
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (np.nan, r"shard 1, field hidden-2, file .*: array states, row 4, column 0: nan is not finite"),
+        (3e38, "NaN or infinite logits of the states of sequence 6"),
+    ],
+)
+def test_states_that_give_no_logits(tmp_path, state, words):
     source = SyntheticCache(record=TargetsRecord(kind="hidden", top_k=1))
-    source.states[6]["hidden-2"][:] = np.nan
+    source.states[6]["hidden-2"][:] = state
     source.write(tmp_path / "source")
-    with pytest.raises(CorruptCacheError, match="NaN or infinite logits of the states of sequence 6"):
+    with pytest.raises(CorruptCacheError, match=words):
         transcode(tmp_path / "source", tmp_path / "made", targets={"kind": "top-k", "top_k": 3})
 
 

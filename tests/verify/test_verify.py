@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from kdcache.cache import layout, open_cache
 from kdcache.cache.shard_file import pack
 from kdcache.cli.verify import command
-from kdcache.errors import CacheError, IncompleteCacheError
+from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
 from kdcache.verify.stored import check_files, verify_cache
 from tests.synthetic import SyntheticCache, random_targets
 
@@ -206,16 +207,18 @@ NONSENSE = {
     duplicate_ids: "keeps the same id twice",
     increasing: "log-probabilities increase along a row",
     too_much_mass: "kept mass and tail add up to 1.",
-    nan_entropy: "entropy holds values",
-    negative_entropy: "entropy holds values",
+    nan_entropy: "array entropy, row 5: nan is no entropy",
+    negative_entropy: "array entropy, row 5: -1.0 is no entropy",
     infinite_gold: "gold_logprob holds values",
-    positive_gold: "gold_logprob holds values",
-    nan_logprob: "logprobs holds values",
-    id_outside: "kept id 50 is outside the vocabulary of 50",
-    token_outside: "token id 50 is outside the vocabulary of 50",
-    mask_of_two: "loss_mask holds values other than 0 and 1",
-    infinite_states: "hidden-1 holds values that are not finite",
+    positive_gold: "array gold_logprob, row 5: 0.5 is no log-probability",
+    nan_logprob: "array topk_logprobs, row 5, column 3: nan is no log-probability",
+    id_outside: "array topk_ids, row 5, column 0: 50 is not below 50, the number of ids",
+    token_outside: "array tokens, row 8: 50 is not below 50, the number of token ids",
+    mask_of_two: "array loss_mask, row 5: 2 is not below 2, it is 0 or 1",
+    infinite_states: "array states, row 5, column 0: inf is not finite",
 }
+#: What only the deep pass finds: the others are found by every reader too.
+DEEP_ONLY = (duplicate_ids, increasing, too_much_mass, infinite_gold)
 FIELD_OF = {token_outside: "tokens", mask_of_two: "tokens", infinite_states: "hidden-1"}
 
 
@@ -231,6 +234,14 @@ def test_nonsense_that_was_written_correctly(tmp_path, nonsense):
     for problem in problems:
         assert problem.startswith(f"shard 1, field {field}, file fields/{field}/000001-")
     assert NONSENSE[nonsense] in "\n".join(problems)
+    read(tmp_path, None if nonsense in DEEP_ONLY else NONSENSE[nonsense])
+
+
+def read(path, words: str | None) -> None:
+    """Read shard 1, which must be refused with ``words``, if there are any."""
+    cache = open_cache(str(path))
+    with pytest.raises(CorruptCacheError, match=re.escape(words)) if words else contextlib.nullcontext():
+        cache.read([4], fields=cache.manifest.vector_fields)
 
 
 def test_tokens_that_are_not_those_of_the_table(tmp_path):
@@ -299,7 +310,7 @@ def test_hidden_states_are_checked_in_pieces_too(tmp_path, monkeypatch, states):
     source.states[19]["hidden-2"][0, 0] = np.inf
     source.write(tmp_path)
     [problem] = verify_cache(str(tmp_path), deep=True).problems
-    assert problem.endswith("field hidden-2 holds values that are not finite")
+    assert problem.endswith("array states, row 17, column 5: nan is not finite")
 
 
 def test_the_deep_pass_unpacks_every_shard_once(sound, monkeypatch):

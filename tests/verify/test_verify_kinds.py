@@ -66,18 +66,18 @@ def nan_tails(targets):
 
 
 NONSENSE = [
-    ("sampled", a_draw_too_many, "a row has 13 samples, the plan says 12"),
-    ("sampled", a_draw_missing, "a row has 11 samples, the plan says 12"),
+    ("sampled", a_draw_too_many, "array sample_counts, row 3: 13 samples, the plan says 12"),
+    ("sampled", a_draw_missing, "array sample_counts, row 3: 11 samples, the plan says 12"),
     ("sampled", no_samples, "a row has 0 samples, the plan says 12"),
     ("hybrid", no_samples, "a row has 0 samples, the plan says 7"),
     ("sampled", a_drawn_id_twice, "keeps the same id twice"),
     ("hybrid", a_drawn_id_twice, "keeps the same id twice"),
     ("hybrid", a_drawn_id_that_is_kept, "keeps the same id twice"),
-    ("sampled", a_drawn_id_outside, "kept id 50 is outside the vocabulary of 50"),
-    ("hybrid", a_drawn_id_outside, "kept id 50 is outside the vocabulary of 50"),
-    ("min_prob", no_id_is_kept, "a row keeps no id"),
-    ("temperatures", positive_tails, "log_tails holds values"),
-    ("temperatures", nan_tails, "log_tails holds values"),
+    ("sampled", a_drawn_id_outside, "array sample_table, row 18: 50 is not below 50, the number of ids"),
+    ("hybrid", a_drawn_id_outside, "array sample_table, row 20: 50 is not below 50, the number of ids"),
+    ("min_prob", no_id_is_kept, "array num_kept, row 3: 0 ids are kept, expected at least 1"),
+    ("temperatures", positive_tails, "array log_tails, row 3, column 1: 0.00999"),
+    ("temperatures", nan_tails, "array log_tails, row 3, column 0: nan is no log-probability"),
 ]
 
 
