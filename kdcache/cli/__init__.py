@@ -9,6 +9,7 @@ the end of whatever reads the output, silently, as for other tools.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import logging
 import os
@@ -20,7 +21,7 @@ from typing import Any
 import click
 
 from kdcache import terminal
-from kdcache.errors import KdcacheError, did_you_mean
+from kdcache.errors import KdcacheError, did_you_mean, shortened
 
 #: Every command: its module and its one-line help, kept here so that listing them imports nothing.
 COMMANDS = {
@@ -165,13 +166,36 @@ def _run() -> int:
         return _failed(stop.__cause__)
     except OSError as failure:  # before the command began, such as while its help was written
         return _failed(failure)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        words = shortened(" ".join(str(error).split()) or "no memory left", 200)
+        terminal.echo_error(
+            f"out of memory ({words}); use smaller batches (batch_tokens, or batch_sequences with more "
+            "gradient_accumulation), a smaller model or another device"
+        )
+        return 1
     return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch has a class of its own for GPUs, a RuntimeError for the CPU and for other libraries of a GPU.
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+#: What to do about errors of the system that a user can change.
+_ADVICE = {
+    errno.EMFILE: "; raise the limit (ulimit -n), or use fewer --jobs or data_threads",
+    errno.ENOSPC: "; free some space, and run the same command again",
+    errno.EDQUOT: "; free some of your quota, and run the same command again",
+}
 
 
 def _failed(failure: OSError) -> int:
     """Print a full disk, a missing permission or a lost network."""
     path = f"{failure.filename}: " if failure.filename else ""
-    terminal.echo_error(f"{path}{failure.strerror or failure}")
+    terminal.echo_error(f"{path}{failure.strerror or failure}{_ADVICE.get(failure.errno or 0, '')}")
     return 1
 
 

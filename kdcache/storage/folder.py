@@ -62,7 +62,11 @@ class Folder:
         self.store: ObjectStore | None = None
         """Local copies of the objects of a remote cache; set by the code that reads objects repeatedly."""
         try:
-            self._fs, root = fsspec.core.url_to_fs(self.url, **_client_options(self.url))
+            if "://" in self.url:
+                self._fs, root = fsspec.core.url_to_fs(self.url, **_client_options(self.url))
+            else:  # fsspec takes a path with "::" for a chain of stores, and would write to another one
+                self._fs = fsspec.filesystem("file")
+                root = self._fs._strip_protocol(self.url)
         except (ImportError, ValueError) as error:
             raise CacheError(f"cannot open {self.url}: {error}") from None
         self.root = str(root).rstrip("/")

@@ -74,3 +74,11 @@ def test_no_torch(dumped, tmp_path):
     result = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, timeout=60)
     assert result.stdout.splitlines()[-1] == "0 []", result.stderr
     assert verify_cache(str(tmp_path / "x")).ok
+
+
+@pytest.mark.parametrize("name", ["a::b", "file::b", "[glob]*", "percent%20#q?x", "new\nline", "~tilde", "-dash"])
+def test_a_directory_with_an_odd_name_is_that_directory(run, dumped, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert run("pull", dumped, "--quiet", "--", f"./{name}").code == 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert run("verify", "--quiet", "--", f"./{name}").code == 0

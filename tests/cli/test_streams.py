@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,7 +43,8 @@ def test_whatever_reads_the_output_may_end(preloaded, dumped, arguments):
     with open("/dev/full", "w") as full:
         process = start(preloaded, *arguments, stdout=full, stderr=subprocess.PIPE)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (1, "Error: standard output: No space left on device\n")
+    assert process.returncode == 1
+    assert err == "Error: standard output: No space left on device; free some space, and run the same command again\n"
 
 
 def test_a_broken_pipe_to_a_server_is_an_error(run, dumped, monkeypatch):
@@ -161,3 +164,27 @@ def test_a_terminated_dump_resumes(run, teacher_dir, corpus_file, tmp_path):
     assert verify_cache(str(output), progress=False).ok
     dump_teacher(build(DumpConfig, {**settings, "output": str(whole)}), progress=False)
     assert content_of(output) == content_of(whole)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), r"out of memory \(no memory left\); use smaller batches"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            r"out of memory \(Default.* smaller batches",
+        ),
+        (
+            OSError(errno.EMFILE, "Too many open files", "a/b"),
+            r"a/b: Too many open files; raise the limit \(ulimit -n\)",
+        ),
+    ],
+)
+def test_limits_of_the_machine(run, dumped, monkeypatch, error, message):
+    import kdcache.inspect
+
+    def inspect_cache(cache):
+        raise error
+
+    monkeypatch.setattr(kdcache.inspect, "inspect_cache", inspect_cache)
+    assert re.match(message, run("inspect", dumped).message())
