@@ -280,9 +280,12 @@ def _check_architecture(config: Any, task: Task, name: str, error: type[KdcacheE
 
 @contextlib.contextmanager
 def _readable_failures(name: str, error: type[KdcacheError], described: str | None = None) -> Iterator[None]:
+    from kdcache.models.tokenizer import without_panics
+
     described = described or name
     try:
-        yield
+        with without_panics():
+            yield
     except KdcacheError:
         raise
     except ImportError as failure:

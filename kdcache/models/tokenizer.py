@@ -12,20 +12,21 @@ warning says so.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import logging
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from kdcache.errors import CacheError, ConfigError
+from kdcache.errors import CacheError, ConfigError, shortened
 from kdcache.schema import TokenizerRecord
 
 logger = logging.getLogger(__name__)
@@ -227,6 +228,20 @@ def _vocabulary_differences(a: Mapping[str, int], b: Mapping[str, int]) -> list[
             found.append(f"id {number} is {by_id_a.get(number)!r} against {by_id_b.get(number)!r}")
             break  # one example shows the difference
     return found
+
+
+@contextlib.contextmanager
+def without_panics() -> Iterator[None]:
+    """Raise ``ValueError`` for a panic of the library tokenizers: it is no ``Exception``, and passes by all handlers.
+
+    A tokenizer.json with a normaliser that cannot be parsed suffices.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # a class that no module has
+            raise
+        raise ValueError(f"the library tokenizers cannot use it: {shortened(error)}") from None
 
 
 def check_decoder(tokenizer: Any, described: str) -> None:
