@@ -146,7 +146,8 @@ def _check_students(group: Sequence[Variation], cache: Cache, held_out: Cache | 
     """Check variations that start from the same student on the same cache."""
     with _named(group[0]):
         _check_held_out(cache, held_out)
-        student = load_student(group[0].config.student, cache.manifest, cache.tokenizer_dir(), longest=longest_input(cache))
+        config, longest = group[0].config.student, longest_input(cache)
+        student = load_student(config, cache.manifest, cache.tokenizer_dir(), longest=longest)
     planned = {}
     for variation in group:
         with _named(variation):

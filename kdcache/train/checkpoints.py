@@ -24,6 +24,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from traceback import walk_tb
 
 import torch
 from safetensors import SafetensorError
@@ -198,8 +199,11 @@ def _reason_of(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return error.strerror or first_line(error)
     text = first_line(error)
-    # Of tokenizers, which are written in Rust, and of torch.save.
-    return text if any(words in text for words in ("os error", "PytorchStreamWriter", "file write failed")) else None
+    if "os error" in text:  # of tokenizers, which are written in Rust
+        return text
+    if not any(frame.f_globals["__name__"] == "torch.serialization" for frame, _ in walk_tb(error.__traceback__)):
+        return None
+    return f"torch.save failed ({text})"  # it does not say why
 
 
 def _changed_last(directory: Path) -> Path | None:

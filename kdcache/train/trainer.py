@@ -297,6 +297,10 @@ class _Flow(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.check_update()
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Those of a checkpoint would stay, and they may change when a run is resumed.
+        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         dealt = self._batches.micro_batches
         epoch, step = divmod(state.global_step, dealt.steps_per_epoch)
