@@ -44,11 +44,12 @@ def load_parts(config: DumpConfig, progress: bool, *, is_preview: bool = False) 
 
     With ``is_preview`` nothing will be written; see `kdcache.teachers.base.Backend.load`.
     """
-    refuse_foreign(Folder(config.output))
+    folder = Folder(config.output)
+    refuse_foreign(folder)
     backend = BACKENDS[config.teacher.backend]
     backend.check(config.teacher)
     task, settings = config.of_task, config.sequences
-    corpus: Corpus = load_corpus(config.corpus, task.roles)
+    corpus: Corpus = load_corpus(config.corpus, task.roles, output=folder.local_path)
     tokenizer = backend.load_tokenizer(config.teacher)
     record = tokenizer_record(tokenizer)
     encoder = TextEncoder(tokenizer)
