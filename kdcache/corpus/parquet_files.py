@@ -106,14 +106,15 @@ class ParquetReader:
     def _field(self, field: pa.Field, names: list[str] | None) -> pa.Field:
         if field.name in self._as_text:
             return pa.field(field.name, MIXED)
-        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        kind = _with_usual_names(field.type.value_type if pa.types.is_dictionary(field.type) else field.type)
         kept = {} if names is None else {CLASS_NAMES: json.dumps(names)}
         return pa.field(field.name, kind).with_metadata(kept)
 
     def _column(self, column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
         if field.name in self._as_text:
             return pa.chunked_array([[_map_as_text(value) for value in column.to_pylist()]], field.type)
-        return _without_dictionary(column)
+        column = _without_dictionary(column)
+        return column if column.type == field.type else column.cast(field.type)
 
     def _check_text(self, kind: pa.DataType) -> None:
         value = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -233,6 +234,17 @@ def _is_plain(kind: pa.DataType) -> bool:
         or types.is_large_binary(kind)
         or types.is_fixed_size_binary(kind)
     )
+
+
+def _with_usual_names(kind: pa.DataType) -> pa.DataType:
+    """Return a type of lists as pyarrow names it, whatever the writer of the file called the items."""
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_with_usual_names(field.type)) for field in kind])
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_with_usual_names(kind.value_type), kind.list_size)
+    if pa.types.is_large_list(kind):
+        return pa.large_list(_with_usual_names(kind.value_type))
+    return pa.list_(_with_usual_names(kind.value_type)) if pa.types.is_list(kind) else kind
 
 
 def _without_dictionary(column: pa.ChunkedArray) -> pa.ChunkedArray:

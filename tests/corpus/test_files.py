@@ -130,6 +130,7 @@ def test_parquet_columns_of_every_type_are_kept_or_become_texts(tmp_path, load):
             "day": pa.array([1, None], pa.date32()),
             "kind": pa.array(["x", "y"]).dictionary_encode(),
             "bytes": pa.array([b"\xff", b""]),
+            "many": pa.array([[[1]], []], pa.list_(pa.field("element", pa.list_(pa.field("element", pa.int8()))))),
         }
     )
     pq.write_table(table, tmp_path / "a.parquet")
@@ -138,7 +139,10 @@ def test_parquet_columns_of_every_type_are_kept_or_become_texts(tmp_path, load):
     found = metadata(corpus)
     assert found["map"] == ['{"k": 1}', "[]"]
     assert (found["kind"], found["bytes"]) == (["x", "y"], [b"\xff", b""])
-    assert corpus.metadata_table([0]).schema.field("day").type == pa.date32()
+    assert found["many"] == [[[1]], []]
+    schema = corpus.metadata_table([0]).schema
+    assert schema.field("day").type == pa.date32()
+    assert str(schema.field("many").type) == "list<item: list<item: int8>>"
 
 
 def test_two_columns_of_one_name_are_named(tmp_path, load):
