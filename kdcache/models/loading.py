@@ -268,6 +268,11 @@ def _check_architecture(config: Any, task: Task, name: str, error: type[KdcacheE
             f"{name} is an encoder-decoder ({config.model_type}), and texts are embedded by the states of an encoder "
             "or a decoder alone; choose another model"
         )
+    if task.model_class == "AutoModelForMaskedLM" and getattr(config, "is_encoder_decoder", False):
+        raise error(
+            f"{name} is an encoder-decoder ({config.model_type}), and task {task.name} is about models that predict the "
+            "masked tokens of a text itself; use --task seq2seq-lm, or choose another model"
+        )
     if not task.is_causal:
         return  # missing weights are noticed when the checkpoint is loaded
     architectures = list(config.architectures or [])

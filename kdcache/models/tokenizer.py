@@ -83,12 +83,13 @@ class TextEncoder:
 
     ``bos_id`` is set only if the tokenizer really begins a text with it (GPT-2 has a BOS token and never adds it).
     ``eos_id`` is the token that ends a text, whether or not the tokenizer adds it; ``appends_eos`` says whether
-    `encode` ends every text with it.
+    `encode` ends every text with it. ``num_ids`` is that of the model, where it has fewer ids than the tokenizer.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, num_ids: int | None = None) -> None:
         backend = _backend(tokenizer)
         self._tokenizer = tokenizer
+        self._most_ids = num_ids
         # A copy: the caller may rely on the truncation and padding that are set in the tokenizer.
         self._backend = None if backend is None else copy.deepcopy(backend)
         if self._backend is not None:
@@ -106,7 +107,8 @@ class TextEncoder:
     @property
     def num_ids(self) -> int:
         """Number of token ids, the true size of the vocabulary."""
-        return true_vocab_size(self._tokenizer)
+        own = true_vocab_size(self._tokenizer)
+        return own if self._most_ids is None else min(own, self._most_ids)
 
     @property
     def mask_id(self) -> int | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers import set_seed
 
 from kdcache.cache import Cache
 from kdcache.errors import ConfigError, StudentError
-from kdcache.models.bodies import Parts, context_length, fed, probe_inputs, split_for
+from kdcache.models.bodies import Parts, context_length, fed, num_input_ids, probe_inputs, split_for
 from kdcache.models.lm_head import LMHead
 from kdcache.models.loading import (
     check_loadable,
@@ -34,9 +34,9 @@ from kdcache.models.loading import (
     quiet,
 )
 from kdcache.models.packing import keeps_documents_apart
-from kdcache.models.padding import depends_on_padding
+from kdcache.models.padding import without_padding
 from kdcache.models.tokenizer import describe_difference, pad_id_of
-from kdcache.models.trying import in_eval_mode
+from kdcache.models.trying import failures_of, in_eval_mode
 from kdcache.schema import Manifest
 from kdcache.students.config import StudentConfig
 from kdcache.students.fresh import build_fresh, head_settings, max_length
@@ -180,7 +180,8 @@ def load_student(
         model.config.pad_token_id = tokenizer.pad_token_id
     ranker = make_ranker(model, task, tokenizer, config, manifest)
     sentence = ranker or sentence_model(model, config, manifest, task, name)
-    student = _fit(model, task, tokenizer, manifest, name, sentence, longest)
+    with failures_of(model, f"student {name}", task.name, StudentError):
+        student = _fit(model, task, tokenizer, manifest, name, sentence, longest)
     if config.lora is not None:
         _check_lora(task)
         student.adapter = adapt(student.model, config, name)
@@ -247,6 +248,7 @@ def _fit(
     longest: int | None,
 ) -> Student:
     vocab_size = manifest.tokenizer.vocab_size
+    _check_num_ids(num_input_ids(model), manifest, name)
     _check_length(model, name, longest, max_length(manifest))
     _check_finite(model, name)
     _check_packing(model, manifest, name)
@@ -261,11 +263,7 @@ def _fit(
             f"student {name} ({type(model).__name__}) lets a position see later tokens, so it is not a causal language "
             "model; choose a decoder"
         )
-    if task.body == "logits" and sentence is None and depends_on_padding(model):
-        raise StudentError(
-            f"student {name} ({type(model).__name__}) answers a text differently when it is padded, so it would learn "
-            "from the make-up of its batches; choose another architecture"
-        )
+    parts = replace(parts, body=without_padding(parts.body, model, f"student {name}", StudentError))
     num_ids = manifest.num_ids if task.gives != "outputs" else parts.head().vocab_size
     return Student(model, tokenizer, parts, num_ids, sentence=sentence)
 
