@@ -235,16 +235,38 @@ def _head_input(model: Any, outputs: OutputsRecord | None) -> Parts | None:
     # The matrix of FSMT is the decoder's embedding itself, which cannot be left out.
     if not isinstance(linear, nn.Module) or isinstance(linear, nn.Embedding):
         return None
-    added = _added(model, linear)
-    body = HeadInput(model, added)
     probe: dict[str, Tensor] = {}
     same: dict[str, Tensor] = {}
     if model.config.is_encoder_decoder:
         probe = {"target_ids": torch.arange(6, device=next(model.parameters()).device)[None]}
         same = {"decoder_input_ids": _shifted(probe["target_ids"], model)}
-    if not reproduces(model, body, _head_of(linear, added), fed_body=probe, fed_model=same):
-        return None
-    return Parts(body, lambda: _head_of(model.get_output_embeddings(), added))
+    beside = _added(model, linear)
+    for added in (beside, []) if beside else ([],):
+        body = HeadInput(model, added)
+        with _noticeable(added):
+            if not reproduces(model, body, _head_of(linear, added), fed_body=probe, fed_model=same):
+                continue
+        return Parts(body, functools.partial(_current_head, model, added))
+    return None
+
+
+def _current_head(model: Any, added: list[_Added]) -> LMHead:
+    return _head_of(model.get_output_embeddings(), added)
+
+
+@contextlib.contextmanager
+def _noticeable(added: list[_Added]) -> Iterator[None]:
+    """Make biases different from zero for a while: whether a model uses them cannot be seen of zeros."""
+    with torch.no_grad():
+        own = [bias.bias_V.clone() for bias in added]
+        for bias in added:
+            bias.bias_V.copy_(torch.linspace(-1, 1, len(bias.bias_V)))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for bias, tensor in zip(added, own, strict=True):
+                bias.bias_V.copy_(tensor)
 
 
 class Logits:
