@@ -56,13 +56,22 @@ def load_parts(config: DumpConfig, progress: bool, *, is_preview: bool = False) 
     tokenizer = backend.load_tokenizer(config.teacher)
     record = tokenizer_record(tokenizer)
     # Random tokens of masked texts are sampled from the ids that the model has; other tasks take those of the text.
-    encoder = TextEncoder(tokenizer, None if task.is_causal else backend.num_ids(config.teacher))
+    encoder = TextEncoder(
+        tokenizer,
+        None if task.is_causal else backend.num_ids(config.teacher),
+        add_special_tokens=getattr(settings, "add_special_tokens", True),
+    )
     outputs = backend.outputs_record(config.teacher, task, settings, encoder)
     config = config.for_outputs(outputs)
     if task.gives == "tokens":
         check_top_k(config, record.vocab_size)
     with bar(len(corpus), "tokenise", "doc", enabled=progress) as meter:
         sequences = task.plan(corpus, encoder, settings, outputs, reporter(meter))
+    remedy = "remove it from the texts"
+    if hasattr(settings, "add_special_tokens"):
+        remedy = f"set sequences.add_special_tokens=false, or {remedy}"
+    for line in encoder.special_tokens_seen(remedy):
+        log.warning("%s", line)
     teacher = backend.load(config.teacher, record.vocab_size, task, outputs, is_preview=is_preview)
     config = config.for_teacher(teacher.capabilities)
     record = _of_the_model(record, teacher, sequences, tokenizer)

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.errors import CacheError, ConfigError, KdcacheError, did_you_mean, shortened
+from kdcache.errors import CacheError, ConfigError, KdcacheError, did_you_mean, first_line, shortened
 from kdcache.words import count
 
 if TYPE_CHECKING:
@@ -317,15 +317,6 @@ def _readable_failures(name: str, error: type[KdcacheError], described: str | No
             raise error(f"there is no model at {name}") from None
         where = "" if looks_local else " (not a local path; as a hub id it could not be loaded either)"
         raise error(f"cannot load {described}{where}: {first_line(failure)}") from None
-
-
-def first_line(failure: BaseException) -> str:
-    """Return the first line of another library's error, and the next one if that ends in a colon.
-
-    The remaining lines are advice for callers of that library.
-    """
-    lines = [line.strip() for line in str(failure).splitlines() if line.strip()] or [type(failure).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 @contextlib.contextmanager

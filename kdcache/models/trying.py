@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from kdcache.errors import KdcacheError
+from kdcache.errors import KdcacheError, first_line
 
 
 @contextlib.contextmanager
@@ -43,8 +43,6 @@ def failures_of(model: Any, name: str, task: str, error: type[KdcacheError]) -> 
     Architectures differ in more than can be listed (inputs, attributes, shapes), and a model that cannot be run as the
     task asks fails somewhere in the code of transformers.
     """
-    from kdcache.models.loading import first_line
-
     try:
         yield
     except KdcacheError:

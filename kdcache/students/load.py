@@ -171,10 +171,11 @@ def load_student(
         check_finished(name)
         model = _load_pretrained(config, task, manifest, name, may_lack_head=is_trained)
         _check_tokenizer(config, manifest, tokenizer, name)
-        _check_num_ids(model.get_input_embeddings().num_embeddings, manifest, name)
-        if task.gives != "outputs":
-            trim_rows(model, manifest.tokenizer.vocab_size, name, remove=is_trained)
-            align_special_ids(model, tokenizer, task)
+        with failures_of(model, f"student {name}", task.name, StudentError):
+            _check_num_ids(num_input_ids(model), manifest, name)
+            if task.gives != "outputs":
+                trim_rows(model, manifest.tokenizer.vocab_size, name, remove=is_trained)
+                align_special_ids(model, tokenizer, task)
     if task.body == "logits" and getattr(model.config, "pad_token_id", None) is None:
         # Decoders that classify find the last token of a text by it, also outside of kdcache.
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -248,7 +249,6 @@ def _fit(
     longest: int | None,
 ) -> Student:
     vocab_size = manifest.tokenizer.vocab_size
-    _check_num_ids(num_input_ids(model), manifest, name)
     _check_length(model, name, longest, max_length(manifest))
     _check_finite(model, name)
     _check_packing(model, manifest, name)

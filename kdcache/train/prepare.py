@@ -20,10 +20,9 @@ from kdcache.cache.order import Order, ShuffledOrder
 from kdcache.cache.prefetch import largest_shard_bytes, required_bytes
 from kdcache.cache.reader import OPEN_BYTES
 from kdcache.config import build
-from kdcache.errors import ConfigError, did_you_mean
+from kdcache.errors import ConfigError, did_you_mean, first_line
 from kdcache.losses import Objective, ObjectiveConfig
 from kdcache.losses.from_cache import context_of, resolve_selection
-from kdcache.models.loading import first_line
 from kdcache.students import Student, load_student
 from kdcache.students.load import longest_input
 from kdcache.students.sentence_model import fit_widths
