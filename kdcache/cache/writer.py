@@ -60,6 +60,8 @@ class CacheWriter:
 
             try:
                 local.mkdir(parents=True, exist_ok=True)
+                if (local / LOCK).is_symlink():  # opened, it would change a file elsewhere
+                    raise CacheError(f"{local / LOCK} is a link; remove it, or choose another output")
                 self._lock = FileLock(local / LOCK)
                 self._lock.acquire(timeout=0)
             except Timeout:
