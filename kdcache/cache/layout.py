@@ -54,6 +54,8 @@ SEQUENCES_FIELD = "sequences"
 
 #: Most bytes of plan.parquet, whose size no record says.
 MAX_TABLE_BYTES = 4 << 30
+#: Most bytes of an LM head that is written, before a record says its size.
+MAX_HEAD_BYTES = 64 << 30
 
 R = TypeVar("R", bound=Config)
 

@@ -16,6 +16,7 @@ from annotated_types import Ge, Le
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 from kdcache.config import Config
+from kdcache.errors import shortened
 from kdcache.schema.names import Name, ObjectPath, check_not_reserved, first_repeated
 
 FORMAT_VERSION = 2
@@ -434,16 +435,19 @@ class Manifest(Plan):
 
     @model_validator(mode="after")
     def _each_file_once(self) -> Manifest:
-        shards = (record for shard in self.shards for record in shard.objects.values())
-        twice = first_repeated(record.path for record in (*self.tokenizer_files, *self.cache_files, *shards))
+        others = [*self.cache_files, *(record for shard in self.shards for record in shard.objects.values())]
+        twice = first_repeated(record.path for record in (*self.tokenizer_files, *others))
         if twice is not None:
-            raise ValueError(f"two files have the path {twice!r}")
+            raise ValueError(f"two files have the path {shortened(twice)!r}")
         for record in self.cache_files:
             check_not_reserved(record.path)
+        for record in others:
+            if record.path.lower().startswith("tokenizer/"):  # loaders would find it beside the tokenizer
+                raise ValueError(f"the file {shortened(record.path)!r} lies in tokenizer/, but is none of a tokenizer")
         for record in self.tokenizer_files:
             check_not_reserved(record.path)
             if record.path.count("/") != 1 or not record.path.startswith("tokenizer/"):
-                raise ValueError(f"the tokenizer file {record.path!r} does not lie in tokenizer/")
+                raise ValueError(f"the tokenizer file {shortened(record.path)!r} does not lie in tokenizer/")
         return self
 
     @property

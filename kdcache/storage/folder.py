@@ -122,7 +122,7 @@ class Folder:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
         if not stat.S_ISREG(mode):
             what = "a directory" if stat.S_ISDIR(mode) else "no regular file"
-            raise CorruptCacheError(f"{name} of {self.url} is {what}, a file is expected; move it away")
+            raise CorruptCacheError(f"file {name} of {self.url} is {what}; move it away, and copy the file again")
         return Path(path)
 
     def _read_local(self, name: str, max_bytes: int) -> bytes:

@@ -73,7 +73,7 @@ def contents_of(source: Folder, fields: Sequence[str] | None = None, shards: Seq
     kept_shards = _chosen_shards(manifest, shards, source)
     if len(kept_fields) == len(manifest.fields) and len(kept_shards) == manifest.num_shards:
         items = (_table_item(source, manifest), *_file_items(manifest))
-        return Contents(manifest, source.read(layout.MANIFEST), tuple(items))
+        return Contents(manifest, source.read(layout.MANIFEST, fingerprint), tuple(items))
     link = {"source": fingerprint, "fields": kept_fields, "shards": kept_shards}
     if len(kept_shards) == manifest.num_shards:
         return _with_fields(source, manifest, kept_fields, link)
