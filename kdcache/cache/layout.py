@@ -164,6 +164,17 @@ def read_object(folder: Folder, record: ObjectRecord, where: str) -> bytes:
     return folder.read(record.path, max_bytes=record.num_bytes)
 
 
+def checked_object(folder: Folder, record: ObjectRecord, where: str) -> bytes:
+    """Read an object of the recorded size and hash, as `read_object` does."""
+    data = read_object(folder, record, where)
+    if sha256(data) != record.sha256:
+        raise CorruptCacheError(
+            f"{where}: file {record.path} is damaged (its sha256 is not the recorded one); run the command that made "
+            "the cache again, which writes the file again"
+        )
+    return data
+
+
 def check_size(folder: Folder, record: ObjectRecord, where: str) -> None:
     """Raise ``CorruptCacheError`` unless the file of an object exists and has the recorded size."""
     size = folder.size(record.path)

@@ -200,7 +200,7 @@ def _plan_table(source: Folder, manifest: Manifest, numbers: list[int], starts: 
 def _cache_file(source: Folder, manifest: Manifest, record: ObjectRecord, chosen: list[ShardRecord]) -> Item:
     if record.path != layout.TAIL_PRIOR:
         return Item(record, record.path)
-    prior_V = read_prior(source, manifest.tokenizer.vocab_size, manifest.num_shards)
+    prior_V = read_prior(source, manifest)
     counts = {index: shard.num_positions for index, shard in enumerate(chosen)}
     return _made(layout.TAIL_PRIOR, pack_prior(prior_V, counts))
 

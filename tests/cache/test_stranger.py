@@ -527,7 +527,7 @@ def test_a_flipped_bit_in_a_table_is_an_error_or_harmless(copy, forbid_large_arr
         damaged[bit // 8] ^= 1 << bit % 8
         try:
             decode_table(bytes(damaged), None, "here")
-        except CorruptCacheError:
+        except CacheError:  # a length that is damaged may be beyond the limit
             refused += 1
     assert refused
 
