@@ -77,8 +77,10 @@ def _check_settings(settings: dict[str, Any]) -> None:
 
 def _array(body: bytes, name: str, about: dict[str, Any]) -> NDArray[Any]:
     """Return the bytes of a tensor as unsigned numbers of its size."""
-    if about.keys() != _MEMBERS or about["dtype"] not in _ITEM_BYTES:
-        raise CorruptCacheError(f"expected weights of float32, bfloat16, float16, float64, found {shortened(about)}")
+    if about.keys() != _MEMBERS:
+        raise ValueError(f"{name} is described by {sorted(about)}")
+    if about["dtype"] not in _ITEM_BYTES:
+        raise CorruptCacheError(f"expected weights of {', '.join(_ITEM_BYTES)}, found {shortened(about['dtype'])}")
     begin, end = about["data_offsets"]
     sizes, itemsize = about["shape"], _ITEM_BYTES[about["dtype"]]
     if not all(type(number) is int and number >= 0 for number in (begin, end, *sizes)):

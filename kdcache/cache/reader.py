@@ -242,7 +242,8 @@ class Cache:
     def read(self, indices: Iterable[int], *, fields: Iterable[str] = (), top_k: int | None = None) -> SequenceBatch:
         """Read and decode sequences ``indices`` (any order, repeats allowed), and these further ``fields``.
 
-        Targets of the kind hidden always include the last hidden state, from which the distribution is computed. With
+        Targets of the kind hidden always include the last hidden state, from which the distribution is computed, as
+        ``last``. In other caches ``last`` names the state of the last layer, where it is stored. With
         ``top_k`` only that many ids are kept at every position, and the mass of the others is added to the tail,
         exactly. The tail prior of the cache remains that of the stored K; ``kdcache transcode`` makes a cache with the
         prior of a smaller K. Raises ``CacheError`` for unknown sequences and fields, for a ``top_k`` above the stored
@@ -250,14 +251,15 @@ class Cache:
         """
         self._check_open()
         wanted = [int(index) for index in indices]
-        names = tuple(fields)
-        for name in names:
+        named = {name: self._stored_as(name) for name in fields}
+        for name in named.values():
             field_named(self.fields, self.manifest, name)
+        names = tuple(named.values())
         held = self.manifest.targets
         kept = held if top_k is None else with_top_k(held, top_k, str(self.folder))
         if not wanted:
             raise CacheError("no sequences to read: indices is empty")
-        values = self._always | {name: name for name in names if name != TOKENS_FIELD}
+        values = self._always | {name: field for name, field in named.items() if field != TOKENS_FIELD}
         batch = join([self._decoder.decode(pieces, values) for pieces in self._groups(wanted, names)])
         batch.indices = wanted
         if kept != held:
@@ -296,6 +298,11 @@ class Cache:
         dealt = MicroBatches(self, order, batch_sequences=batch_sequences, rank=rank, num_ranks=num_ranks)
         return Batches(self, dealt, make=_as_read, fields=fields, top_k=top_k, threads=threads, ahead=ahead)
 
+    def _stored_as(self, name: str) -> str:
+        """Return the name of the field that ``name`` asks for: `LAST_STATE` is the last layer's."""
+        is_last = name == LAST_STATE and name not in self.fields and self.manifest.states_field in self.fields
+        return self.manifest.states_field if is_last else name
+
     def _groups(self, indices: list[int], fields: tuple[str, ...]) -> Iterator[list[Piece]]:
         """Open the shards of ``indices``, at most as many at once as may stay open."""
         mean_bytes = self.encoded_bytes(fields) // max(self.manifest.num_shards, 1)
@@ -326,7 +333,7 @@ class Cache:
 
     def fields_read(self, fields: Iterable[str] = ()) -> list[str]:
         """Return the fields whose objects a read with these ``fields`` opens."""
-        return list(dict.fromkeys([TOKENS_FIELD, *self._always.values(), *fields]))
+        return list(dict.fromkeys([TOKENS_FIELD, *self._always.values(), *map(self._stored_as, fields)]))
 
     def _open_shard(self, shard: int, fields: tuple[str, ...] = ()) -> ShardArrays:
         """Return the arrays of ``shard``, from memory if it is open."""
