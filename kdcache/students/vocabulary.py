@@ -10,10 +10,15 @@ A student learns to end texts as the teacher's texts end, so its configuration n
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
+import torch
+from torch import nn
+
 from kdcache.errors import StudentError
+from kdcache.models.internals import model_from_config
 from kdcache.models.loading import first_line, quiet
 from kdcache.tasks import Task
 
@@ -40,14 +45,59 @@ def trim_rows(model: Any, vocab_size: int, name: str, *, remove: bool = True) ->
     if not remove:
         return
     try:
-        with quiet():
-            model.resize_token_embeddings(vocab_size)
-    except Exception as error:  # of each architecture another
+        _cut(model, num_rows, vocab_size)
+    except (ValueError, TypeError, AttributeError, RuntimeError, NotImplementedError) as error:
         raise StudentError(_cannot_trim(model, vocab_size, name, first_line(error))) from None
     head = model.get_output_embeddings()
-    found = [len(model.get_input_embeddings().weight), *([] if head is None else [len(head.weight)])]
-    if set(found) != {vocab_size}:
-        raise StudentError(_cannot_trim(model, vocab_size, name, f"they stay {' and '.join(map(str, found))}"))
+    found = {len(model.get_input_embeddings().weight), *([] if head is None else [len(head.weight)])}
+    if found != {vocab_size}:
+        raise StudentError(_cannot_trim(model, vocab_size, name, f"{max(found)} stay"))
+
+
+def _cut(model: Any, num_rows: int, vocab_size: int) -> None:
+    """Cut every tensor that has a row per id, whatever the architecture calls it.
+
+    They are those that would have another shape in a model whose configuration says ``vocab_size``. They are cut in
+    place, so tied ones stay tied; ``resize_token_embeddings`` of transformers would tie the embeddings and the head of
+    a T5 whose checkpoint has two, and knows not all biases.
+    """
+    config = copy.deepcopy(model.config)
+    _set_vocab_size(config, num_rows, vocab_size)
+    with quiet(), torch.device("meta"):
+        wanted = {name: tensor.shape for name, tensor in _tensors(model_from_config(type(model), config, model.dtype))}
+    for name, tensor in _tensors(model):
+        shape = wanted.get(name, tensor.shape)
+        if tensor.shape != shape:  # a tied one has been cut under its first name
+            pairs = list(zip(tensor.shape, shape, strict=False))
+            if len(shape) != tensor.ndim or any(
+                old != new and (old, new) != (num_rows, vocab_size) for old, new in pairs
+            ):
+                raise ValueError(f"{name} would change from {list(tensor.shape)} to {list(shape)}")
+            tensor.data = tensor.data[tuple(slice(size) for size in shape)].clone()
+    _set_vocab_size(model.config, num_rows, vocab_size)
+    for module in model.modules():
+        if getattr(module, "vocab_size", None) == num_rows:
+            module.vocab_size = vocab_size
+        if isinstance(module, nn.Linear):
+            module.out_features = len(module.weight)
+        if isinstance(module, nn.Embedding):
+            module.num_embeddings = len(module.weight)
+            if (module.padding_idx or 0) >= module.num_embeddings:
+                module.padding_idx = None
+
+
+def _tensors(model: Any) -> list[tuple[str, torch.Tensor]]:
+    parameters = model.named_parameters(remove_duplicate=False)
+    return [*parameters, *model.named_buffers(remove_duplicate=False)]
+
+
+def _set_vocab_size(config: Any, num_rows: int, vocab_size: int) -> None:
+    """Set the size in a configuration and in those inside it that have the same."""
+    for part in (config, config.get_text_config(), config.get_text_config(decoder=True)):
+        if getattr(part, "vocab_size", None) == num_rows:
+            part.vocab_size = vocab_size
+        if (getattr(part, "pad_token_id", None) or 0) >= vocab_size:  # one of the rows: no model could be built
+            part.pad_token_id = None
 
 
 def _cannot_trim(model: Any, vocab_size: int, name: str, reason: str) -> str:
