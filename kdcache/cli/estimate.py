@@ -10,6 +10,7 @@ import click
 from kdcache import terminal
 from kdcache.cli import dump_teacher, options, settings
 from kdcache.presets import PRESETS
+from kdcache.words import count
 
 _EPILOG = """\b
 Examples:
@@ -51,7 +52,13 @@ _OPTIONS: list[click.Parameter] = [p for p in dump_teacher.command.params if p.n
     metavar="NAME",
     help=f"Preset to measure: {', '.join(PRESETS)}. Repeatable.  [default: all]",
 )
-@click.option("--positions", type=int, default=4096, show_default=True, help="Size of the pilot in positions, about.")
+@click.option(
+    "--positions",
+    type=int,
+    default=4096,
+    show_default=True,
+    help="Size of the pilot: whole sequences with at least this many positions.",
+)
 @options.json_option
 @options.quiet_option
 def command(
@@ -81,11 +88,19 @@ def command(
     if as_json:
         terminal.echo_json(result.to_dict())
         return
+    pilot = "all of them measured"
+    if result.pilot_positions < result.num_positions:
+        pilot = f"{result.pilot_positions:,} of them measured, in {count(result.pilot_sequences, 'sequence')}"
     terminal.echo(
         f"{result.teacher}: loss {result.teacher_loss:.3f} nats, {result.teacher_tokens_per_s:,.0f} tokens/s; "
-        f"{result.num_documents:,} documents, {result.num_positions:,} positions; pilot of {result.pilot_positions:,}\n"
+        f"{count(result.num_documents, 'document')}, {count(result.num_positions, 'position')}, {pilot}\n"
     )
     _echo_table([_row(item) for item in result.presets if item.measurement is not None])
+    if result.pilot_positions < result.num_positions:
+        terminal.echo(
+            f"\nbytes/token are those of {count(result.pilot_sequences, 'sequence')}; the range is a 90 % interval for the "
+            "whole corpus, too narrow where sequences are few. More --positions make it narrower and surer."
+        )
     _echo_notes(result.presets)
     terminal.echo("\nWhat a student may use (train-student --set objective...):\n")
     _echo_choices(result.presets)
@@ -98,6 +113,7 @@ def _row(item: Any) -> dict[str, str]:
     return {
         "preset": item.name,
         "bytes/token": f"{found.bytes_per_token:.1f}",
+        "range": _range(found.bytes_interval),
         "size": options.human_bytes(item.total_bytes),
         "KL lost": _nats(found.codec_kl),
         "kept mass": "-" if found.kept_mass is None else f"{found.kept_mass:.3f}",
@@ -105,6 +121,13 @@ def _row(item: Any) -> dict[str, str]:
         "batch error": f"{min(errors.values()):.1e}",
         "dump time": options.human_seconds(item.dump_s),
     }
+
+
+def _range(interval: tuple[float, float] | None) -> str:
+    if interval is None:
+        return "-"
+    low, high = (f"{max(value, 0):.1f}" for value in interval)
+    return "-" if low == high else f"{low} to {high}"
 
 
 def _nats(value: float | None) -> str:

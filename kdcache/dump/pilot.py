@@ -21,10 +21,17 @@ _LAYER_POSITIONS = 512
 
 
 def pilot_sequences(sequences: Sequences, num_positions: int) -> list[int]:
-    """Return sequences spread evenly over the corpus with about ``num_positions`` (or all of a small corpus)."""
-    mean = sequences.num_tokens / max(sequences.num_sequences, 1)
-    count = min(sequences.num_sequences, max(4, int(num_positions / mean) + 1))
-    return np.unique(np.linspace(0, sequences.num_sequences - 1, count).astype(int)).tolist()
+    """Return sequences spread evenly over the corpus with at least ``num_positions`` (or all of a smaller corpus)."""
+    most = sequences.num_sequences
+    mean = sequences.num_tokens / max(most, 1)
+    count = min(most, max(4, int(num_positions / mean) + 1))
+    while True:
+        chosen: list[int] = np.unique(np.linspace(0, most - 1, count).astype(int)).tolist()
+        found = sum(sequences.sequence(index).num_positions for index in chosen)
+        if found >= num_positions or len(chosen) >= most:
+            return chosen
+        # The chosen ones are shorter than the mean.
+        count = min(most, max(count + 1, int(count * num_positions / max(found, 1))))
 
 
 def run_pilot(

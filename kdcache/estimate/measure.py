@@ -37,6 +37,8 @@ class PresetMeasurement:
     """
 
     bytes_per_token: float
+    bytes_interval: tuple[float, float] | None
+    """The 90 % interval of ``bytes_per_token`` for the whole corpus; None for a single sequence."""
     bytes_by_field: dict[str, float]
     kept_mass: float | None
     codec_kl: float | None
@@ -194,6 +196,7 @@ def _measurement(
     count = sample.num_positions
     return PresetMeasurement(
         bytes_per_token=stored.bytes_per_token,
+        bytes_interval=stored.interval,
         bytes_by_field=stored.bytes_by_field,
         kept_mass=mass,
         **fidelity,

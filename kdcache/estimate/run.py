@@ -1,7 +1,7 @@
 """``kdcache estimate``: load teacher and corpus as a dump would, run a pilot, measure every preset; write nothing.
 
-A pilot of a few thousand positions, spread over the corpus, gives bytes per token within a few percent, and every
-distance precisely enough to choose a preset. The time is that of the teacher plus reducing its logits and encoding; a
+A pilot of a few thousand positions, spread over the corpus, gives bytes per token within a few percent (an interval
+says how many), and every distance precisely enough to choose a preset. The time is that of the teacher plus reducing its logits and encoding; a
 dump encodes in a second thread, so with a core to spare it is a little faster.
 """
 
@@ -72,6 +72,7 @@ class EstimateResult:
     num_sequences: int
     num_positions: int
     pilot_positions: int
+    pilot_sequences: int
     teacher_tokens_per_s: float
     teacher_loss: float
     presets: list[PresetEstimate]
@@ -126,6 +127,7 @@ def estimate_presets(
         num_sequences=parts.plan.num_sequences,
         num_positions=parts.plan.num_positions,
         pilot_positions=sample.num_positions,
+        pilot_sequences=len(sample.sequences),
         teacher_tokens_per_s=1 / teacher_s,
         teacher_loss=pilot.teacher_loss,
         presets=rows,

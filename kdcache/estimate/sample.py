@@ -105,6 +105,13 @@ class Sample:
         """Number of positions, P."""
         return len(self.labels_P)
 
+    def part(self, members: NDArray[np.int64]) -> tuple[Sample, NDArray[np.int64]]:
+        """Return a sample of some of the sequences, with the same logits, and the numbers of its positions here."""
+        starts = np.concatenate([[0], np.cumsum(self.lengths_N)])
+        rows = np.concatenate([np.arange(starts[number], starts[number + 1]) for number in members])
+        sequences = [self.sequences[number] for number in members]
+        return Sample(sequences, self.table.take(members), self.vocab_size, self.logits, self.task), rows
+
     @property
     def half_block(self) -> int:
         """Length of the runs of positions that belong to either half in turn.

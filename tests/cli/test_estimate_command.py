@@ -23,7 +23,7 @@ def test_a_table_of_every_preset_and_what_students_may_choose(run: Run, argument
     outcome = run(*arguments, "--quiet")
     assert outcome.code == 0, outcome.err
     lines = outcome.out.splitlines()
-    assert "10 documents, 383 positions; pilot of 383" in lines[0]
+    assert "10 documents, 383 positions, all of them measured" in lines[0]
     table, choices = outcome.out.split("What a student may use")
     for name in PRESETS:
         (line,) = [line for line in table.splitlines() if line.split()[:1] == [name]]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -111,10 +112,27 @@ def test_a_pilot_is_a_part_of_the_corpus(settings):
     result = estimate_presets(
         build(DumpConfig, settings), num_positions=60, presets=["compact", "sampled"], progress=False
     )
-    assert 40 < result.pilot_positions < 120  # about 60: whole sequences
+    assert 60 <= result.pilot_positions < 120  # whole sequences
     assert result.num_positions == 383
     assert [item.name for item in result.presets] == ["compact", "sampled"]
     assert result.presets[0].total_bytes > 0
+
+
+def test_a_pilot_has_the_positions_that_were_asked_for(settings):
+    """Sequences that happen to be shorter than the mean once gave half of them."""
+    for wanted, least in ((20, 20), (100, 100), (300, 300), (5000, 383)):
+        result = estimate_presets(build(DumpConfig, settings), num_positions=wanted, presets=["exact"], progress=False)
+        assert least <= result.pilot_positions <= min(wanted + 64, 383)
+        assert 0 < result.pilot_sequences <= 27
+
+
+def test_the_whole_corpus_has_no_interval_and_a_pilot_has_one(found, settings):
+    for item in found.presets:
+        assert item.measurement.bytes_interval == (item.measurement.bytes_per_token,) * 2
+    result = estimate_presets(build(DumpConfig, settings), num_positions=100, presets=["compact"], progress=False)
+    low, high = result.presets[0].measurement.bytes_interval
+    assert low < result.presets[0].measurement.bytes_per_token < high
+    assert result.to_dict()["presets"][0]["measurement"]["bytes_interval"] == [low, high]
 
 
 def test_losses_of_the_presets_are_in_their_order(found):
@@ -217,15 +235,42 @@ def make_sample(num_positions: int = 64, *, seed: int = 0) -> Sample:
         Sequence(n, generator.integers(0, VOCAB_SIZE, size + 1).astype(np.uint32), np.ones(size, np.uint8))
         for n, size in enumerate(sizes)
     ]
-    import pyarrow as pa
-
     states = generator.normal(size=(num_positions, WIDTH)).astype(np.float32)
     head = LMHead(torch.from_numpy(generator.normal(size=(VOCAB_SIZE, WIDTH)).astype(np.float32)))
     return Sample(sequences, pa.table({"sequence": np.arange(len(sizes))}), VOCAB_SIZE, HeadLogits(states, head))
 
 
-def measured(sample: Sample, **presets: dict[str, Any]) -> Measured:
+def test_intervals_of_pilots_hold_the_bytes_of_the_corpus_they_come_from():
+    """Of a corpus whose sequences differ: some are certain, some are not, and what is ragged depends on it."""
+    generator = np.random.default_rng(1)
+    sizes = generator.integers(5, 40, 200)
+    head = LMHead(torch.from_numpy(generator.normal(size=(VOCAB_SIZE, WIDTH)).astype(np.float32)))
+    scales_P = np.repeat(generator.uniform(0.2, 3, len(sizes)), sizes)
+    states = (generator.normal(size=(sizes.sum(), WIDTH)) * scales_P[:, None]).astype(np.float32)
+    sequences = [
+        Sequence(n, generator.integers(0, VOCAB_SIZE, size + 1).astype(np.uint32), np.ones(size, np.uint8))
+        for n, size in enumerate(sizes.tolist())
+    ]
+    table = pa.table({"sequence": np.arange(len(sizes))})
+    corpus = Sample(sequences, table, VOCAB_SIZE, HeadLogits(states, head))
+    whole = measured(corpus, ragged={"targets": {"top_k": 20, "min_prob": 0.01}}, num_positions=int(sizes.sum()))
+    plan_positions, truth = int(sizes.sum()), whole.presets["ragged"].bytes_per_token
+    held, widths = [], []
+    for trial in range(10):
+        part, rows = corpus.part(np.sort(np.random.default_rng(trial).permutation(len(sizes))[:30]))
+        pilot = Sample(part.sequences, part.table, VOCAB_SIZE, HeadLogits(states[rows], head))
+        found = measured(pilot, ragged={"targets": {"top_k": 20, "min_prob": 0.01}}, num_positions=plan_positions)
+        low, high = found.presets["ragged"].bytes_interval
+        held.append(low <= truth <= high)
+        widths.append((high - low) / truth)
+    assert np.mean(held) >= 0.8
+    assert np.mean(widths) < 0.5, "an interval that holds everything says nothing"
+
+
+def measured(sample: Sample, *, num_positions: int | None = None, **presets: dict[str, Any]) -> Measured:
     base = SyntheticCache(vocab_size=VOCAB_SIZE).plan()
+    if num_positions is not None:
+        base = base.model_copy(update={"num_positions": num_positions})
     plans = {}
     for name, settings in presets.items():
         config = build(
