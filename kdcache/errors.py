@@ -59,6 +59,15 @@ def shortened(text: object, length: int = 80) -> str:
     return whole if len(whole) <= length else f"{whole[: length - 3]}..."
 
 
+def first_line(failure: BaseException) -> str:
+    """Return the first line of another library's error, and the next one if that ends in a colon.
+
+    The remaining lines are advice for callers of that library.
+    """
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()] or [type(failure).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """Return ``unknown loss 'x'; did you mean 'y'?``, or the list of ``known`` names if none is similar."""
     return f"unknown {kind} {name!r}; {did_you_mean(str(name), known)}"

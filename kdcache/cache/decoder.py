@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.cache.gather import Piece, RowSpans
+from kdcache.cache.limits import check_decoded, decoded_limit
 from kdcache.cache.shards import FieldArrays, check_counts, load_fields, naming
 from kdcache.codecs.ids import OpenTables, open_table
 from kdcache.errors import CorruptCacheError
@@ -24,7 +25,10 @@ from kdcache.storage.folder import Folder
 class BatchDecoder:
     """Opens and decodes fields of the shards of one cache; has no state, so threads may share it."""
 
-    def __init__(self, folder: Folder, manifest: Manifest, fields: Mapping[str, FieldKind]) -> None:
+    def __init__(
+        self, folder: Folder, manifest: Manifest, fields: Mapping[str, FieldKind], most_bytes: int | None = None
+    ) -> None:
+        self._most_bytes = decoded_limit(most_bytes)
         self._folder = folder
         self._manifest = manifest
         self._fields = fields
@@ -45,9 +49,12 @@ class BatchDecoder:
     def open(self, shard: int, names: Sequence[str], check_crc: bool = True) -> dict[str, FieldArrays]:
         """Read fields of a shard and open them for decoding; raises ``CorruptCacheError``."""
         record = self._manifest.shards[shard]
-        loaded = load_fields(self._folder, self._manifest, record, names, check_crc)
+        loaded = load_fields(self._folder, self._manifest, record, names, check_crc, self._most_bytes)
         if TOKENS_FIELD in loaded:
             check_counts(self._folder, record, loaded[TOKENS_FIELD])
+        for name in loaded:  # after `load_fields`, which has compared what is counted with what is there
+            where = f"{self._folder}, shard {shard}, field {name}, file {record.objects[name].path}"
+            check_decoded(self._fields[name].opened_bytes(record.num_rows), self._most_bytes, where)
         return {name: self._open(shard, name, arrays) for name, arrays in loaded.items()}
 
     def _open(self, shard: int, name: str, arrays: dict[str, Any]) -> FieldArrays:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import ValidationError
 
 from kdcache.config import Config
-from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
+from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError, shortened
 from kdcache.fields import FIELD_KINDS, TARGETS_FIELD, TOKENS_FIELD
 from kdcache.schema import (
     FORMAT_VERSION,
@@ -39,6 +39,7 @@ from kdcache.schema import (
     ShardRecord,
     TargetsRecord,
 )
+from kdcache.schema.names import first_repeated
 from kdcache.storage.folder import TEMPORARY, Folder
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ SEQUENCES_FIELD = "sequences"
 
 #: Most bytes of plan.parquet, whose size no record says.
 MAX_TABLE_BYTES = 4 << 30
+#: Most bytes of an LM head that is written, before a record says its size.
+MAX_HEAD_BYTES = 64 << 30
 
 R = TypeVar("R", bound=Config)
 
@@ -101,23 +104,26 @@ def canonical_json(values: Any) -> bytes:
 def from_json(model: type[R], data: bytes, where: str) -> R:
     """Parse a record; raises ``CorruptCacheError`` naming ``where``, ``CacheError`` for a format of another version."""
     try:
-        values = json.loads(data, object_pairs_hook=_without_duplicates)
+        values = json.loads(data.decode(), object_pairs_hook=_without_duplicates)
         _check_version(values, where)
         return model.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        member = ".".join(map(str, first["loc"]))
-        reason = first["msg"].removeprefix("Value error, ")
+        member = shortened(".".join(map(str, first["loc"])), 200)
+        reason = shortened(first["msg"].removeprefix("Value error, "), 400)
         raise CorruptCacheError(f"{where} is damaged: {member + ': ' if member else ''}{reason}") from None
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise CorruptCacheError(f"{where} is damaged: it is nested more deeply than any record") from None
+    except ValueError as error:
         raise CorruptCacheError(f"{where} is not valid JSON: {error}") from None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the member {next(n for n in names if names.count(n) > 1)!r} occurs twice")
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the member {shortened(twice)!r} occurs twice")
     return values
 
 
@@ -136,7 +142,9 @@ def _check_version(values: Any, where: str) -> None:
         )
     unknown = [name for name in features if name not in KNOWN_FEATURES] if isinstance(features, list) else []
     if unknown:
-        raise CacheError(f"{where} uses the feature {unknown[0]!r}, which needs a newer kdcache; install one")
+        raise CacheError(
+            f"{where} uses the feature {shortened(unknown[0])!r}, which needs a newer kdcache; install one"
+        )
 
 
 def write_object(folder: Folder, name: str, data: bytes) -> ObjectRecord:
@@ -154,6 +162,17 @@ def read_object(folder: Folder, record: ObjectRecord, where: str) -> bytes:
         return folder.store.read(folder, record, where)
     check_size(folder, record, where)
     return folder.read(record.path, max_bytes=record.num_bytes)
+
+
+def checked_object(folder: Folder, record: ObjectRecord, where: str) -> bytes:
+    """Read an object of the recorded size and hash, as `read_object` does."""
+    data = read_object(folder, record, where)
+    if sha256(data) != record.sha256:
+        raise CorruptCacheError(
+            f"{where}: file {record.path} is damaged (its sha256 is not the recorded one); run the command that made "
+            "the cache again, which writes the file again"
+        )
+    return data
 
 
 def check_size(folder: Folder, record: ObjectRecord, where: str) -> None:
@@ -278,9 +297,9 @@ def _most_rows(manifest: Manifest, num_positions: int) -> dict[str, int]:
 def _check_fields(manifest: Manifest, where: str) -> None:
     """Check that the fields are there which the kind of targets needs, each once."""
     names = [field.name for field in manifest.fields]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise CorruptCacheError(f"{where}: there are two fields {twice[0]!r}")
+    twice = first_repeated(names)
+    if twice is not None:
+        raise CorruptCacheError(f"{where}: there are two fields {shortened(twice)!r}")
     targets = manifest.targets
     needed = {TOKENS_FIELD: "tokens"} | ({TARGETS_FIELD: "targets"} if targets.kind != "outputs" else {})
     for name, kind in needed.items():

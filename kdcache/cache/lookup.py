@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kdcache.cache import layout
+from kdcache.cache import arrow_file, layout
 from kdcache.cache.columns import as_numpy
-from kdcache.errors import CacheError, CorruptCacheError
+from kdcache.cache.limits import check_decoded, decoded_limit
+from kdcache.errors import CacheError, CorruptCacheError, shortened
 from kdcache.schema import Manifest
 from kdcache.storage.folder import Folder
 
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 class PlanTable:
     """The table of ``plan.parquet``, by column: each is read at most once."""
 
-    def __init__(self, folder: Folder, manifest: Manifest) -> None:
+    def __init__(self, folder: Folder, manifest: Manifest, most_bytes: int | None = None) -> None:
         self._folder, self._manifest = folder, manifest
+        self._most_bytes = decoded_limit(most_bytes)
         self._schema: pa.Schema | None = None
         self._columns: dict[str, pa.ChunkedArray] = {}
         self._lock = threading.Lock()
@@ -58,21 +60,46 @@ class PlanTable:
     def _read(self, columns: Sequence[str] | None) -> None:
         import pyarrow.parquet as pq
 
-        file = pq.ParquetFile(pa.BufferReader(checked_plan_table(self._folder, self._manifest)))
-        self._schema = file.schema_arrow
-        wanted = [n for n in self._schema.names if n not in self._columns and (columns is None or n in columns)]
-        table = file.read(columns=wanted)
-        if "sequence" in wanted:
-            _check_sequences(table, self._folder, self._manifest)
+        where = f"{self._folder}/{layout.PLAN_TABLE}"
+        data = checked_plan_table(self._folder, self._manifest)
+        try:
+            schema = pq.ParquetFile(pa.BufferReader(data)).schema_arrow
+            arrow_file.check_schema(schema, arrow_file.PLAN_COLUMNS)
+            if "sequence" not in schema.names:
+                raise ValueError("it has no column 'sequence'")
+            wanted = [n for n in schema.names if n not in self._columns and (columns is None or n in columns)]
+            table = self._decoded(pa.BufferReader(data), schema, wanted, where)
+            arrow_file.check_values(table, arrow_file.PLAN_COLUMNS)
+            if "sequence" in wanted:
+                _check_sequences(table, self._folder, self._manifest)
+        except (pa.ArrowException, ValueError, OSError, TypeError, KeyError, NotImplementedError) as error:
+            raise CorruptCacheError(f"{where} is not a readable table of the plan: {shortened(error, 300)}") from None
+        self._schema = schema
         self._columns |= dict(zip(table.column_names, table.columns, strict=True))
 
+    def _decoded(self, source: pa.NativeFile, schema: pa.Schema, wanted: list[str], where: str) -> pa.Table:
+        """Return columns of the Parquet file, once it is known how many bytes they take."""
+        import pyarrow.parquet as pq
 
-def read_plan_table(folder: Folder, manifest: Manifest) -> pa.Table:
+        # Texts come as dictionaries first: a text of a few bytes in the file may stand in every row.
+        texts = [field.name for field in schema if pa.types.is_string(field.type)]
+        file = pq.ParquetFile(source, read_dictionary=texts)
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        sizes = [group.column(n).total_uncompressed_size for group in groups for n in range(group.num_columns)]
+        num_bytes = sum(sizes) + 8 * file.metadata.num_rows * max(len(wanted), 1)
+        check_decoded(num_bytes, self._most_bytes, where)
+        table = file.read(columns=wanted)
+        table.validate(full=True)
+        check_decoded(sum(map(arrow_file.expanded_bytes, table.columns)), self._most_bytes, where)
+        return table.cast(pa.schema([schema.field(name) for name in table.column_names]))
+
+
+def read_plan_table(folder: Folder, manifest: Manifest, most_bytes: int | None = None) -> pa.Table:
     """Return the table of ``plan.parquet``, checked: one row for every piece of a document in a sequence.
 
     Raises ``CorruptCacheError`` when it is missing or damaged, or names sequences that the cache lacks.
     """
-    return PlanTable(folder, manifest).table()
+    return PlanTable(folder, manifest, most_bytes).table()
 
 
 def checked_plan_table(folder: Folder, manifest: Manifest) -> bytes:

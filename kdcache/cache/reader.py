@@ -22,6 +22,7 @@ from kdcache.cache.batches import Batches, MicroBatches
 from kdcache.cache.decoder import BatchDecoder
 from kdcache.cache.fields import encoded_bytes, field_named, open_fields
 from kdcache.cache.gather import Piece, join, runs_of
+from kdcache.cache.limits import decoded_limit
 from kdcache.cache.open_shards import OpenShards
 from kdcache.cache.order import NUM_STREAMS, Order, SequentialOrder, ShuffledOrder
 from kdcache.cache.prefetch import Prefetcher
@@ -29,7 +30,7 @@ from kdcache.cache.private_copy import private_copy
 from kdcache.cache.shards import FieldArrays, ShardArrays
 from kdcache.cache.tail_prior import read_prior
 from kdcache.cache.truncate import cut_targets, with_top_k
-from kdcache.errors import CacheError, CorruptCacheError
+from kdcache.errors import CacheError
 from kdcache.fields import TOKENS_FIELD, FieldKind
 from kdcache.fields.vectors import LAST_STATE
 from kdcache.schema import Manifest, ObjectRecord, SequenceBatch
@@ -65,12 +66,14 @@ class Cache:
         max_open_shards: int = 8,
         *,
         check_crc: bool = True,
+        max_decoded_bytes: int | str | None = None,
     ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.fingerprint = fingerprint
         self.fields: Mapping[str, FieldKind] = open_fields(folder, manifest)
-        self._decoder = BatchDecoder(folder, manifest, self.fields)
+        self._most_bytes = decoded_limit(max_decoded_bytes)
+        self._decoder = BatchDecoder(folder, manifest, self.fields, self._most_bytes)
         # Without a reference to this object, so that its shards are freed together with it.
         load = partial(_load, self._decoder, check_crc)
         self._shards = OpenShards(load, max_open_shards, OPEN_BYTES)
@@ -220,20 +223,14 @@ class Cache:
 
     def _checked_file(self, record: ObjectRecord, where: str) -> bytes:
         self._check_open()
-        data = layout.read_object(self.folder, record, f"{self.folder}, {where}")
-        if layout.sha256(data) != record.sha256:
-            raise CorruptCacheError(
-                f"{self.folder}: file {record.path} is damaged (its sha256 is not the recorded one); run the command "
-                "that made the cache again, which writes the file again"
-            )
-        return data
+        return layout.checked_object(self.folder, record, f"{self.folder}, {where}")
 
     @cached_property
     def tail_prior_V(self) -> NDArray[np.float32] | None:
         """Mean probability of every id at the positions where it is in the tail, [V]; None if it is not stored."""
         if not self.manifest.targets.tail_prior:
             return None
-        return read_prior(self.folder, self.vocab_size, self.manifest.num_shards)
+        return read_prior(self.folder, self.manifest)
 
     def lm_head_file(self) -> bytes:
         """Return the teacher's LM head as safetensors bytes; only targets of the kind hidden have one."""
@@ -245,7 +242,8 @@ class Cache:
     def read(self, indices: Iterable[int], *, fields: Iterable[str] = (), top_k: int | None = None) -> SequenceBatch:
         """Read and decode sequences ``indices`` (any order, repeats allowed), and these further ``fields``.
 
-        Targets of the kind hidden always include the last hidden state, from which the distribution is computed. With
+        Targets of the kind hidden always include the last hidden state, from which the distribution is computed, as
+        ``last``. In other caches ``last`` names the state of the last layer, where it is stored. With
         ``top_k`` only that many ids are kept at every position, and the mass of the others is added to the tail,
         exactly. The tail prior of the cache remains that of the stored K; ``kdcache transcode`` makes a cache with the
         prior of a smaller K. Raises ``CacheError`` for unknown sequences and fields, for a ``top_k`` above the stored
@@ -253,14 +251,15 @@ class Cache:
         """
         self._check_open()
         wanted = [int(index) for index in indices]
-        names = tuple(fields)
-        for name in names:
+        named = {name: self._stored_as(name) for name in fields}
+        for name in named.values():
             field_named(self.fields, self.manifest, name)
+        names = tuple(named.values())
         held = self.manifest.targets
         kept = held if top_k is None else with_top_k(held, top_k, str(self.folder))
         if not wanted:
             raise CacheError("no sequences to read: indices is empty")
-        values = self._always | {name: name for name in names if name != TOKENS_FIELD}
+        values = self._always | {name: field for name, field in named.items() if field != TOKENS_FIELD}
         batch = join([self._decoder.decode(pieces, values) for pieces in self._groups(wanted, names)])
         batch.indices = wanted
         if kept != held:
@@ -299,6 +298,11 @@ class Cache:
         dealt = MicroBatches(self, order, batch_sequences=batch_sequences, rank=rank, num_ranks=num_ranks)
         return Batches(self, dealt, make=_as_read, fields=fields, top_k=top_k, threads=threads, ahead=ahead)
 
+    def _stored_as(self, name: str) -> str:
+        """Return the name of the field that ``name`` asks for: `LAST_STATE` is the last layer's."""
+        is_last = name == LAST_STATE and name not in self.fields and self.manifest.states_field in self.fields
+        return self.manifest.states_field if is_last else name
+
     def _groups(self, indices: list[int], fields: tuple[str, ...]) -> Iterator[list[Piece]]:
         """Open the shards of ``indices``, at most as many at once as may stay open."""
         mean_bytes = self.encoded_bytes(fields) // max(self.manifest.num_shards, 1)
@@ -329,7 +333,7 @@ class Cache:
 
     def fields_read(self, fields: Iterable[str] = ()) -> list[str]:
         """Return the fields whose objects a read with these ``fields`` opens."""
-        return list(dict.fromkeys([TOKENS_FIELD, *self._always.values(), *fields]))
+        return list(dict.fromkeys([TOKENS_FIELD, *self._always.values(), *map(self._stored_as, fields)]))
 
     def _open_shard(self, shard: int, fields: tuple[str, ...] = ()) -> ShardArrays:
         """Return the arrays of ``shard``, from memory if it is open."""
@@ -342,13 +346,13 @@ class Cache:
     def _sequences(self) -> SequenceTable:
         from kdcache.cache.sequence_table import SequenceTable
 
-        return SequenceTable(self.folder, self.manifest.shards)
+        return SequenceTable(self.folder, self.manifest.shards, self._most_bytes)
 
     @cached_property
     def _plan(self) -> PlanTable:
         from kdcache.cache.lookup import PlanTable
 
-        return PlanTable(self.folder, self.manifest)
+        return PlanTable(self.folder, self.manifest, self._most_bytes)
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -369,14 +373,22 @@ class Cache:
 
 
 def open_cache(
-    path: str, *, max_open_shards: int = 8, local_store: LocalStoreConfig | None = None, check_crc: bool = True
+    path: str,
+    *,
+    max_open_shards: int = 8,
+    local_store: LocalStoreConfig | None = None,
+    check_crc: bool = True,
+    max_decoded_bytes: int | str | None = None,
 ) -> Cache:
     """Open the finished cache at ``path`` (a directory or any fsspec URL).
 
     At most ``max_open_shards`` encoded shards stay in memory. Objects of a remote cache are read through
     ``local_store`` (see `kdcache.storage.local_store`), by default 50 GB in ``$KDCACHE_STORE`` or ``~/.cache/kdcache``.
     ``check_crc=False`` skips the checksum of every chunk; this saves a few percent of the time, but damage goes mostly
-    unnoticed. Raises ``IncompleteCacheError`` for an unfinished dump, ``CorruptCacheError`` for a damaged manifest, and
+    unnoticed. An object that would take more than ``max_decoded_bytes`` in memory is refused (a number, or a size such
+    as ``20GB``; by default what ``$KDCACHE_MAX_DECODED_BYTES`` says, else 8 GiB).
+
+    Raises ``IncompleteCacheError`` for an unfinished dump, ``CorruptCacheError`` for a damaged manifest, and
     ``CacheError`` when there is no cache.
 
     Example::
@@ -388,7 +400,9 @@ def open_cache(
     manifest, fingerprint = layout.read_manifest(folder)
     if folder.local_path is None:
         folder.store = LocalStore(local_store or LocalStoreConfig())
-    return Cache(folder, manifest, fingerprint, max_open_shards, check_crc=check_crc)
+    return Cache(
+        folder, manifest, fingerprint, max_open_shards, check_crc=check_crc, max_decoded_bytes=max_decoded_bytes
+    )
 
 
 def as_cache(cache: Cache | str | os.PathLike[str]) -> Cache:

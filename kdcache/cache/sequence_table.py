@@ -4,23 +4,30 @@ A table of ten million sequences with metadata takes gigabytes, and most callers
 for batching, the teacher's loss for a curriculum, the columns that a filter names. Every shard stores its part of the
 table as an Arrow file, from which single columns can be decoded.
 
+A table may be a stranger's, or damaged: its hash is compared when a shard's table is first read, what it decodes to is
+bounded, and columns are validated in full (`kdcache.cache.arrow_file`).
+
 `SequenceTable` has the members of ``pyarrow.Table`` that filters use (``column_names``, ``schema``, ``num_rows``, and
 ``table[name]``), so a filter works on either.
 """
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from kdcache.cache import layout
+from kdcache.cache import arrow_file, layout
+from kdcache.cache.columns import as_numpy
+from kdcache.cache.limits import check_decoded, decoded_limit
 from kdcache.cache.shards import parsed_object
-from kdcache.errors import CorruptCacheError
+from kdcache.errors import CorruptCacheError, shortened
 from kdcache.schema import ShardRecord
 from kdcache.storage.folder import Folder
 
@@ -28,14 +35,20 @@ from kdcache.storage.folder import Folder
 TABLES_AT_ONCE = 8
 #: Shards whose whole tables stay in memory for `SequenceTable.row`.
 _ROW_SHARDS = 8
+#: Columns whose numbers are counted elsewhere too.
+_COUNTED = ("num_tokens", "num_positions", "num_targets")
 
 
 class SequenceTable:
     """The per-sequence tables of ``shards``, one below the other; safe to use from several threads."""
 
-    def __init__(self, folder: Folder, shards: Sequence[ShardRecord]) -> None:
+    def __init__(self, folder: Folder, shards: Sequence[ShardRecord], most_bytes: int | None = None) -> None:
         self.num_rows = sum(shard.num_sequences for shard in shards)
         self._folder, self._shards = folder, shards
+        self._most_bytes = decoded_limit(most_bytes)
+        self._starts = np.concatenate([[0], np.cumsum([shard.num_sequences for shard in shards], dtype=np.int64)])
+        self._hashed: set[int] = set()
+        """Shards whose tables have been compared with their hashes."""
         self._schema: pa.Schema | None = None
         self._lacking: dict[str, ShardRecord] = {}
         """The first shard that lacks a column, by column."""
@@ -94,7 +107,7 @@ class SequenceTable:
         """Return a row of the table of ``shard``, with all columns of that table."""
         with self._lock:
             if shard not in self._rows:
-                self._rows[shard] = load_table(self._folder, self._shards[shard])
+                self._rows[shard] = _as_table(*self._read(self._shards[shard], None))
                 if len(self._rows) > _ROW_SHARDS:
                     self._rows.popitem(last=False)
             self._rows.move_to_end(shard)
@@ -108,12 +121,9 @@ class SequenceTable:
             self._rows.clear()
 
     def _load(self, names: list[str]) -> None:
-        def read(shard: ShardRecord) -> tuple[pa.Schema, dict[str, pa.ChunkedArray]]:
-            return _read_columns(self._folder, shard, names)
-
         # Small objects of a remote cache take their time one by one.
         with ThreadPoolExecutor(1 if self._folder.store is None else TABLES_AT_ONCE) as pool:
-            found = list(pool.map(read, self._shards))
+            found = list(pool.map(lambda shard: self._read(shard, names), self._shards))
         if self._schema is None:
             self._schema = self._unified([schema for schema, _ in found])
         for name in names:
@@ -121,6 +131,18 @@ class SequenceTable:
                 kind = self._schema.field(name).type
                 pieces = [columns.get(name) for _, columns in found]
                 self._columns[name] = _stacked(pieces, [shard.num_sequences for shard in self._shards], kind)
+
+    def _read(self, shard: ShardRecord, names: list[str] | None) -> tuple[pa.Schema, dict[str, pa.ChunkedArray]]:
+        found = _read_columns(
+            self._folder,
+            shard,
+            names,
+            most_bytes=self._most_bytes,
+            check_hash=shard.index not in self._hashed,
+            first_sequence=int(self._starts[shard.index]),
+        )
+        self._hashed.add(shard.index)
+        return found
 
     def _unified(self, schemas: list[pa.Schema]) -> pa.Schema:
         """Return the schema of all shards together, and note the columns that some of them lack."""
@@ -136,24 +158,51 @@ class SequenceTable:
         return unified
 
 
-def load_table(folder: Folder, shard: ShardRecord, columns: Iterable[str] = ()) -> pa.Table:
-    """Read the whole per-sequence table of a shard, which must have ``columns``; raises ``CorruptCacheError``."""
-    schema, found = _read_columns(folder, shard, None)
+def load_table(
+    folder: Folder,
+    shard: ShardRecord,
+    columns: Iterable[str] = (),
+    most_bytes: int | None = None,
+    *,
+    first_sequence: int | None = None,
+) -> pa.Table:
+    """Read the whole per-sequence table of a shard, which must have ``columns``; raises ``CorruptCacheError``.
+
+    ``first_sequence`` is the number of its first sequence, where it shall be checked.
+    """
+    most = decoded_limit(most_bytes)
+    schema, found = _read_columns(folder, shard, None, most_bytes=most, first_sequence=first_sequence)
     missing = [name for name in columns if name not in found]
     if missing:
         raise _wrong(folder, shard, f"no column {missing[0]!r}")
-    return pa.table(list(found.values()), schema=schema)
+    return _as_table(schema, found)
+
+
+def _as_table(schema: pa.Schema, columns: dict[str, pa.ChunkedArray]) -> pa.Table:
+    return pa.table(list(columns.values()), schema=schema)
 
 
 def _read_columns(
-    folder: Folder, shard: ShardRecord, names: list[str] | None
+    folder: Folder,
+    shard: ShardRecord,
+    names: list[str] | None,
+    *,
+    most_bytes: int,
+    check_hash: bool = True,
+    first_sequence: int | None = None,
 ) -> tuple[pa.Schema, dict[str, pa.ChunkedArray]]:
-    """Return the schema of a shard's table and those of the named columns (None: all) that it has."""
+    """Return the schema of a shard's table and those of the named columns (None: all) that it has, all checked.
+
+    ``first_sequence`` is the number of the shard's first sequence in the cache, where it is known.
+    """
     record = shard.objects[layout.SEQUENCES_FIELD]
     where = _where(folder, shard)
 
     def parse(data: bytes | pa.NativeFile) -> tuple[pa.Schema, pa.Table | None]:
-        return decode_table(data, names, f"{where}, file {record.path}")
+        file = f"{where}, file {record.path}"
+        if check_hash and hashlib.sha256(_view(data)).hexdigest() != record.sha256:
+            raise CorruptCacheError(f"{file} is damaged (its sha256 is not the recorded one)")
+        return decode_table(data, names, file, num_rows=shard.num_sequences, most_bytes=most_bytes)
 
     local = folder.local_path
     if local is None:
@@ -168,28 +217,73 @@ def _read_columns(
             raise CorruptCacheError(f"{where}, file {record.path} cannot be read: {error}") from None
     if table is None:
         return schema, {}
-    if table.num_rows != shard.num_sequences:
-        raise _wrong(folder, shard, f"{table.num_rows} rows for {shard.num_sequences} sequences")
+    problem = _wrong_numbers(table, shard, first_sequence)
+    if problem:
+        raise _wrong(folder, shard, problem)
     return schema, dict(zip(table.column_names, table.columns, strict=True))
 
 
-def decode_table(data: bytes | pa.NativeFile, names: list[str] | None, where: str) -> tuple[pa.Schema, pa.Table | None]:
+def _wrong_numbers(table: pa.Table, shard: ShardRecord, first_sequence: int | None) -> str | None:
+    """Return what the columns have that they cannot have, None where all is well."""
+    numbers = {name: as_numpy(table[name]) for name in _COUNTED if name in table.column_names}
+    for name, values in numbers.items():
+        least = 0 if name == "num_targets" else 1
+        if values.size and int(values.min()) < least:
+            return f"a {name} of {int(values.min())}"
+        total = sum(values.tolist()) if values.size else 0  # whole numbers of any size
+        if name != "num_targets" and total != shard.num_rows[name.removeprefix("num_")]:
+            found = shard.num_rows[name.removeprefix("num_")]
+            return f"a {name} that adds up to {total}, the manifest says {found}"
+    if first_sequence is not None and "sequence" in table.column_names:
+        sequence = as_numpy(table["sequence"])
+        if (sequence != np.arange(first_sequence, first_sequence + len(sequence))).any():
+            return f"sequences that are not numbered from {first_sequence} on"
+    return None
+
+
+def _view(data: bytes | pa.NativeFile) -> memoryview:
+    """Return the bytes of a file, of a mapped one without reading it."""
+    if isinstance(data, bytes):
+        return memoryview(data)
+    data.seek(0)
+    return memoryview(data.read_buffer())
+
+
+def decode_table(
+    data: bytes | pa.NativeFile,
+    names: list[str] | None,
+    where: str,
+    *,
+    num_rows: int | None = None,
+    most_bytes: int | None = None,
+) -> tuple[pa.Schema, pa.Table | None]:
     """Return the schema of an Arrow file and a table of its named columns (None: all), no table where it has none.
 
-    Raises ``CorruptCacheError`` naming ``where``.
+    The columns are validated in full. Raises ``CorruptCacheError`` naming ``where``, also unless the table has
+    ``num_rows``; ``CacheError`` where it would take more than ``most_bytes`` in memory.
     """
     source = pa.BufferReader(data) if isinstance(data, bytes) else data
+    most_bytes = decoded_limit(most_bytes)
     try:
+        size = arrow_file.decoded_size(_view(data))
+        if num_rows is not None and size.num_rows != num_rows:
+            raise CorruptCacheError(
+                f"{where}: the per-sequence table has {size.num_rows} rows for {num_rows} sequences"
+            )
+        check_decoded(size.num_bytes, most_bytes, f"{where}: the per-sequence table")
         schema = pa.ipc.open_file(source).schema
-        if len(set(schema.names)) < len(schema.names):
-            raise ValueError("a column name appears twice")
+        arrow_file.check_schema(schema, arrow_file.SEQUENCE_COLUMNS)
         fields = [index for index, name in enumerate(schema.names) if names is None or name in names]
         if not fields:
             return schema, None
         options = pa.ipc.IpcReadOptions(included_fields=fields)
-        return schema, pa.ipc.open_file(source, options=options).read_all()
-    except (pa.ArrowException, ValueError, OSError) as error:
-        raise CorruptCacheError(f"{where} is not a readable Arrow file: {error}") from None
+        table = pa.ipc.open_file(source, options=options).read_all()
+        arrow_file.check_values(table, arrow_file.SEQUENCE_COLUMNS)
+        expanded = sum(map(arrow_file.expanded_bytes, table.columns))
+        check_decoded(expanded, most_bytes, f"{where}: the per-sequence table")
+        return schema, table
+    except (pa.ArrowException, ValueError, OSError, TypeError, KeyError) as error:
+        raise CorruptCacheError(f"{where} is not a readable Arrow file: {shortened(error, 300)}") from None
 
 
 def _stacked(pieces: list[pa.ChunkedArray | None], lengths: list[int], kind: pa.DataType) -> pa.ChunkedArray:

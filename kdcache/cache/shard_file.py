@@ -16,12 +16,14 @@ import operator
 import zipfile
 import zlib
 from collections.abc import Mapping
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache.chunks import SEAL_BYTES, ChunkLayout, decode_chunks, encode_chunks, sizes_of
+from kdcache.cache.limits import check_decoded, decoded_limit
 from kdcache.errors import CorruptCacheError
 from kdcache.schema import ArrayRecord
 
@@ -86,7 +88,12 @@ def _write_metadata(group: zarr.Group, name: str, layout: ChunkLayout) -> None:
 
 
 def unpack(
-    data: bytes, expected: Mapping[str, tuple[ArrayRecord, int | None]], where: str, *, check_crc: bool = True
+    data: bytes,
+    expected: Mapping[str, tuple[ArrayRecord, int | None]],
+    where: str,
+    *,
+    check_crc: bool = True,
+    most_bytes: int | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Read the arrays of an object made by `pack`.
 
@@ -94,15 +101,21 @@ def unpack(
     dtypes are compared with it before anything is allocated, so a manifest bounds what an untrusted file can cost.
     Two-dimensional arrays of few columns come in Fortran order, as they are stored; all others in C order.
     Without ``check_crc`` damage inside a chunk is found only where Blosc stumbles over it, which is seldom.
-    Raises ``CorruptCacheError`` that names ``where`` and the array.
+    Raises ``CorruptCacheError`` that names ``where`` and the array, and ``CacheError`` where all arrays together would
+    take more than ``most_bytes`` (default: `kdcache.cache.limits`).
     """
     entries = _read_zip(data, where)
-    result = {}
+    found = {}
     for name, (record, num_rows) in expected.items():
         prefix = f"{name}/"
         own = {key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)}
-        result[name] = _read_array(own, record, num_rows, f"{where}, array {name}", check_crc)
-    return result
+        found[name] = own, *_array_of(own, record, num_rows, f"{where}, array {name}")
+    num_bytes = sum(prod(layout.shape) * layout.dtype.itemsize for _, _, layout in found.values())
+    check_decoded(num_bytes, decoded_limit(most_bytes), where)
+    return {
+        name: _read_array(own, metadata, layout, f"{where}, array {name}", check_crc)
+        for name, (own, metadata, layout) in found.items()
+    }
 
 
 def _read_zip(data: bytes, where: str) -> Entries:
@@ -137,15 +150,22 @@ def _entry(content: NDArray[np.uint8], entry: zipfile.ZipInfo, where: str) -> ND
     return value
 
 
-def _read_array(
-    entries: Entries, record: ArrayRecord, num_rows: int | None, where: str, check_crc: bool
-) -> NDArray[Any]:
+def _array_of(
+    entries: Entries, record: ArrayRecord, num_rows: int | None, where: str
+) -> tuple[dict[str, Any], ChunkLayout]:
+    """Return the metadata of an array, checked, and what they say of its chunks."""
     try:
         metadata = json.loads(entries["zarr.json"].tobytes())
         layout, codecs = _describe(metadata)
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise CorruptCacheError(f"{where} has no usable Zarr metadata ({error!r})") from None
     _check_metadata(metadata, layout, codecs, record, num_rows, where)
+    return metadata, layout
+
+
+def _read_array(
+    entries: Entries, metadata: dict[str, Any], layout: ChunkLayout, where: str, check_crc: bool
+) -> NDArray[Any]:
     chunks = _checked_chunks(entries, layout, where)
     try:
         if _is_written_by_kdcache(metadata, layout):

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache import layout
+from kdcache.cache.limits import decoded_limit
 from kdcache.cache.shard_file import unpack
 from kdcache.errors import CorruptCacheError
 from kdcache.fields import TOKENS_FIELD
@@ -65,10 +66,20 @@ def naming(folder: Folder, manifest: Manifest, shard: int, name: str) -> Iterato
 
 
 def load_fields(
-    folder: Folder, manifest: Manifest, shard: ShardRecord, names: Iterable[str], check_crc: bool = True
+    folder: Folder,
+    manifest: Manifest,
+    shard: ShardRecord,
+    names: Iterable[str],
+    check_crc: bool = True,
+    most_bytes: int | None = None,
 ) -> dict[str, dict[str, NDArray[Any]]]:
-    """Read and unpack the named fields of a shard; raises ``CorruptCacheError`` naming file, shard and field."""
-    return {name: _load_field(folder, layout.field_of(manifest, name), shard, check_crc) for name in names}
+    """Read and unpack the named fields of a shard.
+
+    Raises ``CorruptCacheError`` naming file, shard and field, and ``CacheError`` for a field that would take more than
+    ``most_bytes`` in memory (default: `kdcache.cache.limits`), before anything is allocated.
+    """
+    most = decoded_limit(most_bytes)
+    return {name: _load_field(folder, layout.field_of(manifest, name), shard, check_crc, most) for name in names}
 
 
 def check_counts(folder: Folder, shard: ShardRecord, arrays: dict[str, NDArray[Any]]) -> None:
@@ -82,13 +93,17 @@ def check_counts(folder: Folder, shard: ShardRecord, arrays: dict[str, NDArray[A
             )
 
 
-def _load_field(folder: Folder, record: FieldRecord, shard: ShardRecord, check_crc: bool) -> dict[str, NDArray[Any]]:
+def _load_field(
+    folder: Folder, record: FieldRecord, shard: ShardRecord, check_crc: bool, most_bytes: int
+) -> dict[str, NDArray[Any]]:
     item = shard.objects[record.name]
     where = f"{folder}, shard {shard.index}, field {record.name}"
     # A shard that does not count an axis has no rows of it.
     rows = {array.rows: shard.num_rows.get(array.rows, 0) for array in record.arrays} | {"table": None}
     expected = {array.path: (array, rows[array.rows]) for array in record.arrays}
-    parse = partial(unpack, expected=expected, where=f"{where}, file {item.path}", check_crc=check_crc)
+    parse = partial(
+        unpack, expected=expected, where=f"{where}, file {item.path}", check_crc=check_crc, most_bytes=most_bytes
+    )
     unpacked = parsed_object(folder, item, where, parse)
     return {array.name: unpacked[array.path] for array in record.arrays}
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kdcache.cache import layout
 from kdcache.cache.shard_file import pack, unpack
 from kdcache.errors import CacheError, CorruptCacheError
-from kdcache.schema import ArrayRecord
+from kdcache.schema import ArrayRecord, Manifest, ObjectRecord
 from kdcache.storage.folder import Folder
 
 
@@ -85,13 +85,21 @@ def pack_prior(probability_V: NDArray[np.float32], num_positions: dict[int, int]
     )
 
 
-def read_prior(folder: Folder, vocab_size: int, num_shards: int) -> NDArray[np.float32]:
-    """Return the tail prior of a cache, [V] float32; raises ``CorruptCacheError``."""
-    probability_V, num_positions = _read(folder, vocab_size)
+def read_prior(folder: Folder, manifest: Manifest) -> NDArray[np.float32]:
+    """Return the tail prior of a finished cache, [V] float32, checked; raises ``CorruptCacheError``."""
+    record = next(item for item in manifest.cache_files if item.path == layout.TAIL_PRIOR)
+    num_shards = manifest.num_shards
+    probability_V, num_positions = _read(folder, manifest.tokenizer.vocab_size, record)
     if sorted(num_positions) != list(range(num_shards)):
         raise CorruptCacheError(
             f"{folder}, file {layout.TAIL_PRIOR}: it is the mean over shards {_short(sorted(num_positions))}; expected "
             f"all from 0 to {num_shards - 1}"
+        )
+    wrong = [shard.index for shard in manifest.shards if num_positions[shard.index] != shard.num_positions]
+    if wrong:
+        raise CorruptCacheError(
+            f"{folder}, file {layout.TAIL_PRIOR}: it counts {num_positions[wrong[0]]} positions of shard {wrong[0]}, "
+            f"the manifest {manifest.shards[wrong[0]].num_positions}"
         )
     return probability_V
 
@@ -100,10 +108,13 @@ def _short(shards: list[int]) -> str:
     return ", ".join(map(str, shards[:8])) + (", ..." if len(shards) > 8 else "")
 
 
-def _read(folder: Folder, vocab_size: int) -> tuple[NDArray[np.float32], dict[int, int]]:
+def _read(
+    folder: Folder, vocab_size: int, record: ObjectRecord | None = None
+) -> tuple[NDArray[np.float32], dict[int, int]]:
+    """Return the prior and the positions of its shards; the file must be that of ``record``, if there is one."""
     where = f"{folder}, file {layout.TAIL_PRIOR}"
     try:
-        data = folder.read(layout.TAIL_PRIOR)
+        data = folder.read(layout.TAIL_PRIOR) if record is None else layout.checked_object(folder, record, str(folder))
     except FileNotFoundError:
         raise CorruptCacheError(f"{where} is missing") from None
     arrays = unpack(data, {path: (record, None) for path, record in _ARRAYS.items()}, where)
@@ -111,6 +122,6 @@ def _read(folder: Folder, vocab_size: int) -> tuple[NDArray[np.float32], dict[in
     if len(probability_V) != vocab_size or not (probability_V >= 0).all() or float(probability_V.sum()) > 1.001:
         raise CorruptCacheError(f"{where}: these are not {vocab_size} probabilities whose sum is at most 1")
     shards, counts = arrays["table/shards"].tolist(), arrays["table/num_positions"].tolist()
-    if len(shards) != len(counts):
+    if len(shards) != len(counts) or len(set(shards)) != len(shards):
         raise CorruptCacheError(f"{where}: {len(shards)} shards, but {len(counts)} numbers of positions")
     return probability_V, dict(zip(shards, counts, strict=True))

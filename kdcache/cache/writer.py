@@ -60,6 +60,8 @@ class CacheWriter:
 
             try:
                 local.mkdir(parents=True, exist_ok=True)
+                if (local / LOCK).is_symlink():  # opened, it would change a file elsewhere
+                    raise CacheError(f"{local / LOCK} is a link; remove it, or choose another output")
                 self._lock = FileLock(local / LOCK)
                 self._lock.acquire(timeout=0)
             except Timeout:
@@ -269,16 +271,21 @@ def build_manifest(folder: Folder) -> Manifest:
     )
 
 
+def _most_bytes(name: str) -> int:
+    """Return the bound of a file that a cache has once, while no record says its size."""
+    return layout.MAX_HEAD_BYTES if name == layout.LM_HEAD else layout.MAX_TABLE_BYTES
+
+
 def _sha256_of(folder: Folder, name: str) -> str:
     try:
-        return layout.sha256(folder.read(name, max_bytes=layout.MAX_TABLE_BYTES))
+        return layout.sha256(folder.read(name, max_bytes=_most_bytes(name)))
     except CorruptCacheError:  # larger than anything that belongs there
         return ""
 
 
 def _record_of(folder: Folder, name: str) -> ObjectRecord:
     try:
-        data = folder.read(name, max_bytes=layout.MAX_TABLE_BYTES)
+        data = folder.read(name, max_bytes=_most_bytes(name))
     except FileNotFoundError:
         raise CacheError(f"{folder} cannot be finished: {name} is missing; dump it again into another output") from None
     return ObjectRecord(path=name, num_bytes=len(data), sha256=layout.sha256(data))

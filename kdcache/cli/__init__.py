@@ -166,7 +166,10 @@ def _run() -> int:
         return _failed(stop.__cause__)
     except OSError as failure:  # before the command began, such as while its help was written
         return _failed(failure)
-    except (MemoryError, RuntimeError) as error:
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":  # of a library in Rust; no Exception
+            terminal.echo_error(f"a library failed on this input, a tokenizer most likely: {shortened(error, 200)}")
+            return 1
         if not _is_out_of_memory(error):
             raise
         words = shortened(" ".join(str(error).split()) or "no memory left", 200)
@@ -178,10 +181,12 @@ def _run() -> int:
     return 0
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     # torch has a class of its own for GPUs, a RuntimeError for the CPU and for other libraries of a GPU.
     words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+    if isinstance(error, RuntimeError):
+        return any(word in str(error) for word in words)
+    return isinstance(error, MemoryError)
 
 
 #: What to do about errors of the system that a user can change.

@@ -70,7 +70,7 @@ Setting any loss weight disables every loss that you do not list. The default is
 )
 @click.option("--seed", type=int, help="Seed of data order and dropout.  [default: 0]")
 @options.config_options
-@click.option("--resume", is_flag=True, help="Resume from the newest checkpoint in --output.")
+@click.option("--resume", is_flag=True, hidden=True, help="Accepted: a run in --output is always resumed.")
 @click.option("--dry-run", is_flag=True, help="Print initial losses, memory, time and warnings; write nothing.")
 @options.json_option
 @options.quiet_option
@@ -87,6 +87,9 @@ def command(
 
     Teacher, tokenizer, top-k and codec come from the cache and are not configured. The result in --output is a plain
     Hugging Face model with its tokenizer: AutoModelForCausalLM.from_pretrained(RUN) needs no kdcache.
+
+    To resume an interrupted run, run the same command again: it goes on from the newest checkpoint. An --output that
+    holds a run of other settings is refused.
     """
     from kdcache.config import load
     from kdcache.train import TrainConfig
@@ -105,7 +108,7 @@ def command(
         else:
             _echo_report(report)
         return
-    result = train_student(config, resume=resume, progress=not quiet)
+    result = train_student(config, progress=not quiet)
     leave_processes()
     if not is_first:
         return
@@ -166,6 +169,7 @@ def _echo_report(report: TrainingReport) -> None:
             *_sample_row(sample),
             ("memory", f"about {options.human_bytes(memory.total_bytes)}{of} ({memory.device})"),
             ("of which", _parts(memory)),
+            ("besides", f"{options.human_bytes(memory.process_bytes)} of Python and its libraries, in memory already"),
             ("speed", f"about {speed.tokens_per_s:,.0f} tokens/s; the loss takes {speed.loss_share:.0%} of the time"),
             ("time", f"about {options.human_seconds(speed.eta_s)}, {speed.step_s:.3g} s a step"),
             ("output", f"{report.output} (nothing was written)"),
@@ -210,4 +214,6 @@ class _TermRow:
 
 def _parts(memory: MemoryReport) -> str:
     parts = {name.removesuffix("_bytes"): value for name, value in memory if name.endswith("_bytes")}
-    return ", ".join(f"{name} {options.human_bytes(parts[name])}" for name in parts if name != "available")
+    return ", ".join(
+        f"{name} {options.human_bytes(parts[name])}" for name in parts if name not in ("available", "process")
+    )

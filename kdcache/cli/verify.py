@@ -96,7 +96,7 @@ def _advice(report: Any) -> str:
 
 def _echo(report: Any, check: Any) -> None:
     for problem in report.problems:
-        terminal.echo(f"PROBLEM {problem}")
+        terminal.echo(terminal.one_line(f"PROBLEM {problem}"))
     if report.problems:
         terminal.echo(f"{len(report.problems)} problems in {report.path}. {_advice(report)}")
         return

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,11 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from kdcache.config import Config
-from kdcache.corpus.readers import CLASS_NAMES, NamedClass, Reader, no_columns
-from kdcache.corpus.sources import find_sources
+from kdcache.corpus.column_types import as_text
+from kdcache.corpus.file_bytes import Spool
+from kdcache.corpus.readers import Reader, no_columns
+from kdcache.corpus.record_file import NoTextFieldError
+from kdcache.corpus.sources import find_sources, supported
 from kdcache.corpus.text_files import Split
 from kdcache.errors import CorpusError, did_you_mean
 from kdcache.schema import Document
@@ -55,6 +60,8 @@ class CorpusConfig(Config):
     split_text: Split = "file"
     """What one document of a .txt file is; paragraphs are separated by blank lines."""
     limit_documents: int | None = Field(default=None, ge=1)
+    leave_out: tuple[str, ...] = ()
+    """Columns that are not kept as metadata, such as raw pages beside their texts."""
     licence: str | None = None
 
     @field_validator("paths", mode="before")
@@ -64,7 +71,7 @@ class CorpusConfig(Config):
 
 
 class Corpus:
-    """Documents in order, with random access; made by `load_corpus`.
+    """Documents in order, with random access; made by `load_corpus`. It is used by one thread at a time.
 
     ``text_field`` is the column of the main text. ``more`` are the further columns that sequences are made of, by
     role; they are not metadata.
@@ -86,7 +93,8 @@ class Corpus:
         offsets = np.cumsum([0, *(reader.num_rows for reader in self._readers)])
         self._offsets = np.minimum(offsets, config.limit_documents or offsets[-1])
         every = _union([(reader.name, reader.metadata_schema) for reader in self._readers])
-        self._schema = pa.schema([field for field in every if field.name not in self.more.values()])
+        left_out = {*self.more.values(), *config.leave_out}
+        self._schema = pa.schema([field for field in every if field.name not in left_out])
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -95,7 +103,7 @@ class Corpus:
 
     @property
     def metadata_columns(self) -> tuple[str, ...]:
-        """All columns other than the text, over all files; a file that lacks one has nulls."""
+        """All columns that are no text, no role and not left out, over all files; a file that lacks one has nulls."""
         return tuple(self._schema.names)
 
     @property
@@ -170,9 +178,13 @@ class Corpus:
     def _more_rows(self, start: int, stop: int) -> list[dict[str, Any]]:
         """Return the further columns of documents ``start`` to ``stop`` by role, with the values of each file."""
         found: list[dict[str, Any]] = []
-        for reader, rows in self._locate(np.arange(start, stop)):
-            table, schema = self._readers[reader].metadata(rows.tolist()), self._readers[reader].metadata_schema
-            columns = [_values(table, schema, name) for name in self.more.values()]
+        for number, rows in self._locate(np.arange(start, stop)):
+            reader = self._readers[number]
+            held = set(reader.metadata_schema.names)
+            names = [name for name in dict.fromkeys(self.more.values()) if name in held]
+            with _reading(reader.name):
+                values = dict(zip(names, reader.values(rows.tolist(), names) if names else [], strict=True))
+            columns = [values.get(name) or [None] * len(rows) for name in self.more.values()]
             found += [dict(zip(self.more, row, strict=True)) for row in zip(*columns, strict=True)]
         return found
 
@@ -189,10 +201,9 @@ class Corpus:
     def _pieces(self, start: int, stop: int) -> Iterator[list[str]]:
         """Yield the texts of documents ``start`` to ``stop``, source by source."""
         for reader, rows in self._locate(np.arange(start, stop)):
-            try:
-                yield self._readers[reader].texts(int(rows[0]), int(rows[-1]) + 1)
-            except OSError as error:
-                raise CorpusError(f"cannot read {self._readers[reader].name}: {error.strerror or error}") from None
+            with _reading(self._readers[reader].name):
+                texts = self._readers[reader].texts(int(rows[0]), int(rows[-1]) + 1)
+            yield texts
 
     def document_ids(self, indices: Sequence[int] | NDArray[np.int64]) -> list[str]:
         """Return the ids of the documents at ``indices`` (any order, repeats allowed)."""
@@ -212,11 +223,15 @@ class Corpus:
         documents, inverse = np.unique(np.asarray(indices, np.int64), return_inverse=True)
         if not len(documents):
             return schema.empty_table()
-        parts = [
-            _conform(self._readers[reader].metadata(rows.tolist()), len(rows), schema)
-            for reader, rows in self._locate(documents)
-        ]
+        parts = [self._part(self._readers[reader], rows.tolist(), schema) for reader, rows in self._locate(documents)]
         return pa.concat_tables(parts).take(pa.array(inverse.reshape(-1)))
+
+    def _part(self, reader: Reader, rows: list[int], schema: pa.Schema) -> pa.Table:
+        """Return rows of a source with exactly the columns of ``schema``: missing ones null, others converted."""
+        held = set(reader.metadata_schema.names)
+        with _reading(reader.name):
+            table = reader.metadata(rows, [name for name in schema.names if name in held])
+        return _conform(table, len(rows), schema)
 
     def _locate(self, documents: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """Yield each reader that holds some of the sorted ``documents``, with their rows in it."""
@@ -231,23 +246,34 @@ class Corpus:
         return [Document(*fields) for fields in zip(ids, texts, rows, strict=True)]
 
 
-def load_corpus(config: CorpusConfig, roles: Sequence[Role] = (TEXT,)) -> Corpus:
+def load_corpus(config: CorpusConfig, roles: Sequence[Role] = (TEXT,), *, output: str | Path | None = None) -> Corpus:
     """Find and open all sources of a corpus; ``roles`` are the columns that a task reads, the main text first.
 
-    Raises ``CorpusError`` if a source is missing, unsupported, broken or without the text field, or if there are no
-    documents. Sources beyond the first ``limit_documents`` documents are not opened. Rows with a null or missing text
-    are documents without text; a warning counts them.
+    ``output`` is where the command writes: a local file or directory that is never part of the corpus. Raises
+    ``CorpusError`` if a source is missing, unsupported, broken or without the text field, or if there are no documents.
+    Sources beyond the first ``limit_documents`` documents are not opened. Rows with a null or missing text are
+    documents without text. A warning counts them, and another what is left out of directories and patterns.
     """
     readers: list[tuple[str, Reader]] = []
     num_documents = 0
     text_field, more = _named(config, roles)
-    for source in find_sources(config.paths):
-        reader = source.open(text_field, config.split_text)
+    spool = Spool()
+    sources, left_out = find_sources(config.paths, output)
+    for source in sources:
+        try:
+            reader = source.open(text_field, config.split_text, spool)
+        except NoTextFieldError:
+            if not (source.is_found and source.is_table):
+                raise
+            left_out.add(f".csv or .tsv without a column {text_field!r}")
+            continue
         _check_columns(reader, text_field, {role.name: more[role.name] for role in roles[1:] if role.is_required})
         readers.append((source.id, reader))
         num_documents += reader.num_rows
         if config.limit_documents is not None and num_documents >= config.limit_documents:
             break
+    if left_out.counts:
+        log.warning("left out of %s: %s; supported are %s", ", ".join(config.paths), left_out, supported())
     if num_documents == 0:
         raise CorpusError(f"the corpus has no documents: {', '.join(config.paths)} hold no rows")
     _warn_of_missing_texts(config, text_field, [reader for _, reader in readers])
@@ -255,6 +281,11 @@ def load_corpus(config: CorpusConfig, roles: Sequence[Role] = (TEXT,)) -> Corpus
     for role, name in more.items():
         if role in config.columns and name not in held:
             raise CorpusError(_no_column(", ".join(config.paths), role, name, [text_field, *sorted(held)]))
+    strange = [name for name in config.leave_out if name not in held and name != text_field]
+    if strange and config.limit_documents is None:
+        raise CorpusError(
+            f"leave_out: the corpus has no column {strange[0]!r}; {did_you_mean(strange[0], sorted(held))}"
+        )
     return Corpus(config, readers, {role: name for role, name in more.items() if name in held}, text_field)
 
 
@@ -301,21 +332,13 @@ def _warn_of_missing_texts(config: CorpusConfig, text_field: str, readers: Seque
         )
 
 
-def _values(table: pa.Table, schema: pa.Schema, name: str) -> list[Any]:
-    if name not in table.column_names:
-        return [None] * table.num_rows
-    field = schema.field(name)
-    names = tuple(json.loads((field.metadata or {}).get(CLASS_NAMES, b"[]")))
-    return [_plain(value, field.type, names) for value in table[name].to_pylist()]
-
-
-def _plain(value: Any, kind: pa.DataType, names: tuple[str, ...]) -> Any:
-    """Return a value of a column; a column of mixed types is parsed as JSON."""
-    if isinstance(value, list):
-        return [_plain(item, kind.value_type, names) for item in value]
-    if names and isinstance(value, int):
-        return NamedClass(value, names)
-    return json.loads(value) if isinstance(value, str) and "arrow.json" in str(kind) else value
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Name the source that cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise CorpusError(f"cannot read {name}: {error.strerror or error}") from None
 
 
 def _union(schemas: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
@@ -336,7 +359,6 @@ def _common_type(left: pa.DataType, right: pa.DataType) -> pa.DataType:
 
 
 def _conform(table: pa.Table, num_rows: int, schema: pa.Schema) -> pa.Table:
-    """Give ``table`` exactly the columns of ``schema``: missing ones null, others converted."""
     columns = []
     for column in schema:
         if column.name not in table.column_names:
@@ -350,6 +372,5 @@ def _to_type(values: pa.ChunkedArray, kind: pa.DataType) -> Any:
     if values.type.equals(kind):
         return values
     if kind == pa.string() and not pa.types.is_large_string(values.type):
-        as_text: Callable[[Any], str] = lambda value: json.dumps(value, default=str, ensure_ascii=False)  # noqa: E731
-        return pa.array([None if value is None else as_text(value) for value in values.to_pylist()], kind)
+        return pa.array([as_text(value) for value in values.to_pylist()], kind)
     return values.cast(kind)

@@ -38,6 +38,8 @@ class SequenceConfig(Config):
     """In packed windows: let documents see the ones before them, and learn their first tokens too."""
     append_eos: bool = False
     """End every document with the EOS token, unless the tokenizer does so itself."""
+    add_special_tokens: bool = True
+    """Put the tokenizer's own special tokens around every document; false for texts that have them already."""
 
     @model_validator(mode="after")
     def _check_packing(self) -> SequenceConfig:

@@ -3,7 +3,7 @@
 HF datasets has a text builder, but it rewrites line ends, splits paragraphs only at bare LF pairs, and reads whole
 files into memory. So kdcache finds the byte range of every document itself and decodes it on request. Only a byte-order
 mark is removed. Line mode also drops the line end (LF or CRLF), paragraph mode the blank lines between paragraphs. A
-lone CR is an ordinary character. Compressed text files are unsupported; store them as JSON lines.
+lone CR is an ordinary character.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import mmap
 import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from kdcache.corpus.file_bytes import FileBytes
 from kdcache.corpus.readers import no_columns
 from kdcache.errors import CorpusError
 
@@ -38,14 +38,14 @@ class TextFile:
 
     metadata_schema = pa.schema([])
 
-    def __init__(self, path: Path, split: Split) -> None:
-        self.name = str(path)
+    def __init__(self, data: FileBytes, split: Split) -> None:
+        self.name = data.name
         self.is_single = split == "file"
-        self._path = path
+        self._data = data
         if self.is_single:
-            _check_size(path)
+            _check_size(data)
         # A directory may hold a hundred thousand files: nothing is opened before it is needed, or stays open.
-        self._spans_N2 = None if split == "file" else _SPLITTERS[split](path)
+        self._spans_N2 = None if split == "file" else _SPLITTERS[split](data)
         self.num_rows = 1 if self._spans_N2 is None else len(self._spans_N2)
 
     def texts(self, start: int, stop: int) -> list[str]:
@@ -53,21 +53,24 @@ class TextFile:
         if start >= stop:
             return []
         if self._spans_N2 is None:
-            return [self._decode(self._path.read_bytes().removeprefix(_BOM), 0)]
+            return [self._decode(self._data.read(self._data.start, self._data.stop).removeprefix(_BOM), 0)]
         spans = self._spans_N2[start:stop].tolist()
         first = spans[0][0]
-        with self._path.open("rb") as file:
-            file.seek(first)
-            data = file.read(spans[-1][1] - first)
-        return [self._decode(data[begin - first : end - first], begin) for begin, end in spans]
+        data = self._data.read(first, spans[-1][1])
+        at = first - self._data.start
+        return [self._decode(data[begin - first : end - first], begin - first + at) for begin, end in spans]
 
     def num_missing(self, stop: int) -> int:
         """Return 0: a text file is all text."""
         return 0
 
-    def metadata(self, rows: Sequence[int]) -> pa.Table:
+    def metadata(self, rows: Sequence[int], names: Sequence[str]) -> pa.Table:
         """Return no columns: a text file has only text."""
         return no_columns(len(rows))
+
+    def values(self, rows: Sequence[int], names: Sequence[str]) -> list[list[Any]]:
+        """Return no columns: a text file has only text."""
+        return []
 
     def _decode(self, data: bytes, offset: int) -> str:
         try:
@@ -79,42 +82,42 @@ class TextFile:
             ) from None
 
 
-def _check_size(path: Path) -> None:
-    size = path.stat().st_size
+def _check_size(data: FileBytes) -> None:
+    size = data.stop - data.start
     if size > _MAX_DOCUMENT_BYTES:
         raise CorpusError(
-            f"{path} has {size:,} bytes; as one document, which is tokenised in one piece, it may have up to "
+            f"{data.name} has {size:,} bytes; as one document, which is tokenised in one piece, it may have up to "
             f"{_MAX_DOCUMENT_BYTES:,}. Make every line or paragraph a document with --split-text line or "
             f"--split-text paragraph, or split the file"
         )
 
 
-def _line_spans(path: Path) -> NDArray[np.int64]:
+def _line_spans(data: FileBytes) -> NDArray[np.int64]:
     """Return [N, 2] byte ranges of the lines, without their ends."""
-    size = path.stat().st_size
-    start = _text_start(path)
-    if size == start:
+    start, stop = _text_start(data), data.stop
+    if start == stop:
         return np.zeros((0, 2), np.int64)
-    data = np.memmap(path, np.uint8, "r")
-    blocks = range(start, size, _BLOCK_BYTES)
-    newlines = np.concatenate([np.flatnonzero(data[at : at + _BLOCK_BYTES] == 10) + at for at in blocks])
-    ends = newlines if data[-1] == 10 else np.append(newlines, size)
-    begins = np.concatenate([[start], ends[:-1] + 1])
-    has_return = (ends > begins) & (data[np.maximum(ends - 1, 0)] == 13)
+    with data.mapped() as mapped:
+        bytes_B = np.frombuffer(mapped, np.uint8)
+        blocks = [(at, min(at + _BLOCK_BYTES, stop)) for at in range(start, stop, _BLOCK_BYTES)]
+        newlines = np.concatenate([np.flatnonzero(bytes_B[at:end] == 10) + at for at, end in blocks])
+        ends = newlines if bytes_B[stop - 1] == 10 else np.append(newlines, stop)
+        begins = np.concatenate([[start], ends[:-1] + 1])
+        has_return = (ends > begins) & (bytes_B[np.maximum(ends - 1, 0)] == 13)
+        del bytes_B  # the map cannot be closed before
     return np.stack([begins, ends - has_return], axis=1).astype(np.int64)
 
 
-def _paragraph_spans(path: Path) -> NDArray[np.int64]:
+def _paragraph_spans(data: FileBytes) -> NDArray[np.int64]:
     """Return [N, 2] byte ranges of the runs of non-blank lines."""
-    size = path.stat().st_size
-    start = _text_start(path)
-    if size == start:
+    start, stop = _text_start(data), data.stop
+    if start == stop:
         return np.zeros((0, 2), np.int64)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        gaps = [match.span() for match in _BLANK_LINES.finditer(data, start)]
+    with data.mapped() as mapped:
+        gaps = [match.span() for match in _BLANK_LINES.finditer(mapped, start, stop)]
         begins = [start, *(end for _, end in gaps)]
-        ends = [*(begin for begin, _ in gaps), size]
-        spans = [_trim(data, begin, end) for begin, end in zip(begins, ends, strict=True)]
+        ends = [*(begin for begin, _ in gaps), stop]
+        spans = [_trim(mapped, begin, end) for begin, end in zip(begins, ends, strict=True)]
     return np.array([span for span in spans if span[0] < span[1]], np.int64).reshape(-1, 2)
 
 
@@ -131,9 +134,9 @@ def _trim(data: mmap.mmap, begin: int, end: int) -> tuple[int, int]:
     return (begin, begin) if is_blank else (begin, end)
 
 
-def _text_start(path: Path) -> int:
-    with path.open("rb") as file:
-        return len(_BOM) if file.read(len(_BOM)) == _BOM else 0
+def _text_start(data: FileBytes) -> int:
+    has_mark = data.read(data.start, min(data.start + len(_BOM), data.stop)) == _BOM
+    return data.start + (len(_BOM) if has_mark else 0)
 
 
 _SPLITTERS = {"line": _line_spans, "paragraph": _paragraph_spans}

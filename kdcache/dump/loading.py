@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +15,17 @@ from kdcache.corpus import Corpus, load_corpus
 from kdcache.dump.config import DumpConfig
 from kdcache.dump.pilot import layer_pilot
 from kdcache.dump.plan import check_top_k, make_plan
-from kdcache.errors import ConfigError
+from kdcache.errors import ConfigError, TeacherError, shortened
 from kdcache.fields import SEGMENT_IDS
 from kdcache.models.tokenizer import TextEncoder, tokenizer_files, tokenizer_record
 from kdcache.progress import bar, reporter
-from kdcache.schema import Plan
+from kdcache.schema import Plan, TokenizerRecord
 from kdcache.storage.folder import Folder
 from kdcache.tasks import Sequences
 from kdcache.teachers.backends import BACKENDS
 from kdcache.teachers.base import Request, Teacher, parse_layers
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -44,22 +47,34 @@ def load_parts(config: DumpConfig, progress: bool, *, is_preview: bool = False) 
 
     With ``is_preview`` nothing will be written; see `kdcache.teachers.base.Backend.load`.
     """
-    refuse_foreign(Folder(config.output))
+    folder = Folder(config.output)
+    refuse_foreign(folder)
     backend = BACKENDS[config.teacher.backend]
     backend.check(config.teacher)
     task, settings = config.of_task, config.sequences
-    corpus: Corpus = load_corpus(config.corpus, task.roles)
+    corpus: Corpus = load_corpus(config.corpus, task.roles, output=folder.local_path)
     tokenizer = backend.load_tokenizer(config.teacher)
     record = tokenizer_record(tokenizer)
-    encoder = TextEncoder(tokenizer)
+    # Random tokens of masked texts are sampled from the ids that the model has; other tasks take those of the text.
+    encoder = TextEncoder(
+        tokenizer,
+        None if task.is_causal else backend.num_ids(config.teacher),
+        add_special_tokens=getattr(settings, "add_special_tokens", True),
+    )
     outputs = backend.outputs_record(config.teacher, task, settings, encoder)
     config = config.for_outputs(outputs)
     if task.gives == "tokens":
         check_top_k(config, record.vocab_size)
     with bar(len(corpus), "tokenise", "doc", enabled=progress) as meter:
         sequences = task.plan(corpus, encoder, settings, outputs, reporter(meter))
+    remedy = "remove it from the texts"
+    if hasattr(settings, "add_special_tokens"):
+        remedy = f"set sequences.add_special_tokens=false, or {remedy}"
+    for line in encoder.special_tokens_seen(remedy):
+        log.warning("%s", line)
     teacher = backend.load(config.teacher, record.vocab_size, task, outputs, is_preview=is_preview)
     config = config.for_teacher(teacher.capabilities)
+    record = _of_the_model(record, teacher, sequences, tokenizer)
     _check_length(sequences, teacher)
     names = list(config.hidden_states.layers)
     targets = config.targets_config.record
@@ -79,6 +94,33 @@ def load_parts(config: DumpConfig, progress: bool, *, is_preview: bool = False) 
     batch_tokens = config.batch_tokens or teacher.capabilities.batch_tokens
     files = tokenizer_files(tokenizer)
     return Parts(plan, table, starts, sequences, teacher, files, cache_files, batch_tokens)
+
+
+def _of_the_model(record: TokenizerRecord, teacher: Teacher, sequences: Sequences, tokenizer: Any) -> TokenizerRecord:
+    """Return ``record`` over the ids that the model has, of which a tokenizer may have more (Gemma 3).
+
+    Raises ``TeacherError`` when a text uses one of the others.
+    """
+    num_ids = teacher.capabilities.num_ids
+    if num_ids is None or num_ids >= record.vocab_size:
+        return record
+    for index in range(sequences.num_sequences):
+        largest = int(sequences.sequence(index).tokens_T.max(initial=0))
+        if largest >= num_ids:
+            name = sequences.sequence_table(index, index + 1)["document_id"][0].as_py()
+            raise TeacherError(
+                f"document {shortened(name)} has the token {shortened(tokenizer.convert_ids_to_tokens(largest))} (id "
+                f"{largest}), but {teacher.record.name} only has {num_ids} ids, and its tokenizer {record.vocab_size}; "
+                "remove this token from the text, or use the tokenizer that belongs to the model"
+            )
+    log.warning(
+        "the tokenizer has %d ids and %s %d: the others, such as %s, are in no text and are left out",
+        record.vocab_size,
+        teacher.record.name,
+        num_ids,
+        tokenizer.convert_ids_to_tokens(num_ids),
+    )
+    return record.model_copy(update={"vocab_size": num_ids})
 
 
 def _check_length(sequences: Sequences, teacher: Teacher) -> None:

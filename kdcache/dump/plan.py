@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kdcache.cache import layout
 from kdcache.codecs import targets_codec, vector_codec
+from kdcache.config import Config
 from kdcache.corpus import Corpus, assign_shards
 from kdcache.dump.config import DumpConfig
 from kdcache.errors import ConfigError
@@ -126,7 +127,7 @@ def make_plan(
             num_truncated=sequences.num_truncated,
         ),
         targets=config.targets_config.record,
-        sequences=config.sequences.model_dump(mode="json"),
+        sequences=_recorded(config.sequences),
         fields=tuple(fields),
         outputs=outputs,
         num_sequences=sequences.num_sequences,
@@ -138,6 +139,16 @@ def make_plan(
         provenance=_provenance(config),
     )
     return plan, table, starts
+
+
+def _recorded(settings: Config) -> dict[str, Any]:
+    """Return the settings of the task as the plan has them: without those that older plans lack, where they change
+    nothing, so that dumps begun by older versions are finished.
+    """
+    found = settings.model_dump(mode="json")
+    if found.get("add_special_tokens"):
+        del found["add_special_tokens"]
+    return found
 
 
 def _provenance(config: DumpConfig) -> dict[str, Any]:

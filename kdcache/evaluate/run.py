@@ -31,7 +31,7 @@ from kdcache.models.batching import batches_by_length
 from kdcache.models.loading import load_config, pick_device
 from kdcache.progress import bar
 from kdcache.students import Student, StudentConfig, load_student
-from kdcache.students.load import check_pretrained
+from kdcache.students.load import check_pretrained, longest_input
 from kdcache.students.run_file import read_run
 from kdcache.students.trained_on import Overlap, overlap
 from kdcache.tasks import task_of
@@ -137,7 +137,13 @@ class _Students:
 
     def _load(self, name: str) -> Student:
         cache = self._cache
-        student = load_student(self._configs[name], cache.manifest, cache.tokenizer_dir(), may_lack_head=False)
+        student = load_student(
+            self._configs[name],
+            cache.manifest,
+            cache.tokenizer_dir(),
+            longest=longest_input(cache),
+            is_trained=False,
+        )
         student.model.eval()
         return student
 

@@ -15,7 +15,7 @@ Shape suffixes: P pairs, Q queries, L tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,6 +81,8 @@ class BiEncoder:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.encode: Callable[..., Any] = model
+        """Returns the states of texts; replaced where they would depend on padding (`kdcache.models.padding`)."""
         self._saved = _Saved.model_validate(getattr(model.config, CONFIG_KEY))
         pooler = getattr(model, "pooler", None)
         if isinstance(pooler, nn.Module):
@@ -117,7 +119,7 @@ class BiEncoder:
         return found_PL.where(mask_PL, 0), mask_PL.long()
 
     def _embed(self, ids_PL: Tensor, mask_PL: Tensor) -> Tensor:
-        states_PLD = self.model(input_ids=ids_PL, attention_mask=mask_PL).last_hidden_state
+        states_PLD = self.encode(input_ids=ids_PL, attention_mask=mask_PL).last_hidden_state
         pooled_PD = project(self.model, pool(states_PLD, mask_PL, self._saved.pooling))
         # With 8 bits of mantissa, scores would be too coarse to rank documents.
         pooled_PD = pooled_PD.to(torch.promote_types(pooled_PD.dtype, torch.float32))

@@ -17,10 +17,10 @@ Where the grid has one column, so have the states of middle layers: of the first
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from kdcache.schema import OutputsRecord
 _COUNT_FROM_PAD = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "data2vec-text")
 
 #: Inputs of models in a batch; a model gets those that its forward takes.
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "target_ids")
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "target_ids", "target_mask")
 
 
 @dataclass
@@ -70,6 +70,13 @@ def split_for(row: str, model: Any, outputs: OutputsRecord | None) -> Parts | No
     return BODIES[row](model, outputs)
 
 
+def num_input_ids(model: Any) -> int:
+    """Return the number of ids that a model can be fed: the rows of its embeddings."""
+    embeddings = model.get_input_embeddings()
+    found = getattr(embeddings, "num_embeddings", None)  # I-BERT's quantised ones have a weight only
+    return int(embeddings.weight.shape[0] if found is None else found)
+
+
 def num_layers(model: Any) -> int:
     """Return the number of layers after the embeddings whose states `BodyOutput.hidden_states` has."""
     config = model.config.get_text_config()
@@ -101,7 +108,7 @@ def identity_head(width: int, like: Tensor) -> LMHead:
     return _identity(width, like.dtype, like.device)
 
 
-@cache
+@functools.cache
 def _identity(width: int, dtype: torch.dtype, device: torch.device) -> LMHead:
     # Made once: every step needs it, and for a wide embedding it is a large matrix.
     with torch.inference_mode(False):
@@ -113,23 +120,38 @@ def _tokens(model: Any, outputs: OutputsRecord | None) -> Parts | None:
     if split is None:
         return None
     body, head = split
-    return Parts(partial(body, use_cache=False), lambda: head.of(model.get_output_embeddings()))
+    return Parts(functools.partial(body, use_cache=False), lambda: head.of(model.get_output_embeddings()))
+
+
+class Whole:
+    """A causal model whose LM head cannot be split off: its logits are the states."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, *, output_hidden_states: bool = False, **inputs: Any) -> BodyOutput:
+        """Run the model."""
+        output = self.model(**inputs, use_cache=False, output_hidden_states=output_hidden_states)
+        return BodyOutput(output.logits, output.hidden_states)
 
 
 class HeadInput:
     """A model without the last matrix of its head: the input of that matrix is the state."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, added: list[_Added]) -> None:
+        self.model, self._added = model, added
         self._takes_targets = bool(model.config.is_encoder_decoder)
 
-    def __call__(self, *, target_ids: Tensor | None = None, **inputs: Any) -> BodyOutput:
+    def __call__(
+        self, *, target_ids: Tensor | None = None, target_mask: Tensor | None = None, **inputs: Any
+    ) -> BodyOutput:
         """Run the model; ``target_ids`` [B, L] are those of an encoder-decoder's targets, of which it is fed all but
-        the last, behind the token that it begins with."""
+        the last, behind the token that it begins with. ``target_mask`` is for bodies around this one: padding comes
+        after all tokens of a target, so most decoders do not see it."""
         if self._takes_targets:
             assert target_ids is not None
             inputs |= {"decoder_input_ids": _shifted(target_ids, self.model), "use_cache": False}
-        with _skipping_head(self.model):
+        with _skipping_head(self.model.get_output_embeddings(), self._added):
             output = self.model(**inputs)
         states = output.decoder_hidden_states if self._takes_targets else output.hidden_states
         return BodyOutput(output.logits, states)
@@ -152,43 +174,99 @@ def _first_id(model: Any) -> int:
     )
 
 
+@dataclass(frozen=True)
+class _Added:
+    """A bias that a model adds to the product of its last matrix, outside of that: of BART, of ESM."""
+
+    owner: nn.Module
+    name: str
+
+    @property
+    def bias_V(self) -> Tensor:
+        return getattr(self.owner, self.name).flatten()
+
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Let the model add nothing for a while."""
+        own = getattr(self.owner, self.name)
+        nothing = own.detach().new_zeros(1)
+        is_parameter = isinstance(own, nn.Parameter)
+        setattr(self.owner, self.name, nn.Parameter(nothing, requires_grad=False) if is_parameter else nothing)
+        try:
+            yield
+        finally:
+            setattr(self.owner, self.name, own)
+
+
+def _added(model: Any, linear: Any) -> list[_Added]:
+    """Return the biases of the width of the vocabulary that stand beside the last matrix, and are not its own."""
+    around = [module for module in model.modules() if any(child is linear for child in module.children())]
+    found = []
+    for owner in dict.fromkeys([model, *around]):
+        for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
+            if tensor is getattr(linear, "bias", None):
+                continue
+            if tensor.numel() == tensor.shape[-1:].numel() == linear.weight.shape[0]:
+                found.append(_Added(owner, name))
+    return found
+
+
 @contextlib.contextmanager
-def _skipping_head(model: Any) -> Iterator[None]:
-    """Let the last matrix of a model return its input for a while, with nothing added to it."""
-    linear, bias = model.get_output_embeddings(), getattr(model, "final_logits_bias", None)
+def _skipping_head(linear: Any, added: list[_Added]) -> Iterator[None]:
+    """Let the last matrix of a model return its input for a while, with nothing ``added`` to it."""
     linear.forward = lambda states: states
-    if bias is not None:
-        model.final_logits_bias = torch.zeros_like(bias[..., :1])
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            for bias in added:
+                stack.enter_context(bias.left_out())
+            yield
     finally:
         del linear.forward
-        if bias is not None:
-            model.final_logits_bias = bias
 
 
-def _head_of(model: Any) -> LMHead:
-    """Return the last matrix; BART and similar models add a bias to its product that is not a parameter."""
-    linear, added = model.get_output_embeddings(), getattr(model, "final_logits_bias", None)
-    bias = getattr(linear, "bias", None)
-    if added is not None:
-        bias = added.flatten() if bias is None else bias + added.flatten()
-    return LMHead(linear.weight, bias)
+def _head_of(linear: Any, added: list[_Added]) -> LMHead:
+    """Return the last matrix with what is added to its product."""
+    biases = [bias for bias in (getattr(linear, "bias", None), *(one.bias_V for one in added)) if bias is not None]
+    return LMHead(linear.weight, functools.reduce(torch.add, biases) if biases else None)
 
 
 def _head_input(model: Any, outputs: OutputsRecord | None) -> Parts | None:
-    linear = model.get_output_embeddings()
-    if linear is None:
+    linear: Any = model.get_output_embeddings()
+    # The matrix of FSMT is the decoder's embedding itself, which cannot be left out.
+    if not isinstance(linear, nn.Module) or isinstance(linear, nn.Embedding):
         return None
-    body = HeadInput(model)
     probe: dict[str, Tensor] = {}
     same: dict[str, Tensor] = {}
     if model.config.is_encoder_decoder:
-        probe = {"target_ids": torch.arange(6, device=linear.weight.device)[None]}
+        probe = {"target_ids": torch.arange(6, device=next(model.parameters()).device)[None]}
         same = {"decoder_input_ids": _shifted(probe["target_ids"], model)}
-    if not reproduces(model, body, _head_of(model), fed_body=probe, fed_model=same):
-        return None
-    return Parts(body, lambda: _head_of(model))
+    beside = _added(model, linear)
+    for added in (beside, []) if beside else ([],):
+        body = HeadInput(model, added)
+        with _noticeable(added):
+            if not reproduces(model, body, _head_of(linear, added), fed_body=probe, fed_model=same):
+                continue
+        return Parts(body, functools.partial(_current_head, model, added))
+    return None
+
+
+def _current_head(model: Any, added: list[_Added]) -> LMHead:
+    return _head_of(model.get_output_embeddings(), added)
+
+
+@contextlib.contextmanager
+def _noticeable(added: list[_Added]) -> Iterator[None]:
+    """Make biases different from zero for a while: whether a model uses them cannot be seen of zeros."""
+    with torch.no_grad():
+        own = [bias.bias_V.clone() for bias in added]
+        for bias in added:
+            bias.bias_V.copy_(torch.linspace(-1, 1, len(bias.bias_V)))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for bias, tensor in zip(added, own, strict=True):
+                bias.bias_V.copy_(tensor)
 
 
 class Logits:

@@ -8,8 +8,7 @@ disagree, because families add scales and soft caps between head and loss.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from kdcache.cache.head_file import check_head
 from kdcache.errors import CorruptCacheError
 from kdcache.models.trying import in_eval_mode
-
-#: Dtypes of heads in files.
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -109,36 +106,17 @@ def head_to_bytes(head: LMHead) -> bytes:
 def head_from_bytes(data: bytes) -> LMHead:
     """Return the head in a file that `head_to_bytes` made; raises ``CorruptCacheError``.
 
-    The file may be anybody's, so its content is checked: floats of one dtype and of fitting shapes, finite, with a
-    valid scale and cap.
+    The file may be anybody's, so it is checked first (`kdcache.cache.head_file`).
     """
+    check_head(data)
     try:
         tensors = load(data)
-        length = int.from_bytes(data[:8], "little")
-        settings = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["lm_head"])
-        scale, softcap = float(settings["scale"]), settings["softcap"]
-        head = LMHead(tensors["weight"], tensors.get("bias"), scale, None if softcap is None else float(softcap))
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+    except SafetensorError as error:
         raise CorruptCacheError(f"the teacher's LM head cannot be read: {error!r}") from None
-    for wrong, words in _problems(head):
-        if wrong:
-            raise CorruptCacheError(f"the teacher's LM head cannot be used: {words}")
-    return head
-
-
-def _problems(head: LMHead) -> Iterator[tuple[bool, str]]:
-    """Yield what is wrong with a head; each check relies on those before it."""
-    weight, bias = head.weight_VD, head.bias_V
-    yield weight.dtype not in _DTYPES, f"expected weights of {', '.join(map(str, _DTYPES))}, found {weight.dtype}"
-    yield weight.ndim != 2, f"expected weights of two dimensions, found the shape {list(weight.shape)}"
-    if bias is not None:
-        found = f"{bias.dtype} {list(bias.shape)} beside weights of {weight.dtype} {list(weight.shape)}"
-        yield bias.dtype != weight.dtype or bias.shape != weight.shape[:1], f"the bias is {found}"
-    # A teacher may exclude an id by a bias of -inf.
-    yield not weight.isfinite().all() or not (bias is None or bool((bias < math.inf).all())), "it is not finite"
-    scale, cap = head.scale, head.softcap
-    yield not math.isfinite(scale) or scale == 0, f"its scale is {scale:g}"
-    yield cap is not None and not 0 < cap < math.inf, f"its soft cap is {cap}, expected a number above 0"
+    length = int.from_bytes(data[:8], "little")
+    settings = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["lm_head"])
+    scale, softcap = float(settings["scale"]), settings["softcap"]
+    return LMHead(tensors["weight"], tensors.get("bias"), scale, None if softcap is None else float(softcap))
 
 
 def same_head(first: LMHead, second: LMHead) -> bool:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcache.errors import CacheError, ConfigError, KdcacheError, did_you_mean, shortened
+from kdcache.errors import CacheError, ConfigError, KdcacheError, did_you_mean, first_line, shortened
 from kdcache.words import count
 
 if TYPE_CHECKING:
@@ -268,6 +268,11 @@ def _check_architecture(config: Any, task: Task, name: str, error: type[KdcacheE
             f"{name} is an encoder-decoder ({config.model_type}), and texts are embedded by the states of an encoder "
             "or a decoder alone; choose another model"
         )
+    if task.model_class == "AutoModelForMaskedLM" and getattr(config, "is_encoder_decoder", False):
+        raise error(
+            f"{name} is an encoder-decoder ({config.model_type}), and task {task.name} is about models that predict the "
+            "masked tokens of a text itself; use --task seq2seq-lm, or choose another model"
+        )
     if not task.is_causal:
         return  # missing weights are noticed when the checkpoint is loaded
     architectures = list(config.architectures or [])
@@ -280,9 +285,12 @@ def _check_architecture(config: Any, task: Task, name: str, error: type[KdcacheE
 
 @contextlib.contextmanager
 def _readable_failures(name: str, error: type[KdcacheError], described: str | None = None) -> Iterator[None]:
+    from kdcache.models.tokenizer import without_panics
+
     described = described or name
     try:
-        yield
+        with without_panics():
+            yield
     except KdcacheError:
         raise
     except ImportError as failure:
@@ -309,15 +317,6 @@ def _readable_failures(name: str, error: type[KdcacheError], described: str | No
             raise error(f"there is no model at {name}") from None
         where = "" if looks_local else " (not a local path; as a hub id it could not be loaded either)"
         raise error(f"cannot load {described}{where}: {first_line(failure)}") from None
-
-
-def first_line(failure: BaseException) -> str:
-    """Return the first line of another library's error, and the next one if that ends in a colon.
-
-    The remaining lines are advice for callers of that library.
-    """
-    lines = [line.strip() for line in str(failure).splitlines() if line.strip()] or [type(failure).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.errors import KdcacheError, TeacherError, shortened
+from kdcache.models.trying import in_eval_mode
 
 #: Name of the linear layer among a model's modules.
 PROJECTION = "sentence_projection"
@@ -68,13 +69,23 @@ def vector_width(model: Any) -> int:
     return int(model.config.get_text_config().hidden_size if projection is None else projection[0].out_features)
 
 
+@torch.no_grad()
 def drop_pooler(model: Any) -> None:
     """Remove the pooler of models like BERT, which nothing here uses.
 
-    It would get no gradients, and distributed training waits for the gradients of all parameters.
+    It would get no gradients, and distributed training waits for the gradients of all parameters. Where the model's own
+    code cannot do without (SqueezeBERT), the pooler stays and is not trained.
     """
-    if getattr(model, "pooler", None) is not None:
-        model.pooler = None
+    pooler = getattr(model, "pooler", None)
+    if not isinstance(pooler, nn.Module):
+        return
+    model.pooler = None
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    try:
+        with in_eval_mode(model):
+            model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    except Exception:  # whatever the code of the architecture raises
+        model.pooler = pooler.requires_grad_(False)
 
 
 def modules_of(

@@ -12,20 +12,24 @@ warning says so.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import logging
 import math
 import tempfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 
-from kdcache.errors import CacheError, ConfigError
+from kdcache.errors import CacheError, ConfigError, shortened
 from kdcache.schema import TokenizerRecord
 
 logger = logging.getLogger(__name__)
@@ -34,6 +38,7 @@ logger = logging.getLogger(__name__)
 _MOST_GROWTH = 64
 
 _PROBE = "a probe"
+_MOST_PROBES = 64
 _RULES = {"model": "model or merges", "normalizer": "normaliser", "pre_tokenizer": "pre-tokeniser"}
 
 
@@ -77,35 +82,56 @@ def describe_difference(a: Any, b: Any) -> list[str]:
     return found or ["the tokenizers are of different classes"]
 
 
+@dataclass
+class SeenTokens:
+    """Special tokens that stand in texts: texts that were encoded, those that begin with the tokenizer's own first
+    token, and the texts with each other special token.
+    """
+
+    num_texts: int = 0
+    num_doubled: int = 0
+    written: Counter[int] = field(default_factory=Counter)
+
+
 class TextEncoder:
     """Turn texts into token ids exactly as the tokenizer does, special tokens included.
 
     ``bos_id`` is set only if the tokenizer really begins a text with it (GPT-2 has a BOS token and never adds it).
     ``eos_id`` is the token that ends a text, whether or not the tokenizer adds it; ``appends_eos`` says whether
-    `encode` ends every text with it.
+    `encode` ends every text with it. ``num_ids`` is that of the model, where it has fewer ids than the tokenizer.
+    Without ``add_special_tokens`` texts get no special tokens but those that are written in them.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, num_ids: int | None = None, *, add_special_tokens: bool = True) -> None:
         backend = _backend(tokenizer)
         self._tokenizer = tokenizer
+        self._most_ids = num_ids
         # A copy: the caller may rely on the truncation and padding that are set in the tokenizer.
         self._backend = None if backend is None else copy.deepcopy(backend)
         if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()
-        before, after = self._added_around()
-        self.bos_id: int | None = before[0] if before else None
-        self.appends_eos = bool(after)
-        self.eos_id: int | None = after[-1] if after else tokenizer.eos_token_id
+        self._adds = add_special_tokens
+        self._probe, self._before, self._after = self._found_around()
+        if not add_special_tokens:
+            self._before, self._after = [], []
+        self._written = self.special_ids - {tokenizer.unk_token_id}
+        self.seen = SeenTokens()
+        self.bos_id: int | None = self._before[0] if self._before else None
+        self.appends_eos = bool(self._after)
+        self.eos_id: int | None = self._after[-1] if self._after else tokenizer.eos_token_id
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return one list of token ids per text, never truncated."""
-        return self._encode(texts, add_special_tokens=True)
+        found = self._encode(texts, add_special_tokens=self._adds)
+        self._look_at(found, len(self._before), len(self._after))
+        return found
 
     @property
     def num_ids(self) -> int:
         """Number of token ids, the true size of the vocabulary."""
-        return true_vocab_size(self._tokenizer)
+        own = true_vocab_size(self._tokenizer)
+        return own if self._most_ids is None else min(own, self._most_ids)
 
     @property
     def mask_id(self) -> int | None:
@@ -120,7 +146,41 @@ class TextEncoder:
 
     def encode_plain(self, texts: list[str]) -> list[list[int]]:
         """Return one list of token ids per text, without special tokens."""
-        return self._encode(texts, add_special_tokens=False)
+        found = self._encode(texts, add_special_tokens=False)
+        self._look_at(found, 0, 0)
+        return found
+
+    def _look_at(self, encoded: list[list[int]], num_before: int, num_after: int) -> None:
+        """Count texts that have special tokens written out in them."""
+        self.seen.num_texts += len(encoded)
+        for ids in encoded:
+            text = ids[num_before : len(ids) - num_after]
+            if self._written.isdisjoint(text):
+                continue
+            is_doubled = text[:1] == self._before[-1:] != []
+            self.seen.num_doubled += is_doubled
+            self.seen.written.update(self._written.intersection(text[is_doubled:]))
+
+    def special_tokens_seen(self, remedy: str) -> list[str]:
+        """Say, in one line each, which special tokens the texts so far had written out; ``remedy`` is against a doubled
+        first one.
+        """
+        seen, found = self.seen, []
+        if seen.num_doubled:
+            found.append(
+                f"texts that begin with {self._name(self._before[-1])}, as chat templates write it: "
+                f"{seen.num_doubled:,} of {seen.num_texts:,}. The tokenizer puts another one before each; {remedy}"
+            )
+        if seen.written and self._adds:
+            token, count = seen.written.most_common(1)[0]
+            found.append(
+                f"texts with {self._name(token)} written out: {count:,} of {seen.num_texts:,}. It is read as this "
+                "special token and not as text"
+            )
+        return found
+
+    def _name(self, token_id: int) -> str:
+        return shortened(self._tokenizer.convert_ids_to_tokens(token_id))
 
     def around(self, num_parts: int) -> list[list[int]]:
         """Return the special tokens before, between and after 1 or 2 texts that are fed together.
@@ -128,10 +188,12 @@ class TextEncoder:
         Found by trying. Raises ``ConfigError`` for a tokenizer that does not put two texts one after another.
         """
         if num_parts == 1:
-            return list(self._added_around())
-        [plain] = self._encode([_PROBE], add_special_tokens=False)
-        joined = list(self._tokenizer(_PROBE, _PROBE, add_special_tokens=True)["input_ids"])
-        starts = [i for i in range(len(joined)) if joined[i : i + len(plain)] == plain]
+            return [self._before, self._after]
+        if not self._adds:
+            return [[], [], []]
+        [plain] = self._encode([self._probe], add_special_tokens=False)
+        joined = list(self._tokenizer(self._probe, self._probe, add_special_tokens=True)["input_ids"])
+        starts = _places(plain, joined)
         if len(starts) != 2:
             raise ConfigError(
                 f"the tokenizer ({type(self._tokenizer).__name__}) does not put two texts one after another, so it "
@@ -145,9 +207,10 @@ class TextEncoder:
     def pair_types(self) -> bool:
         """Whether the second of two texts that are fed together has its own token type, as with BERT."""
         if self._backend is not None:
-            types = self._backend.encode(_PROBE, _PROBE).type_ids
+            types = self._backend.encode(self._probe, self._probe).type_ids
         else:
-            types = self._tokenizer(_PROBE, _PROBE, return_token_type_ids=True).get("token_type_ids", [0])
+            pair = self._tokenizer(self._probe, self._probe, return_token_type_ids=True)
+            types = pair.get("token_type_ids", [0])
         return max(types) > 0
 
     @cached_property
@@ -155,8 +218,8 @@ class TextEncoder:
         """Whether a decoder's text is encoded in the same way as an encoder's."""
         if hasattr(self._tokenizer, "tgt_lang"):  # even where none is set yet, and both would get the same code
             return False
-        target: list[int] = self._tokenizer(text_target=_PROBE)["input_ids"]
-        return target == self._tokenizer(_PROBE)["input_ids"]
+        target: list[int] = self._tokenizer(text_target=self._probe)["input_ids"]
+        return target == self._tokenizer(self._probe)["input_ids"]
 
     def _encode(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
         if not texts:
@@ -168,15 +231,40 @@ class TextEncoder:
         encoded = self._tokenizer(texts, add_special_tokens=add_special_tokens, truncation=False, verbose=False)
         return [list(ids) for ids in encoded["input_ids"]]
 
-    def _added_around(self) -> tuple[list[int], list[int]]:
-        """Return the ids that the tokenizer puts before and after a text."""
-        [plain] = self._encode([_PROBE], add_special_tokens=False)
-        [full] = self._encode([_PROBE], add_special_tokens=True)
-        num_added = len(full) - len(plain)
-        for start in range(num_added + 1):
-            if full[start : start + len(plain)] == plain:
-                return full[:start], full[start + len(plain) :]
-        return [], []
+    def _found_around(self) -> tuple[str, list[int], list[int]]:
+        """Return a text that has tokens, and the ids that the tokenizer puts before and after it.
+
+        Raises ``ConfigError`` when no text shows them.
+        """
+        for text in self._probes():
+            [plain] = self._encode([text], add_special_tokens=False)
+            if not plain or not (self.special_ids - {self._tokenizer.unk_token_id}).isdisjoint(plain):
+                continue
+            [full] = self._encode([text], add_special_tokens=True)
+            starts = _places(plain, full)
+            if len(starts) == 1:
+                return text, full[: starts[0]], full[starts[0] + len(plain) :]
+        raise ConfigError(
+            f"what the tokenizer ({type(self._tokenizer).__name__}) puts before and after a text cannot be told: a text "
+            "made of its own vocabulary has no tokens, or other ones between special tokens; use another tokenizer"
+        )
+
+    def _probes(self) -> Iterator[str]:
+        """Yield texts to try: a usual one, then entries of the vocabulary, for alphabets such as that of DNA."""
+        yield _PROBE
+        ordinary = np.setdiff1d(np.fromiter(self._tokenizer.get_vocab().values(), np.int64), list(self.special_ids))
+        spread = (
+            ordinary[np.unique(np.linspace(0, len(ordinary) - 1, _MOST_PROBES).astype(int))] if len(ordinary) else []
+        )
+        for token_id in map(int, spread):
+            for text in (self._tokenizer.decode([token_id]), self._tokenizer.convert_ids_to_tokens(token_id)):
+                if text and text.strip():
+                    yield text
+
+
+def _places(part: list[int], whole: list[int]) -> list[int]:
+    """Return the indices at which ``part`` stands in ``whole``."""
+    return [start for start in range(len(whole) - len(part) + 1) if whole[start : start + len(part)] == part]
 
 
 def _backend(tokenizer: Any) -> Any | None:
@@ -227,6 +315,20 @@ def _vocabulary_differences(a: Mapping[str, int], b: Mapping[str, int]) -> list[
             found.append(f"id {number} is {by_id_a.get(number)!r} against {by_id_b.get(number)!r}")
             break  # one example shows the difference
     return found
+
+
+@contextlib.contextmanager
+def without_panics() -> Iterator[None]:
+    """Raise ``ValueError`` for a panic of the library tokenizers: it is no ``Exception``, and passes by all handlers.
+
+    A tokenizer.json with a normaliser that cannot be parsed suffices.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # a class that no module has
+            raise
+        raise ValueError(f"the library tokenizers cannot use it: {shortened(error)}") from None
 
 
 def check_decoder(tokenizer: Any, described: str) -> None:

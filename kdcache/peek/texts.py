@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from kdcache.cache import Cache
 from kdcache.errors import CacheError, shortened
-from kdcache.models.tokenizer import check_decoder
+from kdcache.models.tokenizer import check_decoder, without_panics
 
 #: Characters of a text that is shown; a token may be as long as the file allows.
 _MOST_CHARACTERS = 1 << 26
@@ -21,7 +21,8 @@ class Texts:
     def __init__(self, cache: Cache) -> None:
         text = cache.tokenizer_json()
         try:
-            self._tokenizer: Any = Tokenizer.from_str(text)
+            with without_panics():
+                self._tokenizer: Any = Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception
             raise CacheError(f"the tokenizer.json of {cache.folder} cannot be read: {shortened(error)}") from None
         self._described = f"the tokenizer of {cache.folder}"
@@ -35,7 +36,11 @@ class Texts:
                 f"{self._described} makes {size:,} characters of {len(ids):,} tokens (at most {_MOST_CHARACTERS:,} are "
                 "shown); use a cache of another teacher"
             )
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+        try:
+            with without_panics():
+                text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+        except Exception as error:  # the library raises plain Exception
+            raise CacheError(f"{self._described} cannot decode {len(ids):,} tokens: {shortened(error)}") from None
         return text
 
     def plain(self, ids: list[int]) -> str:

@@ -12,6 +12,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+from kdcache.errors import shortened
+
 #: Longest name; with number, attempt and ending a file name then stays below the 255 bytes of common file systems.
 MAX_NAME = 100
 #: Longest part of a path.
@@ -34,7 +36,7 @@ def check_name(text: str) -> str:
     """Return ``text``, the name of a field, attempt, array or axis; raise ``ValueError`` where it is no name."""
     if not is_name(text):
         raise ValueError(
-            f"{shortened(text)} is no name: expected at most {MAX_NAME} letters, digits, '.', '_' and '-', beginning "
+            f"{shortened(text)!r} is no name: expected at most {MAX_NAME} letters, digits, '.', '_' and '-', beginning "
             "with a letter or a digit"
         )
     return text
@@ -45,7 +47,7 @@ def check_object_path(text: str) -> str:
     parts = text.split("/")
     if len(text) > MAX_PATH or not all(is_name(part, MAX_PART) for part in parts):
         raise ValueError(
-            f"path {shortened(text)} leads outside the cache or is no path of names: expected letters, digits, '.', "
+            f"path {shortened(text)!r} leads outside the cache or is no path of names: expected letters, digits, '.', "
             "'_' and '-' between slashes"
         )
     return text
@@ -54,7 +56,7 @@ def check_object_path(text: str) -> str:
 def check_not_reserved(path: str) -> None:
     """Raise ``ValueError`` where ``path`` is that of a record of the layout or of a writer, not of an object."""
     if path.split("/")[0].lower() in _RESERVED or path.lower().endswith(_TEMPORARY):
-        raise ValueError(f"path {shortened(path)} belongs to a record of the cache, not to an object")
+        raise ValueError(f"path {shortened(path)!r} belongs to a record of the cache, not to an object")
 
 
 def first_repeated(names: Iterable[str]) -> str | None:
@@ -68,11 +70,6 @@ def first_repeated(names: Iterable[str]) -> str | None:
             return name
         seen.add(name.lower())
     return None
-
-
-def shortened(text: str, longest: int = 80) -> str:
-    """Return ``repr(text)`` with at most ``longest`` characters of the text, for error messages."""
-    return repr(text if len(text) <= longest else f"{text[:longest]}...")
 
 
 #: The name of a field, an attempt, an array or an axis.

@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from annotated_types import Ge, Le
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 from kdcache.config import Config
+from kdcache.errors import shortened
 from kdcache.schema.names import Name, ObjectPath, check_not_reserved, first_repeated
 
 FORMAT_VERSION = 2
@@ -49,6 +50,25 @@ def _check_depth(values: dict[str, Any]) -> dict[str, Any]:
 
 #: Members of any name and value, nested within bounds.
 JsonObject = Annotated[dict[str, Any], AfterValidator(_check_depth)]
+
+
+T = TypeVar("T")
+
+#: Any number of members. Reading ends at the first that is wrong: a list of millions of them would fill the memory.
+Many = Annotated[tuple[T, ...], FailFast()]
+
+#: Most members of an object whose names are free, such as the objects of a shard.
+MAX_MEMBERS = 10_000
+
+
+def _check_members(values: Any) -> Any:
+    if isinstance(values, Mapping) and len(values) > MAX_MEMBERS:
+        raise ValueError(f"has {len(values):,} members, at most {MAX_MEMBERS:,} are expected")
+    return values
+
+
+#: An object whose names are free, all of one kind.
+Named = Annotated[dict[Name, T], BeforeValidator(_check_members)]
 
 
 class Record(Config):
@@ -132,13 +152,13 @@ class TokenizerRecord(Record):
 class CorpusRecord(Record):
     """Which documents were read; ``fingerprint`` covers the id and the text of every one, in order."""
 
-    sources: tuple[str, ...]
+    sources: Many[str]
     text_field: str
     fingerprint: str
     num_documents: Count
     num_empty: Count
     num_too_short: Count
-    metadata_columns: tuple[str, ...]
+    metadata_columns: Many[str]
     licence: str | None = None
     num_truncated: Count = 0
     """Documents that were cut to fit into a sequence."""
@@ -172,11 +192,11 @@ class TargetsRecord(Record):
     num_samples: Count = 0
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of the samples."""
-    temperatures: tuple[float, ...] = ()
+    temperatures: Many[float] = ()
     """Temperatures other than 1 at which the mass outside the kept ids is stored."""
     tail_prior: bool = False
     """Whether the mean probability of every id while it is not kept is stored, once for the cache."""
-    scalars: tuple[Scalar, ...] = SCALARS
+    scalars: Many[Scalar] = SCALARS
     """Which numbers of a position are stored; by default all that the kind has."""
     tail: Literal["exact", "remainder"] = "exact"
     """``exact``: the tail is the mass of all other ids. ``remainder``: it is one minus the kept mass."""
@@ -205,7 +225,7 @@ class OutputsRecord(Record):
 
     width: Count
     """Numbers at every row."""
-    labels: tuple[str, ...] = ()
+    labels: Many[str] = ()
     """Names of the classes, in order; none where the outputs are no logits of classes."""
     pooling: str | None = None
     """How states of tokens become one embedding: mean, cls or last; None where the outputs are no embeddings."""
@@ -228,7 +248,7 @@ class ArrayRecord(Record):
     name: Name
     dtype: str
     rows: Name
-    shape: tuple[Count, ...] = ()
+    shape: Many[Count] = ()
 
     @property
     def path(self) -> str:
@@ -258,7 +278,7 @@ class FieldRecord(Record):
     kind: str
     """What the field is: ``tokens``, ``targets``, ``vectors``, or the kind of a plugin."""
     codec: JsonObject
-    arrays: tuple[ArrayRecord, ...]
+    arrays: Many[ArrayRecord]
     relative_error: float | None = None
     """Of hidden states: root mean square of |decoded - state| / |state| over the rows of a pilot."""
 
@@ -292,9 +312,9 @@ class ShardRecord(Record):
 
     index: Count
     attempt: Name
-    num_rows: dict[Name, Count]
+    num_rows: Named[Count]
     """By axis: ``sequences``, ``tokens``, ``positions``, and every other axis of the shard's arrays."""
-    objects: dict[Name, ObjectRecord]
+    objects: Named[ObjectRecord]
     """By field name; ``sequences`` is the per-sequence Arrow table."""
     statistics: Statistics
 
@@ -332,7 +352,7 @@ class Plan(Record):
     """Everything that is fixed before the teacher runs; two dumps with equal plans write the same content."""
 
     format_version: int = FORMAT_VERSION
-    features: tuple[str, ...] = ()
+    features: Many[str] = ()
     """Names of what a reader must know to decode this cache, beyond the format's version."""
     task: str
     teacher: TeacherRecord
@@ -341,7 +361,7 @@ class Plan(Record):
     targets: TargetsRecord
     sequences: JsonObject
     """How documents became sequences (max_length, packing, ...)."""
-    fields: tuple[FieldRecord, ...]
+    fields: Many[FieldRecord]
     outputs: OutputsRecord | None = None
     """What the field of raw outputs holds; None for a cache without one."""
     num_sequences: Count
@@ -408,23 +428,26 @@ class Plan(Record):
 class Manifest(Plan):
     """A finished cache: its plan and the commit record of every shard."""
 
-    shards: tuple[ShardRecord, ...]
-    tokenizer_files: tuple[ObjectRecord, ...] = ()
-    cache_files: tuple[ObjectRecord, ...] = ()
+    shards: Many[ShardRecord]
+    tokenizer_files: Many[ObjectRecord] = ()
+    cache_files: Many[ObjectRecord] = ()
     """What exists once for the whole cache: the teacher's LM head, the tail prior."""
 
     @model_validator(mode="after")
     def _each_file_once(self) -> Manifest:
-        shards = (record for shard in self.shards for record in shard.objects.values())
-        twice = first_repeated(record.path for record in (*self.tokenizer_files, *self.cache_files, *shards))
+        others = [*self.cache_files, *(record for shard in self.shards for record in shard.objects.values())]
+        twice = first_repeated(record.path for record in (*self.tokenizer_files, *others))
         if twice is not None:
-            raise ValueError(f"two files have the path {twice!r}")
+            raise ValueError(f"two files have the path {shortened(twice)!r}")
         for record in self.cache_files:
             check_not_reserved(record.path)
+        for record in others:
+            if record.path.lower().startswith("tokenizer/"):  # loaders would find it beside the tokenizer
+                raise ValueError(f"the file {shortened(record.path)!r} lies in tokenizer/, but is none of a tokenizer")
         for record in self.tokenizer_files:
             check_not_reserved(record.path)
             if record.path.count("/") != 1 or not record.path.startswith("tokenizer/"):
-                raise ValueError(f"the tokenizer file {record.path!r} does not lie in tokenizer/")
+                raise ValueError(f"the tokenizer file {shortened(record.path)!r} does not lie in tokenizer/")
         return self
 
     @property

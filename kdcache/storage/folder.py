@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import re
 import secrets
@@ -35,7 +36,7 @@ T = TypeVar("T")
 #: Suffix of files that are still being written; never read, removed by the next writer.
 TEMPORARY = ".tmp"
 
-#: Most bytes of a JSON record; a manifest has about 2 kB for each shard.
+#: Most bytes of a JSON record; a manifest has 1 to 2 kB for each shard. Parsed, records take up to 30 times as much.
 MAX_RECORD_BYTES = 256 << 20
 
 #: Characters that lead elsewhere on some system, or that no name of a cache has.
@@ -70,6 +71,7 @@ class Folder:
         except (ImportError, ValueError) as error:
             raise CacheError(f"cannot open {self.url}: {error}") from None
         self.root = str(root).rstrip("/")
+        self._is_web = self.url.startswith(("http://", "https://"))
 
     @property
     def local_path(self) -> Path | None:
@@ -89,29 +91,57 @@ class Folder:
         object is larger, is no regular file, or its bytes have another hash at every attempt.
         """
 
-        if self.local_path is None:  # a question of its own, so that each is retried by itself
+        if self.local_path is not None:
+            get = self._read_local
+        elif self._is_web:
+            get = self._read_web
+        else:  # the size is a question of its own, so that each is retried by itself
             self._check_size(name, max_bytes)
+            get = self._read_remote
 
         def attempt() -> bytes:
-            data = self._read_local(name, max_bytes) if self.local_path else self._read_remote(name, max_bytes)
+            data = get(name, max_bytes)
             if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
                 raise WrongBytesError
             return data
 
         return self._attempt(attempt, name)
 
-    def _read_local(self, name: str, max_bytes: int) -> bytes:
+    def local_file(self, name: str) -> Path:
+        """Return the path of object ``name`` of a folder on this machine's disk.
+
+        Raises ``FileNotFoundError``, and ``CorruptCacheError`` where it is no regular file: a folder from a stranger
+        may hold a pipe, which would wait for ever, or a link to a device without an end.
+        """
         path = self._path(name)
-        # A folder from a stranger may hold a pipe, which would wait for ever, or a link to a device without an end.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            if os.path.isdir(path):
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-            raise CorruptCacheError(f"file {name} of {self.url} is no regular file; remove it")
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > max_bytes:
-                raise self._too_large(name, size, max_bytes)
-            return file.read(size)
+        try:
+            mode = os.stat(path).st_mode
+        except OSError as error:
+            if not _is_missing(error):
+                raise self._cannot_read(name, error) from None
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
+        if not stat.S_ISREG(mode):
+            what = "a directory" if stat.S_ISDIR(mode) else "no regular file"
+            raise CorruptCacheError(f"file {name} of {self.url} is {what}; move it away, and copy the file again")
+        return Path(path)
+
+    def _read_local(self, name: str, max_bytes: int) -> bytes:
+        path = self.local_file(name)
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size > max_bytes:
+                    raise self._too_large(name, size, max_bytes)
+                return file.read(size)
+        except OSError as error:
+            if _is_missing(error):  # removed a moment ago
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+            raise self._cannot_read(name, error) from None
+
+    def _cannot_read(self, name: str, error: OSError) -> CacheError:
+        return CacheError(
+            f"cannot read {self._url_of(name)}: {error.strerror or error}; check the disk and who may read there"
+        )
 
     def _check_size(self, name: str, max_bytes: int) -> None:
         info = self._info(name)
@@ -126,6 +156,13 @@ class Folder:
         if len(data) > max_bytes:
             raise self._too_large(name, len(data), max_bytes)
         return data
+
+    def _read_web(self, name: str, max_bytes: int) -> bytes:
+        """Read from a web server, which may say any size and send another, or end never."""
+        buffer = io.BytesIO()
+        bound = _Bound(max_bytes, lambda num_bytes: self._too_large(name, num_bytes, max_bytes))
+        self._fs.get_file(self._path(name), buffer, callback=bound)
+        return buffer.getvalue()
 
     def _too_large(self, name: str, num_bytes: int, max_bytes: int) -> CorruptCacheError:
         return CorruptCacheError(
@@ -178,6 +215,12 @@ class Folder:
             found = self._attempt(listing, directory)
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:
+            if self.local_path is None:
+                raise
+            if _is_missing(error):
+                return []
+            raise self._cannot_read(directory, error) from None
         names = (str(path).rstrip("/").removeprefix(self.root).lstrip("/") for path in found)
         # Some tools mark a directory of a store by an empty object of its name.
         return sorted(name for name in names if name not in ("", directory))
@@ -207,8 +250,9 @@ class Folder:
         If the store has conditional writes, exactly one of several concurrent callers succeeds; otherwise two may.
         Raises ``CacheError`` when the object cannot be written.
         """
+        path = self._path(name) if self.local_path is None else str(self._writable_path(name))
         try:
-            retrying(lambda: self._fs.pipe_file(self._path(name), data, mode="create"))
+            retrying(lambda: self._fs.pipe_file(path, data, mode="create"))
             return True
         except FileExistsError:
             pass
@@ -224,10 +268,20 @@ class Folder:
             return False
 
     def remove(self, name: str) -> None:
-        """Remove object ``name`` if it exists."""
-        with contextlib.suppress(FileNotFoundError):
-            path = self._path(name) if self.local_path is None else str(self._writable_path(name))
-            self._attempt(lambda: self._fs.rm_file(path), name)
+        """Remove object ``name`` if it exists; raises ``CacheError`` for a directory, and where it cannot be done."""
+        if self.local_path is None:
+            with contextlib.suppress(FileNotFoundError):
+                path = self._path(name)
+                self._attempt(lambda: self._fs.rm_file(path), name)
+            return
+        local = self._writable_path(name)
+        if local.is_dir() and not local.is_symlink():
+            raise CacheError(f"cannot remove {local}: it is a directory, and a file is expected there; move it away")
+        try:
+            local.unlink(missing_ok=True)
+        except OSError as error:
+            if not _is_missing(error):
+                raise CacheError(f"cannot remove {local}: {error.strerror or error}; remove it yourself") from None
 
     def _info(self, name: str) -> dict[str, Any] | None:
         def ask() -> dict[str, Any]:
@@ -239,6 +293,12 @@ class Folder:
             return self._attempt(ask, name)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            if self.local_path is None:
+                raise
+            if _is_missing(error):
+                return None
+            raise self._cannot_read(name, error) from None
 
     def _attempt(self, action: Callable[[], T], name: str = "") -> T:
         """Return what ``action`` returns, retried on a remote store; turn the errors of its client into readable ones.
@@ -299,6 +359,33 @@ class Folder:
 
     def __str__(self) -> str:
         return self.url
+
+
+class _Bound(Callback):
+    """Ends a transfer that has, or brings, more bytes than ``max_bytes``, by the error that ``too_large`` makes."""
+
+    def __init__(self, max_bytes: int, too_large: Callable[[int], Exception]) -> None:
+        super().__init__()
+        self._max_bytes, self._too_large = max_bytes, too_large
+
+    def relative_update(self, inc: int = 1) -> None:
+        """Count ``inc`` bytes that have arrived."""
+        self.value += inc
+        # The size that the server says is that of an error page too, so it counts once the first bytes are there.
+        num_bytes = max(self.value, self.size or 0)
+        if num_bytes > self._max_bytes:
+            raise self._too_large(num_bytes)
+
+    def call(self, hook_name: str | None = None, **kwargs: Any) -> None:
+        """Do nothing: there is no progress bar."""
+
+
+#: Of the local disk: nothing has this path, or a loop of links.
+_MISSING = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
+
+
+def _is_missing(error: OSError) -> bool:
+    return error.errno in _MISSING
 
 
 def _is_missing_object(error: OSError) -> bool:

@@ -26,7 +26,7 @@ import threading
 import time
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from kdcache.config import Config
 from kdcache.errors import CacheError
@@ -49,7 +49,7 @@ class LeaseRecord(Config):
 
     token: str
     host: str
-    pid: int
+    pid: int = Field(ge=0, lt=2**31)
     machine: str
     """The scope of ``pid``: one boot of one machine, and one container on it; empty if unknown."""
     counter: int = 0

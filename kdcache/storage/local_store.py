@@ -35,7 +35,7 @@ from typing import IO, Annotated, Any, NamedTuple
 from pydantic import BeforeValidator, Field
 
 from kdcache.config import Config
-from kdcache.errors import CacheError
+from kdcache.errors import CacheError, shortened
 from kdcache.schema import ObjectRecord
 from kdcache.storage.download import download, file_sha256
 from kdcache.storage.folder import Folder
@@ -78,6 +78,11 @@ class LocalStoreConfig(Config):
     def path(self) -> Path:
         """The directory of the store."""
         return Path(self.directory or os.environ.get("KDCACHE_STORE") or "~/.cache/kdcache").expanduser()
+
+
+#: Names of the files of a store.
+_OBJECT = re.compile("[0-9a-f]{64}")
+_PARTIAL = re.compile(r"[0-9a-f]{64}\.\d{1,16}")
 
 
 class _Stored(NamedTuple):
@@ -209,6 +214,8 @@ class LocalStore:
         """Return the bytes that downloads have reserved, and how many are not written yet; remove abandoned files."""
         used = unwritten = 0
         for path in self._partial.iterdir():
+            if not _is_ours(path, _PARTIAL):
+                continue
             with open(path, "rb") as file:
                 if _try_lock(file):
                     path.unlink()
@@ -232,9 +239,11 @@ class LocalStore:
 
     def _stored(self) -> list[_Stored]:
         found = []
-        for entry in (entry for directory in os.scandir(self._objects) for entry in os.scandir(directory)):
-            status = entry.stat()
-            found.append(_Stored(status.st_mtime, status.st_size, Path(entry.path)))
+        directories = [entry for entry in os.scandir(self._objects) if entry.is_dir(follow_symlinks=False)]
+        for path in (Path(entry.path) for directory in directories for entry in os.scandir(directory)):
+            if _is_ours(path, _OBJECT):
+                status = path.stat()
+                found.append(_Stored(status.st_mtime, status.st_size, path))
         return found
 
     def _free_bytes(self) -> int:
@@ -264,10 +273,10 @@ class LocalStore:
             return target.read_bytes()
 
     def _path(self, record: ObjectRecord) -> Path:
-        if re.fullmatch("[0-9a-f]{64}", record.sha256) is None:  # it becomes a path, and may come from a stranger
+        if _OBJECT.fullmatch(record.sha256) is None:  # it becomes a path, and may come from a stranger
             raise CacheError(
-                f"file {record.path}: the manifest records the sha256 {record.sha256!r}, which is not 64 hexadecimal "
-                "digits; copy the cache again from a trusted source"
+                f"file {record.path}: the manifest records the sha256 {shortened(record.sha256)!r}, which is not 64 "
+                "hexadecimal digits; copy the cache again from a trusted source"
             )
         return self._objects / record.sha256[:2] / record.sha256
 
@@ -276,6 +285,11 @@ class LocalStore:
         with open(self.directory / "lock", "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _is_ours(path: Path, name: re.Pattern[str]) -> bool:
+    """Return whether the store can have written ``path``: what others put into its directories is left alone."""
+    return name.fullmatch(path.name) is not None and path.is_file() and not path.is_symlink()
 
 
 def _try_lock(file: IO[bytes]) -> bool:

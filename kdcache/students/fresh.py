@@ -16,8 +16,8 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, set_seed
 
 from kdcache.config import read_yaml
-from kdcache.errors import ConfigError, StudentError, did_you_mean
-from kdcache.models.loading import check_no_kernels, first_line
+from kdcache.errors import ConfigError, StudentError, did_you_mean, first_line
+from kdcache.models.loading import check_no_kernels
 from kdcache.schema import Manifest
 from kdcache.students.config import StudentConfig
 from kdcache.students.sizes import SIZES, llama_config

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import nn
 
-from kdcache.errors import ConfigError, StudentError
+from kdcache.errors import ConfigError, StudentError, first_line
 from kdcache.models.internals import model_from_config
-from kdcache.models.loading import first_line, quiet
+from kdcache.models.loading import quiet
 from kdcache.models.pooling import drop_pooler
 
 #: Settings with the number of layers, in the families of transformers.

@@ -2,8 +2,8 @@
 
 A student must use the token ids of the cache. A fresh one is built around the cache's tokenizer. A pretrained one has
 its own, which must have the same content; a model without tokenizer files is accepted when its vocabulary is large
-enough, with a warning. Rows of the student beyond the true vocabulary (padding to a round number) stay in the saved
-model but take part in no loss.
+enough, with a warning. Rows of the student beyond the true vocabulary (padding to a round number) are removed, and its
+special ids become the tokenizer's: see `kdcache.students.vocabulary`.
 
 How models are found and their failures reported is shared with teachers: `kdcache.models.loading`.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
+from kdcache.cache import Cache
 from kdcache.errors import ConfigError, StudentError
-from kdcache.models.bodies import Parts, context_length, fed, probe_inputs, split_for
+from kdcache.models.bodies import Parts, context_length, fed, num_input_ids, probe_inputs, split_for
 from kdcache.models.lm_head import LMHead
 from kdcache.models.loading import (
     check_loadable,
@@ -33,17 +34,19 @@ from kdcache.models.loading import (
     quiet,
 )
 from kdcache.models.packing import keeps_documents_apart
-from kdcache.models.padding import depends_on_padding
+from kdcache.models.padding import without_padding
 from kdcache.models.tokenizer import describe_difference, pad_id_of
-from kdcache.models.trying import in_eval_mode
+from kdcache.models.trying import failures_of, in_eval_mode
 from kdcache.schema import Manifest
 from kdcache.students.config import StudentConfig
 from kdcache.students.fresh import build_fresh, head_settings, max_length
 from kdcache.students.layers import with_layers
 from kdcache.students.lora import adapt
 from kdcache.students.rankers import make_ranker, task_of_student
+from kdcache.students.run_file import read_run
 from kdcache.students.sentence_model import SentenceModel, sentence_model
-from kdcache.tasks import Task
+from kdcache.students.vocabulary import align_special_ids, keep_chat_template, trim_rows
+from kdcache.tasks import Task, task_of
 
 logger = logging.getLogger(__name__)
 
@@ -142,14 +145,22 @@ class Student:
 
 
 def load_student(
-    config: StudentConfig, manifest: Manifest, tokenizer_dir: str | Path, *, may_lack_head: bool = True
+    config: StudentConfig,
+    manifest: Manifest,
+    tokenizer_dir: str | Path,
+    *,
+    longest: int | None = None,
+    is_trained: bool = True,
 ) -> Student:
     """Load or build the student of ``config`` and check that it fits the cache of ``manifest``.
 
-    ``tokenizer_dir`` holds the cache's tokenizer files. With ``may_lack_head`` a head that the checkpoint lacks begins
-    at random, to be trained; without, that is an error. Raises `StudentError` for a model that cannot be loaded, is not
-    of the cache's task, has another tokenizer, too few ids or too few positions; `ConfigError` for a configuration
-    file that cannot be read.
+    ``tokenizer_dir`` holds the cache's tokenizer files. ``longest`` is the length of the cache's longest input
+    (`longest_input`; default: the most that its settings allow). A student that is trained loses the rows of its
+    vocabulary that no token has, and a head that its checkpoint lacks begins at random; one that is evaluated keeps
+    the rows, and must have the head.
+
+    Raises `StudentError` for a model that cannot be loaded, is not of the cache's task, has another tokenizer, too few
+    ids or too few positions; `ConfigError` for a configuration file that cannot be read.
     """
     tokenizer = load_cache_tokenizer(tokenizer_dir)
     name = config.model or config.config_file or f"of size {config.size}"
@@ -157,14 +168,21 @@ def load_student(
     if config.is_fresh:
         model = build_fresh(config, manifest, tokenizer, name, task)
     else:
-        model = _load_pretrained(config, task, manifest, name, may_lack_head)
+        check_finished(name)
+        model = _load_pretrained(config, task, manifest, name, may_lack_head=is_trained)
         _check_tokenizer(config, manifest, tokenizer, name)
+        with failures_of(model, f"student {name}", task.name, StudentError):
+            _check_num_ids(num_input_ids(model), manifest, name)
+            if task.gives != "outputs":
+                trim_rows(model, manifest.tokenizer.vocab_size, name, remove=is_trained)
+                align_special_ids(model, tokenizer, task)
     if task.body == "logits" and getattr(model.config, "pad_token_id", None) is None:
         # Decoders that classify find the last token of a text by it, also outside of kdcache.
         model.config.pad_token_id = tokenizer.pad_token_id
     ranker = make_ranker(model, task, tokenizer, config, manifest)
     sentence = ranker or sentence_model(model, config, manifest, task, name)
-    student = _fit(model, task, tokenizer, manifest, name, sentence)
+    with failures_of(model, f"student {name}", task.name, StudentError):
+        student = _fit(model, task, tokenizer, manifest, name, sentence, longest)
     if config.lora is not None:
         _check_lora(task)
         student.adapter = adapt(student.model, config, name)
@@ -178,6 +196,7 @@ def check_pretrained(config: StudentConfig, manifest: Manifest, tokenizer_dir: s
     tokenizer, other classes or too few ids; what only the weights tell is left to `load_student`.
     """
     assert config.model is not None
+    check_finished(config.model)
     task = task_of_student(config, manifest)
     found = check_loadable(config.model, task, revision=config.revision, error=StudentError)
     _check_classes(config, manifest, config.model)
@@ -221,16 +240,16 @@ def _check_lora(task: Task) -> None:
 
 
 def _fit(
-    model: Any, task: Task, tokenizer: Any, manifest: Manifest, name: str, sentence: SentenceModel | None
+    model: Any,
+    task: Task,
+    tokenizer: Any,
+    manifest: Manifest,
+    name: str,
+    sentence: SentenceModel | None,
+    longest: int | None,
 ) -> Student:
     vocab_size = manifest.tokenizer.vocab_size
-    _check_num_ids(model.get_input_embeddings().num_embeddings, manifest, name)
-    positions = context_length(model)
-    if positions is not None and positions < max_length(manifest):
-        raise StudentError(
-            f"student {name} takes at most {positions} positions, but sequences of the cache may have up to "
-            f"{max_length(manifest)} (its max_length): choose another student or dump with a smaller max_length"
-        )
+    _check_length(model, name, longest, max_length(manifest))
     _check_finite(model, name)
     _check_packing(model, manifest, name)
     parts = split_for(task.body, model, manifest.outputs if sentence is None else sentence.outputs)
@@ -244,13 +263,43 @@ def _fit(
             f"student {name} ({type(model).__name__}) lets a position see later tokens, so it is not a causal language "
             "model; choose a decoder"
         )
-    if task.body == "logits" and sentence is None and depends_on_padding(model):
-        raise StudentError(
-            f"student {name} ({type(model).__name__}) answers a text differently when it is padded, so it would learn "
-            "from the make-up of its batches; choose another architecture"
-        )
+    parts = replace(parts, body=without_padding(parts.body, model, f"student {name}", StudentError))
     num_ids = manifest.num_ids if task.gives != "outputs" else parts.head().vocab_size
     return Student(model, tokenizer, parts, num_ids, sentence=sentence)
+
+
+def longest_input(cache: Cache) -> int:
+    """Return the length of the longest input of a model of the cache's task; it may be less than max_length allows."""
+    allowed = max_length(cache.manifest)
+    if not len(cache):
+        return allowed
+    if task_of(cache.manifest.task).is_causal:
+        return int(cache.lengths_N.max())
+    return min(allowed, int(cache.sizes_N.max()) + 1)  # sizes_N is one less than the tokens
+
+
+def _check_length(model: Any, name: str, longest: int | None, allowed: int) -> None:
+    positions = context_length(model)
+    if positions is None or positions >= (allowed if longest is None else longest):
+        return
+    found = f"may have up to {allowed} (its max_length)" if longest is None else f"have up to {longest}"
+    raise StudentError(
+        f"student {name} takes at most {positions} positions, but sequences of the cache {found}: choose another "
+        "student or dump with a smaller max_length"
+    )
+
+
+def check_finished(name: str) -> None:
+    """Raise `StudentError` when ``name`` is the directory of a training run that has not finished."""
+    path = Path(name)
+    record = read_run(path) if path.is_dir() else None
+    if record is None or record.get("status") != "running":
+        return
+    saved = sorted(path.glob("checkpoint-*/config.json"), key=lambda file: file.stat().st_mtime)
+    advice = f", or take its last checkpoint, {saved[-1].parent}" if saved else ""
+    raise StudentError(
+        f"{name} is a training run that has not finished; run its command again, which resumes it{advice}"
+    )
 
 
 def _check_tokenizer(config: StudentConfig, manifest: Manifest, tokenizer: Any, name: str) -> None:
@@ -263,6 +312,7 @@ def _check_tokenizer(config: StudentConfig, manifest: Manifest, tokenizer: Any, 
         )
         return
     _check_same_ids(own, tokenizer, name)
+    keep_chat_template(tokenizer, own, name)
     if own.eos_token_id != tokenizer.eos_token_id:
         logger.warning(
             "student %s ends a text with %r, the teacher of the cache with %r: the student will learn the latter",

@@ -29,7 +29,7 @@ from kdcache.models.loading import quiet
 from kdcache.students.config import ALL_LINEAR, LoraConfig, StudentConfig
 
 #: The name that peft gives it.
-WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 #: Where a finished run keeps its adapters, under its directory.
 ADAPTER_DIR = "adapter"
@@ -64,19 +64,19 @@ def save_adapter(adapter: Any, directory: str | Path) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     weights = _peft().get_peft_model_state_dict(adapter, save_embedding_layers=False)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, directory / WEIGHTS_FILE)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, directory / ADAPTER_WEIGHTS)
     adapter.peft_config["default"].save_pretrained(str(directory))
 
 
 def load_adapter(adapter: Any, directory: str | Path) -> None:
     """Load the adapters that `save_adapter` wrote for the same settings."""
-    weights = load_file(Path(directory) / WEIGHTS_FILE)
+    weights = load_file(Path(directory) / ADAPTER_WEIGHTS)
     outcome = _peft().set_peft_model_state_dict(adapter, weights)
     missing = [name for name in outcome.missing_keys if "lora_" in name]
     if missing or outcome.unexpected_keys:
         odd = [*missing, *outcome.unexpected_keys][0]
         raise StudentError(
-            f"{Path(directory) / WEIGHTS_FILE} does not hold the adapters of this student ({odd} is missing or not "
+            f"{Path(directory) / ADAPTER_WEIGHTS} does not hold the adapters of this student ({odd} is missing or not "
             "expected); begin a new run in another directory"
         )
 

@@ -18,6 +18,7 @@ from kdcache.cache import Cache, open_cache
 from kdcache.errors import ConfigError, KdcacheError
 from kdcache.losses import ObjectiveConfig
 from kdcache.students import Student, load_student
+from kdcache.students.load import longest_input
 from kdcache.students.run_file import read_run
 from kdcache.sweep.config import SweepConfig
 from kdcache.sweep.variations import Variation, expand
@@ -145,7 +146,8 @@ def _check_students(group: Sequence[Variation], cache: Cache, held_out: Cache | 
     """Check variations that start from the same student on the same cache."""
     with _named(group[0]):
         _check_held_out(cache, held_out)
-        student = load_student(group[0].config.student, cache.manifest, cache.tokenizer_dir())
+        config, longest = group[0].config.student, longest_input(cache)
+        student = load_student(config, cache.manifest, cache.tokenizer_dir(), longest=longest)
     planned = {}
     for variation in group:
         with _named(variation):

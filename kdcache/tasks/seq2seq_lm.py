@@ -64,13 +64,15 @@ class Seq2SeqLM(Task):
         return np.concatenate([target_of(sequence) for sequence in sequences]).astype(np.int64)
 
     def pad_batch(self, sequences: list[Sequence], pad_id: int) -> dict[str, NDArray[Any]]:
-        """Return ``input_ids`` and ``attention_mask`` [B, L] of the encoder, ``target_ids`` [B, D] and ``rows`` [P].
+        """Return ``input_ids`` and ``attention_mask`` [B, L] of the encoder, ``target_ids`` and ``target_mask`` [B, D]
+        of the decoder, and ``rows`` [P].
 
         The body makes the inputs of the decoder from the targets, because only the model knows the start token.
         """
         inputs = padded_inputs([source_of(s) for s in sequences], pad_id)
         target_ids_BD, real_BD = pad([target_of(s) for s in sequences], pad_id)
-        return {**inputs, "target_ids": target_ids_BD, "rows": np.flatnonzero(real_BD)}
+        targets = {"target_ids": target_ids_BD, "target_mask": real_BD.astype(np.int64)}
+        return {**inputs, **targets, "rows": np.flatnonzero(real_BD)}
 
     def view(self, context: Any) -> Any:
         """Return the input, and positions of the target."""

@@ -52,6 +52,8 @@ class Capabilities:
     """Attention does not cross documents in a packed window."""
     context_length: int | None = None
     """Most tokens of a sequence; None: no limit is known."""
+    num_ids: int | None = None
+    """Token ids that the model has; None: all of its tokenizer. A tokenizer may have more that no text uses."""
     batch_tokens: int = 16384
     """Tokens of a batch, padding included, unless the configuration says otherwise."""
     max_batch_sequences: int | None = None
@@ -166,6 +168,10 @@ class Backend(ABC):
     @abstractmethod
     def load_tokenizer(self, config: Any) -> Any:
         """Return the tokenizer of the teacher, as transformers has it; raises ``TeacherError``."""
+
+    def num_ids(self, config: Any) -> int | None:
+        """Return the number of token ids that the teacher has, where that is known before it is loaded."""
+        return None
 
     def outputs_record(self, config: Any, task: Task, settings: Any, encoder: Any) -> OutputsRecord | None:
         """Describe the raw outputs of a teacher of ``task``; None for tasks that predict tokens.

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from kdcache.errors import TeacherError
-from kdcache.models.bodies import context_length, fed, num_layers, split_for
+from kdcache.models.bodies import Whole, context_length, fed, num_input_ids, num_layers, split_for
 from kdcache.models.hub import commit_of
 from kdcache.models.lm_head import BufferedHead, LMHead
 from kdcache.models.loading import load_model, parse_dtype, pick_device
 from kdcache.models.packing import keeps_documents_apart
-from kdcache.models.padding import depends_on_padding
+from kdcache.models.padding import without_padding
 from kdcache.models.pooling import load_projection
+from kdcache.models.trying import failures_of
 from kdcache.models.weights import remembered_sha256, weights_sha256
 from kdcache.schema import SCALARS, OutputsRecord, Sequence, TeacherRecord, WeightsIdentity
 from kdcache.tasks import TASKS, Task
@@ -39,7 +40,8 @@ log = logging.getLogger(__name__)
 class HuggingFaceTeacher(LogitsTeacher):
     """A model in eval mode, split into body and head where that reproduces its logits.
 
-    ``vocab_size`` is the true one of its tokenizer; ``outputs`` describes its raw outputs, for tasks that have them.
+    ``vocab_size`` is the true one of its tokenizer, and as an attribute the number of its ids that the model has;
+    ``outputs`` describes the raw outputs, for tasks that have them.
     ``weights_sha256`` is the hash of its weights, where that is known already.
     """
 
@@ -55,29 +57,26 @@ class HuggingFaceTeacher(LogitsTeacher):
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.device = next(model.parameters()).device
-        self.task, self.outputs = task, outputs
-        self.vocab_size = vocab_size
-        self._parts = split_for(task.body, model, outputs)
+        self.task, self.outputs, self.name = task, outputs, name
+        with failures_of(model, name, task.name, TeacherError):
+            self._prepare(name, vocab_size, revision, weights_sha256)
+
+    def _prepare(self, name: str, vocab_size: int, revision: str | None, weights_sha256: str | None) -> None:
+        model, task = self.model, self.task
+        self._parts = split_for(task.body, model, self.outputs)
         if self._parts is None:
             _check_can_go_whole(task, name)
             log.warning("the LM head of %s cannot be split off; its full logits are made batch by batch", name)
+        self._body: Callable[..., Any] = self._parts.body if self._parts else Whole(model)
         head = self._parts.head() if self._parts else None
-        embedded = int(model.get_input_embeddings().num_embeddings)
+        embedded = num_input_ids(model)
         rows = head.vocab_size if head is not None and task.gives == "tokens" else embedded
-        if min(rows, embedded) < vocab_size:
-            verb = "predicts" if rows < vocab_size else "knows"
-            raise TeacherError(
-                f"the tokenizer has {vocab_size} ids, but {name} only {verb} {min(rows, embedded)}: tokenizer and "
-                "model do not match"
-            )
-        self._head = BufferedHead(head.narrow(vocab_size)) if head is not None and task.gives == "tokens" else None
+        # Ids of the tokenizer that the model does not have, which no text may use.
+        self.vocab_size = min(vocab_size, rows, embedded)
+        self._head = BufferedHead(head.narrow(self.vocab_size)) if head is not None and task.gives == "tokens" else None
         if task.is_causal:
             _check_causal(self, name)
-        elif task.body == "logits" and depends_on_padding(model):
-            raise TeacherError(
-                f"{name} ({type(model).__name__}) answers a text differently beside longer ones, so its answers would "
-                "depend on the batch; use another architecture"
-            )
+        self._body = without_padding(self._body, model, name, TeacherError)
         self.record = _describe(model, name, rows, revision, weights_sha256)
 
     @property
@@ -98,6 +97,7 @@ class HuggingFaceTeacher(LogitsTeacher):
             outputs=self.outputs is not None,
             packing=self.task.is_causal,  # `check_packing` tries it
             context_length=context_length(self.model),
+            num_ids=self.vocab_size,
             batch_tokens=min(4096 if self.device.type == "cpu" else 16384, most_tokens),
         )
 
@@ -132,7 +132,14 @@ class HuggingFaceTeacher(LogitsTeacher):
 
     @torch.inference_mode()
     def run(self, sequences: SequenceOf[Sequence], layers: SequenceOf[int] = ()) -> TeacherOutput:
-        """Run the model over one batch; ``layers`` are the hidden states to return."""
+        """Run the model over one batch; ``layers`` are the hidden states to return.
+
+        Raises ``TeacherError`` for whatever the code of the model raises, unless memory is full.
+        """
+        with failures_of(self.model, self.name, self.task.name, TeacherError):
+            return self._run(sequences, layers)
+
+    def _run(self, sequences: SequenceOf[Sequence], layers: SequenceOf[int]) -> TeacherOutput:
         batch = self.task.pad_batch(list(sequences), pad_id=0)
         tensors = {name: torch.from_numpy(value).to(self.device) for name, value in batch.items()}
         labels = torch.from_numpy(self.task.labels(list(sequences))).to(self.device)
@@ -146,9 +153,9 @@ class HuggingFaceTeacher(LogitsTeacher):
             return self._run_whole(fed(tensors), labels, layers, real)
         from_last = self._parts.last_is_state
         wants_middle = any(layer != self.num_layers or not from_last for layer in layers)
-        output = self._parts.body(**fed(tensors), output_hidden_states=wants_middle)
+        output = self._body(**fed(tensors), output_hidden_states=wants_middle)
         last_PD = real(output.last_hidden_state)
-        if wants_middle and not output.hidden_states:
+        if wants_middle and not _has_states(output, self.num_layers):
             raise TeacherError(
                 f"{self.record.name} ({self.record.architecture}) does not return the states of its layers in task "
                 f"{self.task.name}; dump without hidden_states.layers"
@@ -165,10 +172,17 @@ class HuggingFaceTeacher(LogitsTeacher):
         self, inputs: dict[str, Tensor], labels: Tensor, layers: SequenceOf[int], real: Callable[[Tensor], Tensor]
     ) -> TeacherOutput:
         """Run a causal model whose LM head cannot be split off."""
-        output = self.model(**inputs, use_cache=False, output_hidden_states=bool(layers))
-        logits_PV = real(output.logits[..., : self.vocab_size])
+        output = self._body(**inputs, output_hidden_states=bool(layers))
+        logits_PV = real(output.last_hidden_state[..., : self.vocab_size])
         hidden = {layer: real(output.hidden_states[layer]) for layer in layers}
         return TeacherOutput(partial(_rows_of, logits_PV), labels, hidden)
+
+
+def _has_states(output: Any, num_layers: int) -> bool:
+    """Return whether a body gave a state of every layer at every cell of the grid (Funnel's layers have fewer)."""
+    states = output.hidden_states
+    grid = output.last_hidden_state.shape[:2]
+    return bool(states) and len(states) == num_layers + 1 and all(state.shape[:2] == grid for state in states)
 
 
 def _rows_of(logits_PV: Tensor, start: int, stop: int) -> Tensor:

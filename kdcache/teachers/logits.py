@@ -7,7 +7,6 @@ the whole batch need not exist at once.
 from __future__ import annotations
 
 import logging
-import re
 from abc import abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
@@ -22,6 +21,7 @@ from torch import Tensor
 from kdcache.cache.tail_prior import TailSum
 from kdcache.errors import TeacherError
 from kdcache.models.lm_head import LMHead
+from kdcache.models.trying import is_out_of_memory
 from kdcache.schema import OUTPUTS_FIELD, SCALARS, Sequence, Targets, TargetsRecord, layer_field
 from kdcache.teachers.base import Answer, Capabilities, Request, Teacher
 from kdcache.teachers.reduce import NonFiniteLogitsError, TargetReducer
@@ -76,7 +76,7 @@ class LogitsTeacher(Teacher):
         try:
             return self._answer_at_once(sequences, request)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         if len(sequences) == 1:
             raise TeacherError(
@@ -162,9 +162,3 @@ def _where(sequences: SequenceOf[Sequence], row: int) -> str:
         f" (sequence {sequences[number].index}, position {position}). Nothing of this batch was written; try another "
         "--dtype (float16 overflows in many models) or check the weights"
     )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # Only CUDA has a type of its own for it; other devices and CUDA's libraries say it in words.
-    found = re.search(r"out of memory|can't allocate memory|ALLOC_FAILED", str(error))
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or found is not None

@@ -35,6 +35,10 @@ class TransformersBackend(Backend):
     def load_tokenizer(self, config: TeacherConfig) -> Any:
         return load_tokenizer(config.model, revision=config.revision, error=TeacherError)
 
+    def num_ids(self, config: TeacherConfig) -> int | None:
+        found = load_config(config.model, revision=config.revision, error=TeacherError).get_text_config()
+        return getattr(found, "vocab_size", None)
+
     def outputs_record(
         self, config: TeacherConfig, task: Task, settings: Any, encoder: TextEncoder
     ) -> OutputsRecord | None:
@@ -107,8 +111,14 @@ def _embedding(config: TeacherConfig, settings: Any, model_config: Any) -> Outpu
     from kdcache.models.pooling import SentenceModules, modules_of
 
     own = modules_of(config.model, config.revision) or SentenceModules("mean", True)
+    width = own.width or getattr(model_config.get_text_config(), "hidden_size", None)
+    if width is None:
+        raise TeacherError(
+            f"the configuration of {config.model} ({model_config.model_type}) names no hidden_size, the width of the "
+            "states that are embedded; use another architecture"
+        )
     return OutputsRecord(
-        width=own.width or int(model_config.get_text_config().hidden_size),
+        width=int(width),
         pooling=own.pooling if settings.pooling == "auto" else settings.pooling,
         normalised=own.normalised if settings.normalise == "auto" else settings.normalise,
     )

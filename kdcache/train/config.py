@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kdcache.cache.curriculum import Curriculum
 from kdcache.cache.order import NUM_STREAMS
@@ -61,6 +61,16 @@ class TrainConfig(Config):
     """Threads that read and decode ahead of training; 0: read when a batch is needed."""
     report_to: str = "none"
     """A logger of the Trainer, such as ``tensorboard`` or ``wandb``."""
+
+    @field_validator("output")
+    @classmethod
+    def _is_a_directory_here(cls, output: str) -> str:
+        if not output.strip() or "://" in output:
+            raise ValueError(
+                f"give a directory on this machine for checkpoints and the student, and copy the student to an object "
+                f"store afterwards; found {output!r}"
+            )
+        return output
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

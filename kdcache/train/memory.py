@@ -11,8 +11,9 @@ of different size give a constant and a slope, from which the estimate follows:
   the gradient of their hidden states.
 
 Not seen: work buffers inside an operation, fragmentation, and attention that stores a length x length array
-(transformers' ``eager``); on a CPU also the interpreter and its libraries, which are in memory before. It is an
-estimate for choosing a batch size; the tests compare it with the measured peak of real runs.
+(transformers' ``eager``). On a CPU the interpreter and its libraries come on top, often more than the run itself; they
+are in memory before and measured there. It is an estimate for choosing a batch size; the tests compare it with the
+measured peak of real runs.
 
 Shape suffixes: B sequences, L positions, P flat positions, D width, V vocabulary.
 """
@@ -46,7 +47,8 @@ class MemoryReport(Config):
     """Bytes of a training run by purpose; ``available_bytes`` includes what this process already holds of them.
 
     ``shards_bytes`` are in main memory, everything else on the device. ``available_bytes`` is None where the system
-    does not report it.
+    does not report it. ``process_bytes`` is what this process holds in main memory beside weights and shards: the
+    interpreter and its libraries. It is not in the total, because it has been taken from what is available already.
     """
 
     device: str
@@ -57,6 +59,7 @@ class MemoryReport(Config):
     loss_bytes: int
     shards_bytes: int
     available_bytes: int | None
+    process_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -125,6 +128,7 @@ def estimate_memory(
     held_bytes = _nbytes([*parameters, *module.buffers()])
     free_bytes = _free_bytes(device)
     has_bytes = held_bytes + (cache.open_bytes() if device.type == "cpu" else 0)
+    process_bytes = _resident_bytes() - cache.open_bytes() - (held_bytes if device.type == "cpu" else 0)
     with _own_gradients(module):
         if longest is None:
             activations_bytes = _body_bytes(module, batch_sequences, max_length, autocast)
@@ -141,6 +145,7 @@ def estimate_memory(
         loss_bytes=loss_bytes,
         shards_bytes=_shards_bytes(cache, module.hidden_fields),
         available_bytes=None if free_bytes is None else free_bytes + has_bytes,
+        process_bytes=max(process_bytes, 0),
     )
 
 
@@ -217,6 +222,10 @@ def _row_bytes(inputs: StepInputs) -> int:
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _resident_bytes() -> int:
+    return int(psutil.Process().memory_info().rss)
 
 
 def _free_bytes(device: torch.device) -> int | None:

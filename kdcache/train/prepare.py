@@ -20,17 +20,22 @@ from kdcache.cache.order import Order, ShuffledOrder
 from kdcache.cache.prefetch import largest_shard_bytes, required_bytes
 from kdcache.cache.reader import OPEN_BYTES
 from kdcache.config import build
-from kdcache.errors import ConfigError, did_you_mean
+from kdcache.errors import ConfigError, did_you_mean, first_line
 from kdcache.losses import Objective, ObjectiveConfig
 from kdcache.losses.from_cache import context_of, resolve_selection
-from kdcache.models.loading import first_line
 from kdcache.students import Student, load_student
+from kdcache.students.load import longest_input
 from kdcache.students.sentence_model import fit_widths
 from kdcache.tasks import task_of
 from kdcache.train.config import TrainConfig
 from kdcache.train.module import fit_terms
 
 log = logging.getLogger(__name__)
+
+#: Share of the weights that may stand still without a warning. Those of norms always do: they are about 1.
+_MOST_STANDING_STILL = 0.25
+#: Weights of a parameter that are looked at, evenly spread.
+_LOOKED_AT = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,19 @@ class PreparedRun:
         """Warn when the shards in use cannot all stay open."""
         warn_of_rereading(self.config, self.cache, self.objective.needs.teacher_fields)
 
+    def warn_of_rounding(self) -> None:
+        """Warn when an update is smaller than the rounding of many weights, which then never change."""
+        share = share_standing_still(self.student.model.parameters(), self.config.peak_learning_rate)
+        if share >= _MOST_STANDING_STILL:
+            log.warning(
+                "at learning rate %g, %.0f%% of the weights stand still in a usual update: they are stored in %s, "
+                "which rounds it away. Use student.dtype float32 (with precision bf16 the computation stays in "
+                "bfloat16), or a higher learning_rate",
+                self.config.peak_learning_rate,
+                100 * share,
+                self.config.student.dtype,
+            )
+
 
 def prepare(config: TrainConfig, *, cache: Cache | None = None, student: Student | None = None) -> PreparedRun:
     """Open the cache, load the student, and build the objective that fits both.
@@ -81,7 +99,9 @@ def prepare(config: TrainConfig, *, cache: Cache | None = None, student: Student
     config = with_objective(config, cache)
     objective = training_objective(config, cache)
     check_local_store(config, cache, ())  # before the student, whose loading reads files of the cache
-    student = load_student(config.student, cache.manifest, cache.tokenizer_dir()) if student is None else student
+    check_targets(config, cache)
+    if student is None:
+        student = load_student(config.student, cache.manifest, cache.tokenizer_dir(), longest=longest_input(cache))
     if config.gradient_checkpointing:
         student.checkpoint_activations()
     if student.sentence is not None:
@@ -98,6 +118,40 @@ def with_objective(config: TrainConfig, cache: Cache) -> TrainConfig:
         return config
     objective = build(ObjectiveConfig, task_of(cache.manifest.task).objective, source="the task's objective")
     return config.model_copy(update={"objective": objective})
+
+
+def check_targets(config: TrainConfig, cache: Cache) -> None:
+    """Raise ``ConfigError`` when no position that is trained on has a loss mask of 1, so all losses would be 0."""
+    chosen_N = chosen_sequences(config, cache)
+    if chosen_N is None:
+        num_sequences, num_targets = len(cache), cache.manifest.statistics.num_positions
+    else:
+        counts_N = cache.sequence_table(["num_targets"])["num_targets"].to_numpy()
+        num_sequences, num_targets = len(chosen_N), int(counts_N[chosen_N].sum())
+    if num_targets == 0:
+        advice = "dump texts with more tokens" if config.where is None else "change where, or train without it"
+        raise ConfigError(
+            f"there is nothing to learn: none of the {num_sequences:,} sequences that are trained on has a target "
+            f"(their loss masks are 0 at all positions); {advice}"
+        )
+
+
+@torch.no_grad()
+def share_standing_still(parameters: Iterable[torch.nn.Parameter], learning_rate: float) -> float:
+    """Return the share of the trained weights that do not change when AdamW adds or subtracts ``learning_rate``.
+
+    About that is an update, whatever the gradient is. The share is 0 for float32.
+    """
+    total = still = 0.0
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        total += parameter.numel()
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            some = parameter.flatten()[:: max(parameter.numel() // _LOOKED_AT, 1)]
+            moves = (some + learning_rate != some) | (some - learning_rate != some)
+            still += parameter.numel() * (1 - float(moves.float().mean()))
+    return still / max(total, 1.0)
 
 
 def check_machine(config: TrainConfig) -> None:

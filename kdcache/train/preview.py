@@ -94,6 +94,7 @@ def preview_training(config: TrainConfig) -> TrainingReport:
     """
     run = prepare(config)
     run.warn_of_rereading()
+    run.warn_of_rounding()
     module = Distiller(run.student, run.objective).to(pick_device(config.device))
     return _report(_Look(run, module, run.micro_batches(num_ranks=started_processes())), is_timed=True)
 
@@ -250,10 +251,12 @@ def _timed(look: _Look, inputs: StepInputs, steps: int, tokens_per_step: int) ->
     look.objective.progress = 0.5  # every loss that a schedule switches on is on
     size = _LOSS_POSITIONS.get(look.device.type, _LOSS_POSITIONS_ELSEWHERE)
     whole_s, costs_s = loss_s(look.module, inputs.leaves(size), look.autocast)
-    per_position_s = position_s(look.module, look.read(_TIMED_BATCHES * SAMPLE_POSITIONS), look.autocast)
+    per_position_s, tokens_per_position = position_s(
+        look.module, look.read(_TIMED_BATCHES * SAMPLE_POSITIONS), look.autocast
+    )
     step_s = per_position_s * tokens_per_step / look.batches.num_ranks + optimiser_s(look.module.parameters())
     return SpeedReport(
-        tokens_per_s=1 / per_position_s,
+        tokens_per_s=tokens_per_position / per_position_s,
         step_s=step_s,
         eta_s=steps * step_s,
         loss_share=min(whole_s / per_position_s, 1.0),

@@ -107,7 +107,8 @@ class TrainingReport(Config):
             f"student {self.student}, {self.num_trainable_parameters:,} parameters to train" + losses_text(sample),
             "objective: " + "; ".join(f"{term_text(term)}, now {term.value:.4f}" for term in self.terms),
             f"{self.steps:,} steps of about {self.tokens_per_step:,} {self.unit}s; memory about "
-            f"{memory.total_bytes / _GIB:.2f}{of} GiB ({memory.device})",
+            f"{memory.total_bytes / _GIB:.2f}{of} GiB ({memory.device}), besides {memory.process_bytes / _GIB:.2f} GiB "
+            "of Python and its libraries",
             *(f"warning: {warning}" for warning in self.warnings),
         ]
 

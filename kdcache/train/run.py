@@ -3,7 +3,8 @@
 The configuration holds what only the user knows (which cache, which student, which objective, how long), never what the
 cache knows (teacher, K, codec, tokenizer, lengths). The output directory is a plain Hugging Face model with
 ``kdcache_run.json``, which says how it was made; its checkpoints are such models too, with what resuming needs. A
-resumed run continues at the exact next batch and ends with the weights of an uninterrupted one.
+resumed run continues at the exact next batch and ends with the weights of an uninterrupted one. Resuming is the same
+command again, as for every command that writes; an output with a run of other settings is refused.
 
 One process trains on one device; several, started with ``torchrun`` (or, for GPUs, ``accelerate launch``), share every
 step without changing its gradient.
@@ -27,12 +28,12 @@ from kdcache.losses import Objective, TermModule
 from kdcache.students import Student
 from kdcache.students.trained_on import write_trained_on
 from kdcache.torch_data import training_batches
-from kdcache.train.checkpoints import STATE_FILE, TERMS_FILE, last_checkpoint, save_student, save_terms
+from kdcache.train.checkpoints import STATE_FILE, TERMS_FILE, readable_failures, save_student, save_terms
 from kdcache.train.config import TrainConfig
 from kdcache.train.module import Distiller
 from kdcache.train.prepare import PreparedRun, check_processes, prepare, uses_cpu
 from kdcache.train.preview import report_start
-from kdcache.train.run_record import RunRecord, check_output, settings_that_decide
+from kdcache.train.run_record import OutputLock, RunRecord, check_output, settings_that_decide
 from kdcache.train.trainer import DistillationTrainer, ProgressBar
 
 
@@ -54,7 +55,7 @@ class TrainResult:
 def train_student(
     config: TrainConfig,
     *,
-    resume: bool = False,
+    resume: bool = True,
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
     module: Callable[[Student, Objective], Distiller] = Distiller,
@@ -63,17 +64,33 @@ def train_student(
 
     ``module`` joins student and objective; a subclass of `Distiller` may get the teacher's rows from elsewhere.
 
-    With ``resume``, training continues from the newest complete checkpoint (from the beginning if there is none); a
-    finished run returns its result again. Raises ``ConfigError`` when the output holds a run already, or another one
-    than is to be resumed, or when a loss needs what the cache does not hold; ``StudentError`` when the student does not
-    fit the cache; ``CacheError`` when the cache is incomplete, damaged or missing. A loss that is not finite raises
-    ``StudentError`` at the next logging step.
+    If the output holds a run of these settings that has not finished, training resumes from its newest undamaged
+    checkpoint (from the beginning if there is none yet); if that run has finished, its result is returned again.
+    Without ``resume`` the output must hold no run.
+
+    No update is made with a loss or a gradient that is not finite, and no student is saved whose weights or answers
+    are not. Raises ``ConfigError`` when the output holds a run of other settings or anything else, when another process
+    trains into it, or when a loss needs what the cache does not hold; ``StudentError`` when the student does not fit
+    the cache, the run diverges, all checkpoints are damaged, or a file cannot be written; ``CacheError`` when the cache
+    is incomplete, damaged or missing.
     """
     check_output(config.output, resume=resume)
-    run = prepare(config)
-    run.warn_of_rereading()
-    trainer, batches = _make_trainer(run, module(run.student, run.objective), progress, callbacks)
-    recorded = run.config.model_dump(mode="json")
+    with OutputLock(config.output) as lock:
+        run = prepare(config)
+        run.warn_of_rereading()
+        run.warn_of_rounding()
+        trainer, batches = _make_trainer(run, module(run.student, run.objective), progress, callbacks)
+        if trainer.args.should_save:
+            lock.acquire()
+            check_output(config.output, resume=resume)  # again: another process may have begun and ended meanwhile
+        return _train(run, trainer, batches, resume=resume, progress=progress)
+
+
+def _train(
+    run: PreparedRun, trainer: DistillationTrainer, batches: MicroBatches, *, resume: bool, progress: bool
+) -> TrainResult:
+    config, is_first = run.config, trainer.args.should_save
+    recorded = config.model_dump(mode="json")
     record = RunRecord.begin(
         config.output,
         settings=settings_that_decide(recorded, batches.sequences_per_step, trainer.args.max_steps),
@@ -81,23 +98,34 @@ def train_student(
         cache=run.cache,
         student=run.student,
         resume=resume,
-        write=trainer.args.should_save,
+        write=is_first,
         terms=_describe_terms(run.objective),
     )
+    speaks = progress and trainer.is_world_process_zero()
     if record.finished is not None:
+        if speaks:
+            tqdm.write(f"{config.output} holds this run, finished: nothing is trained", file=sys.stderr)
         return TrainResult(Path(config.output), **record.finished)
-    if trainer.args.should_save:
+    checkpoint = trainer.checkpoints.resumed(warn=is_first)
+    if is_first:
         write_trained_on(config.output, run.cache, run.chosen_N)
-    checkpoint = last_checkpoint(config.output) if resume else None
-    if progress and checkpoint is None and trainer.is_world_process_zero():
-        for line in report_start(run, trainer.module, batches).summary():
+        trainer.checkpoints.clear_partial()
+    if speaks:
+        if checkpoint is None:
+            lines = report_start(run, trainer.module, batches).summary()
+        else:
+            lines = [f"resuming from {checkpoint}"]
+        for line in lines:
             tqdm.write(line, file=sys.stderr)
     seconds = _run(trainer, checkpoint)
-    save = trainer.args.should_save
-    if save:
-        save_student(run.student, config.output)
-        save_terms(trainer.module, config.output)
-    return _finish(run, trainer, record if save else None, seconds)
+    trainer.check_student()
+    if is_first:
+        with readable_failures(
+            Path(config.output), Path(config.output), "the same command saves the student that was trained"
+        ):
+            save_student(run.student, config.output)
+            save_terms(trainer.module, config.output)
+    return _finish(run, trainer, record if is_first else None, seconds)
 
 
 def _make_trainer(

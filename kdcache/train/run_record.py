@@ -8,6 +8,7 @@ would be neither of the two runs.
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock, Timeout
 
 from kdcache.cache import Cache
 from kdcache.errors import ConfigError
@@ -24,6 +26,7 @@ from kdcache.json_files import write_json
 from kdcache.students.load import Student
 from kdcache.students.run_file import RUN_FILE, read_run
 from kdcache.students.trained_on import cut_of
+from kdcache.train.checkpoints import PARTIAL_DIR
 
 #: Settings that may change when a run is resumed: paths, how the work is divided, what is logged and saved.
 _FREE = {
@@ -45,6 +48,9 @@ _FREE = {
     "max_steps",
 }
 
+#: Held by the process that trains into a directory.
+LOCK_FILE = ".lock"
+
 _MADE_BY_OTHERS = {"config.json", "model.safetensors", "manifest.json", "plan.json"}
 
 _RESULTS = ("steps", "losses", "seconds", "tokens_per_s", "data_wait")
@@ -63,11 +69,47 @@ def check_output(output: str | Path, *, resume: bool) -> None:
         raise ConfigError(f"output {path} is a file; give a directory")
     holds_run = (path / RUN_FILE).exists() or any(path.glob("checkpoint-*"))
     if holds_run and not resume:
-        raise ConfigError(f"output {path} already holds a run; continue it with --resume or choose another directory")
-    found = sorted(item.name for item in path.iterdir()) if path.exists() else []
+        raise ConfigError(f"output {path} already holds a run; resume it, or choose another directory")
+    # What a process leaves that is killed before its run has a record.
+    ours = {LOCK_FILE, f"{RUN_FILE}.tmp", PARTIAL_DIR}
+    found = sorted(item.name for item in path.iterdir() if item.name not in ours) if path.exists() else []
     if found and not holds_run:
         what = "holds a model or a cache that is not a run's" if _MADE_BY_OTHERS & set(found) else "is not empty"
         raise ConfigError(f"output {path} {what} (found {found[0]}); choose another directory")
+
+
+class OutputLock:
+    """The right to train into ``output``, of one process at a time; of several that share a run, the first one has it.
+
+    As a context manager it takes the right at once where the directory exists, so that a second command ends before it
+    loads anything, and gives it back at the end. `acquire` takes it for certain, and makes the directory.
+    """
+
+    def __init__(self, output: str | Path) -> None:
+        self._output = Path(output)
+        self._lock = FileLock(self._output / LOCK_FILE)
+
+    def __enter__(self) -> OutputLock:
+        if self._output.is_dir() and int(os.environ.get("RANK", "0")) == 0:
+            self.acquire()
+        return self
+
+    def acquire(self) -> None:
+        """Take the right; raises ``ConfigError`` when another process has it or the directory cannot be written."""
+        if self._lock.is_locked:
+            return
+        try:
+            self._output.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"another process is training into {self._output}; wait for it, or choose another output"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"cannot write to output {self._output}: {error.strerror or error}") from None
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
 
 
 @dataclass

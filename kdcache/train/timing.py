@@ -19,6 +19,7 @@ from torch import nn
 from kdcache.config import Config
 from kdcache.losses import Objective
 from kdcache.step import StepInputs
+from kdcache.torch_data import count_tokens
 from kdcache.train.module import Distiller
 from kdcache.train.sample import Batch
 
@@ -30,8 +31,8 @@ _ROUNDS = 3
 class SpeedReport(Config):
     """Approximate times of an optimiser step and of the whole run, in seconds.
 
-    ``tokens_per_s`` counts predicted positions of one process; ``loss_share`` is the share of a micro-batch's time that
-    loss and LM head take.
+    ``tokens_per_s`` counts the tokens that the student reads in one process, without padding, as the run itself does;
+    ``loss_share`` is the share of a micro-batch's time that loss and LM head take.
     """
 
     tokens_per_s: float
@@ -40,19 +41,25 @@ class SpeedReport(Config):
     loss_share: float
 
 
-def position_s(module: Distiller, batches: Iterable[Batch], autocast: Callable[[], Any]) -> float:
-    """Return the seconds per position of reading ``batches``, forward and backward; leaves gradients."""
+def position_s(module: Distiller, batches: Iterable[Batch], autocast: Callable[[], Any]) -> tuple[float, float]:
+    """Return the seconds per position of reading ``batches``, forward and backward, and the tokens read per position.
+
+    Leaves gradients.
+    """
     device = next(module.parameters()).device
-    num_positions, began_s = 0, _now_s(device)
+    num_positions = num_tokens = 0
+    began_s = _now_s(device)
     module.train()
     for batch in batches:
         with autocast():
             loss = module(batch, batch["loss_mask"].sum())[0]
         loss.backward()
         num_positions += batch["labels"].numel()
+        num_tokens += int(count_tokens(batch))
         if _now_s(device) - began_s > _BUDGET_S:
             break
-    return (_now_s(device) - began_s) / max(num_positions, 1)
+    elapsed_s, count = _now_s(device) - began_s, max(num_positions, 1)
+    return elapsed_s / count, num_tokens / count
 
 
 def optimiser_s(parameters: Iterable[nn.Parameter]) -> float:

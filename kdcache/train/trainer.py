@@ -11,7 +11,12 @@ What the stock Trainer would do otherwise, and what is overridden:
   number of steps done.
 - Several visible GPUs without a launcher would mean ``nn.DataParallel``, which splits a batch of flat positions inside
   sequences. Here one process uses one device.
-- Checkpoints hold the *student* alone; the parameters of terms have a file of their own (`kdcache.train.checkpoints`).
+- Checkpoints hold the *student* alone; the parameters of terms have a file of their own. A checkpoint appears under its
+  name when it is complete (`kdcache.train.checkpoints`).
+- It looks at the loss when it logs, and trains on with weights that are NaN. Here the loss and the norm of the gradient
+  are checked before every update, and the answers of the student before it is saved.
+- Its schedules begin with a learning rate of 0, which makes the first step do nothing. Here warm-up rises from
+  1 / (its number of steps) and reaches the peak in its last step.
 
 It trains any `Distiller`: ``forward(batch, num_valid)`` returns the loss, the sums of the terms and the number of valid
 positions, so a distributed wrapper sees one forward, whatever the loss is made of.
@@ -21,12 +26,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import (
     PrinterCallback,
@@ -39,8 +46,16 @@ from transformers import (
 from kdcache.cache.batches import Batches
 from kdcache.errors import StudentError
 from kdcache.models.internals import use_one_gpu
+from kdcache.models.trying import in_eval_mode
 from kdcache.torch_data import count_tokens
-from kdcache.train.checkpoints import load_terms, load_weights, save_terms, save_weights
+from kdcache.train.checkpoints import (
+    Checkpoints,
+    check_finite,
+    load_terms,
+    load_weights,
+    save_terms,
+    save_weights,
+)
 from kdcache.train.module import Distiller
 
 
@@ -65,7 +80,12 @@ class DistillationTrainer(Trainer):
         self.meter = _Meter(batches)
         self.remove_callback(PrinterCallback)
         self.module = module
-        self.add_callback(_Flow(module, batches))
+        self.checkpoints = Checkpoints(args.output_dir, keep=args.save_total_limit or 1)
+        self._step = _Step()
+        self._checked_step: int | None = None
+        # Every version of the Trainer clips with it, and nothing else computes the norm.
+        self.accelerator.clip_grad_norm_ = self._step.with_norm(self.accelerator.clip_grad_norm_)
+        self.add_callback(_Flow(self, batches))
 
     def get_train_dataloader(self) -> Any:
         return self._batches
@@ -81,6 +101,7 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         loss, sums, count = model(inputs, num_items_in_batch)
         self.meter.add(sums, count, count_tokens(inputs))
+        self._step.add(loss, inputs, count)
         loss = loss * self.accelerator.num_processes
         return (loss, sums) if return_outputs else loss
 
@@ -88,15 +109,49 @@ class DistillationTrainer(Trainer):
         # The Trainer also logs a summary at the end, which repeats earlier lines.
         if "loss" in logs:
             super().log({**logs, **self.meter.read(self.accelerator), **self.module.logged()}, start_time)
-            self._check_loss(logs["loss"])
 
-    def _check_loss(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise StudentError(
-                f"the run has diverged: the loss at step {self.state.global_step} is {loss}. No student was saved; "
-                "begin a new run in another directory with a lower learning_rate, longer warm-up or smaller "
-                "max_grad_norm"
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:  # type: ignore[has-type]
+            share = partial(
+                learning_rate_share,
+                schedule=str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)),
+                warmup_steps=self.args.get_warmup_steps(num_training_steps),
+                num_steps=num_training_steps,
             )
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, share)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def check_update(self) -> None:
+        """Raise ``StudentError`` when the update that comes next would make the student useless."""
+        loss, norm = self._step.end(self.module.parameters())
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            step = self.state.global_step + 1
+            raise self._diverged(f"the loss at step {step} is {loss:.5g} and the norm of its gradient {norm:.5g}")
+
+    def check_student(self) -> None:
+        """Raise ``StudentError`` when the last update has made the student useless; nothing else is changed.
+
+        No later step would notice: the gradient of a step is that before its update.
+        """
+        if self._checked_step == self.state.global_step:
+            return
+        check_finite(self.module, self._diverged)
+        if self._step.batch is not None:
+            with torch.no_grad(), in_eval_mode(self.module):
+                loss = float(self.module(self._step.batch, self._step.num_valid)[0])
+            if not math.isfinite(loss):
+                raise self._diverged(f"after the update of step {self.state.global_step} the loss is {loss}")
+        self._checked_step = self.state.global_step
+
+    def _diverged(self, what: str) -> StudentError:
+        before = self.checkpoints.newest()
+        kept = "Nothing was saved" if before is None else f"The last student that was saved is in {before}"
+        return StudentError(
+            f"the run has diverged: {what}. {kept}. To resume would repeat these steps: begin a new run in another "
+            "directory with a lower learning_rate, longer warm-up or smaller max_grad_norm"
+            + ("" if before is None or self.student.adapter is not None else f", which may start from {before}")
+        )
 
     @property
     def data_wait_s(self) -> float:
@@ -104,6 +159,18 @@ class DistillationTrainer(Trainer):
         return self._batches.wait_s
 
     # ----------------------------------------------------------------------------------------------- checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return where the Trainer makes the directory of a checkpoint."""
+        return str(self.checkpoints.partial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.check_student()
+        with self.checkpoints.writing(self.state.global_step):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.checkpoints.complete(self.state.global_step)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
@@ -118,6 +185,62 @@ class DistillationTrainer(Trainer):
         """Load the student and the state of the last checkpoint of a run that has made all its steps."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
+
+
+def learning_rate_share(step: int, *, schedule: str, warmup_steps: int, num_steps: int) -> float:
+    """Return the learning rate of a step, counted from 0, as a share of its peak; it is positive for every step.
+
+    It rises to the peak in the last of the ``warmup_steps``. The first step after them is at the peak too; from there
+    on the schedules are those of Hugging Face: ``linear`` and ``cosine`` would be 0 one step after the last.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant_with_warmup":
+        return 1.0
+    num_falling = max(1, num_steps - warmup_steps)
+    if schedule == "linear":
+        return max(0.0, float(num_steps - step) / float(num_falling))
+    progress = float(step - warmup_steps) / float(num_falling)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+class _Step:
+    """Loss and gradient of the step in progress, and a micro-batch of the last step.
+
+    They stay on the device until the gradient is complete, so that a step waits for the device once.
+    """
+
+    def __init__(self) -> None:
+        self.batch: Mapping[str, Tensor] | None = None
+        self.num_valid: Tensor | None = None
+        self._loss: Tensor | None = None
+        self._norm: Tensor | None = None
+
+    def add(self, loss: Tensor, batch: Mapping[str, Tensor], num_valid: int) -> None:
+        """Add the share of a micro-batch."""
+        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        if num_valid:
+            self.batch, self.num_valid = batch, batch["loss_mask"].sum()
+
+    def with_norm(self, clip: Any) -> Any:
+        """Return ``clip``, keeping the norm that it returns."""
+
+        def clipped(*args: Any, **kwargs: Any) -> Any:
+            self._norm = clip(*args, **kwargs)
+            return self._norm
+
+        return clipped
+
+    def end(self, parameters: Iterable[Tensor]) -> tuple[float, float]:
+        """Return the loss (of this process) and the norm of the gradient."""
+        norm = self._norm
+        if norm is None:  # some versions of the Trainer compute none without clipping
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        assert self._loss is not None
+        loss, norm = self._loss.float(), torch.as_tensor(norm, device=self._loss.device).float()
+        self._loss = self._norm = None
+        found: list[float] = torch.stack([loss, norm]).tolist()
+        return found[0], found[1]
 
 
 class _Meter:
@@ -161,14 +284,22 @@ class _Meter:
 
 
 class _Flow(TrainerCallback):
-    """Set the next batch of the loader and the progress of the module, and log the last step.
+    """Set the next batch of the loader and the progress of the module, check every update, and log the last step.
 
-    All follow from the number of steps done, so they are the same in a resumed run.
+    What is set follows from the number of steps done, so it is the same in a resumed run.
     """
 
-    def __init__(self, module: Distiller, batches: Batches[dict[str, Tensor]]) -> None:
-        self._module = module
+    def __init__(self, trainer: DistillationTrainer, batches: Batches[dict[str, Tensor]]) -> None:
+        self._trainer = trainer
+        self._module = trainer.module
         self._batches = batches
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.check_update()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Those of a checkpoint would stay, and they may change when a run is resumed.
+        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         dealt = self._batches.micro_batches

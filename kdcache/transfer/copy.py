@@ -171,9 +171,8 @@ class _Mover:
         record = item.record
         if self.target.size(record.path) != record.num_bytes:
             return False
-        local = self.target.local_path
-        if local is not None:
-            return file_sha256(local / record.path) == record.sha256
+        if self.target.local_path is not None:
+            return file_sha256(self.target.local_file(record.path)) == record.sha256
         if item.is_unique and not check:
             return True
         with self._memory.hold(record.num_bytes):
@@ -189,10 +188,10 @@ class _Mover:
         try:
             return self.source.read(item.source, item.record.sha256, max_bytes=item.record.num_bytes)
         except FileNotFoundError:
-            what = "missing"
-        except CorruptCacheError:
-            what = "damaged (its sha256 is not the recorded one)"
-        raise CorruptCacheError(f"{self.source}: file {item.source} is {what}; kdcache verify lists all such files")
+            what = f"file {item.source} is missing from {self.source}"
+        except CorruptCacheError as error:
+            what = str(error)
+        raise CorruptCacheError(f"{what}; kdcache verify lists all such files")
 
 
 class _Memory:

@@ -73,7 +73,7 @@ def contents_of(source: Folder, fields: Sequence[str] | None = None, shards: Seq
     kept_shards = _chosen_shards(manifest, shards, source)
     if len(kept_fields) == len(manifest.fields) and len(kept_shards) == manifest.num_shards:
         items = (_table_item(source, manifest), *_file_items(manifest))
-        return Contents(manifest, source.read(layout.MANIFEST), tuple(items))
+        return Contents(manifest, source.read(layout.MANIFEST, fingerprint), tuple(items))
     link = {"source": fingerprint, "fields": kept_fields, "shards": kept_shards}
     if len(kept_shards) == manifest.num_shards:
         return _with_fields(source, manifest, kept_fields, link)
@@ -200,7 +200,7 @@ def _plan_table(source: Folder, manifest: Manifest, numbers: list[int], starts: 
 def _cache_file(source: Folder, manifest: Manifest, record: ObjectRecord, chosen: list[ShardRecord]) -> Item:
     if record.path != layout.TAIL_PRIOR:
         return Item(record, record.path)
-    prior_V = read_prior(source, manifest.tokenizer.vocab_size, manifest.num_shards)
+    prior_V = read_prior(source, manifest)
     counts = {index: shard.num_positions for index, shard in enumerate(chosen)}
     return _made(layout.TAIL_PRIOR, pack_prior(prior_V, counts))
 

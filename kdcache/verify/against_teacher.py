@@ -108,6 +108,11 @@ def verify_against_teacher(
         runner = load_teacher(config, cache.vocab_size, task_of(cache.manifest.task), cache.manifest.outputs)
     except TeacherError as error:
         raise TeacherError(f"{error}; say where the teacher is with --teacher") from None
+    if runner.vocab_size < cache.vocab_size:
+        raise TeacherError(
+            f"{config.model} has {runner.vocab_size} token ids, and the cache uses {cache.vocab_size}, so it is not "
+            "its teacher; say where the teacher is with --teacher"
+        )
     chosen = np.unique(np.linspace(0, len(cache) - 1, num_sequences).astype(int)).tolist()
     layer = runner.num_layers if cache.manifest.targets.kind == "hidden" else None
     divergences, gold, agree, states, surprises, outputs = [], [], [], [], [], []

@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from kdcache.cache import layout
+from kdcache.cache.columns import as_numpy
+from kdcache.cache.head_file import check_head
 from kdcache.cache.lookup import checked_plan_table
 from kdcache.cache.reader import Cache
 from kdcache.cache.sequence_table import load_table
@@ -90,6 +92,8 @@ def check_files(path: str, *, deep: bool = False, report_progress: Progress | No
     report.problems.extend(_check_records(folder, manifest))
     report.problems.extend(_check_prior(folder, manifest))
     cache = _open(folder, manifest, fingerprint, report) if deep else None
+    if cache is not None:
+        report.problems.extend(_check_whole(cache))
     total = manifest.num_bytes * (2 if deep else 1)
     done = 0
     for shard in manifest.shards:
@@ -166,7 +170,7 @@ def _check_prior(folder: Folder, manifest: Manifest) -> Iterator[str]:
             yield problem
             return
         try:
-            read_prior(folder, manifest.tokenizer.vocab_size, manifest.num_shards)
+            read_prior(folder, manifest)
         except CorruptCacheError as error:
             yield str(error)
 
@@ -208,6 +212,18 @@ def _open(folder: Folder, manifest: Manifest, fingerprint: str, report: VerifyRe
         return None
 
 
+def _check_whole(cache: Cache) -> Iterator[str]:
+    """Check what a cache has once: the table of the plan, and an LM head."""
+    uses: list[Callable[[], object]] = [cache.plan_table]
+    if cache.manifest.targets.kind == "hidden":
+        uses.append(lambda: check_head(cache.lm_head_file(), cache.manifest))
+    for use in uses:
+        try:
+            use()
+        except KdcacheError as error:
+            yield str(error).removeprefix(f"{cache.folder}, ")
+
+
 def _check_content(cache: Cache, shard: ShardRecord) -> Iterator[str]:
     try:
         # The same problem in several pieces of the shard is one problem.
@@ -218,7 +234,7 @@ def _check_content(cache: Cache, shard: ShardRecord) -> Iterator[str]:
 
 def _content_problems(cache: Cache, shard: ShardRecord) -> Iterator[str]:
     begin, end = int(cache.shard_starts[shard.index]), int(cache.shard_starts[shard.index + 1])
-    table = load_table(cache.folder, shard, ("num_positions", "token_hash"))
+    table = load_table(cache.folder, shard, ("num_positions", "token_hash"), first_sequence=begin)
     lengths = np.asarray(table["num_positions"])
     step = max(1, int(_deep_positions(cache) // max(float(lengths.mean()), 1.0))) if len(lengths) else 1
     for first in range(begin, end, step):
@@ -227,8 +243,9 @@ def _content_problems(cache: Cache, shard: ShardRecord) -> Iterator[str]:
             where = f"shard {shard.index}, field {name}, file {shard.objects[name].path}"
             yield from (f"{where}: {problem}" for problem in kind.check(batch))
             if name == TOKENS_FIELD:
-                hashes = table.slice(first - begin, step)
-                yield from (f"{where}: {problem}" for problem in _check_hashes(batch, hashes))
+                rows = table.slice(first - begin, step)
+                yield from (f"{where}: {problem}" for problem in _check_hashes(batch, rows))
+                yield from (f"{where}: {problem}" for problem in _check_lengths(batch, rows))
 
 
 def _deep_positions(cache: Cache) -> int:
@@ -236,6 +253,18 @@ def _deep_positions(cache: Cache) -> int:
     fields = [field for name, field in cache.fields.items() if name not in (TOKENS_FIELD, TARGETS_FIELD)]
     width = sum(math.prod(array.shape) for field in fields for array in field.record.arrays if array.rows != "table")
     return min(_DEEP_POSITIONS, _DEEP_STATES // max(width, 1))
+
+
+def _check_lengths(batch: SequenceBatch, table: pa.Table) -> Iterator[str]:
+    """Compare the lengths of the per-sequence table, by which batches are formed, with those of the tokens."""
+    offsets = {"num_tokens": batch.token_offsets_N1, "num_positions": batch.position_offsets_N1}
+    for name in offsets.keys() & set(table.column_names):
+        found_N, stored_N = as_numpy(table[name]), np.diff(offsets[name])
+        for row in np.flatnonzero(found_N != stored_N)[:1].tolist():
+            yield (
+                f"sequence {batch.indices[row]}: {name} of the per-sequence table is {found_N[row]}, of the tokens "
+                f"{stored_N[row]}"
+            )
 
 
 def _check_hashes(batch: SequenceBatch, table: pa.Table) -> Iterator[str]:

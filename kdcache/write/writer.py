@@ -102,6 +102,12 @@ class Writer:
         ]
 
     def _write(self, inputs: list[Any], documents: list[int]) -> list[WrittenText]:
+        for document, tokens in zip(documents, inputs, strict=True):
+            if tokens.max(initial=0) >= self.teacher.vocab_size:
+                raise TeacherError(
+                    f"document {document} has a token with the id {tokens.max()}, but {self.config.teacher.model} only "
+                    f"has {self.teacher.vocab_size} ids; use the tokenizer that belongs to the model"
+                )
         writing, max_tokens = self.config.writing, self.config.sequences.max_target_length
         sampling = writing.sampling
 
@@ -113,7 +119,7 @@ class Writer:
             return write_all(
                 self.teacher.model,
                 self.tokenizer,
-                self.tokenizer_record.vocab_size,
+                self.teacher.vocab_size,
                 inputs,
                 max_tokens=max_tokens,
                 batch_tokens=self.config.batch_tokens,

@@ -9,12 +9,12 @@ of kdcache train-student.
 import argparse
 import math
 import os
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import get_scheduler
 
 import kdcache
 from kdcache.config import build
@@ -46,7 +46,7 @@ def train(
     vectors = [p for p in model.parameters() if p.ndim < 2]  # norms and biases, which do not decay
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
-    schedule = get_scheduler("cosine", optimizer, math.ceil(warmup * steps), steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_of, steps, math.ceil(warmup * steps)))
 
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "batches": batches}
     checkpoint, step = Path(output, "checkpoint.pt"), 0
@@ -81,6 +81,13 @@ def train(
                 os.replace(f"{checkpoint}.part", checkpoint)
     model.save_pretrained(output)
     learner.tokenizer.save_pretrained(output)
+
+
+def rate_of(steps: int, warmup_steps: int, step: int) -> float:
+    """Return the learning rate of ``step`` (from 0) as a share of its peak: a rise, then a cosine."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps  # from 0 on, the first step would do nothing
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
 if __name__ == "__main__":

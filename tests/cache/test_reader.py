@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from kdcache.cache import open_cache
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.inspect import inspect_cache
+from kdcache.schema import TargetsRecord
 from tests.caches import SOURCE
 from tests.contracts.matching import check_samples, in_order_of
 from tests.synthetic import SyntheticCache
@@ -163,3 +164,22 @@ def test_a_damaged_tokenizer_is_not_handed_out(tmp_path):
     for call in (cache.tokenizer_json, cache.tokenizer_dir):
         with pytest.raises(CorruptCacheError, match=r"tokenizer/tokenizer.json is damaged"):
             call()
+
+
+@pytest.mark.parametrize("kind", ["hidden", "top-k"])
+def test_last_is_the_last_layer_in_every_cache(tmp_path, kind):
+    record = TargetsRecord(kind="hidden", top_k=1) if kind == "hidden" else TargetsRecord(top_k=4)
+    source = SyntheticCache(record=record, hidden=("hidden-1",) if kind == "hidden" else ("hidden-1", "hidden-2"))
+    cache = open_cache(source.write(tmp_path / "cache"))
+    batch = cache.read([3, 0], fields=["last"])
+    expected = np.concatenate([source.states[n]["hidden-2"] for n in (3, 0)])
+    np.testing.assert_array_equal(batch.hidden["last"], expected)
+    assert set(batch.hidden) == {"last"}
+    [first] = cache.batches(13, fields=["last", "hidden-2"], shuffle=False)
+    np.testing.assert_array_equal(first.hidden["last"], first.hidden["hidden-2"])
+
+
+def test_no_last_layer(tmp_path):
+    path = SyntheticCache(hidden=("hidden-1",)).write(tmp_path / "cache")
+    with pytest.raises(CacheError, match="the cache has no field 'last'; it holds tokens, targets, hidden-1"):
+        open_cache(path).read([0], fields=["last"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,12 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from kdcache.cache import layout, open_cache
+from kdcache.cache import CacheWriter, layout, open_cache
 from kdcache.cache.sequence_table import decode_table
-from kdcache.errors import CacheError, CorruptCacheError, IncompleteCacheError
+from kdcache.config import build
+from kdcache.errors import CacheError, ConfigError, CorruptCacheError, IncompleteCacheError
 from kdcache.storage.folder import Folder
+from kdcache.transcode import TranscodeConfig, transcode_cache
 from kdcache.transfer import pull_cache
 from kdcache.verify.stored import verify_cache
+from tests.caches import SOURCE
+from tests.loops import loop
 from tests.synthetic import SyntheticCache
 
 
@@ -33,6 +38,27 @@ def replace_object(path: Path, field: str, data: bytes) -> None:
         record.update(num_bytes=len(data), sha256=layout.sha256(data))
 
     change_manifest(path, change)
+
+
+def resume(path: Path, target: Path) -> None:
+    """Begin the dump again whose unfinished cache is in ``path``."""
+    if not (path / "manifest.json").is_dir():
+        (path / "manifest.json").unlink(missing_ok=True)
+    with CacheWriter(Folder(str(path))) as writer:
+        writer.begin(SOURCE.plan(), SOURCE.table(), {"tokenizer.json": b"{}"})
+
+
+#: What is done with a cache of a stranger that writes somewhere else, or into it.
+USES = {
+    "read": lambda path, target: use(path),
+    "verify": lambda path, target: verify_cache(str(path), progress=False),
+    "pull": lambda path, target: pull_cache(str(path), str(target), progress=False),
+    "pull a part": lambda path, target: pull_cache(str(path), str(target), shards=[0], progress=False),
+    "transcode": lambda path, target: transcode_cache(
+        build(TranscodeConfig, {"source": str(path), "output": str(target)}), progress=False
+    ),
+    "resume": resume,
+}
 
 
 def use(path: Path) -> None:
@@ -149,6 +175,105 @@ def test_only_what_a_writer_leaves_is_removed(sound, tmp_path):
     assert not left.exists()
 
 
+def place(kind: str, path: Path) -> None:
+    """Put something that is no file where a cache has a file or a directory."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    if kind == "directory":
+        (path / "inside").mkdir(parents=True)
+    elif kind == "loop":
+        path.symlink_to(path)
+    else:
+        os.mkfifo(path)
+
+
+@loop("kind", ["directory", "loop", "pipe"])
+@loop("name", ["manifest.json", "plan.json", "plan.parquet", "commits/000000.json", "commits", "object", "tokenizer"])
+def test_what_is_no_file(name, kind, sound, tmp_path):
+    """An error that names the place, or work that is done in spite of it; never an error of the operating system."""
+    record = open_cache(str(sound)).manifest.shards[0].objects["targets"]
+    for action, run in USES.items():
+        path, target = (tmp_path / f"{name.replace('/', ' ')} {kind} {action} {end}" for end in "ab")
+        shutil.copytree(sound, path)
+        place(kind, path / {"object": record.path}.get(name, name))
+        error = None
+        try:
+            run(path, target)
+        except CacheError as raised:
+            error = raised
+        assert error is None or str(tmp_path) in str(error)
+
+
+def test_a_lock_that_is_a_link_changes_no_other_file(sound, tmp_path):
+    target, ours = tmp_path / "target", tmp_path / "ours"
+    pull_cache(str(sound), str(target), progress=False)
+    ours.write_text("three years of work")
+    (target / ".lock").unlink(missing_ok=True)
+    (target / ".lock").symlink_to(ours)
+    with pytest.raises(CacheError, match=r"\.lock is a link; remove it"):
+        pull_cache(str(sound), str(target), progress=False)
+    assert ours.read_text() == "three years of work"
+
+
+@loop("name", HOSTILE_NAMES)
+@loop("record", ["plan", "commit"])
+def test_an_unfinished_cache_of_a_stranger(record, name, tmp_path):
+    """What is resumed, or written over, is read too: its names must not lead out of it."""
+    ours, path = tmp_path / "victim", tmp_path / f"cache {record} {name}"
+    ours.mkdir(exist_ok=True)
+    (ours / "000000-deadbeef.zarr.zip").write_text("three years of work")
+    SOURCE.write(path, shards=range(2), finish=False)
+    file = path / ("plan.json" if record == "plan" else "commits/000000.json")
+    values = json.loads(file.read_text())
+    if record == "plan":
+        values["fields"][1]["name"] = HOSTILE_NAMES[name]
+        shutil.rmtree(path / "commits")  # then another plan may take the folder over, and clean it
+    else:
+        values["objects"]["targets"]["path"] = f"{HOSTILE_NAMES[name]}/000000-deadbeef.zarr.zip"
+    file.write_bytes(layout.canonical_json(values))
+    if record == "plan":
+        with pytest.raises(CorruptCacheError, match=r"plan\.json is damaged: fields\.1\.name: .* is no name"):
+            resume(path, path)
+    else:  # the shard is made again
+        with CacheWriter(Folder(str(path))) as writer:
+            missing = writer.begin(SOURCE.plan(), SOURCE.table(), {"tokenizer.json": b"{}"})
+        assert missing == [0, 2]
+    assert (ours / "000000-deadbeef.zarr.zip").read_text() == "three years of work"
+
+
+@loop("name", ["../x", "a/../../x", "/x", "a//x", "./x", "a\\x", "C:/x", "a\0", "a\nb", "..", "x/.."])
+@loop("root", ["local", "memory"])
+def test_every_access_checks_its_path(root, name, tmp_path):
+    folder = Folder(str(tmp_path / "in") if root == "local" else "memory://in/side")
+    for access in (
+        folder.read,
+        folder.exists,
+        folder.size,
+        folder.names,
+        folder.remove,
+        lambda name: folder.write(name, b"x"),
+        lambda name: folder.create(name, b"x"),
+        lambda name: folder.fetch(name, tmp_path / "fetched"),
+    ):
+        with pytest.raises(CacheError, match=r"leads outside"):
+            access(name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_paths_longer_than_a_file_system_takes(copy):
+    for path in ("fields/" + "a" * 256, "/".join(["fields", *["a" * 100] * 11])):
+        change_manifest(copy, set_at("shards", 0, "objects", "targets", "path", path))
+        with pytest.raises(CorruptCacheError, match=r"manifest\.json is damaged: .*path 'fields/a+"):
+            open_cache(str(copy))
+
+
+def test_objects_do_not_lie_beside_the_tokenizer(copy):
+    change_manifest(copy, set_at("shards", 0, "objects", "targets", "path", "tokenizer/evil.py"))
+    with pytest.raises(CorruptCacheError, match=r"'tokenizer/evil\.py' lies in tokenizer/, but is none of a tokenizer"):
+        open_cache(str(copy))
+
+
 #: By file of a cache: what a stranger may put in its place.
 @pytest.mark.parametrize(
     "name", ["manifest.json", "plan.json", "plan.parquet", "commits/000000.json", "object", "tokenizer"]
@@ -210,8 +335,71 @@ def test_deep_nesting(copy):
         open_cache(str(copy))
     text, deeper = (copy / "manifest.json").read_text(), "[" * 100_000 + "]" * 100_000
     (copy / "manifest.json").write_text(text.replace('"provenance": {', f'"provenance": {{"y": {deeper},', 1))
-    with pytest.raises(CorruptCacheError, match=r"manifest\.json is not valid JSON"):
+    with pytest.raises(CorruptCacheError, match=r"manifest\.json is damaged: it is nested more deeply"):
         open_cache(str(copy))
+
+
+def test_numbers_of_any_length(copy):
+    text = (copy / "manifest.json").read_text()
+    (copy / "manifest.json").write_text(text.replace('"num_shards": 3', '"num_shards": ' + "9" * 5000))
+    with pytest.raises(CorruptCacheError, match=r"manifest\.json is not valid JSON: Exceeds the limit"):
+        open_cache(str(copy))
+
+
+def test_other_encodings(copy):
+    data = (copy / "manifest.json").read_text()
+    for encoding in ("utf-16", "utf-32", "utf-8-sig"):
+        (copy / "manifest.json").write_bytes(data.encode(encoding))
+        with pytest.raises(CorruptCacheError, match=r"manifest\.json is not valid JSON"):
+            open_cache(str(copy))
+
+
+#: By member: what fills it up. A list of every error in these took 13 GB and a minute for a file of 16 MB.
+MANY_WRONG = {
+    "shards": ('"shards": [', "0," * 500_000),
+    "tokenizer_files": ('"tokenizer_files": [', "{}," * 300_000),
+    "arrays": ('"arrays": [', "[]," * 300_000),
+    "sources": ('"sources": [', "1," * 500_000),
+    "num_rows": ('"num_rows": {', "".join(f'"{number}":-1,' for number in range(100_000))),
+    "objects": ('"objects": {', "".join(f'"{number}":0,' for number in range(100_000))),
+    "twice": ('"provenance": {', "".join(f'"{number}":0,' for number in range(200_000)) + '"199999":0,'),
+}
+
+
+@loop("member", MANY_WRONG)
+def test_millions_of_wrong_members(member, sound, tmp_path, forbid_large_arrays):
+    path = tmp_path / "copy"
+    shutil.copytree(sound, path, dirs_exist_ok=True)
+    opening, filling = MANY_WRONG[member]
+    text = (path / "manifest.json").read_text()
+    assert opening in text
+    (path / "manifest.json").write_text(text.replace(opening, opening + filling, 1))
+    forbid_large_arrays(300 << 20)
+    with pytest.raises(CorruptCacheError) as caught:
+        open_cache(str(path))
+    assert len(str(caught.value)) < 1000
+
+
+def counted_as(axis, extra=10**13):
+    """Every count of the manifest agrees, none with what is there."""
+
+    def change(manifest):
+        manifest[f"num_{axis}"] += extra
+        manifest["shards"][0]["num_rows"][axis] += extra
+
+    return change
+
+
+@loop("axis", ["sequences", "tokens", "positions"])
+def test_lies_on_which_all_counts_agree(axis, sound, tmp_path, forbid_large_arrays):
+    path = tmp_path / "copy"
+    shutil.copytree(sound, path, dirs_exist_ok=True)
+    change_manifest(path, counted_as(axis))
+    forbid_large_arrays(300 << 20)
+    assert verify_cache(str(path), deep=True, progress=False).problems
+    for number, action in enumerate(USES.values()):
+        with contextlib.suppress(CacheError, ConfigError):
+            action(path, tmp_path / f"{axis}-{number}")
 
 
 def all_counts_huge(manifest):
@@ -339,7 +527,7 @@ def test_a_flipped_bit_in_a_table_is_an_error_or_harmless(copy, forbid_large_arr
         damaged[bit // 8] ^= 1 << bit % 8
         try:
             decode_table(bytes(damaged), None, "here")
-        except CorruptCacheError:
+        except CacheError:  # a length that is damaged may be beyond the limit
             refused += 1
     assert refused
 

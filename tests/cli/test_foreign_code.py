@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import kdcache
+import kdcache.inspect
 import kdcache.peek.texts
 from kdcache.cache import layout, open_cache
 from kdcache.config import build
@@ -322,6 +323,28 @@ def test_a_decoder_that_makes_texts_enormous(run, cache, tmp_path, kind):
             assert outcome.code == 0, outcome.err
         else:
             assert f"has a decoder that makes texts up to {growth} times as long" in outcome.message()
+
+
+def test_a_tokenizer_on_which_the_library_panics(run, cache, tmp_path):
+    """Panics of Rust are no exceptions of a kind that anybody catches."""
+    settings = json.loads((cache / "tokenizer" / "tokenizer.json").read_text())
+    settings["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    record_tokenizer_file(cache, "tokenizer.json", json.dumps(settings).encode())
+    assert "cannot be read: the library tokenizers cannot use it" in run("peek", cache).err
+    outcome = run("train-student", "--cache", cache, "--student-size", "nano", "--output", tmp_path / "run")
+    assert outcome.code == 1
+    assert "Error: cannot load the tokenizer of the cache: the library tokenizers cannot use it" in outcome.err
+
+
+def test_a_panic_anywhere_else_is_one_message(run, cache, monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    def inspect_cache(cache):
+        raise PanicException("byte index 3 is not a char boundary")
+
+    monkeypatch.setattr(kdcache.inspect, "inspect_cache", inspect_cache)
+    assert "a library failed on this input" in run("inspect", cache).message()
 
 
 def test_a_token_as_long_as_its_file(run, cache, monkeypatch):

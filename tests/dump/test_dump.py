@@ -12,7 +12,7 @@ import pytest
 
 from kdcache.cache import open_cache
 from kdcache.codecs import TOPK_CODECS, VECTOR_CODECS
-from kdcache.corpus.table_files import TableReader
+from kdcache.corpus.record_file import RecordFile
 from kdcache.corpus.text_files import TextFile
 from kdcache.errors import CacheError, ConfigError, CorpusError, TeacherError
 from kdcache.models.batching import batches_by_length
@@ -46,7 +46,7 @@ def check_targets(path, teacher, *, atol=1e-5):
 def read_documents(monkeypatch):
     """How often the text of each document is read, by its file and row."""
     counts = Counter()
-    for reader in (TextFile, TableReader):
+    for reader in (TextFile, RecordFile):
 
         def texts(self, start, stop, real=reader.texts):
             counts.update((self.name, row) for row in range(start, stop))

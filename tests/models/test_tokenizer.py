@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import logging
 
-from tokenizers import processors
+import pytest
+import transformers
+from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer
 
+from kdcache.errors import ConfigError
 from kdcache.models.tokenizer import TextEncoder, describe_difference, tokenizer_record
 from tests.loops import loop
 from tests.tiny import SENTENCES, bpe_tokenizer, word_tokenizer
@@ -120,3 +123,57 @@ def test_eos_added_by_the_tokenizer_itself():
     encoder = TextEncoder(tokenizer)
     assert (encoder.bos_id, encoder.eos_id, encoder.appends_eos) == (None, 1, True)
     assert encoder.encode(["the"])[0][-1] == 1
+
+
+# What stands around a text, and what stands in it.
+
+
+def letters(letters: str, single: str, pair: str = "$A $B", **special: str) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer that knows some letters and nothing else, as those of DNA do."""
+    names = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"]
+    backend = Tokenizer(models.BPE({name: n for n, name in enumerate([*names, *letters])}, []))
+    known = [("[CLS]", 1), ("[SEP]", 2)]
+    backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=known)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", mask_token="[MASK]", **special
+    )
+
+
+DNA = {"letters": "ACGTN", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+
+
+def test_special_tokens_around_a_text_of_an_alphabet_that_has_no_usual_word():
+    encoder = TextEncoder(letters(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", **DNA))
+    assert encoder.around(1) == [[1], [2]]
+    assert encoder.around(2) == [[1], [2], [2]]
+    assert encoder.pair_types
+    assert (encoder.bos_id, encoder.eos_id, encoder.appends_eos) == (1, 2, True)
+    assert encoder.treats_targets_alike
+    assert encoder.encode(["ACGT"]) == [[1, 4, 5, 6, 7, 2]]
+
+
+def test_a_first_token_alone():
+    encoder = TextEncoder(letters("ACGTN", "[CLS] $A", bos_token="[CLS]", eos_token="[SEP]"))
+    assert encoder.around(1) == [[1], []]
+    assert (encoder.bos_id, encoder.eos_id, encoder.appends_eos) == (1, 2, False)
+
+
+def test_a_tokenizer_that_gives_no_text_a_token_is_refused():
+    with pytest.raises(ConfigError, match="before and after a text cannot be told"):
+        TextEncoder(letters("", "[CLS] $A [SEP]"))
+
+
+def test_texts_that_begin_with_the_first_token_themselves_are_counted():
+    tokenizer = letters("ACGTN", "[CLS] $A [SEP]", cls_token="[CLS]", sep_token="[SEP]")
+    encoder = TextEncoder(tokenizer)
+    assert encoder.special_tokens_seen("help") == []
+    encoder.encode(["[CLS]AC", "ACG", "A[SEP]C", "[SEP]", "[CLS]"])
+    encoder.encode_plain(["[CLS]T"])
+    doubled, written = encoder.special_tokens_seen("help")
+    assert "begin with [CLS], as chat templates write it: 3 of 6." in doubled
+    assert doubled.endswith("; help")
+    assert "texts with [SEP] written out: 2 of 6." in written
+    plain = TextEncoder(tokenizer, add_special_tokens=False)
+    assert plain.encode(["[CLS]AC"]) == [[1, 4, 5]]
+    assert (plain.bos_id, plain.appends_eos, plain.around(1), plain.around(2)) == (None, False, [[], []], [[], [], []])
+    assert plain.special_tokens_seen("help") == []

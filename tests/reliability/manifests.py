@@ -1,8 +1,9 @@
 """A member of a manifest is nonsense, and everything else agrees with it, as in a cache that a stranger has made.
 
 A case replaces one value of one manifest, at any depth, by a value that is too large, of another type, a path, a
-control character, and so on, or leaves it out; then it brings plan, commit records and hashes into line. Seven
-commands read the cache. Each must do its work or refuse with a `KdcacheError`.
+control character, and so on, or leaves it out, or gives another name to a field, an attempt or a file wherever that
+stands; then it brings plan and commit records into line. Seven commands read the cache. Each must do its work or refuse
+with a `KdcacheError`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import io
 import json
 import logging
 import math
+import os
 import random
 import re
 import shutil
@@ -46,6 +48,26 @@ NONSENSE: list[Any] = [
     *(_MISSING, _MISSING, [[[[[[[[]]]]]]]], {"name": "exact"}, {"kind": "hidden"}),
 ]
 
+#: What the name of a field, an attempt or a file becomes, everywhere; the second argument of format is the root.
+NAMES = (
+    *("{0}/../../../../victim", "../{0}", "../../../../up", "{0}/x", "{1}/victim/keep.txt", "/", ".", "..", "", " "),
+    *(
+        "{0}/../{0}",
+        "a\\b",
+        "{0}\0",
+        "x" * 300,
+        "é" * 130,
+        _CONTROLS,
+        "\ud800",
+        "nul",
+        "commits",
+        "manifest.json",
+        "C:up",
+    ),
+)
+#: The share of cases in which a name is replaced everywhere, not one value.
+_RENAMED = 0.25
+
 Path_ = tuple[str | int, ...]
 
 
@@ -75,6 +97,43 @@ def replaced(manifest: Any, path: Path_, value: Any) -> Any:
     else:
         parent.pop(path[-1])
     return changed
+
+
+def names_in(manifest: Any) -> list[str]:
+    """Return the names in ``manifest`` that paths of files are made of: of fields, attempts and files."""
+    fields = [field["name"] for field in manifest["fields"]]
+    attempts = [shard["attempt"] for shard in manifest["shards"]]
+    files = [Path(record["path"]).name for record in (*manifest["tokenizer_files"], *manifest["cache_files"])]
+    return sorted({*fields, *attempts, *files})
+
+
+def renamed(value: Any, old: str, new: str) -> Any:
+    """Return ``value`` with the name ``old`` replaced wherever it stands: as a key, as a value, as a part of a path."""
+    if isinstance(value, dict):
+        return {_rename(key, old, new): renamed(item, old, new) for key, item in value.items()}
+    if isinstance(value, list):
+        return [renamed(item, old, new) for item in value]
+    return _rename(value, old, new) if isinstance(value, str) else value
+
+
+def _rename(text: str, old: str, new: str) -> str:
+    if text == old:
+        return new
+    parts = [new if part == old else part.replace(f"-{old}.", f"-{new}.") for part in text.split("/")]
+    return "/".join(parts) if "/" in text else text
+
+
+def move_files(cache: Path, old: str, new: str, within: Path) -> None:
+    """Put the files whose paths hold the name ``old`` where ``new`` leads, where that can be and is ``within``."""
+    for path in sorted(path for path in cache.rglob("*") if path.is_file()):
+        name = path.relative_to(cache).as_posix()
+        target = Path(os.path.normpath(f"{cache}/{_rename(name, old, new)}"))
+        if target == path or within not in target.parents:
+            continue
+        with contextlib.suppress(OSError, ValueError):  # no name of a file
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
 
 
 def write_consistently(cache: Path, manifest: Any, *, everywhere: bool) -> None:
@@ -140,16 +199,21 @@ class Manifests:
         values = [*NONSENSE, str(surroundings.root / "victim" / "keep.txt")]
         random.Random(f"{self._seed} {path}").shuffle(values)
         value = values[(case // len(self._leaves)) % len(values)]
+        everywhere = generator.random() < 0.8
         for directory in (cache, *outputs):
             shutil.rmtree(directory, ignore_errors=True)
         shutil.copytree(self._caches[name], cache, ignore=shutil.ignore_patterns(".lock"))
-        changed = replaced(self._manifests[name], path, value)
-        write_consistently(cache, changed, everywhere=generator.random() < 0.8)
+        if generator.random() < _RENAMED:
+            old = generator.choice(names_in(self._manifests[name]))
+            new = generator.choice(NAMES).format(old, surroundings.root)
+            changed, words = renamed(self._manifests[name], old, new), f"{old!r} is named {new[:60]!r}"
+            move_files(cache, old, new, surroundings.root)
+        else:
+            changed = replaced(self._manifests[name], path, value)
+            words = f"{'.'.join(map(str, path))} = {'missing' if value is _MISSING else repr(value)[:60]}"
+        write_consistently(cache, changed, everywhere=everywhere)
         surroundings.changes()
-        shown = "missing" if value is _MISSING else repr(value)[:60]
-        return self._commands(
-            Result(case), f"{name}, {'.'.join(map(str, path))} = {shown}", cache, outputs, surroundings
-        )
+        return self._commands(Result(case), f"{name}, {words}", cache, outputs, surroundings)
 
     def _commands(
         self, result: Result, words: str, cache: Path, outputs: Sequence[Path], surroundings: Surroundings

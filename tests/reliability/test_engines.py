@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -130,6 +132,23 @@ def test_every_member_of_a_manifest_is_replaced(dumped):
     assert {"teacher.identity.sha256", "targets.scalars", "", "corpus.num_documents"} <= members
     assert any(member.startswith("shards.") and member.endswith("objects.targets.path") for member in members)
     assert len(engine._leaves) > 100
+
+
+def test_names_are_replaced_wherever_they_stand(dumped, tmp_path):
+    cache = Path(shutil.copytree(dumped, tmp_path / "cache"))
+    manifest = json.loads((cache / "manifest.json").read_text())
+    assert {"targets", "hidden-1", "tokenizer.json"} <= set(manifests.names_in(manifest))
+    new = "hidden-1/../../../victim"
+    changed = manifests.renamed(manifest, "hidden-1", new)
+    path = changed["shards"][0]["objects"][new]["path"]
+    assert path.startswith(f"fields/{new}/000000-")
+    assert "hidden-1" not in json.dumps(changed).replace(new, "")
+    manifests.move_files(cache, "hidden-1", new, tmp_path)
+    assert (cache / "fields" / "hidden-1").is_dir()
+    assert (cache / path).read_bytes() == (cache / manifest["shards"][0]["objects"]["hidden-1"]["path"]).read_bytes()
+    assert (tmp_path / "victim").is_dir()
+    attempt = manifest["shards"][0]["attempt"]
+    assert attempt not in json.dumps(manifests.renamed(manifest, attempt, "other"))
 
 
 def test_work_that_is_lost_is_found(corpus_file, monkeypatch, tmp_path):

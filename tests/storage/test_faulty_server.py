@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from kdcache.cache import open_cache
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.storage import retry
+from kdcache.storage.folder import Folder
 from kdcache.storage.local_store import LocalStoreConfig
 from tests.cache.http_store import serving
 from tests.cache.test_reader import check_batch
@@ -126,3 +130,44 @@ def test_from_s3(object_store, tmp_path):
     again = open_cache(url, local_store=LocalStoreConfig(directory=str(tmp_path)))
     again.folder.fetch = None
     check_batch(again.read(indices, fields=["hidden-1"]), SOURCE, indices, ["hidden-1"])
+
+
+@pytest.mark.parametrize("is_honest", [True, False])
+def test_a_file_that_does_not_end_is_not_read(is_honest, forbid_large_arrays):
+    """Whatever the server says of its size."""
+
+    class Endless(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "10")
+            self.end_headers()
+
+        def do_GET(self):
+            self.send_response(200)
+            if is_honest:
+                self.send_header("Content-Length", str(20 << 30))
+            else:
+                self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            with contextlib.suppress(OSError):  # until the client hangs up
+                while True:
+                    data = bytes(1 << 20)
+                    self.wfile.write(data if is_honest else b"%x\r\n%s\r\n" % (len(data), data))
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    forbid_large_arrays(1 << 30)
+    try:
+        folder = Folder(f"http://127.0.0.1:{server.server_port}/cache")
+        with pytest.raises(
+            CorruptCacheError, match=r"file manifest\.json of http.* bytes, at most 16,777,216 are expected"
+        ):
+            folder.read("manifest.json", max_bytes=16 << 20)
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -229,3 +229,14 @@ def test_a_cache_on_s3_equals_a_local_one(url, sound):
 def test_a_bucket_that_is_not_there(object_store):
     with pytest.raises(CacheError, match=r"cannot read s3://no-such-bucket/cache/.*: the bucket does not exist; check"):
         SOURCE.write("s3://no-such-bucket/cache")
+
+
+def test_a_lease_that_nobody_can_have_is_of_an_unknown_writer():
+    folder = Folder("memory://stranger/of/a/lease")
+    sound = Lease(folder)._record.model_dump()
+    for pid in (10**30, -1, 2**31):
+        folder.write(LEASE, json.dumps({**sound, "pid": pid}).encode())
+        assert Lease(folder)._read().host == "an unknown host", pid
+    folder.write(LEASE, bytes(2 << 20))
+    with pytest.raises(CacheError, match=r"file writer\.json of .* has 2,097,152 bytes, at most 1,048,576"):
+        Lease(folder)._read()

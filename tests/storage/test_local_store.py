@@ -377,3 +377,18 @@ def test_required_bytes(many):
     assert shards(shards_at_a_time=2) == 2 + THREADS
     assert shards(shards_at_a_time=1, num_processes=2) == 2 * (1 + THREADS)
     assert shards(shards_at_a_time=8) == 10, "no more than there are"
+
+
+def test_files_of_others_in_the_directories_of_a_store_stay(many, server, tmp_path):
+    """A store that is put into a directory in use neither evicts what lies there nor fails on it."""
+    directory = tmp_path / "store"
+    others = [directory / name for name in ("objects/ab/thesis.tex", "objects/notes.txt", "partial/x", "partial/y.z")]
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("three years of work")
+        os.utime(path, (0, 0))
+    os.mkfifo(directory / "partial" / ("0" * 64 + ".1"))
+    largest = max(item.num_bytes for shard in open_cache(str(many)).manifest.shards for item in shard.objects.values())
+    cache = open_cache(server.url, local_store=store_config(tmp_path, max_bytes=3 * largest), max_open_shards=1)
+    targets(cache)
+    assert all(path.read_text() == "three years of work" for path in others)

@@ -84,7 +84,7 @@ def test_pretrained_student_with_padding_rows(cache, tmp_path):
     path = save(llama(VOCAB_SIZE + 10, seed=1), tmp_path / "student")
     student = load(cache, model=path)
     assert student.head.vocab_size == VOCAB_SIZE
-    assert student.model.config.vocab_size == VOCAB_SIZE + 10
+    assert student.model.config.vocab_size == VOCAB_SIZE, "what is trained is what is saved"
 
 
 def test_student_without_tokenizer_files_is_taken_on_trust_and_says_so(cache, tmp_path, caplog):

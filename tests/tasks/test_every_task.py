@@ -108,7 +108,9 @@ def test_a_student_trains_and_is_judged(task: str, caches: dict[str, dict[str, s
     before, after = evaluate_students(
         found["cache"], [found["student"], str(tmp_path / "run")], device="cpu", progress=False
     ).students
-    assert after.num_parameters == before.num_parameters
+    # The T5 has 11 more rows than its tokenizer has ids, of width 8; they are not saved.
+    spare = 11 * 8 if task == "seq2seq-lm" else 0
+    assert after.num_parameters == before.num_parameters - spare
     if before.kl is not None and after.kl is not None:
         assert after.kl < 0.9 * before.kl
     for name in ("teacher_pearson",):

@@ -288,9 +288,9 @@ def test_resume_after_the_last_step_saves_the_maps(tmp_path, dumped):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (Path.unlink, "cannot be read"),
-        (lambda path: path.write_bytes(path.read_bytes()[:40]), "cannot be read"),
-        (lambda path: path.write_bytes(b"\x02\0\0\0\0\0\0\0{}"), "does not hold the parameters"),
+        (Path.unlink, "is missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:40]), "has 40 of .* bytes"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x55"), "is damaged"),
     ],
 )
 def test_resume_without_the_maps_is_refused(tmp_path, dumped, damage, words):
@@ -298,7 +298,7 @@ def test_resume_without_the_maps_is_refused(tmp_path, dumped, damage, words):
     with pytest.raises(KeyboardInterrupt):
         train(values, callbacks=[Interrupt(3)])
     damage(tmp_path / "out" / "checkpoint-2" / TERMS_FILE)
-    with pytest.raises(StudentError, match=rf"checkpoint-2/{TERMS_FILE} {words}.*bring that file back"):
+    with pytest.raises(StudentError, match=rf"checkpoint-2 .*its file {TERMS_FILE} {words}.*bring the file back"):
         train(values, resume=True)
 
 

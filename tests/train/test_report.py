@@ -201,7 +201,9 @@ def test_memory_grows_with_the_micro_batch_and_shrinks_with_checkpointing(tmp_pa
     assert kept.activations_bytes < 0.7 * one.activations_bytes
     assert one.optimiser_bytes == 2 * one.gradients_bytes
     assert one.shards_bytes > 0
-    assert one.total_bytes == sum(value for name, value in one if name.endswith("bytes") and name != "available_bytes")
+    apart = ("available_bytes", "process_bytes")
+    assert one.total_bytes == sum(value for name, value in one if name.endswith("bytes") and name not in apart)
+    assert one.process_bytes > 100 << 20, "an interpreter with torch, which a total of a few MB leaves out"
 
 
 # --------------------------------------------------------------------------------------------- warnings

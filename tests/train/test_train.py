@@ -302,7 +302,7 @@ def test_a_student_can_be_trained_further(tmp_path, caches):
 def test_output_of_a_run_is_not_overwritten(tmp_path, caches):
     values = settings(caches[8], tmp_path / "out", max_steps=1)
     train(values)
-    with pytest.raises(ConfigError, match="already holds a run; continue it with --resume"):
+    with pytest.raises(ConfigError, match="already holds a run; resume it"):
         train(values)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from kdcache.cache import open_cache
 from kdcache.dump import dump_teacher
@@ -172,6 +173,9 @@ def test_a_damaged_head(tmp_path):
 def test_states_that_give_no_logits(tmp_path, state, words):
     source = SyntheticCache(record=TargetsRecord(kind="hidden", top_k=1))
     source.states[6]["hidden-2"][:] = state
+    weight = np.full((50, 6), 4, np.float32)
+    head = {"lm_head.safetensors": save({"weight": weight}, metadata={"lm_head": '{"scale": 1.0, "softcap": null}'})}
+    source.cache_files = lambda: head
     source.write(tmp_path / "source")
     with pytest.raises(CorruptCacheError, match=words):
         transcode(tmp_path / "source", tmp_path / "made", targets={"kind": "top-k", "top_k": 3})

@@ -129,7 +129,7 @@ def test_a_damaged_source_is_named_and_leaves_no_manifest(copy, object_store, tm
     move(copy, url)
     path = open_cache(url).manifest.shards[2].objects["targets"].path
     Folder(url).write(path, bytes(Folder(url).size(path)))
-    with pytest.raises(CorruptCacheError, match=f"file {path} is damaged"):
+    with pytest.raises(CorruptCacheError, match=f"file {path} of .* is damaged"):
         move(url, tmp_path / "x")
     assert not (tmp_path / "x" / path).exists()
     with pytest.raises(IncompleteCacheError):
