@@ -147,7 +147,7 @@ class SequenceTable:
     def _unified(self, schemas: list[pa.Schema]) -> pa.Schema:
         """Return the schema of all shards together, and note the columns that some of them lack."""
         try:
-            unified = pa.unify_schemas(schemas or [pa.schema([])], promote_options="default")
+            unified = pa.unify_schemas(_with_dictionaries(schemas) or [pa.schema([])], promote_options="default")
         except pa.ArrowException as error:
             raise CorruptCacheError(
                 f"{self._folder}, field {layout.SEQUENCES_FIELD}: the tables of the shards differ: {error}"
@@ -156,6 +156,28 @@ class SequenceTable:
             for name in set(unified.names) - set(schema.names):
                 self._lacking.setdefault(name, shard)
         return unified
+
+
+def _with_dictionaries(schemas: list[pa.Schema]) -> list[pa.Schema]:
+    """Return the schemas with dictionaries in all of them for a column that is one in some: it holds the same values.
+
+    A shard in which large values repeat stores each once; the next may hold them as they are.
+    """
+    types = {field.name: field.type for schema in schemas for field in schema if pa.types.is_dictionary(field.type)}
+    if not types:
+        return schemas
+    return [
+        pa.schema(
+            [
+                field.with_type(types[field.name])
+                if field.name in types and field.type == types[field.name].value_type
+                else field
+                for field in schema
+            ],
+            metadata=schema.metadata,
+        )
+        for schema in schemas
+    ]
 
 
 def load_table(
@@ -292,6 +314,8 @@ def _stacked(pieces: list[pa.ChunkedArray | None], lengths: list[int], kind: pa.
     for piece, length in zip(pieces, lengths, strict=True):
         if piece is None or pa.types.is_null(piece.type):
             chunks.append(pa.nulls(length, kind))
+        elif piece.type != kind and pa.types.is_dictionary(kind):
+            chunks += piece.dictionary_encode().cast(kind).chunks
         else:
             chunks += piece.chunks
     return pa.chunked_array(chunks, kind)

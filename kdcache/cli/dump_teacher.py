@@ -35,7 +35,7 @@ To resume an interrupted dump, run the same command again.
     "--corpus",
     multiple=True,
     metavar="PATH",
-    help="Documents: a .txt, .jsonl or .parquet file, a directory, a glob, or hf:NAME[:CONFIG][@SPLIT]. Repeatable.",
+    help="Documents: a .txt, .jsonl, .csv or .parquet file, a directory, a glob, or hf:NAME[:CONFIG][@SPLIT]. Repeatable.",
 )
 @click.option("--output", metavar="CACHE", help="Directory or URL of the new cache.")
 @click.option(
@@ -106,6 +106,9 @@ To resume an interrupted dump, run the same command again.
     "--split-text",
     type=click.Choice(["file", "paragraph", "line"]),
     help="What one document of a .txt file is; a whole file may have up to 64 MB.  [default: file]",
+)
+@click.option(
+    "--leave-out", multiple=True, metavar="COLUMN", help="Do not keep this column as metadata of sequences. Repeatable."
 )
 @click.option("--limit-documents", type=int, help="Read only the first documents.  [default: all]")
 @click.option(

@@ -34,6 +34,7 @@ _SHARED = (
     "text_field",
     "column",
     "split_text",
+    "leave_out",
     "limit_documents",
     "batch_tokens",
     "dtype",

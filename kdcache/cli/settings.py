@@ -17,6 +17,7 @@ SOURCES = {
     "corpus.text_field": "text_field",
     "corpus.split_text": "split_text",
     "corpus.limit_documents": "limit_documents",
+    "corpus.leave_out": "leave_out",
     "sequences.max_length": "max_length",
     "task": "task",
     "batch_tokens": "batch_tokens",

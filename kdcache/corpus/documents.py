@@ -30,12 +30,15 @@ from kdcache.corpus.sources import find_sources, supported
 from kdcache.corpus.text_files import Split
 from kdcache.errors import CorpusError, did_you_mean
 from kdcache.schema import Document
+from kdcache.words import count
 
 log = logging.getLogger(__name__)
 
 _BATCH_DOCUMENTS = 256
 #: Characters per batch: tokenising takes memory of a hundred times the text.
 _BATCH_CHARACTERS = 4 << 20
+#: Larger columns of the sequences of a shard, repeated values and all, are stored as dictionaries.
+_MOST_REPEATED_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,7 @@ class Corpus:
         if not len(documents):
             return schema.empty_table()
         parts = [self._part(self._readers[reader], rows.tolist(), schema) for reader, rows in self._locate(documents)]
-        return pa.concat_tables(parts).take(pa.array(inverse.reshape(-1)))
+        return _repeated(pa.concat_tables(parts), inverse.reshape(-1).astype(np.int64))
 
     def _part(self, reader: Reader, rows: list[int], schema: pa.Schema) -> pa.Table:
         """Return rows of a source with exactly the columns of ``schema``: missing ones null, others converted."""
@@ -246,10 +249,10 @@ class Corpus:
         return [Document(*fields) for fields in zip(ids, texts, rows, strict=True)]
 
 
-def load_corpus(config: CorpusConfig, roles: Sequence[Role] = (TEXT,), *, output: str | Path | None = None) -> Corpus:
+def load_corpus(config: CorpusConfig, roles: Sequence[Role] = (TEXT,), *, outputs: Sequence[str | Path] = ()) -> Corpus:
     """Find and open all sources of a corpus; ``roles`` are the columns that a task reads, the main text first.
 
-    ``output`` is where the command writes: a local file or directory that is never part of the corpus. Raises
+    ``outputs`` are the local files and directories that the command writes, which are no part of the corpus. Raises
     ``CorpusError`` if a source is missing, unsupported, broken or without the text field, or if there are no documents.
     Sources beyond the first ``limit_documents`` documents are not opened. Rows with a null or missing text are
     documents without text. A warning counts them, and another what is left out of directories and patterns.
@@ -258,7 +261,7 @@ def load_corpus(config: CorpusConfig, roles: Sequence[Role] = (TEXT,), *, output
     num_documents = 0
     text_field, more = _named(config, roles)
     spool = Spool()
-    sources, left_out = find_sources(config.paths, output)
+    sources, left_out = find_sources(config.paths, outputs)
     for source in sources:
         try:
             reader = source.open(text_field, config.split_text, spool)
@@ -325,9 +328,10 @@ def _warn_of_missing_texts(config: CorpusConfig, text_field: str, readers: Seque
         num_missing += missing
     if num_missing:
         log.warning(
-            "%d documents have no %r (null or missing) and are counted as empty; the first is in %s",
-            num_missing,
+            "%s no %r (null or missing) and %s counted as empty; the first is in %s",
+            count(num_missing, "document") + (" has" if num_missing == 1 else " have"),
             text_field,
+            "is" if num_missing == 1 else "are",
             first,
         )
 
@@ -339,6 +343,42 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise CorpusError(f"cannot read {name}: {error.strerror or error}") from None
+
+
+def _repeated(table: pa.Table, rows_N: NDArray[np.int64]) -> pa.Table:
+    """Return ``rows_N`` of ``table``, with memory for each of its values once where they are large.
+
+    A document of many sequences has its metadata in each of them: a raw page of 3 MB in a thousand sequences would take
+    3 GB. Such columns become dictionaries, which hold every value once and an index per sequence.
+    """
+    if len(rows_N) == table.num_rows and np.array_equal(rows_N, np.arange(len(rows_N))):
+        return table
+    columns = []
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        try:
+            if _repeated_bytes(column, rows_N) > _MOST_REPEATED_BYTES:
+                values = column.combine_chunks()
+                columns.append(pa.DictionaryArray.from_arrays(pa.array(rows_N, pa.int32()), values))
+            else:
+                columns.append(column.take(pa.array(rows_N)))
+        except pa.ArrowException as error:
+            raise CorpusError(
+                f"column {name!r} is too large to be kept with every sequence ({str(error)[:80]}); leave it out with "
+                f"--leave-out {name}"
+            ) from None
+    return pa.table(columns, names=table.column_names)
+
+
+def _repeated_bytes(column: pa.ChunkedArray, rows_N: NDArray[np.int64]) -> int:
+    """Return the bytes of a column of strings or bytes when ``rows_N`` are taken; 0 for other types."""
+    kind = column.type
+    types = pa.types
+    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind)):
+        return 0
+    import pyarrow.compute as pc
+
+    lengths = pc.fill_null(pc.binary_length(column), 0).to_numpy()
+    return int(lengths.astype(np.int64)[rows_N].sum())
 
 
 def _union(schemas: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:

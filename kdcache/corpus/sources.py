@@ -27,6 +27,7 @@ from kdcache.corpus.parquet_files import ParquetReader
 from kdcache.corpus.readers import Reader
 from kdcache.corpus.text_files import Split, TextFile
 from kdcache.errors import CorpusError
+from kdcache.words import count
 
 HUB_PREFIX = "hf:"
 #: Files that every cache begins with.
@@ -78,18 +79,21 @@ class LeftOut:
         self.counts[kind] += 1
 
     def __str__(self) -> str:
-        return ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.counts.items()))
+        return ", ".join(
+            f"{number:,} {kind}" if kind.startswith((".", "without")) else count(number, kind)
+            for kind, number in sorted(self.counts.items())
+        )
 
 
-def find_sources(paths: Sequence[str], output: str | Path | None = None) -> tuple[list[Source], LeftOut]:
+def find_sources(paths: Sequence[str], outputs: Sequence[str | Path] = ()) -> tuple[list[Source], LeftOut]:
     """Return the sources that ``paths`` name, and what was left out of directories and patterns.
 
-    ``output`` is a local file or directory that is never part of the corpus. Raises ``CorpusError`` for a path that is
-    missing, unsupported or inside ``output``, and for files that are named twice.
+    ``outputs`` are local files and directories that are never part of the corpus. Raises ``CorpusError`` for a path
+    that is missing, unsupported or inside one of them, and for files that are named twice.
     """
     found: list[Source | _File] = []
     left_out = LeftOut()
-    search = _Search(None if output is None else os.path.realpath(output), left_out)
+    search = _Search([os.path.realpath(output) for output in outputs], left_out)
     for path in paths:
         if path.startswith(HUB_PREFIX):
             found.append(_hub_source(path))
@@ -132,10 +136,10 @@ class _File:
 
 
 class _Search:
-    """Find files by names, directories and patterns; ``output`` is a real path."""
+    """Find files by names, directories and patterns; ``outputs`` are real paths."""
 
-    def __init__(self, output: str | None, left_out: LeftOut) -> None:
-        self._output, self._left_out = output, left_out
+    def __init__(self, outputs: Sequence[str], left_out: LeftOut) -> None:
+        self._outputs, self._left_out = outputs, left_out
         self._real_folders: dict[str, str] = {}
 
     def files(self, name: str) -> list[_File]:
@@ -157,14 +161,14 @@ class _Search:
         )
 
     def _is_output(self, name: str) -> bool:
-        """Whether a file or directory is the output, or inside it."""
-        if self._output is None:
+        """Whether a file or directory is an output, or inside one."""
+        if not self._outputs:
             return False
         folder, last = os.path.split(name)
         if folder not in self._real_folders:
             self._real_folders[folder] = os.path.realpath(folder)
         real = os.path.join(self._real_folders[folder], last)
-        return real == self._output or real.startswith(self._output + os.sep)
+        return any(real == output or real.startswith(output + os.sep) for output in self._outputs)
 
     def _usable(self, what: str, names: Iterable[str], *, is_found: bool = False) -> list[_File]:
         """Return the supported files among ``names``, sorted, and each once; count the others."""
@@ -174,14 +178,14 @@ class _Search:
             try:
                 found = path.stat()
             except OSError:
-                self._left_out.add("broken links")
+                self._left_out.add("broken link")
                 continue
             if self._is_output(name):
                 continue
             if stat.S_ISDIR(found.st_mode):
-                self._left_out.add("folders")
+                self._left_out.add("folder")
             elif not stat.S_ISREG(found.st_mode):
-                self._left_out.add("pipes or devices")
+                self._left_out.add("special file")
             elif not _extension(path)[0]:
                 self._left_out.add(path.suffix.lower() or "without an extension")
             else:
@@ -192,7 +196,7 @@ class _Search:
         files = []
         for identity, paths in by_identity.items():
             for _ in paths[1:]:
-                self._left_out.add("further names of files that are read")
+                self._left_out.add("further name")
             # The name with the fewest links: a further link changes no id.
             files.append(_File(min(paths, key=_num_links) if paths[1:] else paths[0], identity, is_found))
         return sorted(files, key=lambda file: file.path.as_posix())
@@ -221,18 +225,18 @@ class _Search:
                 state = os.stat(folder)
                 entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
             except OSError:
-                self._left_out.add("folders that cannot be read")
+                self._left_out.add("unreadable folder")
                 continue
             if (state.st_dev, state.st_ino) in seen or self._is_output(folder):
                 continue
             seen.add((state.st_dev, state.st_ino))
             if folder != top and {entry.name for entry in entries}.issuperset(_OF_A_CACHE):
-                self._left_out.add("kdcache caches")
+                self._left_out.add("kdcache cache")
                 continue
             for entry in entries:
                 if entry.name.startswith(".") and not with_hidden:
                     if is_counted:
-                        self._left_out.add("hidden")
+                        self._left_out.add("hidden name")
                 elif entry.is_dir():
                     (links if entry.is_symlink() else folders).append(entry.path)
                 else:

@@ -10,18 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache import layout
-from kdcache.cache.output_dir import refuse_foreign
+from kdcache.cache.output_dir import check_same_plan, refuse_foreign
 from kdcache.corpus import Corpus, load_corpus
 from kdcache.dump.config import DumpConfig
 from kdcache.dump.pilot import layer_pilot
-from kdcache.dump.plan import check_top_k, make_plan
-from kdcache.errors import ConfigError, TeacherError, shortened
+from kdcache.dump.plan import check_top_k, make_plan, sequences_record
+from kdcache.errors import ConfigError, CorpusError, TeacherError, did_you_mean, shortened
 from kdcache.fields import SEGMENT_IDS
 from kdcache.models.tokenizer import TextEncoder, tokenizer_files, tokenizer_record
 from kdcache.progress import bar, reporter
 from kdcache.schema import Plan, TokenizerRecord
 from kdcache.storage.folder import Folder
-from kdcache.tasks import Sequences
+from kdcache.tasks import TASKS, Sequences
 from kdcache.teachers.backends import BACKENDS
 from kdcache.teachers.base import Request, Teacher, parse_layers
 
@@ -52,9 +52,11 @@ def load_parts(config: DumpConfig, progress: bool, *, is_preview: bool = False) 
     backend = BACKENDS[config.teacher.backend]
     backend.check(config.teacher)
     task, settings = config.of_task, config.sequences
-    corpus: Corpus = load_corpus(config.corpus, task.roles, output=folder.local_path)
+    _check_columns(config)
+    corpus: Corpus = load_corpus(config.corpus, task.roles, outputs=[folder.local_path] if folder.local_path else [])
     tokenizer = backend.load_tokenizer(config.teacher)
     record = tokenizer_record(tokenizer)
+    _check_begun(folder, config, corpus, record)
     # Random tokens of masked texts are sampled from the ids that the model has; other tasks take those of the text.
     encoder = TextEncoder(
         tokenizer,
@@ -121,6 +123,49 @@ def _of_the_model(record: TokenizerRecord, teacher: Teacher, sequences: Sequence
         tokenizer.convert_ids_to_tokens(num_ids),
     )
     return record.model_copy(update={"vocab_size": num_ids})
+
+
+def _check_columns(config: DumpConfig) -> None:
+    """Raise ``CorpusError`` for a column of a role that the task does not have, naming the tasks that do."""
+    roles = [role.name for role in config.of_task.roles]
+    strange = next((name for name in config.corpus.columns if name not in roles), None)
+    if strange is None:
+        return
+    others = [name for name, task in TASKS.importable().items() if strange in {role.name for role in task.roles}]
+    hint = f"task {' and '.join(others)} does: choose it with --task" if others else did_you_mean(strange, roles)
+    raise CorpusError(
+        f"--column {strange}=NAME: task {config.task} reads no {strange!r}, but {', '.join(roles)}; {hint}"
+    )
+
+
+def _check_begun(folder: Folder, config: DumpConfig, corpus: Corpus, tokenizer: TokenizerRecord) -> None:
+    """Raise ``CacheError`` when the output holds another cache, as far as that shows before the texts are tokenised.
+
+    Reading the corpus for its fingerprint takes a small part of the time of tokenising it. Once the plan is made,
+    `CacheWriter.begin` compares all of it.
+    """
+    existing = layout.read_plan(folder)
+    if existing is None:
+        return
+    record = existing.corpus.model_copy(
+        update={
+            "text_field": corpus.text_field,
+            "num_documents": len(corpus),
+            "metadata_columns": tuple(corpus.metadata_columns),
+        }
+    )
+    wanted = existing.model_copy(
+        update={
+            "task": config.task,
+            # The teacher decides how many of its ids there are.
+            "tokenizer": existing.tokenizer.model_copy(update={"sha256": tokenizer.sha256}),
+            "corpus": record,
+            "sequences": sequences_record(config.sequences),
+        }
+    )
+    check_same_plan(existing, wanted, folder)
+    record = record.model_copy(update={"fingerprint": corpus.fingerprint})
+    check_same_plan(existing, wanted.model_copy(update={"corpus": record}), folder)
 
 
 def _check_length(sequences: Sequences, teacher: Teacher) -> None:

@@ -127,7 +127,7 @@ def make_plan(
             num_truncated=sequences.num_truncated,
         ),
         targets=config.targets_config.record,
-        sequences=_recorded(config.sequences),
+        sequences=sequences_record(config.sequences),
         fields=tuple(fields),
         outputs=outputs,
         num_sequences=sequences.num_sequences,
@@ -141,7 +141,7 @@ def make_plan(
     return plan, table, starts
 
 
-def _recorded(settings: Config) -> dict[str, Any]:
+def sequences_record(settings: Config) -> dict[str, Any]:
     """Return the settings of the task as the plan has them: without those that older plans lack, where they change
     nothing, so that dumps begun by older versions are finished.
     """

@@ -27,7 +27,7 @@ class TargetsFile:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path, self._settings = path, settings
-        self._lock = FileLock(f"{path}.lock")
+        self._lock = FileLock(lock_path(path))
         self.num_lines = 0
 
     def __enter__(self) -> TargetsFile:
@@ -73,6 +73,11 @@ class TargetsFile:
 def settings_path(path: Path) -> Path:
     """Return the path of the settings of a file."""
     return path.with_name(f"{path.name}.settings.json")
+
+
+def lock_path(path: Path) -> Path:
+    """Return the path of the lock of a file."""
+    return path.with_name(f"{path.name}.lock")
 
 
 def check_output(path: Path, settings: dict[str, Any]) -> None:

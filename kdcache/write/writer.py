@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from kdcache.tasks.seq2seq_lm import Seq2SeqLM, fed_inputs
 from kdcache.teachers import HuggingFaceTeacher, load_teacher
 from kdcache.teachers.sampling import Sampler
 from kdcache.write.config import WriteConfig
+from kdcache.write.output import lock_path, settings_path
 
 ROLES = (Role("input"), Role("target", is_required=False))
 #: Columns that the file adds to those of the corpus.
@@ -48,7 +50,8 @@ class Writer:
         pick_device(config.teacher.device)
         if config.teacher.dtype != "auto":
             parse_dtype(config.teacher.dtype)
-        self.corpus = load_corpus(config.corpus, ROLES)
+        output = Path(config.output)
+        self.corpus = load_corpus(config.corpus, ROLES, outputs=[output, settings_path(output), lock_path(output)])
         _check_columns(self.corpus)
         name, revision = config.teacher.model, config.teacher.revision
         _check_encoder_decoder(config)

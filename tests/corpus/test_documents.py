@@ -229,7 +229,7 @@ def test_rows_without_a_text_after_the_limit_are_not_told_of(tmp_path, load, cap
     load(tmp_path, limit_documents=2)
     assert not caplog.records
     load(tmp_path, limit_documents=3)
-    assert "1 documents have no 'text'" in caplog.text
+    assert "1 document has no 'text' (null or missing) and is counted" in caplog.text
 
 
 def test_one_path_needs_no_list(tmp_path):

@@ -293,7 +293,7 @@ def test_every_file_counts_once_however_it_is_linked(tmp_path, load, caplog):
     os.link(tmp_path / "d/sub/a.jsonl", tmp_path / "d/sub/hard.jsonl")
     assert ids(load(tmp_path / "d")) == ids(load(tmp_path / "d/**/*.jsonl")) == ids(load(f"{tmp_path}/*/*/a.jsonl"))
     assert ids(load(tmp_path / "d")) == ["a.jsonl:0"]
-    assert "further names of files that are read" in caplog.text
+    assert "2 further names" in caplog.text
     assert load(tmp_path / "d", tmp_path / "elsewhere").fingerprint == before
     (tmp_path / "d/out").symlink_to(tmp_path / "elsewhere")
     assert ids(load(tmp_path / "d")) == ["out/b.jsonl:0", "sub/a.jsonl:0"]
@@ -323,13 +323,13 @@ def test_what_is_left_out_is_counted_in_one_warning(tmp_path, load, caplog):
     assert texts(load(tmp_path)) == ["a", "b"]
     [record] = caplog.records
     wanted = (
-        "1 .csv or .tsv without a column 'text', 1 .gz, 2 .md, 1 broken links, 1 hidden, 1 pipes or devices, 1 without"
+        "1 .csv or .tsv without a column 'text', 1 .gz, 2 .md, 1 broken link, 1 hidden name, 1 special file, 1 without"
     )
     assert wanted in record.getMessage()
     caplog.clear()
     assert texts(load(tmp_path / "*")) == ["a", "b"]
     [record] = caplog.records
-    assert "2 .md, 1 broken links, 1 folders, 1 without an extension" in record.getMessage()
+    assert "2 .md, 1 broken link, 1 folder, 1 without an extension" in record.getMessage()
 
 
 def test_patterns_match_as_those_of_the_shell(tmp_path, load):
@@ -356,14 +356,14 @@ def test_the_output_and_caches_are_no_corpus(tmp_path):
         (tmp_path / "other" / name).write_text("{}")
     (tmp_path / "link").symlink_to("out")
     for path in (tmp_path, f"{tmp_path}/**"):
-        corpus = load_corpus(CorpusConfig(paths=(str(path),)), output=str(tmp_path / "link/../out"))
+        corpus = load_corpus(CorpusConfig(paths=(str(path),)), outputs=[str(tmp_path / "link/../out")])
         assert ids(corpus) == ["a.jsonl:0"]
     write_json(tmp_path / "written.jsonl", {"text": "b"})
-    corpus = load_corpus(CorpusConfig(paths=(f"{tmp_path}/*",)), output=tmp_path / "written.jsonl")
+    corpus = load_corpus(CorpusConfig(paths=(f"{tmp_path}/*",)), outputs=[tmp_path / "written.jsonl"])
     assert ids(corpus) == ["a.jsonl:0"]
     for inside in ("out", "out/commits", "link/commits/x.json"):
         with pytest.raises(CorpusError, match=r"is \(in\) the output of this command"):
-            load_corpus(CorpusConfig(paths=(str(tmp_path / inside),)), output=tmp_path / "out")
+            load_corpus(CorpusConfig(paths=(str(tmp_path / inside),)), outputs=[tmp_path / "out"])
 
 
 def test_names_that_are_urls_elsewhere_are_names_here(tmp_path, load):
@@ -389,3 +389,27 @@ def test_files_need_no_cache_of_hugging_face(tmp_path, load, monkeypatch):
     write_json(tmp_path / "a.jsonl", {"text": "a"})
     pq.write_table(pa.table({"text": ["b"]}), tmp_path / "b.parquet")
     assert texts(load(tmp_path)) == ["a", "b"]
+
+
+# ------------------------------------------------------------------------------------------------------ large metadata
+
+
+def test_large_metadata_is_held_once_per_document(tmp_path, load, monkeypatch):
+    write_json(tmp_path / "a.jsonl", {"text": "a", "html": "x" * 1000, "n": 1}, {"text": "b", "html": None, "n": 2})
+    corpus = load(tmp_path)
+    rows = [0, 0, 1, 0]
+    whole = corpus.metadata_table(rows)
+    monkeypatch.setattr("kdcache.corpus.documents._MOST_REPEATED_BYTES", 2999)
+    once = corpus.metadata_table(rows)
+    assert once.to_pydict() == whole.to_pydict()
+    assert once.schema.field("html").type == pa.dictionary(pa.int32(), pa.string())
+    assert once.nbytes < 1200 < 3000 < whole.nbytes
+    assert once.schema.field("n") == whole.schema.field("n")
+    assert corpus.metadata_table([0, 1]).schema == whole.schema
+
+
+def test_metadata_that_is_too_large_names_its_column(tmp_path, load, monkeypatch):
+    monkeypatch.setattr("kdcache.corpus.documents._repeated_bytes", lambda *_: 0)
+    path = write_json(tmp_path / "a.jsonl", {"text": "a", "html": "x" * (1 << 20)})
+    with pytest.raises(CorpusError, match=r"column 'html' is too large.*--leave-out html"):
+        load(path).metadata_table([0] * 2048)
