@@ -16,6 +16,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,6 +42,22 @@ DTYPES = {
     "bf16": "bfloat16",
     "fp16": "float16",
 }
+#: What older checkpoints have in their layers beside the weights: masks and tables, which newer models compute.
+_OLD_BUFFERS = re.compile(
+    r"(attn|attention)\.(bias|masked_bias|causal_mask)$|inv_freq$|(cos|sin)_cached$|position_ids$|relative_attention_bias|"
+    r"_scale(_inv)?$|_zero_point$|g_idx$|qzeros$|num_batches_tracked$|_extra_state$"
+)
+#: First bytes of what git has instead of a file that git-lfs stores.
+_LFS_POINTER = b"version https://git-lfs"
+#: Files of which a directory has at least one if it has a tokenizer.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
 #: Passed to every load: ``None``, the default of transformers, asks on standard input and runs the code after a "y".
 _NO_FOREIGN_CODE = {"trust_remote_code": False}
 
@@ -124,7 +141,10 @@ def load_model(
                 revision=revision or "main",
                 dtype=dtype or "auto",
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported here, with the names and shapes
             )
+    _check_shapes(report, name, error)
+    _check_all_used(report, model, name, error)
     _check_whole(report, model, name, task, error, may_lack_head)
     vars(model.config).pop("auto_map", None)
     if task.body == "pooled":
@@ -165,8 +185,8 @@ def check_no_kernels(config: Any, name: str, error: type[KdcacheError]) -> None:
         wanted = attention_of(part)
         if isinstance(wanted, str) and "/" in wanted:
             raise error(
-                f"{name} asks for compiled code from a repository (attn_implementation {shortened(wanted)} in its config.json), "
-                "which kdcache never runs; remove this setting"
+                f"{name} asks for compiled code from a repository (attn_implementation {shortened(wanted)} in its "
+                "config.json), which kdcache never runs; remove this setting"
             )
 
 
@@ -183,6 +203,49 @@ def _check_weight_files(name: str, error: type[KdcacheError]) -> None:
                     f"{index} names the weights {shortened(file)}, which are no file of {name}; kdcache reads no other "
                     "files; download the model again"
                 )
+
+
+def _check_shapes(report: Mapping[str, Any], name: str, error: type[KdcacheError]) -> None:
+    mismatched = sorted((str(key), list(found), list(wanted)) for key, found, wanted in report["mismatched_keys"])
+    if mismatched:
+        key, found, wanted = mismatched[0]
+        raise error(
+            f"the weights of {name} have other shapes than needed, such as a head with another number of classes: "
+            f"{shortened(key)} is {found} there, and {wanted} by its config.json and the task; correct config.json, or "
+            "choose another model, or one without a head"
+        )
+
+
+def _check_all_used(report: Mapping[str, Any], model: Any, name: str, error: type[KdcacheError]) -> None:
+    """Raise ``error`` for weights in the model's own layers that it has no place for: it would compute without them.
+
+    Other weights may be left over, such as heads of other tasks and encoders of images.
+    """
+    config, inside = model.config.get_text_config(), f"{model.base_model_prefix}."
+    own = {_stack_of(key.removeprefix(inside)) for key in model.state_dict()}
+    extra = []
+    for key in sorted(report["unexpected_keys"]):
+        stack = _stack_of(key.removeprefix(inside))
+        if stack is None or stack not in own or _OLD_BUFFERS.search(key):
+            continue
+        number = int(key.removeprefix(inside)[len(stack) :].partition(".")[0])
+        # Layers that predict several tokens at once (DeepSeek-V3) follow those of the model, and are not used here.
+        num_layers = getattr(config, "num_hidden_layers", None) or 0
+        if getattr(config, "num_nextn_predict_layers", None) and number >= num_layers:
+            continue
+        extra.append(key)
+    if extra:
+        raise error(
+            f"{name} has {count(len(extra), 'weight')} that its config.json has no place for, such as "
+            f"{shortened(extra[0])} (num_hidden_layers is {getattr(config, 'num_hidden_layers', 'not given')}), and "
+            "the model would be run without; correct config.json, or download the model again"
+        )
+
+
+def _stack_of(key: str) -> str | None:
+    """Return what stands before the first number in the name of a weight: ``layers.`` of ``layers.11.norm.weight``."""
+    found = re.match(r"((?:[^.]+\.)*?)\d+\.", key)
+    return found[1] if found else None
 
 
 def _check_whole(
@@ -270,8 +333,8 @@ def _check_architecture(config: Any, task: Task, name: str, error: type[KdcacheE
         )
     if task.model_class == "AutoModelForMaskedLM" and getattr(config, "is_encoder_decoder", False):
         raise error(
-            f"{name} is an encoder-decoder ({config.model_type}), and task {task.name} is about models that predict the "
-            "masked tokens of a text itself; use --task seq2seq-lm, or choose another model"
+            f"{name} is an encoder-decoder ({config.model_type}), and task {task.name} is about models that predict "
+            "the masked tokens of a text itself; use --task seq2seq-lm, or choose another model"
         )
     if not task.is_causal:
         return  # missing weights are noticed when the checkpoint is loaded
@@ -299,24 +362,74 @@ def _readable_failures(name: str, error: type[KdcacheError], described: str | No
     except Exception as failure:  # transformers, tokenizers, safetensors and the hub client have no common base
         if "trust_remote_code" in str(failure):
             raise error(
-                f"{described} needs Python code from its own repository (auto_map in its JSON files), which kdcache never "
-                "runs; use a model whose architecture and tokenizer the installed transformers has"
+                f"{described} needs Python code from its own repository (auto_map in its JSON files), which kdcache "
+                "never runs; use a model whose architecture and tokenizer the installed transformers has"
             ) from None
         if "weights_only" in str(failure):
             raise error(
-                f"the weights of {described} are pickled with more than tensors, which may be code, and kdcache never runs "
-                "it; use a copy of the model in safetensors"
+                f"the weights of {described} are pickled with more than tensors, which may be code, and kdcache never "
+                "runs it; use a copy of the model in safetensors"
             ) from None
-        if "ignore_mismatched_sizes" in str(failure):  # its message is advice; the shapes are only logged
-            raise error(
-                f"the weights of {described} have other shapes than needed, such as a head with another number of classes; "
-                "choose another model, or one without a head"
-            ) from None
+        reason = _wrong_file(Path(name), failure, described)
+        if reason is not None:
+            raise error(f"cannot load {described}: {reason}") from None
         looks_local = os.path.exists(name) or name.startswith((".", "/", "~")) or name.endswith(".gguf")
         if looks_local and not os.path.exists(name):
             raise error(f"there is no model at {name}") from None
         where = "" if looks_local else " (not a local path; as a hub id it could not be loaded either)"
         raise error(f"cannot load {described}{where}: {first_line(failure)}") from None
+
+
+def _wrong_file(path: Path, failure: Exception, described: str) -> str | None:
+    """Say which file of a local model is the reason of a failure to load it, and what to do; None where none is found.
+
+    The libraries below tell neither the file nor the setting.
+    """
+    if not path.is_dir():
+        return None
+    files = sorted(p for p in path.iterdir() if p.is_file())
+    for file in files:
+        with file.open("rb") as opened:
+            if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                return (
+                    f"its {file.name} is a pointer of git-lfs and not the file itself; run git lfs pull in that "
+                    "directory, or download the model again"
+                )
+    for file in files:
+        problem = _problem_of(file)
+        if problem is not None:
+            return f"its {file.name} {problem}; download the model again"
+    if isinstance(failure, KeyError) and failure.args:
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        for setting, value in settings.items():
+            if value == failure.args[0]:
+                return (
+                    f"its config.json sets {shortened(setting)} to {shortened(value)}, which the installed "
+                    "transformers does not have; correct it, or install another version of transformers"
+                )
+    if "tokenizer" in str(failure) and not any((path / file).is_file() for file in TOKENIZER_FILES):
+        return (
+            f"it has no tokenizer ({', '.join(TOKENIZER_FILES[:2])}, ...); copy these files from the model that it was "
+            "made from"
+        )
+    return None
+
+
+def _problem_of(file: Path) -> str | None:
+    """Return what is wrong with the content of a JSON or safetensors file."""
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+        elif file.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(file, "np"):
+                pass
+    except ValueError as error:  # of JSON and of its encoding
+        return f"is no JSON ({shortened(first_line(error))})"
+    except Exception as error:  # SafetensorError is no ValueError, and imported only here
+        return f"cannot be read ({shortened(first_line(error))})"
+    return None
 
 
 @contextlib.contextmanager

@@ -245,8 +245,8 @@ class TextEncoder:
             if len(starts) == 1:
                 return text, full[: starts[0]], full[starts[0] + len(plain) :]
         raise ConfigError(
-            f"what the tokenizer ({type(self._tokenizer).__name__}) puts before and after a text cannot be told: a text "
-            "made of its own vocabulary has no tokens, or other ones between special tokens; use another tokenizer"
+            f"what the tokenizer ({type(self._tokenizer).__name__}) puts before and after a text cannot be told: a "
+            "text made of its own vocabulary has no tokens, or other ones between special tokens; use another tokenizer"
         )
 
     def _probes(self) -> Iterator[str]:

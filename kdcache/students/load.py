@@ -25,6 +25,7 @@ from kdcache.errors import ConfigError, StudentError
 from kdcache.models.bodies import Parts, context_length, fed, num_input_ids, probe_inputs, split_for
 from kdcache.models.lm_head import LMHead
 from kdcache.models.loading import (
+    TOKENIZER_FILES,
     check_loadable,
     load_cache_tokenizer,
     load_config,
@@ -49,8 +50,6 @@ from kdcache.students.vocabulary import align_special_ids, keep_chat_template, t
 from kdcache.tasks import Task, task_of
 
 logger = logging.getLogger(__name__)
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 @dataclass
@@ -343,7 +342,7 @@ def _check_num_ids(found: int | None, manifest: Manifest, name: str) -> None:
 def own_tokenizer(name: str, revision: str | None = None) -> Any | None:
     """Return the tokenizer of a model, None if it has none; raises `StudentError` for one that cannot be loaded."""
     path = Path(name)
-    if path.is_dir() and not any((path / file).is_file() for file in _TOKENIZER_FILES):
+    if path.is_dir() and not any((path / file).is_file() for file in TOKENIZER_FILES):
         return None
     try:
         return load_tokenizer(name, revision=revision, error=StudentError)

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdcache.errors import StudentError
+from kdcache.errors import StudentError, first_line
+from kdcache.models.bodies import num_input_ids
 from kdcache.models.internals import model_from_config
-from kdcache.models.loading import first_line, quiet
+from kdcache.models.loading import quiet
 from kdcache.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def trim_rows(model: Any, vocab_size: int, name: str, *, remove: bool = True) ->
 
     Without ``remove`` only warn of them. Raises ``StudentError`` for an architecture in which that is impossible.
     """
-    num_rows = model.get_input_embeddings().num_embeddings
+    num_rows = num_input_ids(model)
     if num_rows <= vocab_size:
         return
     log.warning(
@@ -114,7 +115,7 @@ def align_special_ids(model: Any, tokenizer: Any, task: Task) -> None:
     encoder-decoders and encoders: from the others they derive positions and the inputs of their decoders.
     """
     kinds = ("bos", "eos", "pad") if task.is_causal else ("eos",)
-    vocab_size = model.get_input_embeddings().num_embeddings
+    vocab_size = num_input_ids(model)
     generation = getattr(model, "generation_config", None)
     for config in filter(None, (model.config, model.config.get_text_config(), generation)):
         for kind in kinds:
