@@ -57,6 +57,9 @@ MAX_TABLE_BYTES = 4 << 30
 #: Most bytes of an LM head that is written, before a record says its size.
 MAX_HEAD_BYTES = 64 << 30
 
+#: Longest sequence, in tokens or rows.
+MAX_LENGTH = 2**31 - 1
+
 R = TypeVar("R", bound=Config)
 
 
@@ -269,8 +272,12 @@ def _check_consistent(manifest: Manifest, folder: Folder) -> None:
             raise CorruptCacheError(f"{where}: shards hold {total} {name}, the plan says {getattr(manifest, name)}")
     targets, num_ids = manifest.targets, manifest.num_ids
     _check_targets(targets, num_ids, where)
-    if not isinstance(manifest.sequences.get("max_length"), int):
-        raise CorruptCacheError(f"{where}: sequences.max_length is not a number")
+    for name in ("max_length", *(["max_target_length"] if "max_target_length" in manifest.sequences else [])):
+        found = manifest.sequences.get(name)
+        if type(found) is not int or not 0 < found <= MAX_LENGTH:  # True is an int too
+            raise CorruptCacheError(
+                f"{where}: sequences.{name} is not a number from 1 to {MAX_LENGTH}: {shortened(repr(found))}"
+            )
     _check_fields(manifest, where)
     fields = {SEQUENCES_FIELD, *(field.name for field in manifest.fields)}
     for shard in manifest.shards:

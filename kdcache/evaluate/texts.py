@@ -89,6 +89,7 @@ class GeneratedTexts:
     def student(self, name: str, student: Student) -> Metrics:
         """Return the metrics of what ``student`` writes, on the device that it is on."""
         texts: list[str] = []
+        lengths = self._cache.manifest.sequences
         starts = range(0, len(self._inputs), _STEP)
         for start in tqdm(starts, desc=f"{name}: texts", unit="step", disable=not self._progress):
             written = write_all(
@@ -96,7 +97,7 @@ class GeneratedTexts:
                 student.tokenizer,
                 student.vocab_size,
                 self._inputs[start : start + _STEP],
-                max_tokens=int(self._cache.manifest.sequences["max_target_length"]),
+                max_tokens=int(lengths["max_target_length" if "max_target_length" in lengths else "max_length"]),
                 batch_tokens=self._batch_tokens,
                 beams=self._beams,
             )

@@ -346,6 +346,16 @@ def test_numbers_of_any_length(copy):
         open_cache(str(copy))
 
 
+@loop("name", ["max_length", "max_target_length"])
+@loop("value", ["x", 0, -4, True, 10**12, [1], None, 16.5])
+def test_lengths_of_sequences_that_are_none(name, value, sound, tmp_path):
+    path = tmp_path / "copy"
+    shutil.copytree(sound, path, dirs_exist_ok=True)
+    change_manifest(path, set_at("sequences", name, value))
+    with pytest.raises(CorruptCacheError, match=rf"sequences\.{name} is not a number from 1 to 2147483647: "):
+        open_cache(str(path))
+
+
 def test_other_encodings(copy):
     data = (copy / "manifest.json").read_text()
     for encoding in ("utf-16", "utf-32", "utf-8-sig"):
