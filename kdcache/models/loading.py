@@ -338,7 +338,8 @@ def _check_architecture(config: Any, task: Task, name: str, error: type[KdcacheE
         )
     if not task.is_causal:
         return  # missing weights are noticed when the checkpoint is loaded
-    architectures = list(config.architectures or [])
+    named = getattr(config, "architectures", None)
+    architectures = [str(name) for name in named] if isinstance(named, list | tuple) else []
     if getattr(config, "is_encoder_decoder", False):
         raise error(f"{name} is an encoder-decoder ({config.model_type}), not a causal language model")
     causal = [a for a in architectures if a.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))]
@@ -377,7 +378,8 @@ def _readable_failures(name: str, error: type[KdcacheError], described: str | No
         if looks_local and not os.path.exists(name):
             raise error(f"there is no model at {name}") from None
         where = "" if looks_local else " (not a local path; as a hub id it could not be loaded either)"
-        raise error(f"cannot load {described}{where}: {first_line(failure)}") from None
+        reason = f"unknown {failure}" if isinstance(failure, KeyError) else first_line(failure)
+        raise error(f"cannot load {described}{where}: {reason}") from None
 
 
 def _wrong_file(path: Path, failure: Exception, described: str) -> str | None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 RUN_FILE = "kdcache_run.json"
+#: Members that are mappings.
+_MAPPINGS = ("cache", "student", "settings", "config")
 
 
 def read_run(directory: str | Path) -> dict[str, Any] | None:
@@ -15,4 +17,6 @@ def read_run(directory: str | Path) -> dict[str, Any] | None:
         record = json.loads((Path(directory) / RUN_FILE).read_text())
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) else None
+    if not isinstance(record, dict) or not all(isinstance(record.get(name, {}), dict) for name in _MAPPINGS):
+        return None  # a student may come from a stranger
+    return record

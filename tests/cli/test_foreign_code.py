@@ -214,6 +214,32 @@ def test_sentence_models_with_pickled_layers(executed, tmp_path):
     assert not executed.exists()
 
 
+#: What else the files of a model may hold, and the error, or None where the model is of use.
+NONSENSE = {
+    "architectures": ("config.json", {"architectures": 5}, None),
+    "activation": ("config.json", {"hidden_act": "evil"}, "unknown 'evil'"),
+    "model type": ("config.json", {"model_type": ["llama"]}, "cannot load"),
+    "code": ("config.json", {"auto_map": 5}, "cannot load"),
+    "attention of parts": ("config.json", {"attn_implementation": {"": "a/b"}}, "asks for compiled code"),
+    "tokenizer class": ("tokenizer_config.json", {"tokenizer_class": ["x"]}, "cannot load"),
+    "run": ("kdcache_run.json", {"cache": 5, "student": [1]}, None),
+}
+
+
+def test_nonsense_in_the_files_of_a_student(run, dumped, teacher_dir, tmp_path, subtests):
+    for kind, (name, changes, message) in NONSENSE.items():
+        with subtests.test(kind):
+            path = Path(shutil.copytree(teacher_dir, tmp_path / kind))
+            if not (path / name).exists():
+                (path / name).write_text("{}")
+            change_json(path / name, **changes)
+            outcome = run("evaluate", "--cache", dumped, "--student", path, "--device", "cpu", "--quiet")
+            if message is None:
+                assert outcome.code == 0, outcome.err
+            else:
+                assert message in outcome.message()
+
+
 # ------------------------------------------------------------------------------------------------------- caches
 
 
