@@ -52,6 +52,10 @@ COMMITS, FIELDS, SEQUENCES, TOKENIZER = "commits", "fields", "sequences", "token
 #: The per-sequence Arrow table is an object of every shard, but not an array field.
 SEQUENCES_FIELD = "sequences"
 
+#: Member of the manifest: SHA-256 of its bytes without the line of this member.
+CHECKSUM = "checksum"
+_CHECKSUM_LINE = re.compile(rb'^ "checksum": "([0-9a-f]{64})",\n', re.MULTILINE)
+
 #: Most bytes of plan.parquet, whose size no record says.
 MAX_TABLE_BYTES = 4 << 30
 #: Most bytes of an LM head that is written, before a record says its size.
@@ -97,6 +101,12 @@ def sha256(data: bytes) -> str:
 def to_json(record: Config) -> bytes:
     """Return ``record`` as JSON; equal records give equal bytes."""
     return canonical_json(record.model_dump(mode="json"))
+
+
+def manifest_json(manifest: Manifest) -> bytes:
+    """Return ``manifest`` as it is written: with the checksum by which a reader sees that a byte of it has changed."""
+    values = manifest.model_dump(mode="json")
+    return canonical_json({**values, CHECKSUM: sha256(canonical_json(values))})
 
 
 def canonical_json(values: Any) -> bytes:
@@ -247,7 +257,18 @@ def read_manifest(folder: Folder) -> tuple[Manifest, str]:
         raise _no_manifest(folder) from None
     manifest = from_json(Manifest, data, f"{folder}/{MANIFEST}")
     _check_consistent(manifest, folder)
+    _check_sum(data, f"{folder}/{MANIFEST}")
     return manifest, sha256(data)
+
+
+def _check_sum(data: bytes, where: str) -> None:
+    """Refuse a manifest whose bytes are not those that were written; older ones say nothing of them."""
+    found = _CHECKSUM_LINE.search(data)
+    if found and sha256(data[: found.start()] + data[found.end() :]) != found[1].decode():
+        raise CorruptCacheError(
+            f"{where} is damaged: its checksum is not that of its content; copy it again, or delete it and run the "
+            "command that made the cache again, which writes it again from the commit records"
+        )
 
 
 def _no_manifest(folder: Folder) -> CacheError:

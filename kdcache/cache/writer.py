@@ -222,7 +222,7 @@ class CacheWriter:
         once = {"tokenizer_files": manifest.tokenizer_files, "cache_files": manifest.cache_files}
         if standing and standing.model_copy(update=once) == manifest:
             return standing
-        self.folder.write(layout.MANIFEST, layout.to_json(manifest))
+        self.folder.write(layout.MANIFEST, layout.manifest_json(manifest))
         return manifest
 
     def _refuse_lost(self, manifest: Manifest) -> None:

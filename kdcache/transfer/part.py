@@ -217,4 +217,4 @@ def _rewritten(manifest: Manifest, link: dict[str, Any], **changes: Any) -> Mani
 
 
 def _as_contents(part: Manifest, items: tuple[Item, ...]) -> Contents:
-    return Contents(part, layout.to_json(part), items, is_part=True)
+    return Contents(part, layout.manifest_json(part), items, is_part=True)

@@ -125,7 +125,7 @@ def _check_records(folder: Folder, manifest: Manifest) -> Iterator[str]:
     # As JSON, not as records: those leave out what they do not know, and fill in what is missing.
     found = json.loads(folder.read(layout.MANIFEST))
     yield from _check_record(folder, layout.MANIFEST, type(manifest), found)
-    plan = {name: value for name, value in found.items() if name not in _MANIFEST_ONLY}
+    plan = {name: value for name, value in found.items() if name not in (*_MANIFEST_ONLY, layout.CHECKSUM)}
     yield from _check_record(folder, layout.PLAN, Plan, plan)
     for shard, record in zip(manifest.shards, found["shards"], strict=True):
         yield from _check_record(folder, layout.commit_name(shard.index), ShardRecord, record)

@@ -24,7 +24,9 @@ from tests.synthetic import SyntheticCache
 
 
 def change_manifest(path: Path, change) -> None:
+    """Change the manifest as somebody does who means to: with no checksum that would tell."""
     manifest = json.loads((path / "manifest.json").read_text())
+    manifest.pop("checksum", None)
     change(manifest)
     (path / "manifest.json").write_bytes(layout.canonical_json(manifest))
 
@@ -588,3 +590,26 @@ def test_a_store_whose_client_fails_in_its_own_way(monkeypatch):
     for call in (lambda: folder.read("x"), lambda: folder.exists("x"), lambda: folder.size("x"), folder.names):
         with pytest.raises(CacheError, match=r"cannot reach memory://far/away: connection refused by peer"):
             call()
+
+
+def test_any_changed_byte_of_a_manifest_is_seen(copy):
+    """Of names, hashes of the corpus, sums and provenance nothing else tells that they are damaged."""
+    sound = (copy / "manifest.json").read_bytes()
+    assert json.loads(sound)["checksum"]
+    changes = [(b'"random-numbers"', b'"random-numberz"'), (b'"made up"', b'"made vp"'), (b"0.1.0", b"0.3.0")]
+    changes += [
+        (b'"2222', b'"2322'),
+        (b'"kept_mass_sum": ', b'"kept_mass_sum": 1'),
+        (b'"max_length": 16', b'"max_length": 96'),
+    ]
+    for before, after in changes:
+        assert before in sound, before
+        (copy / "manifest.json").write_bytes(sound.replace(before, after, 1))
+        with pytest.raises(
+            CorruptCacheError, match=r"manifest\.json is damaged: its checksum is not that of its content"
+        ):
+            open_cache(str(copy))
+    (copy / "manifest.json").write_bytes(sound)
+    change_manifest(copy, lambda manifest: None)  # as an older kdcache wrote it
+    assert "checksum" not in json.loads((copy / "manifest.json").read_text())
+    open_cache(str(copy)).read([0])

@@ -14,6 +14,7 @@ from kdcache.cache.tail_prior import pack_prior
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.storage.folder import Folder
 from kdcache.verify.stored import verify_cache
+from tests.cache.test_stranger import change_manifest
 from tests.cache.test_writer import content_of, snapshot
 from tests.caches import KINDS
 
@@ -144,13 +145,9 @@ def test_a_prior_that_is_none(copy_of, wrong):
     with pytest.raises(CorruptCacheError, match=rf"{PRIOR} (has \d+ bytes, the manifest says|is damaged \(its sha256)"):
         _ = open_cache(str(path)).tail_prior_V
     # Even where a stranger's manifest agrees with the file.
-    manifest = (path / "manifest.json").read_text()
-    [record] = open_cache(str(path)).manifest.cache_files
-    manifest = manifest.replace(record.sha256, layout.sha256(data))
-    manifest = manifest.replace(
-        f'"num_bytes": {record.num_bytes},\n   "path": "{PRIOR}"', f'"num_bytes": {len(data)},\n   "path": "{PRIOR}"'
-    )
-    (path / "manifest.json").write_text(manifest)
+    change_manifest(path, lambda m: m["cache_files"][0].update(num_bytes=len(data), sha256=layout.sha256(data)))
+    with pytest.raises(CorruptCacheError, match=f"{PRIOR}.*{words}"):
+        _ = open_cache(str(path)).tail_prior_V
     [problem] = verify_cache(str(path)).problems
     assert PRIOR in problem
     assert words in problem

@@ -316,7 +316,7 @@ def test_the_records_are_those_that_a_writer_writes(sound, tmp_path):
     move(sound, tmp_path / "x", shards=[1])
     before = snapshot(tmp_path / "x")
     manifest = open_cache(str(tmp_path / "x")).manifest
-    assert layout.to_json(manifest) == (tmp_path / "x" / "manifest.json").read_bytes()
+    assert layout.manifest_json(manifest) == (tmp_path / "x" / "manifest.json").read_bytes()
     assert SOURCE.lengths[5:10].sum() == manifest.num_positions
     (tmp_path / "x" / "plan.json").unlink()
     with pytest.raises(CacheError):
