@@ -107,21 +107,25 @@ class RecordFile:
         if first <= rows[0] and rows[-1] < first + len(kept):
             yield from (kept[row - first] for row in rows)
             return
-        starts = self._starts_N1
-        is_kept = len(rows) == rows[-1] + 1 - rows[0] and starts[rows[-1] + 1] - starts[rows[0]] <= _KEPT_BYTES
-        parsed = []
+        starts = self._starts_N1[rows[0] : rows[-1] + 2].tolist()
+        if len(rows) == rows[-1] + 1 - rows[0] and starts[-1] - starts[0] <= _KEPT_BYTES:
+            data, at = self._data.read(starts[0], starts[-1]), starts[0]
+            spans = zip(rows, starts, starts[1:], strict=False)
+            parsed = [self._parsed(row, data[start - at : stop - at]) for row, start, stop in spans]
+            self._kept = (rows[0], parsed)
+            yield from parsed
+            return
         with self._data.opened() as file:
             for row in rows:
-                file.seek(int(starts[row]))
-                try:
-                    values = self._parse(file.read(int(starts[row + 1] - starts[row])))
-                except ValueError:
-                    raise CorpusError(f"{self.name}, row {row} has changed since the corpus was opened") from None
-                if is_kept:
-                    parsed.append(values)
-                yield values
-        if is_kept:
-            self._kept = (rows[0], parsed)
+                start, stop = starts[row - rows[0]], starts[row - rows[0] + 1]
+                file.seek(start)
+                yield self._parsed(row, file.read(stop - start))
+
+    def _parsed(self, row: int, data: bytes) -> dict[str, Any]:
+        try:
+            return self._parse(data)
+        except ValueError:
+            raise CorpusError(f"{self.name}, row {row} has changed since the corpus was opened") from None
 
     def _look_at(self, record: Record, row: int, types: dict[str, ColumnType], missing: Any) -> None:
         for name, value in record.values.items():

@@ -161,11 +161,21 @@ def _check_begun(folder: Folder, config: DumpConfig, corpus: Corpus, tokenizer: 
             "tokenizer": existing.tokenizer.model_copy(update={"sha256": tokenizer.sha256}),
             "corpus": record,
             "sequences": sequences_record(config.sequences),
+            "targets": existing.targets.model_copy(update=_asked_for(config)),
         }
     )
     check_same_plan(existing, wanted, folder)
     record = record.model_copy(update={"fingerprint": corpus.fingerprint})
     check_same_plan(existing, wanted.model_copy(update={"corpus": record}), folder)
+
+
+def _asked_for(config: DumpConfig) -> dict[str, Any]:
+    """Return the members of the targets' record that are asked for explicitly; others may depend on the teacher."""
+    if config.targets is None:
+        return {}
+    record = config.targets.record
+    given = {name for name in config.targets.model_fields_set if getattr(config.targets, name) is not None}
+    return {name: getattr(record, name) for name in given & set(type(record).model_fields)}
 
 
 def _check_length(sequences: Sequences, teacher: Teacher) -> None:

@@ -37,6 +37,8 @@ def test_an_output_inside_the_corpus_is_resumed_by_the_same_call(tmp_path, teach
         ([{"text": "one two"}], {}, "corpus.num_documents is 2 there and 1 here"),
         ([{"text": "one two", "n": 1}, {"text": "other", "n": 2}], {}, "corpus.fingerprint is"),
         (None, {"sequences": {"max_length": 9}}, "sequences.max_length is 16 there and 9 here"),
+        (None, {"targets": {"top_k": 5, "codec": "exact"}}, "targets.top_k is 6 there and 5 here"),
+        (None, {"targets": {"kind": "sampled"}}, "targets.kind is 'top-k' there and 'sampled' here"),
         (None, {"corpus": {"leave_out": ["n"]}}, r"corpus.metadata_columns is \['n'\] there and \[\] here"),
     ],
 )
