@@ -66,9 +66,8 @@ class Checkpoints:
         """Return the steps and directories of all checkpoints, complete or not, newest first."""
         found = []
         for path in self.output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-            suffix = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-            if suffix.isdigit() and path.is_dir():
-                found.append((int(suffix), path))
+            if path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdigit() and path.is_dir():
+                found.append((step_of(path), path))
         return sorted(found, reverse=True)
 
     def newest(self) -> Path | None:
@@ -95,8 +94,14 @@ class Checkpoints:
             )
         return None
 
+    def clear(self, step: int) -> None:
+        """Remove the checkpoints beyond the newest up to ``step``, and what a killed process has left of one."""
+        for _, path in [found for found in self.numbered() if found[0] <= step][self._keep :]:
+            self._remove(path)
+        self.clear_partial()
+
     def clear_partial(self) -> None:
-        """Remove what a killed process has left of a checkpoint."""
+        """Remove what was written of a checkpoint that is not complete."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
     @contextlib.contextmanager
@@ -127,9 +132,7 @@ class Checkpoints:
         os.rename(made, self.output / made.name)
         with contextlib.suppress(OSError):  # not every file system has it for directories
             _to_disk(self.output)
-        for _, path in self.numbered()[self._keep :]:
-            self._remove(path)
-        self.clear_partial()
+        self.clear(step)
 
     def _made(self, step: int) -> Path:
         return self.partial / f"{PREFIX_CHECKPOINT_DIR}-{step}"
@@ -139,8 +142,14 @@ class Checkpoints:
         if path.exists():
             removed = self.partial / f"removed-{path.name}"
             shutil.rmtree(removed, ignore_errors=True)
+            self.partial.mkdir(exist_ok=True)
             os.rename(path, removed)
             shutil.rmtree(removed, ignore_errors=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the number of steps that were made before a checkpoint."""
+    return int(checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
 
 
 def damage_of(checkpoint: Path) -> str | None:
@@ -167,7 +176,7 @@ def damage_of(checkpoint: Path) -> str | None:
 
 def _to_disk(path: Path) -> None:
     """Wait until a file or a directory has reached the disk: a checkpoint may be the only one left."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -178,8 +187,8 @@ def _to_disk(path: Path) -> None:
 def readable_failures(made: Path, named: Path, advice: str) -> Iterator[None]:
     """Turn the failure to write a file below ``made`` (for the user: ``named``) into a ``StudentError``.
 
-    Libraries of several languages write these files, and a full disk is another error in each. Where an error names no
-    file, that is the one which was changed last.
+    Libraries of several languages write these files, and a full disk is another error in each. Where an error does not
+    tell its file, that is the one which was changed last.
     """
     try:
         yield
@@ -189,9 +198,12 @@ def readable_failures(made: Path, named: Path, advice: str) -> Iterator[None]:
         reason = _reason_of(error)
         if reason is None:
             raise
-        path = Path(error.filename) if isinstance(error, OSError) and error.filename else _changed_last(made)
+        path = _file_of(error) or _changed_last(made)
         place = named / path.relative_to(made) if path is not None and path.is_relative_to(made) else path or named
-        raise StudentError(f"cannot write {place}: {reason}. Make room, and {advice}") from None
+        # Of an error that is no OSError nobody says what it was: a full disk, as a rule.
+        is_full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+        remedy = "Make room" if is_full else "Put that right"
+        raise StudentError(f"cannot write {place}: {reason}. {remedy}, and {advice}") from None
 
 
 def _reason_of(error: Exception) -> str | None:
@@ -201,9 +213,20 @@ def _reason_of(error: Exception) -> str | None:
     text = first_line(error)
     if "os error" in text:  # of tokenizers, which are written in Rust
         return text
-    if not any(frame.f_globals["__name__"] == "torch.serialization" for frame, _ in walk_tb(error.__traceback__)):
-        return None
-    return f"torch.save failed ({text})"  # it does not say why
+    return f"torch.save failed ({text})" if _saved_by_torch(error) else None
+
+
+def _file_of(error: Exception) -> Path | None:
+    name = error.filename if isinstance(error, OSError) else _saved_by_torch(error)
+    return Path(name) if name else None
+
+
+def _saved_by_torch(error: Exception) -> str | None:
+    """Return the file in whose ``torch.save`` an error was raised; the error itself does not tell."""
+    for frame, _ in walk_tb(error.__traceback__):
+        if frame.f_code is torch.save.__code__:
+            return str(frame.f_locals.get("f"))
+    return None
 
 
 def _changed_last(directory: Path) -> Path | None:

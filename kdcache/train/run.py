@@ -28,7 +28,7 @@ from kdcache.losses import Objective, TermModule
 from kdcache.students import Student
 from kdcache.students.trained_on import write_trained_on
 from kdcache.torch_data import training_batches
-from kdcache.train.checkpoints import STATE_FILE, TERMS_FILE, readable_failures, save_student, save_terms
+from kdcache.train.checkpoints import STATE_FILE, TERMS_FILE, readable_failures, save_student, save_terms, step_of
 from kdcache.train.config import TrainConfig
 from kdcache.train.module import Distiller
 from kdcache.train.prepare import PreparedRun, check_processes, prepare, uses_cpu
@@ -109,7 +109,7 @@ def _train(
     checkpoint = trainer.checkpoints.resumed(warn=is_first)
     if is_first:
         write_trained_on(config.output, run.cache, run.chosen_N)
-        trainer.checkpoints.clear_partial()
+        trainer.checkpoints.clear(0 if checkpoint is None else step_of(checkpoint))
     if speaks:
         if checkpoint is None:
             lines = report_start(run, trainer.module, batches).summary()

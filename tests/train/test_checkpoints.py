@@ -132,6 +132,17 @@ def test_a_damaged_checkpoint_does_not_push_out_a_good_one(tmp_path, cache, stud
     assert Checkpoints(tmp_path / "out").newest() == tmp_path / "out" / "checkpoint-3"
 
 
+def test_older_checkpoints_go_also_when_a_process_was_killed_before_it_removed_them(tmp_path, cache, student, begun):
+    shutil.copytree(begun[0], tmp_path / "out")
+    values = settings(cache, tmp_path / "out", student=student, **LENGTH)
+    with pytest.raises(KeyboardInterrupt):
+        train(values | {"save_total_limit": 3}, Interrupt(6, KeyboardInterrupt))
+    shutil.copytree(tmp_path / "out" / "checkpoint-4", tmp_path / "out" / "checkpoint-3")
+    train(values | {"save_total_limit": 1})
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-6"}
+    assert not (tmp_path / "out" / ".partial").exists()
+
+
 def test_the_same_command_resumes_and_a_finished_run_gives_its_result_again(tmp_path, cache, student, begun):
     shutil.copytree(begun[0], tmp_path / "out")
     values = settings(cache, tmp_path / "out", student=student, **LENGTH)
