@@ -150,8 +150,8 @@ class CacheWriter:
 
     def _committed(self) -> dict[int, ShardRecord]:
         assert self.plan is not None
-        # Several at once: of each an object store is asked a handful of questions.
-        with ThreadPoolExecutor(_QUESTIONS) as pool:
+        # Several at once: of each an object store is asked a handful of questions. A disk answers at once.
+        with ThreadPoolExecutor(1 if self.folder.local_path is not None else _QUESTIONS) as pool:
             found = pool.map(self._committed_shard, range(self.plan.num_shards))
             return {record.index: record for record in found if record is not None}
 

@@ -183,7 +183,7 @@ def _run() -> int:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     # torch has a class of its own for GPUs, a RuntimeError for the CPU and for other libraries of a GPU.
-    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "can't start new thread")
     if isinstance(error, RuntimeError):
         return any(word in str(error) for word in words)
     return isinstance(error, MemoryError)
