@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -32,3 +34,27 @@ def reporter(progress: tqdm[Any]) -> Callable[[int, int], None]:
         progress.update(done - progress.n)
 
     return report
+
+
+@contextlib.contextmanager
+def waiting(title: str, *, enabled: bool = True, after_s: float = 1.0) -> Iterator[None]:
+    """Show ``title`` and the time that has passed, for work whose end is not known; nothing before ``after_s``."""
+    if not enabled:
+        yield
+        return
+    is_done = threading.Event()
+
+    def show() -> None:
+        if is_done.wait(after_s):
+            return
+        with tqdm(desc=title, bar_format="{desc}: {elapsed}", dynamic_ncols=True) as meter:
+            while not is_done.wait(1.0):
+                meter.refresh()
+
+    thread = threading.Thread(target=show, name="kdcache-waiting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_done.set()
+        thread.join()

@@ -18,7 +18,7 @@ from kdcache.dump.plan import check_top_k, make_plan, sequences_record
 from kdcache.errors import ConfigError, CorpusError, TeacherError, did_you_mean, shortened
 from kdcache.fields import SEGMENT_IDS
 from kdcache.models.tokenizer import TextEncoder, tokenizer_files, tokenizer_record
-from kdcache.progress import bar, reporter
+from kdcache.progress import bar, reporter, waiting
 from kdcache.schema import Plan, TokenizerRecord
 from kdcache.storage.folder import Folder
 from kdcache.tasks import TASKS, Sequences
@@ -54,7 +54,8 @@ def load_parts(config: DumpConfig, progress: bool, *, is_preview: bool = False) 
     task, settings = config.of_task, config.sequences
     _check_columns(config)
     corpus: Corpus = load_corpus(config.corpus, task.roles, outputs=[folder.local_path] if folder.local_path else [])
-    tokenizer = backend.load_tokenizer(config.teacher)
+    with waiting("load tokenizer", enabled=progress):
+        tokenizer = backend.load_tokenizer(config.teacher)
     record = tokenizer_record(tokenizer)
     _check_begun(folder, config, corpus, record)
     # Random tokens of masked texts are sampled from the ids that the model has; other tasks take those of the text.
@@ -74,7 +75,8 @@ def load_parts(config: DumpConfig, progress: bool, *, is_preview: bool = False) 
         remedy = f"set sequences.add_special_tokens=false, or {remedy}"
     for line in encoder.special_tokens_seen(remedy):
         log.warning("%s", line)
-    teacher = backend.load(config.teacher, record.vocab_size, task, outputs, is_preview=is_preview)
+    with waiting("load teacher", enabled=progress):
+        teacher = backend.load(config.teacher, record.vocab_size, task, outputs, is_preview=is_preview)
     config = config.for_teacher(teacher.capabilities)
     record = _of_the_model(record, teacher, sequences, tokenizer)
     _check_length(sequences, teacher)

@@ -125,6 +125,8 @@ def load_model(
     """
     import transformers
 
+    from kdcache.models.gguf_files import forget
+
     arguments = source_arguments(name)
     is_gguf = "gguf_file" in arguments
     if not is_gguf:
@@ -143,6 +145,8 @@ def load_model(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported here, with the names and shapes
             )
+    if is_gguf:
+        forget()
     _check_shapes(report, name, error)
     _check_all_used(report, model, name, error)
     _check_whole(report, model, name, task, error, may_lack_head)
@@ -349,11 +353,12 @@ def _check_architecture(config: Any, task: Task, name: str, error: type[KdcacheE
 
 @contextlib.contextmanager
 def _readable_failures(name: str, error: type[KdcacheError], described: str | None = None) -> Iterator[None]:
+    from kdcache.models.gguf_files import parsed_once
     from kdcache.models.tokenizer import without_panics
 
     described = described or name
     try:
-        with without_panics():
+        with without_panics(), parsed_once(name):
             yield
     except KdcacheError:
         raise
