@@ -299,6 +299,20 @@ def test_files_of_20_gb_are_not_read(name, copy, forbid_large_arrays):
     assert any(objects.get(name, name).rpartition("/")[2] in problem for problem in report.problems)
 
 
+def test_files_of_20_gb_that_the_manifest_announces(copy, tmp_path, forbid_large_arrays):
+    def announce(manifest):
+        record = manifest["shards"][0]["objects"]["targets"]
+        record["num_bytes"] = 20 << 30
+        with open(copy / record["path"], "r+b") as file:
+            file.truncate(20 << 30)
+
+    change_manifest(copy, announce)
+    forbid_large_arrays(1 << 30)
+    for action in ("read", "verify", "pull", "pull a part", "transcode"):
+        with pytest.raises(CacheError, match=r"fields/targets/0.* (does not fit into the memory|takes 21,474,836,480)"):
+            USES[action](copy, tmp_path / action)
+
+
 @pytest.mark.parametrize("kind", ["fifo", "device"])
 def test_only_regular_files_are_read(kind, copy):
     (copy / "manifest.json").unlink()
