@@ -1,4 +1,4 @@
-"""Describe a cache from its manifest alone: the manifest and totals such as the teacher's perplexity."""
+"""Describe a cache by its manifest: the manifest, and totals such as the teacher's perplexity and the size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from kdcache.cache.reader import Cache, as_cache
 def inspect_cache(cache: Cache | str | os.PathLike[str]) -> dict[str, Any]:
     """Return the manifest of ``cache`` and its totals as plain JSON types; ``cache`` is a path, a URL or an open cache.
 
-    Losses and entropies are means over the positions that count, in nats. A total is None if the cache does not store
+    Of the totals, ``num_bytes`` are those of the shards, ``folder_bytes`` those of all files. Losses and entropies are
+    means over the positions that count, in nats. A total is None if the cache does not store
     what it is computed from.
     """
     cache = as_cache(cache)
@@ -28,12 +29,15 @@ def inspect_cache(cache: Cache | str | os.PathLike[str]) -> dict[str, Any]:
     loss = sums.teacher_loss_sum / num_labelled if has_loss else None
     # Kept ids that were renormalised have a mass of 1, which says nothing about the teacher.
     has_mass = targets.kind != "outputs" and targets.probabilities == "vocabulary"
+    sizes = folder_sizes(cache)
     return {
         "path": str(cache.folder),
         "fingerprint": cache.fingerprint,
         **json.loads(layout.to_json(manifest)),
         "totals": {
             "num_bytes": manifest.num_bytes,
+            "folder_bytes": sum(sizes.values()),
+            "bytes_by_part": sizes,
             "bytes_per_token": manifest.bytes_per_token,
             "num_targets": sums.num_positions,
             "num_labelled": num_labelled,
@@ -44,4 +48,19 @@ def inspect_cache(cache: Cache | str | os.PathLike[str]) -> dict[str, Any]:
             # From samples alone the top-1 id is not known.
             "teacher_top1_accuracy": sums.top1_correct / num_labelled if manifest.top_k and num_labelled else None,
         },
+    }
+
+
+def folder_sizes(cache: Cache) -> dict[str, int]:
+    """Return the bytes of the parts of a cache: its shards, its tokenizer, each file it has once, plan and records.
+
+    Sizes are those of the manifest; those of plan and manifest, which it does not know, are asked of the store.
+    """
+    manifest, folder = cache.manifest, cache.folder
+    asked = [folder.size(name) or 0 for name in (layout.MANIFEST, layout.PLAN, layout.PLAN_TABLE)]
+    return {
+        "shards": manifest.num_bytes,
+        "tokenizer": sum(record.num_bytes for record in manifest.tokenizer_files),
+        **{record.path: record.num_bytes for record in manifest.cache_files},
+        "plan and records": sum(asked) + sum(len(layout.to_json(shard)) for shard in manifest.shards),
     }

@@ -9,6 +9,7 @@ import click
 from kdcache import terminal
 from kdcache.cli import options
 from kdcache.schema import Manifest, OutputsRecord, TargetsRecord, TeacherRecord
+from kdcache.words import count
 
 
 @click.command("inspect", context_settings=options.CONTEXT)
@@ -17,7 +18,7 @@ from kdcache.schema import Manifest, OutputsRecord, TargetsRecord, TeacherRecord
 def command(cache: str, as_json: bool) -> None:
     """Show the contents of CACHE: teacher, tokenizer, corpus, fields, sizes and statistics.
 
-    Reads only the manifest; needs neither torch nor the teacher.
+    Reads only the manifest and the sizes of files; needs neither torch nor the teacher.
     """
     from kdcache.cache import open_cache
     from kdcache.inspect import inspect_cache
@@ -40,7 +41,7 @@ def command(cache: str, as_json: bool) -> None:
         ("targets", _targets(manifest.targets)),
         *([] if manifest.outputs is None else [("outputs", _outputs(manifest.outputs))]),
         ("positions", f"{manifest.num_positions:,} ({_counted(manifest, totals)})"),
-        ("size", f"{options.human_bytes(totals['num_bytes'])} in {manifest.num_shards} shards"),
+        ("size", _size(manifest, totals)),
         (f"bytes/{unit}", f"{totals['bytes_per_token']:.2f}"),
     ]
     for item in manifest.fields:
@@ -48,7 +49,6 @@ def command(cache: str, as_json: bool) -> None:
         error = "" if item.relative_error is None else f", relative error {item.relative_error:.1e}"
         holds = f"{_settings(item.codec)}{error}" if item.codec else "tokens, lengths, loss mask"
         rows.append((f"  {item.name}", f"{size:.2f} bytes/{unit} ({holds})"))
-    rows += [(f"  {item.path}", f"{options.human_bytes(item.num_bytes)}, once") for item in manifest.cache_files]
     rows += [
         *_statistics(manifest, totals),
         ("created", _created(manifest.provenance)),
@@ -67,6 +67,17 @@ def _unit(task: str) -> str:
     return TASKS[task].unit if task in TASKS else "row"
 
 
+def _size(manifest: Manifest, totals: dict[str, Any]) -> str:
+    """Return the size of the whole folder, and of its parts."""
+    from kdcache.cache import layout
+
+    parts = dict(totals["bytes_by_part"])
+    names = {layout.LM_HEAD: "LM head", layout.TAIL_PRIOR: "tail prior"}
+    shards = f"{options.human_bytes(parts.pop('shards'))} in {count(manifest.num_shards, 'shard')}"
+    others = [f"{names.get(name, name)} {options.human_bytes(size)}" for name, size in parts.items() if size]
+    return f"{options.human_bytes(totals['folder_bytes'])}: {', '.join([shards, *others])}"
+
+
 def _documents(manifest: Manifest) -> str:
     """Return the number of documents, and how many were empty, too short or truncated."""
     from kdcache.tasks.causal_lm import CausalLM
@@ -76,7 +87,7 @@ def _documents(manifest: Manifest) -> str:
         left = f"{corpus.num_empty:,} empty, {corpus.num_too_short:,} of one token"
     else:
         left = f"{corpus.num_empty:,} empty, {corpus.num_too_short:,} too short, {corpus.num_truncated:,} cut to fit"
-    return f"{corpus.num_documents:,} documents ({left})"
+    return f"{count(corpus.num_documents, 'document')} ({left})"
 
 
 def _counted(manifest: Manifest, totals: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import click
 
 from kdcache import terminal
 from kdcache.cli import options
+from kdcache.words import count
 
 _EPILOG = """\b
 Examples:
@@ -69,6 +70,10 @@ def command(
                 "path": report.path,
                 "ok": report.ok and (check is None or check.ok),
                 "deep": report.deep,
+                "num_files": report.num_files,
+                "num_shards": report.num_shards,
+                "num_sequences": report.num_sequences,
+                "num_positions": report.num_positions,
                 "num_objects": report.num_objects,
                 "num_bytes": report.num_bytes,
                 "problems": report.problems,
@@ -98,11 +103,15 @@ def _echo(report: Any, check: Any) -> None:
     for problem in report.problems:
         terminal.echo(terminal.one_line(f"PROBLEM {problem}"))
     if report.problems:
-        terminal.echo(f"{len(report.problems)} problems in {report.path}. {_advice(report)}")
+        terminal.echo(f"{count(len(report.problems), 'problem')} in {report.path}. {_advice(report)}")
         return
     kind = "bytes and content are" if report.deep else "every byte is"
+    held = f"{count(report.num_sequences, 'sequence')} and {count(report.num_positions, 'position')}"
+    decoded = f"; decoded and checked {held}" if report.deep else f", with {held}"
     terminal.echo(
-        f"{report.path}: {kind} as written ({report.num_objects} files, {options.human_bytes(report.num_bytes)})."
+        f"{report.path}: {kind} as written. Checked {count(report.num_files, 'file')} "
+        f"({count(report.num_shards, 'shard')} of {options.human_bytes(report.num_bytes)}, tokenizer, plan and "
+        f"records){decoded}."
     )
     if check is None:
         return
@@ -123,7 +132,7 @@ def _echo(report: Any, check: Any) -> None:
         )
     if check.top1_agreement is not None:
         parts.append(f"top-1 agreement {check.top1_agreement:.4f}")
-    where = f"{check.num_sequences} sequences ({check.num_positions:,} positions)"
+    where = f"{count(check.num_sequences, 'sequence')} ({count(check.num_positions, 'position')})"
     terminal.echo(f"Teacher over {where}: {', '.join(parts)}.")
     if check.samples_excess is not None:
         terminal.echo(

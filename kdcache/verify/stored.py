@@ -50,8 +50,14 @@ class VerifyReport:
 
     path: str
     deep: bool
+    num_files: int = 0
+    """All files that were checked: objects, tokenizer, LM head, tail prior, plan and records."""
+    num_shards: int = 0
+    num_sequences: int = 0
+    num_positions: int = 0
     num_objects: int = 0
     num_bytes: int = 0
+    """Bytes of the objects."""
     problems: list[str] = field(default_factory=list)
     num_rewritable: int = 0
     """How many of the problems are of plan.parquet and the tokenizer's files, which a dump writes again."""
@@ -82,6 +88,11 @@ def check_files(path: str, *, deep: bool = False, report_progress: Progress | No
     except CorruptCacheError as error:
         report.problems.append(str(error))
         return report
+    report.num_shards, report.num_sequences = manifest.num_shards, manifest.num_sequences
+    report.num_positions = manifest.num_positions
+    of_shards = sum(len(shard.objects) + 1 for shard in manifest.shards)  # and its commit record
+    records = (layout.MANIFEST, layout.PLAN, layout.PLAN_TABLE)
+    report.num_files = of_shards + len(records) + len(manifest.tokenizer_files) + len(manifest.cache_files)
     report.problems.extend(_check_rewritable(folder, manifest))
     report.num_rewritable = len(report.problems)
     report.unlisted.extend(_unlisted(folder, manifest))

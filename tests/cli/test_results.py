@@ -111,10 +111,23 @@ def test_inspect(run, dumped):
     cache = open_cache(str(dumped))
     assert result["fingerprint"] == cache.fingerprint
     assert result["totals"]["num_bytes"] == cache.manifest.num_bytes
+    files = [path for path in dumped.rglob("*") if path.is_file()]
+    assert result["totals"]["folder_bytes"] == sum(path.stat().st_size for path in files)
+    assert result["totals"]["bytes_by_part"]["tokenizer"] == sum(
+        path.stat().st_size for path in (dumped / "tokenizer").iterdir()
+    )
     assert result["teacher"]["architecture"] == "LlamaForCausalLM"
     assert [field["name"] for field in result["fields"]] == ["tokens", "targets", "hidden-1", "hidden-2"]
     people = run("inspect", dumped).out
-    for word in (cache.fingerprint, "LlamaForCausalLM", "top 6", "hidden-2", "kept mass", "source"):
+    for word in (
+        cache.fingerprint,
+        "LlamaForCausalLM",
+        "shards, tokenizer ",
+        "top 6",
+        "hidden-2",
+        "kept mass",
+        "source",
+    ):
         assert word in people
 
 
@@ -144,13 +157,20 @@ def test_verify(run, dumped):
         "path": str(dumped),
         "ok": True,
         "deep": True,
+        "num_files": sum(path.is_file() and path.name != ".lock" for path in dumped.rglob("*")),
+        "num_shards": open_cache(str(dumped)).manifest.num_shards,
+        "num_sequences": len(open_cache(str(dumped))),
+        "num_positions": open_cache(str(dumped)).manifest.num_positions,
         "num_objects": result["num_objects"],
         "num_bytes": open_cache(str(dumped)).manifest.num_bytes,
         "problems": [],
         "teacher": None,
     }
     assert "every byte is as written" in run("verify", dumped).out
-    assert "bytes and content are as written" in run("verify", dumped, "--deep").out
+    deep = run("verify", dumped, "--deep").out
+    assert "bytes and content are as written" in deep
+    assert f"Checked {result['num_files']} files" in deep
+    assert f"checked {result['num_sequences']} sequences and {result['num_positions']:,} positions" in deep
 
 
 def test_verify_against_the_teacher(run, dumped, teacher_dir):
@@ -186,7 +206,7 @@ def test_verify_says_what_is_wrong_and_fails(run, dumped, tmp_path):
     outcome = run("verify", copy, "--quiet")
     assert outcome.code == 1
     assert f"PROBLEM shard 1, field hidden-1: file {name} is damaged" in outcome.out
-    assert "1 problems in" in outcome.out
+    assert "1 problem in" in outcome.out
     result = run("verify", copy, "--json", "--quiet")
     assert result.code == 1
     assert json.loads(result.out)["ok"] is False

@@ -59,6 +59,7 @@ def test_a_sound_cache(sound):
         )
         assert report.ok, report.problems
         assert report.num_objects == 15
+        assert report.num_files == NUM_FILES
         assert report.num_bytes == open_cache(str(sound)).manifest.num_bytes
         assert seen[-1][0] == seen[-1][1]
         assert [done for done, _ in seen] == sorted(done for done, _ in seen)
