@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 #: Nouns whose plural is not made by a rule.
-_PLURALS = {"query": "queries", "entry": "entries", "directory": "directories", "class": "classes"}
+_PLURALS = {"query": "queries", "entry": "entries", "directory": "directories", "class": "classes", "epoch": "epochs"}
 
 
 def count(number: float, noun: str, of: int | None = None) -> str:
@@ -18,6 +18,11 @@ def count(number: float, noun: str, of: int | None = None) -> str:
     shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
     words = noun if (number if of is None else of) == 1 else plural(noun)
     return f"{shown} {words}" if of is None else f"{shown} of {of:,} {words}"
+
+
+def are(number: int) -> str:
+    """Return ``is`` for one, ``are`` for all other numbers."""
+    return "is" if number == 1 else "are"
 
 
 def plural(noun: str) -> str:

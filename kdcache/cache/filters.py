@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from kdcache.cache.columns import as_numpy
 from kdcache.errors import ConfigError, did_you_mean
+from kdcache.words import count
 
 #: Columns that a cache has only if its teacher gives the number that they are made of.
 _OF_THE_TEACHER = {
@@ -77,7 +78,9 @@ def select_sequences(table: Columns, where: str | None, limit: int | None = None
     chosen = np.flatnonzero(filter_mask(table, where))
     if not len(chosen):
         seen = "; ".join(_ranges(table, where))
-        raise ConfigError(f"filter {where!r} selects none of the {table.num_rows} sequences{seen and f' ({seen})'}")
+        raise ConfigError(
+            f"filter {where!r} selects none of the {count(table.num_rows, 'sequence')}{seen and f' ({seen})'}"
+        )
     return chosen[:limit]
 
 
@@ -105,7 +108,7 @@ def number_column(table: Columns, name: str, rows_N: NDArray[np.int64], setting:
     if num_missing:
         quoted = name if name.isidentifier() else f"`{name}`"
         raise ConfigError(
-            f"{setting}: column {name!r} has no value for {num_missing} of {len(rows_N)} sequences; exclude them with "
+            f"{setting}: column {name!r} has no value for {count(num_missing, 'sequence', of=len(rows_N))}; exclude them with "
             f"the filter (where) {f'{quoted} == {quoted}'!r}"
         )
     return values_N

@@ -41,6 +41,7 @@ from kdcache.schema import (
 )
 from kdcache.schema.names import first_repeated
 from kdcache.storage.folder import TEMPORARY, Folder
+from kdcache.words import are, count
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -276,7 +277,7 @@ def _no_manifest(folder: Folder) -> CacheError:
     if plan is None:
         return CacheError(f"there is no cache in {folder} (no {MANIFEST}); make one with kdcache dump-teacher")
     return IncompleteCacheError(
-        f"{folder} is unfinished: {num_commits(folder, plan)} of {plan.num_shards} shards are written; "
+        f"{folder} is unfinished: {num_commits(folder, plan)} of {count(plan.num_shards, 'shard')} {are(plan.num_shards)} written; "
         "run the command that began it again to finish it"
     )
 
@@ -284,7 +285,9 @@ def _no_manifest(folder: Folder) -> CacheError:
 def _check_consistent(manifest: Manifest, folder: Folder) -> None:
     where = f"{folder}/{MANIFEST}"
     if len(manifest.shards) != manifest.num_shards:
-        raise CorruptCacheError(f"{where}: it lists {len(manifest.shards)} shards, num_shards is {manifest.num_shards}")
+        raise CorruptCacheError(
+            f"{where}: it lists {count(len(manifest.shards), 'shard')}, num_shards is {manifest.num_shards}"
+        )
     if any(shard.index != index for index, shard in enumerate(manifest.shards)):
         raise CorruptCacheError(f"{where}: shards are not 0 to {manifest.num_shards - 1} in order")
     for name in ("num_sequences", "num_positions", "num_tokens"):
@@ -307,7 +310,7 @@ def _check_consistent(manifest: Manifest, folder: Folder) -> None:
             found = shard.num_rows.get(axis, 0)
             if found > most:
                 raise CorruptCacheError(
-                    f"{where}: shard {shard.index} has {found} {axis}, more than {shard.num_positions} positions can "
+                    f"{where}: shard {shard.index} has {found} {axis}, more than {count(shard.num_positions, 'position')} can "
                     "have"
                 )
         if set(shard.objects) != fields:
@@ -349,7 +352,7 @@ def _check_targets(targets: TargetsRecord, num_ids: int, where: str) -> None:
         if (found > 0) is not (targets.kind in kinds):
             raise CorruptCacheError(f"{where}: targets of the kind {targets.kind} cannot have a {name} of {found}")
     if targets.top_k > num_ids:
-        raise CorruptCacheError(f"{where}: targets.top_k is {targets.top_k}, but there are {num_ids} ids")
+        raise CorruptCacheError(f"{where}: targets.top_k is {targets.top_k}, but there are {count(num_ids, 'id')}")
     if len(set(targets.temperatures)) < len(targets.temperatures) or not all(
         0 < temperature < math.inf and temperature != 1 for temperature in targets.temperatures
     ):

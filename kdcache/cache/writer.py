@@ -27,6 +27,7 @@ from kdcache.schema import FieldRecord, Manifest, ObjectRecord, Plan, ShardRecor
 from kdcache.schema.names import is_name
 from kdcache.storage.folder import TEMPORARY, Folder
 from kdcache.storage.lease import WATCH_S, Lease
+from kdcache.words import are, count
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -260,7 +261,9 @@ def build_manifest(folder: Folder) -> Manifest:
     shards = [layout.read_commit(folder, shard) for shard in range(plan.num_shards)]
     holes = [index for index, shard in enumerate(shards) if shard is None]
     if holes:
-        raise CacheError(f"{folder} cannot be finished: {len(holes)} shards are missing, the first is {holes[0]}")
+        raise CacheError(
+            f"{folder} cannot be finished: {count(len(holes), 'shard')} {are(len(holes))} missing, the first is {holes[0]}"
+        )
     # File managers, locks and people leave other files there.
     tokenizer = [name for name in folder.names(layout.TOKENIZER) if is_name(name.rpartition("/")[2])]
     return Manifest(

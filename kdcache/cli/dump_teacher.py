@@ -12,6 +12,7 @@ from kdcache.codecs import TOPK_CODECS, VECTOR_CODECS
 from kdcache.presets import PRESETS
 from kdcache.schema import KINDS
 from kdcache.tasks import TASKS
+from kdcache.words import count
 
 _EPILOG = """\b
 Examples:
@@ -176,21 +177,21 @@ def command(
         terminal.echo(f"{result.output} is complete already; nothing was written.")
         return
     unit = TASKS[manifest.task].unit
-    rows = "positions" if unit == "token" else "rows"
+    written = count(result.num_positions_written, "position" if unit == "token" else "row")
     terminal.echo(
-        f"Wrote {result.num_positions_written:,} {rows} in {result.num_shards_written} shards to {result.output}: "
+        f"Wrote {written} in {count(result.num_shards_written, 'shard')} to {result.output}: "
         f"{options.human_bytes(manifest.num_bytes)}, {manifest.bytes_per_token:.1f} bytes/{unit}, "
         f"{result.num_positions_written / max(result.teacher_s, 1e-9):,.0f} {unit}s/s."
     )
     corpus = manifest.corpus
-    short = "had a single token" if manifest.task == "causal-lm" else "were too short"
+    short = "of a single token" if manifest.task == "causal-lm" else "too short"
     if corpus.num_empty or corpus.num_too_short:
         terminal.echo(
-            f"Of {corpus.num_documents:,} documents {corpus.num_empty:,} were empty and {corpus.num_too_short:,} "
-            f"{short}; they were left out."
+            f"Left out of {count(corpus.num_documents, 'document')}: {corpus.num_empty:,} empty, "
+            f"{corpus.num_too_short:,} {short}."
         )
     if corpus.num_truncated:
-        terminal.echo(f"{corpus.num_truncated:,} documents were truncated to --max-length.")
+        terminal.echo(f"Truncated to --max-length: {count(corpus.num_truncated, 'document')}.")
 
 
 def _echo_estimate(estimate: Any) -> None:

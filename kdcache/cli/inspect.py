@@ -35,7 +35,7 @@ def command(cache: str, as_json: bool) -> None:
         ("fingerprint", opened.fingerprint),
         ("teacher", _teacher(teacher)),
         ("identity", _identity(teacher)),
-        ("tokenizer", f"{opened.vocab_size:,} ids, sha256 {manifest.tokenizer.sha256[:16]}..."),
+        ("tokenizer", f"{count(opened.vocab_size, 'id')}, sha256 {manifest.tokenizer.sha256[:16]}..."),
         ("corpus", f"{', '.join(corpus.sources)}: {_documents(manifest)}, licence {corpus.licence or 'not given'}"),
         ("sequences", f"{manifest.num_sequences:,} ({_settings(manifest.sequences)})"),
         ("targets", _targets(manifest.targets)),

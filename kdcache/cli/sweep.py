@@ -9,6 +9,7 @@ import click
 
 from kdcache import terminal
 from kdcache.cli import options
+from kdcache.words import count
 
 if TYPE_CHECKING:
     from kdcache.sweep import SweepPlan, SweepResult
@@ -76,11 +77,13 @@ def _echo_plan(plan: SweepPlan) -> None:
         objective = " + ".join(f"{_weight(part.weight)} {name}" for name, part in run.objective.parts.items())
         terminal.echo(f"{run.name} ({run.state})")
         terminal.echo(f"  {changes or 'as base'}; objective {objective}")
-        terminal.echo(f"  {run.num_parameters:,} parameters, {run.steps:,} steps, {run.num_positions:,} positions")
+        terminal.echo(
+            f"  {count(run.num_parameters, 'parameter')}, {count(run.steps, 'step')}, {count(run.num_positions, 'position')}"
+        )
     steps, positions = (sum(getattr(run, name) for run in plan.runs) for name in ("steps", "num_positions"))
     held_out = "no held-out cache" if plan.held_out is None else f"evaluated on {plan.held_out[0]}"
     terminal.echo(
-        f"\n{len(plan.runs)} students, {steps:,} steps, {positions:,} positions; {held_out}. Nothing was trained."
+        f"\n{count(len(plan.runs), 'student')}, {count(steps, 'step')}, {count(positions, 'position')}; {held_out}. Nothing was trained."
     )
 
 

@@ -11,6 +11,7 @@ import click
 
 from kdcache import terminal
 from kdcache.cli import options
+from kdcache.words import count
 
 if TYPE_CHECKING:
     from kdcache.train.memory import MemoryReport
@@ -117,7 +118,7 @@ def command(
         return
     losses = ", ".join(f"{name} {value:.4f}" for name, value in result.losses.items())
     terminal.echo(
-        f"Trained {result.steps:,} steps in {options.human_seconds(result.seconds)} ({result.tokens_per_s:,.0f} "
+        f"Trained {count(result.steps, 'step')} in {options.human_seconds(result.seconds)} ({result.tokens_per_s:,.0f} "
         f"tokens/s, {result.data_wait:.1%} of the time waiting for data); last losses: {losses}. The student is in "
         f"{result.output}."
     )
@@ -158,12 +159,18 @@ def _echo_report(report: TrainingReport) -> None:
     of = "" if memory.available_bytes is None else f" of {options.human_bytes(memory.available_bytes)}"
     terminal.echo_rows(
         [
-            ("student", f"{report.student}, {report.num_parameters:,} parameters"),
-            ("to train", f"{report.num_trainable_parameters:,} parameters, learning rate {report.learning_rate:g}"),
+            ("student", f"{report.student}, {count(report.num_parameters, 'parameter')}"),
+            (
+                "to train",
+                f"{count(report.num_trainable_parameters, 'parameter')}, learning rate {report.learning_rate:g}",
+            ),
             ("teacher", report.teacher),
-            ("texts", f"{report.num_sequences:,} sequences, {report.num_positions:,} positions"),
-            ("a step", f"{report.sequences_per_step:,} sequences, about {report.tokens_per_step:,} positions"),
-            ("steps", f"{report.steps:,} ({report.steps_per_epoch:,} an epoch, {report.epochs:g} epochs)"),
+            ("texts", f"{count(report.num_sequences, 'sequence')}, {count(report.num_positions, 'position')}"),
+            (
+                "a step",
+                f"{count(report.sequences_per_step, 'sequence')}, about {count(report.tokens_per_step, 'position')}",
+            ),
+            ("steps", f"{report.steps:,} ({report.steps_per_epoch:,} an epoch, {count(report.epochs, 'epoch')})"),
             *options.known_row("teacher loss", report.teacher_loss, ".4f"),
             *options.known_row("kept mass", report.kept_mass, ".4f", " at temperature 1"),
             *_sample_row(sample),
@@ -184,7 +191,7 @@ def _sample_row(sample: SampleReport) -> list[tuple[str, str]]:
     if sample.student_loss is None or sample.teacher_loss is None:
         return []
     losses = f"student {sample.student_loss:.4f} before the first step, teacher {sample.teacher_loss:.4f}"
-    return [("on a sample", f"{losses} ({sample.num_positions:,} positions)")]
+    return [("on a sample", f"{losses} ({count(sample.num_positions, 'position')})")]
 
 
 _TERM_COLUMNS = {

@@ -10,6 +10,7 @@ from kdcache import terminal
 from kdcache.cli import options, settings
 from kdcache.codecs import TOPK_CODECS, VECTOR_CODECS
 from kdcache.schema import KINDS
+from kdcache.words import count
 
 _EPILOG = """\b
 Examples:
@@ -112,7 +113,7 @@ def _echo_result(result: Any) -> None:
         terminal.echo(f"{result.output} is complete already; nothing was written.{checked}")
         return
     terminal.echo(
-        f"Wrote {result.num_positions_written:,} positions in {result.num_shards_written} shards to {result.output}: "
+        f"Wrote {count(result.num_positions_written, 'position')} in {count(result.num_shards_written, 'shard')} to {result.output}: "
         f"{options.human_bytes(manifest.num_bytes)}, {manifest.bytes_per_token:.1f} bytes/token (source "
         f"{result.source_bytes_per_token:.1f}), {speed:,.0f} tokens/s.{checked}"
     )

@@ -9,6 +9,7 @@ import click
 
 from kdcache import terminal
 from kdcache.cli import options
+from kdcache.words import count
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -68,13 +69,13 @@ def run(source: str, target: str, given: dict[str, Any]) -> None:
 
 def _summary(result: Any) -> str:
     what = "a part, as a cache of its own" if result.is_part else "all of it"
-    copied = f"{result.num_files_moved:,} of {result.num_files:,} files"
+    copied = f"{count(result.num_files_moved, 'file', of=result.num_files)}"
     size = f"{options.human_bytes(result.num_bytes_moved)} of {options.human_bytes(result.num_bytes)}"
     if result.dry_run:
         return f"Would copy {copied} ({size}) to {result.target}: {what}. Nothing was written."
     if not result.num_files_moved:
-        return f"{result.target} has all {result.num_files:,} files already ({options.human_bytes(result.num_bytes)})."
+        return f"{result.target} has all {count(result.num_files, 'file')} already ({options.human_bytes(result.num_bytes)})."
     return (
-        f"Copied {copied} ({size}) to {result.target}: {what}, {result.num_shards:,} shards, fingerprint "
+        f"Copied {copied} ({size}) to {result.target}: {what}, {count(result.num_shards, 'shard')}, fingerprint "
         f"{result.fingerprint[:16]}, in {options.human_seconds(result.elapsed_s)}."
     )

@@ -8,6 +8,7 @@ import click
 
 from kdcache import terminal
 from kdcache.cli import options, settings
+from kdcache.words import count
 
 _EPILOG = """\b
 Examples:
@@ -129,13 +130,13 @@ def _echo_result(result: Any) -> None:
         terminal.echo(f"{result.output} is complete already; nothing was written.")
         return
     terminal.echo(
-        f"Wrote {counts.num_written:,} of {result.num_documents:,} lines to {result.output}: {counts.num_tokens:,} "
+        f"Wrote {count(counts.num_written, 'line', of=result.num_documents)} to {result.output}: {counts.num_tokens:,} "
         f"tokens, {counts.num_tokens / max(result.seconds, 1e-9):,.0f} tokens/s."
     )
-    for number, words in (
-        (counts.num_empty, "documents have no input; their target is null, and dump-teacher skips them"),
-        (counts.num_cut_inputs, "inputs were truncated to --max-length"),
-        (counts.num_cut_targets, "texts were stopped at --max-target-length"),
+    for number, words, noun in (
+        (counts.num_empty, "Without an input, so with a target of null, which dump-teacher skips", "document"),
+        (counts.num_cut_inputs, "Truncated to --max-length", "input"),
+        (counts.num_cut_targets, "Stopped at --max-target-length", "text"),
     ):
         if number:
-            terminal.echo(f"{number:,} {words}.")
+            terminal.echo(f"{words}: {count(number, noun)}.")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kdcache.peek.context import PeekContext, View, gold_logprob, one_line, probability, short, shown
 from kdcache.schema import NO_LABEL
+from kdcache.words import count
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class RankingView(View):
             judged = "not judged" if item.relevance is None else f"relevance {item.relevance:g}"
             text = short(one_line(item.text), 80)
             lines.append(f"  {mark} {item.rank:3d}. {item.score:8.4f}  {text}  (document {item.document}, {judged})")
-        return "\n".join([*lines, f"    {len(self.documents)} of {self.num_documents} documents shown"])
+        return "\n".join([*lines, f"    {count(len(self.documents), 'document', of=self.num_documents)} shown"])
 
 
 def _texts(text: str, text_pair: str | None) -> str:

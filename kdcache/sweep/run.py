@@ -26,6 +26,7 @@ from kdcache.sweep.results import Outcome, StudentResult, SweepFailure
 from kdcache.sweep.table import SweepRow, make_rows, render
 from kdcache.sweep.worker import Job, finished_result
 from kdcache.train.prepare import started_processes, uses_cpu
+from kdcache.words import count
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def sweep_students(config: SweepConfig, *, progress: bool = True) -> SweepResult
 def _check_alone() -> None:
     if started_processes() > 1:
         raise ConfigError(
-            f"{started_processes()} processes were started for one sweep; start it without a launcher: it starts its "
+            f"{count(started_processes(), 'process')} were started for one sweep; start it without a launcher: it starts its "
             "own processes (jobs)"
         )
 
@@ -120,7 +121,7 @@ class _Progress:
         missing = sum(run.steps for run in plan.runs if run.name not in found)
         self._bar = bar(missing, "sweep", "step", enabled=enabled)
         if found:
-            self._write(f"{len(found)} of {len(plan.runs)} students are already finished and are kept")
+            self._write(f"kept {count(len(found), 'student', of=len(plan.runs))}, finished before")
 
     def steps(self, name: str, steps: int) -> None:
         """Record how many steps a student has made."""

@@ -26,6 +26,7 @@ from kdcache.schema import OUTPUTS_FIELD, SCALARS, Sequence, Targets, TargetsRec
 from kdcache.teachers.base import Answer, Capabilities, Request, Teacher
 from kdcache.teachers.reduce import NonFiniteLogitsError, TargetReducer
 from kdcache.teachers.samples import sample_uniforms
+from kdcache.words import count
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,9 @@ def _finite_vectors(name: str, vectors: Tensor, sequences: SequenceOf[Sequence])
     bad_P = ~np.isfinite(vectors_PD).all(axis=1)
     if bad_P.any():
         where = _where(sequences, int(np.argmax(bad_P)))
-        raise TeacherError(f"the teacher's {name} is NaN or infinite at {bad_P.sum()} positions of a batch{where}")
+        raise TeacherError(
+            f"the teacher's {name} is NaN or infinite at {count(int(bad_P.sum()), 'position')} of a batch{where}"
+        )
     return vectors_PD
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from kdcache.errors import TeacherError
 from kdcache.schema import Targets, TargetsRecord
 from kdcache.teachers.samples import count_samples, sample_ids
+from kdcache.words import count
 
 #: Logits of a block: 16 to 48 are equally fast; with fewer the first step gets slow, with more the second.
 _BLOCK = 24
@@ -246,7 +247,9 @@ class NonFiniteLogitsError(TeacherError):
     """Logits are NaN or infinite; ``row`` is the first such position of the batch."""
 
     def __init__(self, row: int, num_bad: int) -> None:
-        super().__init__(f"the teacher's logits are NaN or infinite at {num_bad} positions of a batch, first at {row}")
+        super().__init__(
+            f"the teacher's logits are NaN or infinite at {count(num_bad, 'position')} of a batch, first at {row}"
+        )
         self.row = row
 
 

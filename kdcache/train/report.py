@@ -16,6 +16,7 @@ from kdcache.json_files import finite
 from kdcache.train.memory import MemoryReport
 from kdcache.train.sample import SampleReport
 from kdcache.train.timing import SpeedReport
+from kdcache.words import count
 
 #: Kept mass below which there is a warning: where the tail is discarded, and where its mass at least is learnt.
 LOW_MASS_WITHOUT_TAIL = 0.7
@@ -104,9 +105,10 @@ class TrainingReport(Config):
             f"teacher {self.teacher}"
             + ("" if self.teacher_loss is None else f": loss {self.teacher_loss:.4f}")
             + ("" if self.kept_mass is None else f", kept mass {self.kept_mass:.4f}"),
-            f"student {self.student}, {self.num_trainable_parameters:,} parameters to train" + losses_text(sample),
+            f"student {self.student}, {count(self.num_trainable_parameters, 'parameter')} to train"
+            + losses_text(sample),
             "objective: " + "; ".join(f"{term_text(term)}, now {term.value:.4f}" for term in self.terms),
-            f"{self.steps:,} steps of about {self.tokens_per_step:,} {self.unit}s; memory about "
+            f"{count(self.steps, 'step')} of about {self.tokens_per_step:,} {self.unit}s; memory about "
             f"{memory.total_bytes / _GIB:.2f}{of} GiB ({memory.device}), besides {memory.process_bytes / _GIB:.2f} GiB "
             "of Python and its libraries",
             *(f"warning: {warning}" for warning in self.warnings),
@@ -118,10 +120,10 @@ def losses_text(sample: SampleReport) -> str:
     if sample.student_loss is None:
         return ""
     if sample.teacher_loss is None:
-        return f": loss {sample.student_loss:.4f} at the start on {sample.num_positions:,} positions"
+        return f": loss {sample.student_loss:.4f} at the start on {count(sample.num_positions, 'position')}"
     return (
         f": loss {sample.student_loss:.4f} at the start, the teacher's {sample.teacher_loss:.4f} on the same "
-        f"{sample.num_positions:,} positions"
+        f"{count(sample.num_positions, 'position')}"
     )
 
 
@@ -190,7 +192,7 @@ def _about_selection(report: TrainingReport) -> Iterator[str]:
     for term in report.terms:
         if term.is_trained and term.selected == 0:
             yield (
-                f"{term.name}: select chooses none of the {report.sample.num_positions:,} positions of a sample, so it "
+                f"{term.name}: select chooses none of the {count(report.sample.num_positions, 'position')} of a sample, so it "
                 "trains on almost nothing; widen its bounds, or give a share (top or bottom)"
             )
 

@@ -27,6 +27,7 @@ from kdcache.schema import Plan
 from kdcache.storage.download import file_sha256
 from kdcache.storage.folder import Folder, check_no_overlap
 from kdcache.transfer.part import Contents, Item, contents_of
+from kdcache.words import count
 
 #: Most bytes of files in memory at once (a larger file is copied alone).
 IN_FLIGHT_BYTES = 2 << 30
@@ -111,7 +112,7 @@ def _move(contents: Contents, mover: _Mover, writer: CacheWriter, check: bool) -
         wrong = mover.missing(contents, check)
         if wrong:
             raise CorruptCacheError(
-                f"{target}: {len(wrong)} files differ from what was written, the first is {wrong[0].record.path}; run "
+                f"{target}: {count(len(wrong), 'file')} {'differs' if len(wrong) == 1 else 'differ'} from what was written, the first is {wrong[0].record.path}; run "
                 "the same command again, which writes them again"
             )
     writer.check_right()

@@ -79,7 +79,7 @@ def test_only_the_damaged_shard_is_made_again(copy, damage, caplog):
 
 
 def test_finishing_refuses_holes(tmp_path):
-    with pytest.raises(CacheError, match=r"cannot be finished: 1 shards are missing, the first is 1"):
+    with pytest.raises(CacheError, match=r"cannot be finished: 1 shard is missing, the first is 1"):
         SOURCE.write(tmp_path, shards=range(0, 3, 2))
 
 

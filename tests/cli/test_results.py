@@ -55,7 +55,7 @@ def test_dump_teacher_for_people(run, options):
     outcome = run(*options)
     assert outcome.code == 0
     assert "bytes/token" in outcome.out
-    assert "Of 10 documents 1 were empty and 1 had a single token" in outcome.out
+    assert "Left out of 10 documents: 1 empty, 1 of a single token." in outcome.out
     assert outcome.err == ""
 
 

@@ -51,7 +51,7 @@ def test_a_sweep_and_its_repetition(run, file, tmp_path, monkeypatch):
     assert f"The plot is {tmp_path / 'runs' / 'quality.png'}" in outcome.out
     assert "2/2 temperature=" in outcome.err
     again = run("sweep", file, "--json", "--jobs", 2)
-    assert "2 of 2 students are already finished" in again.err
+    assert "kept 2 of 2 students, finished before" in again.err
     result = json.loads(again.out)
     assert {student["status"] for student in result["students"]} == {"finished"}
     losses = [row["held_out"]["loss"]["mean"] for row in result["rows"]]

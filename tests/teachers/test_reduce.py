@@ -151,7 +151,7 @@ def test_the_teachers_logits_are_left_alone():
 def test_nonsense_is_refused_with_its_row(dtype, bad, row, vocab_size):
     logits = make_logits(300, vocab_size, dtype)
     logits[row, vocab_size - 1] = bad
-    with pytest.raises(NonFiniteLogitsError, match=rf"NaN or infinite at 1 positions of a batch, first at {row}") as it:
+    with pytest.raises(NonFiniteLogitsError, match=rf"NaN or infinite at 1 position of a batch, first at {row}") as it:
         keep(logits, 4)
     assert it.value.row == row
     assert isinstance(it.value, TeacherError)
@@ -418,5 +418,5 @@ def test_nonsense_is_refused_whatever_is_kept(record, bad):
     logits = make_logits(40, VOCAB, torch.float32)
     logits[33, slice(None) if bad == -float("inf") else slice(500, 501)] = bad
     changed = record.model_copy(update={"temperatures": (2.0,), "tail_prior": True})
-    with pytest.raises(NonFiniteLogitsError, match="at 1 positions of a batch, first at 33"):
+    with pytest.raises(NonFiniteLogitsError, match="at 1 position of a batch, first at 33"):
         keep_as(changed, logits)

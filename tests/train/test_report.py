@@ -347,7 +347,7 @@ def test_the_report_of_a_run_ends_with_its_warnings(tmp_path, cache_path, capsys
     start = next(number for number, line in enumerate(lines) if line.startswith("teacher tiny-teacher: loss "))
     assert lines[start + 1].startswith("student LlamaForCausalLM")
     assert lines[start + 2].startswith("objective: 0.9 forward_kl (temperature 1, tail bucket), now ")
-    assert lines[start + 3].startswith("1 steps of about ")
+    assert lines[start + 3].startswith("1 step of about ")
     assert lines[start + 4].startswith("warning: the teacher's loss")
 
 
