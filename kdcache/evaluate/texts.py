@@ -23,6 +23,7 @@ from kdcache.errors import ConfigError
 from kdcache.evaluate.measures import Metrics
 from kdcache.models.generation import write_all
 from kdcache.models.loading import load_cache_tokenizer
+from kdcache.models.padding import EqualLengths
 from kdcache.schema import Sequence
 from kdcache.students import Student
 from kdcache.tasks.seq2seq_lm import Seq2SeqLM, source_of, target_of
@@ -100,6 +101,7 @@ class GeneratedTexts:
                 max_tokens=int(lengths["max_target_length" if "max_target_length" in lengths else "max_length"]),
                 batch_tokens=self._batch_tokens,
                 beams=self._beams,
+                equal_lengths=isinstance(student.parts.body, EqualLengths),
             )
             texts += [item.text for item in written]
         return scores(texts, self._written_for or self._targets)

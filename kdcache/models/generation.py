@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,13 +57,18 @@ def write_all(
     batch_tokens: int,
     beams: int = 1,
     chooser_of: ChooserOf | None = None,
+    equal_lengths: bool = False,
 ) -> list[WrittenText]:
     """Write one text for each of ``inputs``, in their order; batches are of similar length.
 
-    ``batch_tokens`` bounds the padded tokens of the encoder's input (a single input may exceed it).
+    ``batch_tokens`` bounds the padded tokens of the encoder's input (a single input may exceed it). With
+    ``equal_lengths`` the inputs of a batch are of one length, for models that see padding.
     """
     found: dict[int, WrittenText] = {}
-    for batch in batches_by_length(np.array([len(tokens) for tokens in inputs], np.int64), batch_tokens):
+    batches = batches_by_length(np.array([len(tokens) for tokens in inputs], np.int64), batch_tokens)
+    if equal_lengths:
+        batches = [list(same) for one in batches for _, same in itertools.groupby(one, lambda n: len(inputs[n]))]
+    for batch in batches:
         choose = None if chooser_of is None else chooser_of(batch)
         written = write_texts(
             model, tokenizer, vocab_size, [inputs[n] for n in batch], max_tokens=max_tokens, beams=beams, choose=choose

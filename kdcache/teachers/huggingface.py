@@ -23,7 +23,7 @@ from kdcache.models.hub import commit_of
 from kdcache.models.lm_head import BufferedHead, LMHead
 from kdcache.models.loading import load_model, parse_dtype, pick_device
 from kdcache.models.packing import keeps_documents_apart
-from kdcache.models.padding import without_padding
+from kdcache.models.padding import EqualLengths, without_padding
 from kdcache.models.pooling import load_projection
 from kdcache.models.trying import failures_of
 from kdcache.models.weights import remembered_sha256, weights_sha256
@@ -78,6 +78,11 @@ class HuggingFaceTeacher(LogitsTeacher):
             _check_causal(self, name)
         self._body = without_padding(self._body, model, name, TeacherError)
         self.record = _describe(model, name, rows, revision, weights_sha256)
+
+    @property
+    def sees_padding(self) -> bool:
+        """Whether the model is run on texts of one length at a time, because its answers depend on padding."""
+        return isinstance(self._body, EqualLengths)
 
     @property
     def num_layers(self) -> int:

@@ -128,6 +128,7 @@ class Writer:
                 batch_tokens=self.config.batch_tokens,
                 beams=writing.num_beams,
                 chooser_of=chooser_of if writing.sample else None,
+                equal_lengths=self.teacher.sees_padding,
             )
         except (MemoryError, torch.OutOfMemoryError):
             raise TeacherError(

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from kdcache.errors import TeacherError
+from kdcache.models import generation
 from kdcache.models.bodies import split_for
 from kdcache.models.padding import EqualLengths, without_padding
 from kdcache.schema import OutputsRecord, Sequence
@@ -141,6 +142,7 @@ def test_a_model_that_sees_padding_answers_in_a_batch_as_alone(task, family, cap
     assert caplog.text.count("answers a text differently beside longer ones") == 1
     found, expected, _, _ = in_one_batch_and_alone(teacher, task)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    assert teacher.sees_padding
     assert isinstance(teacher._body, EqualLengths)
     teacher._body = teacher._body.body
     padded, expected, _, _ = in_one_batch_and_alone(teacher, task)  # so the case shows what it is about
@@ -167,7 +169,7 @@ def test_states_of_layers_of_a_model_that_sees_padding():
 def test_other_models_run_as_they_are(task, family, caplog):
     caplog.clear()
     teacher = HuggingFaceTeacher(family(), "usual", VOCAB_SIZE, None, task_of(task), EMBEDDED, "0" * 64)
-    assert not isinstance(teacher._body, EqualLengths)
+    assert not teacher.sees_padding
     assert not caplog.records
     found, expected, _, _ = in_one_batch_and_alone(teacher, task)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
@@ -239,3 +241,19 @@ def test_a_bi_encoder_embeds_each_text_as_alone(caplog):
     with torch.no_grad():
         found, expected = scores(batch), torch.cat([scores([one]) for one in batch])
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def test_texts_are_written_for_inputs_of_one_length_at_a_time(monkeypatch):
+    batches = []
+
+    def written(model: Any, tokenizer: Any, vocab_size: int, inputs: list[np.ndarray], **more: Any) -> list[int]:
+        batches.append([len(tokens) for tokens in inputs])
+        return batches[-1]
+
+    monkeypatch.setattr(generation, "write_texts", written)
+    for equal, expected in ((False, [[16, 11], [7, 7, 4, 4, 2]]), (True, [[16], [11], [7, 7], [4, 4], [2]])):
+        batches.clear()
+        settings = {"max_tokens": 4, "batch_tokens": 40, "equal_lengths": equal}
+        found = generation.write_all(None, None, VOCAB_SIZE, texts(*LENGTHS), **settings)
+        assert found == list(LENGTHS)
+        assert batches == expected
