@@ -217,7 +217,7 @@ def test_sentence_models_with_pickled_layers(executed, tmp_path):
 #: What else the files of a model may hold, and the error, or None where the model is of use.
 NONSENSE = {
     "architectures": ("config.json", {"architectures": 5}, None),
-    "activation": ("config.json", {"hidden_act": "evil"}, "unknown 'evil'"),
+    "activation": ("config.json", {"hidden_act": "evil"}, "hidden_act to evil"),
     "model type": ("config.json", {"model_type": ["llama"]}, "cannot load"),
     "code": ("config.json", {"auto_map": 5}, "cannot load"),
     "attention of parts": ("config.json", {"attn_implementation": {"": "a/b"}}, "asks for compiled code"),
