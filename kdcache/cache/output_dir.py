@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from kdcache.cache import layout
@@ -22,6 +23,8 @@ def refuse_foreign(folder: Folder) -> None:
     if folder.exists(layout.PLAN):
         return
     ours = {layout.PLAN_TABLE, layout.TOKENIZER, layout.LM_HEAD, LOCK, LEASE}
+    if local is not None and local.exists() and not os.path.lexists(local / LOCK):
+        ours = set()  # a writer's first file is missing, so a directory "tokenizer" is somebody else's
     foreign = [name for name in folder.names() if name not in ours and not name.endswith(TEMPORARY)]
     if foreign:
         raise CacheError(

@@ -311,8 +311,8 @@ class Folder:
             raise
         except MemoryError:
             raise CacheError(
-                f"{self._url_of(name)} does not fit into the memory that is left; close other programs, or use a larger "
-                "machine. If the file should be small, it is not what a cache holds"
+                f"{self._url_of(name)} does not fit into the memory that is left; close other programs, or use a "
+                "larger machine. If the file should be small, it is not what a cache holds"
             ) from None
         except Exception as error:
             if isinstance(error, OSError) and (self.local_path is not None or _is_missing_object(error)):

@@ -270,6 +270,17 @@ def test_paths_longer_than_a_file_system_takes(copy):
             open_cache(str(copy))
 
 
+def test_a_tokenizer_of_somebody_else_stays(tmp_path):
+    """It was taken for the beginning of a cache, of which a writer removes what is there."""
+    ours = tmp_path / "output" / "tokenizer" / "tokenizer.json"
+    ours.parent.mkdir(parents=True)
+    ours.write_text("trained for a week")
+    with pytest.raises(CacheError, match=r"is not empty and holds no cache \(found tokenizer\)"):
+        SOURCE.write(tmp_path / "output")
+    assert ours.read_text() == "trained for a week"
+    assert [path.name for path in tmp_path.rglob("*")] == ["output", "tokenizer", "tokenizer.json"]
+
+
 def test_objects_do_not_lie_beside_the_tokenizer(copy):
     change_manifest(copy, set_at("shards", 0, "objects", "targets", "path", "tokenizer/evil.py"))
     with pytest.raises(CorruptCacheError, match=r"'tokenizer/evil\.py' lies in tokenizer/, but is none of a tokenizer"):

@@ -125,6 +125,7 @@ def test_a_foreign_directory_is_not_written_into(tmp_path):
 
 
 def test_a_start_that_was_cut_short_begins_again(tmp_path):
+    (tmp_path / ".lock").touch()  # what a writer makes first
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("half")
     (tmp_path / "plan.parquet.1234.tmp").write_text("half")
