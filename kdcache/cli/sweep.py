@@ -47,7 +47,7 @@ def command(file: str, jobs: int | None, dry_run: bool, as_json: bool, quiet: bo
     if jobs is not None:
         config = config.model_copy(update={"jobs": jobs})
     if dry_run:
-        plan = preview_sweep(config)
+        plan = preview_sweep(config, progress=not quiet)
         if as_json:
             terminal.echo_json(plan.to_dict())
         else:

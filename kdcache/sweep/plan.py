@@ -17,6 +17,7 @@ from typing import Any
 from kdcache.cache import Cache, open_cache
 from kdcache.errors import ConfigError, KdcacheError
 from kdcache.losses import ObjectiveConfig
+from kdcache.progress import bar
 from kdcache.students import Student, load_student
 from kdcache.students.load import longest_input
 from kdcache.students.run_file import read_run
@@ -89,8 +90,10 @@ class SweepPlan:
         return plain
 
 
-def preview_sweep(config: SweepConfig) -> SweepPlan:
+def preview_sweep(config: SweepConfig, *, progress: bool = False) -> SweepPlan:
     """Check a whole sweep and return its students; nothing is written and nothing trained.
+
+    Every different student is loaded once, which takes a while where they are large; ``progress`` shows a bar.
 
     Raises what training the first wrong one would raise, with its name in front: ``ConfigError``, ``CacheError`` or
     ``StudentError``; also ``ConfigError`` when a run in the output was made with other settings.
@@ -103,8 +106,11 @@ def preview_sweep(config: SweepConfig) -> SweepPlan:
     caches = {key: open_training_cache(group[0].config) for key, group in _by(variations, _cache_key)}
     held_out = None if config.held_out is None else open_cache(config.held_out)
     runs: dict[str, PlannedRun] = {}
-    for (key, *_), group in _by(variations, _student_key):
-        runs |= _check_students(group, caches[key], held_out)
+    groups = list(_by(variations, _student_key))
+    with bar(len(variations), "check", "student", enabled=progress) as meter:
+        for (key, *_), group in groups:
+            runs |= _check_students(group, caches[key], held_out)
+            meter.update(len(group))
     where = None if held_out is None else (str(config.held_out), held_out.fingerprint)
     return SweepPlan(config, tuple(runs[variation.name] for variation in variations), where)
 

@@ -63,7 +63,7 @@ def sweep_students(config: SweepConfig, *, progress: bool = True) -> SweepResult
     `preview_sweep` raises, and ``ConfigError`` if another sweep is running in the same output directory.
     """
     _check_alone()
-    plan = preview_sweep(config)
+    plan = preview_sweep(config, progress=progress)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     try:

@@ -50,6 +50,7 @@ def test_a_sweep_and_its_repetition(run, file, tmp_path, monkeypatch):
     assert "held-out loss of the teacher" in outcome.out
     assert f"The plot is {tmp_path / 'runs' / 'quality.png'}" in outcome.out
     assert "2/2 temperature=" in outcome.err
+    assert "check: 100%" in outcome.err, "all students are loaded once before the first one trains"
     again = run("sweep", file, "--json", "--jobs", 2)
     assert "kept 2 of 2 students, finished before" in again.err
     result = json.loads(again.out)
