@@ -95,7 +95,9 @@ def _main(record: str, arguments: list[str]) -> None:
 
     layout.read_object = recording
     sys.argv[1:] = arguments
-    main()
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     Path(f"{record}-{rank}-of-{size}").write_text(json.dumps(opened))
 

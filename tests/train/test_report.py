@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import subprocess
@@ -18,6 +19,7 @@ from kdcache.dump import DumpConfig, dump_teacher
 from kdcache.students.sizes import SIZES, llama_config
 from kdcache.train import TrainConfig, TrainingReport, preview_training, train_student
 from kdcache.train.memory import AllocatedBytes, MemoryReport
+from kdcache.train.timing import position_s
 from tests.cli.conftest import run  # noqa: F401
 from tests.tiny import bpe_tokenizer, llama, make_cache, random_sequences
 from tests.train_runs import settings
@@ -397,3 +399,20 @@ def test_a_dry_run_of_several_processes_is_that_of_their_run(run, tmp_path, cach
     monkeypatch.setenv("RANK", "1")
     other = run("train-student", *options)
     assert (other.code, other.out) == (0, "")
+
+
+def test_a_dry_run_counts_tokens_as_the_run_does():
+    """Texts of seven tokens that have one position each, as for embeddings."""
+
+    class OneParameter(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, batch, num_valid):
+            return (self.weight * num_valid,)
+
+    batch = {"labels": torch.zeros(2), "loss_mask": torch.ones(2), "attention_mask": torch.ones(2, 7)}
+    seconds, tokens = position_s(OneParameter(), [batch, batch], contextlib.nullcontext)
+    assert seconds > 0
+    assert tokens == 7
