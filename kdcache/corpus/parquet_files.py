@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from kdcache.corpus.column_types import MIXED, as_text
 from kdcache.corpus.file_bytes import FileBytes
@@ -40,6 +39,8 @@ class ParquetReader:
         self.name = str(path)
         self._data = FileBytes.of(path)
         self._text_field = text_field
+        import pyarrow.parquet as pq  # takes 40 ms, and every command knows the tasks, which know this module
+
         try:
             with pq.ParquetFile(path) as file:
                 self._footer, schema = file.metadata, file.schema_arrow
@@ -189,6 +190,8 @@ class _Stream:
     """Columns of some row groups of a file (None: all), in batches; ``batch`` begins at row ``first`` of the file."""
 
     def __init__(self, data: FileBytes, names: tuple[str, ...], groups: list[int] | None, step: int) -> None:
+        import pyarrow.parquet as pq
+
         with data.opened():  # the file that was found first
             assert data.path is not None
             self._file = pq.ParquetFile(data.path, buffer_size=1 << 20)
