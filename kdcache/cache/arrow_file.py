@@ -230,11 +230,11 @@ def check_schema(schema: pa.Schema, known: dict[str, tuple[str, bool]]) -> None:
 
 def check_values(table: pa.Table, known: dict[str, tuple[str, bool]]) -> None:
     """Raise ``ValueError`` unless all buffers, offsets and indices of ``table`` are sound, and known values there."""
-    try:
-        table.validate(full=True)
-    except pa.ArrowInvalid as error:
-        raise ValueError(str(error)) from None
     for name, column in zip(table.column_names, table.columns, strict=True):
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"the column {name!r}: {error}") from None
         words, may_be_missing = known.get(name, ("", True))
         if column.null_count and not may_be_missing:
             raise ValueError(f"the column {name!r} has no value in row {column.to_pylist().index(None)}")

@@ -88,7 +88,7 @@ class PlanTable:
         sizes = [group.column(n).total_uncompressed_size for group in groups for n in range(group.num_columns)]
         num_bytes = sum(sizes) + 8 * file.metadata.num_rows * max(len(wanted), 1)
         check_decoded(num_bytes, self._most_bytes, where)
-        table = file.read(columns=wanted)
+        table = file.read(columns=wanted, use_threads=False)  # threads of Arrow's own take more memory than time
         table.validate(full=True)
         check_decoded(sum(map(arrow_file.expanded_bytes, table.columns)), self._most_bytes, where)
         return table.cast(pa.schema([schema.field(name) for name in table.column_names]))

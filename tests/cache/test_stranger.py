@@ -344,7 +344,7 @@ def test_counts_that_no_cache_has_cost_nothing(copy, forbid_large_arrays):
             open_cache(str(copy))
         (copy / "plan.json").write_bytes(layout.canonical_json(json.loads(plan) | {"num_shards": count}))
         (copy / "manifest.json").rename(copy / "aside")
-        with pytest.raises(IncompleteCacheError, match=rf"3 of {count} shards are written"):
+        with pytest.raises(IncompleteCacheError, match=rf"3 of {count:,} shards are written"):
             open_cache(str(copy))
         (copy / "aside").rename(copy / "manifest.json")
     for count in (-1, 2**53 + 1, 10**30, 10**400):

@@ -69,8 +69,8 @@ def numbers(*values: int | None) -> pa.Array:
 
 #: By what is wrong with the table of shard 0, which has 5 sequences: a column, what it becomes, words of the error.
 TABLES = {
-    "beyond the texts": ("source", At([0, *[3000] * 5]), "Length spanned by binary offsets"),
-    "2 GB beyond": ("document_id", At([0, *[2**31 - 1] * 5]), "offsets"),
+    "beyond the texts": ("source", At([0, *[3000] * 5]), "the column 'source': "),
+    "2 GB beyond": ("document_id", At([0, *[2**31 - 1] * 5]), "the column 'document_id': "),
     "before the texts": ("source", At([0, *[-(2**30)] * 5]), "offset"),
     "falling offsets": ("source", At([0, 6, 1, 18, 24, 30]), "offset"),
     "no UTF-8": ("source", pa.array([b"\xff\xfe\xfd"] * 5).view(pa.string()), "UTF8"),
