@@ -93,7 +93,7 @@ def command(
     if result.pilot_positions < result.num_positions:
         pilot = f"{result.pilot_positions:,} of them measured, in {count(result.pilot_sequences, 'sequence')}"
     terminal.echo(
-        f"{result.teacher}: loss {result.teacher_loss:.3f} nats, {result.teacher_tokens_per_s:,.0f} tokens/s; "
+        f"{result.teacher}: loss {result.teacher_loss:.3f} nats, {result.teacher_tokens_per_s:,.0f} positions/s; "
         f"{count(result.num_documents, 'document')}, {count(result.num_positions, 'position')}, {pilot}\n"
     )
     _echo_table([_row(item) for item in result.presets if item.measurement is not None])

@@ -28,7 +28,7 @@ from kdcache.cache import Cache
 from kdcache.errors import ConfigError, did_you_mean
 from kdcache.evaluate.measures import Answers, Metrics
 from kdcache.evaluate.metrics import dcg, reciprocal_rank
-from kdcache.words import count
+from kdcache.words import are, count
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ def _check_found(
     lost = sorted(set(qrels) - queries)
     if lost:
         raise ConfigError(
-            f"{count(len(lost), 'query', of=len(qrels))} of {path} are not in the cache, such as {lost[0]!r}; they are "
+            f"{count(len(lost), 'query', of=len(qrels))} of {path} {are(len(lost))} not in the cache, such as {lost[0]!r}; they are "
             f"matched {where}"
         )
     missing = sorted(judged_documents - documents)

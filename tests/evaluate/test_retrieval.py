@@ -124,7 +124,7 @@ def test_a_document_that_is_missing_cannot_be_found(found, caplog):
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("9\t0\t1\n", {"id_column": "_id"}, "1 of 1 queries .* are not in the cache, such as '9'.*column _id"),
+        ("9\t0\t1\n", {"id_column": "_id"}, "1 of 1 query .* is not in the cache, such as '9'.*column _id"),
         ("1\tx\t1\n", {"id_column": "_id"}, "no document of .* is in the cache, such as 'x'"),
         ("1\t0\t1\n", {}, "are not in the cache, such as '1'.*--id-column"),
         ("1\t0\t1\n", {"id_column": "_idd"}, "no column '_idd'; did you mean '_id'"),
