@@ -126,7 +126,7 @@ def test_a_document_that_is_missing_cannot_be_found(found, caplog):
     [
         ("9\t0\t1\n", {"id_column": "_id"}, "1 of 1 query .* is not in the cache, such as '9'.*column _id"),
         ("1\tx\t1\n", {"id_column": "_id"}, "no document of .* is in the cache, such as 'x'"),
-        ("1\t0\t1\n", {}, "are not in the cache, such as '1'.*--id-column"),
+        ("1\t0\t1\n", {}, "is not in the cache, such as '1'.*--id-column"),
         ("1\t0\t1\n", {"id_column": "_idd"}, "no column '_idd'; did you mean '_id'"),
         ("1\t0\t1\nwhat\n", {"id_column": "_id"}, "line 2: expected 'query document grade'"),
         ("1\t0\t0\n", {"id_column": "_id"}, "names no relevant document"),
