@@ -234,7 +234,10 @@ def test_a_teacher_without_a_tokenizer(dump, tmp_path):
 def test_a_teacher_with_a_smaller_vocabulary_than_its_tokenizer(dump, tmp_path):
     bpe_tokenizer().save_pretrained(tmp_path / "small")
     llama(100).save_pretrained(tmp_path / "small")
-    assert "only predicts 100: tokenizer and model do not match" in dump(teacher=tmp_path / "small").message()
+    message = dump(teacher=tmp_path / "small").message()
+    assert "has the token cat (id 283), but" in message
+    assert "only has 100 ids, and its tokenizer 290" in message
+    assert "use the tokenizer that belongs to the model" in message
 
 
 def test_texts_longer_than_the_teachers_context(dump):
