@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -101,9 +100,15 @@ def _load_field(
     # A shard that does not count an axis has no rows of it.
     rows = {array.rows: shard.num_rows.get(array.rows, 0) for array in record.arrays} | {"table": None}
     expected = {array.path: (array, rows[array.rows]) for array in record.arrays}
-    parse = partial(
-        unpack, expected=expected, where=f"{where}, file {item.path}", check_crc=check_crc, most_bytes=most_bytes
-    )
+
+    def parse(data: bytes) -> dict[str, NDArray[Any]]:
+        file = f"{where}, file {item.path}"
+        unpacked = unpack(data, expected, file, check_crc=check_crc, most_bytes=most_bytes)
+        # The checksums of chunks agree in a whole object of another shard, too; copies in a store were compared before.
+        if check_crc and folder.store is None and layout.sha256(data) != item.sha256:
+            raise CorruptCacheError(f"{file}: it is not the recorded file (its sha256 differs); copy the cache again")
+        return unpacked
+
     unpacked = parsed_object(folder, item, where, parse)
     return {array.name: unpacked[array.path] for array in record.arrays}
 

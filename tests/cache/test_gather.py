@@ -8,7 +8,7 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.cache import open_cache
+from kdcache.cache import layout, open_cache
 from kdcache.cache.shard_file import pack
 from kdcache.codecs import TargetsCodec
 from kdcache.errors import CorruptCacheError
@@ -125,6 +125,7 @@ def cut_table(path, shard, name):
     data = pack({key: values[:1] if key == f"table/{name}" else values for key, values in arrays.items()})
     (path / record.path).write_bytes(data)
     change_manifest(path, set_at("shards", shard, "objects", "targets", "num_bytes", len(data)))
+    change_manifest(path, set_at("shards", shard, "objects", "targets", "sha256", layout.sha256(data)))
 
 
 @pytest.mark.parametrize("kind", ["tail prior", "min_prob", "hybrid"])

@@ -6,9 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdcache.cache import open_cache
+from kdcache.cache.shard_file import pack
 from kdcache.errors import CacheError, CorruptCacheError
 from kdcache.inspect import inspect_cache
 from kdcache.schema import TargetsRecord
+from tests.cache.test_stranger import change_manifest, set_at
 from tests.caches import SOURCE
 from tests.contracts.matching import check_samples, in_order_of
 from tests.synthetic import SyntheticCache
@@ -183,3 +185,16 @@ def test_no_last_layer(tmp_path):
     path = SyntheticCache(hidden=("hidden-1",)).write(tmp_path / "cache")
     with pytest.raises(CacheError, match="the cache has no field 'last'; it holds tokens, targets, hidden-1"):
         open_cache(path).read([0], fields=["last"])
+
+
+def test_a_sound_object_that_is_not_the_recorded_one_is_refused(copy):
+    """Such as that of another shard of the same shape: the checksums of its chunks agree."""
+    cache = open_cache(str(copy))
+    shard, field = cache.manifest.shards[0], cache.manifest.field("hidden-1")
+    arrays = cache._open_shard(0, ("hidden-1",)).fields["hidden-1"].arrays
+    data = pack({array.path: arrays[array.name] + 1 for array in field.arrays})
+    (copy / shard.objects["hidden-1"].path).write_bytes(data)
+    change_manifest(copy, set_at("shards", 0, "objects", "hidden-1", "num_bytes", len(data)))
+    with pytest.raises(CorruptCacheError, match=r"shard 0, field hidden-1, file .* not the recorded file"):
+        open_cache(str(copy)).read([0], fields=["hidden-1"])
+    assert open_cache(str(copy), check_crc=False).read([0], fields=["hidden-1"])

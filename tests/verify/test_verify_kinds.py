@@ -208,6 +208,7 @@ def test_scales_of_another_width_than_the_states(tmp_path):
     )
     (tmp_path / item.path).write_bytes(data)
     change_manifest(tmp_path, set_at("shards", 0, "objects", "hidden-2", "num_bytes", len(data)))
+    change_manifest(tmp_path, set_at("shards", 0, "objects", "hidden-2", "sha256", layout.sha256(data)))
     words = r"shard 0, field hidden-2, file fields/hidden-2/000000-\w+\.zarr\.zip: channel_scale has 5 entries for 6"
     with pytest.raises(CorruptCacheError, match=words):
         open_cache(str(tmp_path)).read([0])
