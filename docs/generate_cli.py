@@ -22,8 +22,8 @@ Generated from `--help` by `python docs/generate_cli.py`; do not edit it by hand
 
 Settings come from a YAML file (`--config`), from options, which win over the file, and from `--set KEY.SUB=VALUE`,
 which wins over both. A command exits with 0 when it did its work, 1 after a mistake that it explains in one message
-(and when `verify` finds something wrong), 2 when it was called wrongly, and 128 plus the number of the signal that ended
-it: 130 after Ctrl-C, 143 after SIGTERM, 141 when whatever reads its output has ended.
+(and when `verify` finds something wrong), 2 when it was called wrongly, and 128 plus the number of the signal that
+ended it: 130 after Ctrl-C, 143 after SIGTERM, 141 when whatever reads its output has ended.
 `python -m kdcache` is the same as `kdcache`.
 """
 

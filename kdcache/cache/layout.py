@@ -277,8 +277,8 @@ def _no_manifest(folder: Folder) -> CacheError:
     if plan is None:
         return CacheError(f"there is no cache in {folder} (no {MANIFEST}); make one with kdcache dump-teacher")
     return IncompleteCacheError(
-        f"{folder} is unfinished: {num_commits(folder, plan)} of {count(plan.num_shards, 'shard')} {are(plan.num_shards)} written; "
-        "run the command that began it again to finish it"
+        f"{folder} is unfinished: {num_commits(folder, plan)} of {count(plan.num_shards, 'shard')} "
+        f"{are(plan.num_shards)} written; run the command that began it again to finish it"
     )
 
 
@@ -310,8 +310,8 @@ def _check_consistent(manifest: Manifest, folder: Folder) -> None:
             found = shard.num_rows.get(axis, 0)
             if found > most:
                 raise CorruptCacheError(
-                    f"{where}: shard {shard.index} has {found} {axis}, more than {count(shard.num_positions, 'position')} can "
-                    "have"
+                    f"{where}: shard {shard.index} has {found} {axis}, more than {count(shard.num_positions, 'position')} "
+                    "can have"
                 )
         if set(shard.objects) != fields:
             raise CorruptCacheError(f"{where}: shard {shard.index} has {sorted(shard.objects)}, not {sorted(fields)}")

@@ -262,7 +262,8 @@ def build_manifest(folder: Folder) -> Manifest:
     holes = [index for index, shard in enumerate(shards) if shard is None]
     if holes:
         raise CacheError(
-            f"{folder} cannot be finished: {count(len(holes), 'shard')} {are(len(holes))} missing, the first is {holes[0]}"
+            f"{folder} cannot be finished: {count(len(holes), 'shard')} {are(len(holes))} missing, the first is "
+            f"{holes[0]}"
         )
     # File managers, locks and people leave other files there.
     tokenizer = [name for name in folder.names(layout.TOKENIZER) if is_name(name.rpartition("/")[2])]

@@ -36,7 +36,8 @@ To resume an interrupted dump, run the same command again.
     "--corpus",
     multiple=True,
     metavar="PATH",
-    help="Documents: a .txt, .jsonl, .csv or .parquet file, a directory, a glob, or hf:NAME[:CONFIG][@SPLIT]. Repeatable.",
+    help="Documents: a .txt, .jsonl, .csv or .parquet file, a directory, a glob, or hf:NAME[:CONFIG][@SPLIT]. "
+    "Repeatable.",
 )
 @click.option("--output", metavar="CACHE", help="Directory or URL of the new cache.")
 @click.option(

@@ -99,8 +99,8 @@ def command(
     _echo_table([_row(item) for item in result.presets if item.measurement is not None])
     if result.pilot_positions < result.num_positions:
         terminal.echo(
-            f"\nbytes/token are those of {count(result.pilot_sequences, 'sequence')}; the range is a 90 % interval for the "
-            "whole corpus, too narrow where sequences are few. More --positions make it narrower and surer."
+            f"\nbytes/token are those of {count(result.pilot_sequences, 'sequence')}; the range is a 90 % interval for "
+            "the whole corpus, too narrow where sequences are few. More --positions make it narrower and surer."
         )
     _echo_notes(result.presets)
     terminal.echo("\nWhat a student may use (train-student --set objective...):\n")

@@ -78,12 +78,14 @@ def _echo_plan(plan: SweepPlan) -> None:
         terminal.echo(f"{run.name} ({run.state})")
         terminal.echo(f"  {changes or 'as base'}; objective {objective}")
         terminal.echo(
-            f"  {count(run.num_parameters, 'parameter')}, {count(run.steps, 'step')}, {count(run.num_positions, 'position')}"
+            f"  {count(run.num_parameters, 'parameter')}, {count(run.steps, 'step')}, "
+            f"{count(run.num_positions, 'position')}"
         )
     steps, positions = (sum(getattr(run, name) for run in plan.runs) for name in ("steps", "num_positions"))
     held_out = "no held-out cache" if plan.held_out is None else f"evaluated on {plan.held_out[0]}"
     terminal.echo(
-        f"\n{count(len(plan.runs), 'student')}, {count(steps, 'step')}, {count(positions, 'position')}; {held_out}. Nothing was trained."
+        f"\n{count(len(plan.runs), 'student')}, {count(steps, 'step')}, {count(positions, 'position')}; {held_out}. "
+        "Nothing was trained."
     )
 
 

@@ -74,7 +74,8 @@ def _summary(result: Any) -> str:
     if result.dry_run:
         return f"Would copy {copied} ({size}) to {result.target}: {what}. Nothing was written."
     if not result.num_files_moved:
-        return f"{result.target} has all {count(result.num_files, 'file')} already ({options.human_bytes(result.num_bytes)})."
+        size = options.human_bytes(result.num_bytes)
+        return f"{result.target} has all {count(result.num_files, 'file')} already ({size})."
     return (
         f"Copied {copied} ({size}) to {result.target}: {what}, {count(result.num_shards, 'shard')}, fingerprint "
         f"{result.fingerprint[:16]}, in {options.human_seconds(result.elapsed_s)}."

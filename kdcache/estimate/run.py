@@ -1,8 +1,8 @@
 """``kdcache estimate``: load teacher and corpus as a dump would, run a pilot, measure every preset; write nothing.
 
 A pilot of a few thousand positions, spread over the corpus, gives bytes per token within a few percent (an interval
-says how many), and every distance precisely enough to choose a preset. The time is that of the teacher plus reducing its logits and encoding; a
-dump encodes in a second thread, so with a core to spare it is a little faster.
+says how many), and every distance precisely enough to choose a preset. The time is that of the teacher plus reducing
+its logits and encoding; a dump encodes in a second thread, so with a core to spare it is a little faster.
 """
 
 from __future__ import annotations

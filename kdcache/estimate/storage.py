@@ -3,10 +3,10 @@
 The sample is cut into shards as a dump would cut it. It is mostly smaller than one shard, so what a shard has once
 (metadata, tables of ids) is measured by writing a single row, and divided by the positions of a whole shard.
 
-Documents differ, so the bytes of a small sample are uncertain. `Stored.interval` says how much, from groups of sequences
-that are encoded on their own, which costs two more encodings. The residuals of `_GROUPS` groups from the common ratio of
-bytes to positions give its variance. And few positions compress otherwise than many: larger shards have more different
-ids, and their compression learns more. The difference between two halves and the whole sample tells what a doubling
+Documents differ, so the bytes of a small sample are uncertain. `Stored.interval` says how much, from groups of
+sequences that are encoded on their own, which costs two more encodings. The residuals of `_GROUPS` groups from the
+common ratio of bytes to positions give its variance. And few positions compress otherwise than many: larger shards have
+more different ids, and their compression learns more. The difference between two halves and the whole sample tells what a doubling
 changes; the interval reaches `_DOUBLINGS` times as far in that direction.
 
 Not counted: what a cache has once, such as the manifest and the tokenizer.
@@ -42,8 +42,8 @@ _GROUPS = 10
 #: What all larger samples may change, in changes of the last doubling.
 _DOUBLINGS = 2
 #: 97.5 % quantiles of Student's t distribution for 1, 2, ... degrees of freedom. Sequences are few, and of unequal
-#: lengths, so the intervals hold less than 95 %: of a small model's cache of Wikipedia, the whole corpus's bytes in 73 %
-#: (ragged) and 97 % (compact) of the pilots of 600 positions, in 90 % and 93 % of those of 1,600.
+#: lengths, so the intervals hold less than 95 %: of a small model's cache of Wikipedia, the whole corpus's bytes in
+#: 73 % (ragged) and 97 % (compact) of the pilots of 600 positions, in 90 % and 93 % of those of 1,600.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 

@@ -27,7 +27,7 @@ from kdcache.schema import Plan
 from kdcache.storage.download import file_sha256
 from kdcache.storage.folder import Folder, check_no_overlap
 from kdcache.transfer.part import Contents, Item, contents_of
-from kdcache.words import count
+from kdcache.words import are, count
 
 #: Most bytes of files in memory at once (a larger file is copied alone).
 IN_FLIGHT_BYTES = 2 << 30
@@ -112,8 +112,8 @@ def _move(contents: Contents, mover: _Mover, writer: CacheWriter, check: bool) -
         wrong = mover.missing(contents, check)
         if wrong:
             raise CorruptCacheError(
-                f"{target}: {count(len(wrong), 'file')} {'differs' if len(wrong) == 1 else 'differ'} from what was written, the first is {wrong[0].record.path}; run "
-                "the same command again, which writes them again"
+                f"{target}: {count(len(wrong), 'file')} {are(len(wrong))} not what was written, the first is "
+                f"{wrong[0].record.path}; run the same command again, which writes them again"
             )
     writer.check_right()
     mover.write_records({layout.commit_name(s.index): layout.to_json(s) for s in contents.manifest.shards})

@@ -251,7 +251,7 @@ def test_damaged_compressed_files_are_named(tmp_path, load, extension, damage):
         load(tmp_path)
 
 
-# -------------------------------------------------------------------------------------------------- which files there are
+# ------------------------------------------------------------------------------------------------ which files there are
 
 
 def test_a_file_that_changed_under_its_name_and_time_is_read_anew(tmp_path, load):
