@@ -108,8 +108,8 @@ def number_column(table: Columns, name: str, rows_N: NDArray[np.int64], setting:
     if num_missing:
         quoted = name if name.isidentifier() else f"`{name}`"
         raise ConfigError(
-            f"{setting}: column {name!r} has no value for {count(num_missing, 'sequence', of=len(rows_N))}; exclude them "
-            f"with the filter (where) {f'{quoted} == {quoted}'!r}"
+            f"{setting}: column {name!r} has no value for {count(num_missing, 'sequence', of=len(rows_N))}; exclude "
+            f"them with the filter (where) {f'{quoted} == {quoted}'!r}"
         )
     return values_N
 

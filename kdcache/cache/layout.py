@@ -310,8 +310,8 @@ def _check_consistent(manifest: Manifest, folder: Folder) -> None:
             found = shard.num_rows.get(axis, 0)
             if found > most:
                 raise CorruptCacheError(
-                    f"{where}: shard {shard.index} has {found} {axis}, more than {count(shard.num_positions, 'position')} "
-                    "can have"
+                    f"{where}: shard {shard.index} has {found} {axis}, more than "
+                    f"{count(shard.num_positions, 'position')} can have"
                 )
         if set(shard.objects) != fields:
             raise CorruptCacheError(f"{where}: shard {shard.index} has {sorted(shard.objects)}, not {sorted(fields)}")

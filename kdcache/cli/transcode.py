@@ -114,8 +114,8 @@ def _echo_result(result: Any) -> None:
         return
     terminal.echo(
         f"Wrote {count(result.num_positions_written, 'position')} in {count(result.num_shards_written, 'shard')} "
-        f"to {result.output}: {options.human_bytes(manifest.num_bytes)}, {manifest.bytes_per_token:.1f} bytes/token (source "
-        f"{result.source_bytes_per_token:.1f}), {speed:,.0f} tokens/s.{checked}"
+        f"to {result.output}: {options.human_bytes(manifest.num_bytes)}, {manifest.bytes_per_token:.1f} bytes/token "
+        f"(source {result.source_bytes_per_token:.1f}), {speed:,.0f} tokens/s.{checked}"
     )
 
 

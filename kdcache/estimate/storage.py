@@ -6,8 +6,8 @@ The sample is cut into shards as a dump would cut it. It is mostly smaller than 
 Documents differ, so the bytes of a small sample are uncertain. `Stored.interval` says how much, from groups of
 sequences that are encoded on their own, which costs two more encodings. The residuals of `_GROUPS` groups from the
 common ratio of bytes to positions give its variance. And few positions compress otherwise than many: larger shards have
-more different ids, and their compression learns more. The difference between two halves and the whole sample tells what a doubling
-changes; the interval reaches `_DOUBLINGS` times as far in that direction.
+more different ids, and their compression learns more. The difference between two halves and the whole sample
+tells what a doubling changes; the interval reaches `_DOUBLINGS` times as far in that direction.
 
 Not counted: what a cache has once, such as the manifest and the tokenizer.
 """

@@ -210,8 +210,8 @@ def _check_found(
     lost = sorted(set(qrels) - queries)
     if lost:
         raise ConfigError(
-            f"{count(len(lost), 'query', of=len(qrels))} of {path} {are(len(lost))} not in the cache, such as {lost[0]!r}; "
-            f"they are matched {where}"
+            f"{count(len(lost), 'query', of=len(qrels))} of {path} {are(len(lost))} not in the cache, such as "
+            f"{lost[0]!r}; they are matched {where}"
         )
     missing = sorted(judged_documents - documents)
     if len(missing) == len(judged_documents):

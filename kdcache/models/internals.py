@@ -27,7 +27,8 @@ __all__ = [
 ]
 
 # `TorchDispatchMode` is a context in which a method, ``__torch_dispatch__(self, func, types, args, kwargs)``, sees
-# every operation on tensors. It is documented, but only under the private name of its module. Seen in torch 2.6 to 2.13.
+# every operation on tensors. It is documented, but only under the private name of its module. Seen in torch 2.6
+# to 2.13.
 
 
 def leaves_of(tree: Any) -> list[Any]:

@@ -77,8 +77,8 @@ def sweep_students(config: SweepConfig, *, progress: bool = True) -> SweepResult
 def _check_alone() -> None:
     if started_processes() > 1:
         raise ConfigError(
-            f"{count(started_processes(), 'process')} were started for one sweep; start it without a launcher: it starts "
-            "its own processes (jobs)"
+            f"{count(started_processes(), 'process')} were started for one sweep; start it without a launcher: it "
+            "starts its own processes (jobs)"
         )
 
 
