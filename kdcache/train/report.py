@@ -192,8 +192,8 @@ def _about_selection(report: TrainingReport) -> Iterator[str]:
     for term in report.terms:
         if term.is_trained and term.selected == 0:
             yield (
-                f"{term.name}: select chooses none of the {count(report.sample.num_positions, 'position')} of a sample, "
-                "so it trains on almost nothing; widen its bounds, or give a share (top or bottom)"
+                f"{term.name}: select chooses none of the {count(report.sample.num_positions, 'position')} of a "
+                "sample, so it trains on almost nothing; widen its bounds, or give a share (top or bottom)"
             )
 
 
