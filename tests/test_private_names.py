@@ -37,6 +37,8 @@ USED = {
     (INTERNALS, "use_one_gpu", "_n_gpu"),
     (TRAINER, "DistillationTrainer", "_get_num_items_in_batch"),
     (TRAINER, "DistillationTrainer", "_save"),
+    (TRAINER, "DistillationTrainer", "_save_checkpoint"),
+    (TRAINER, "DistillationTrainer", "_get_output_dir"),
     (TRAINER, "DistillationTrainer", "_load_from_checkpoint"),
     ("cache/shard_file.py", "_zarr_buffer", "zarr.core.buffer"),
 }
@@ -219,6 +221,8 @@ def test_canary_use_one_gpu(tmp_path):
     [
         ("_get_num_items_in_batch", ["self", "batch_samples", "device"]),
         ("_save", ["self", "output_dir", "state_dict"]),
+        ("_save_checkpoint", ["self", "model", "trial"]),
+        ("_get_output_dir", ["self", "trial"]),
         ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
     ],
 )

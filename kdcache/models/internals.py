@@ -4,7 +4,7 @@ Such a name may change in any release of its library, without notice. So it stan
 says what it relies on and in which versions that was seen, and `tests/test_private_names.py` has a canary for each: a
 small test that fails where the name is gone or behaves in another way, and says which function is concerned.
 
-What cannot be a function: `kdcache.train.trainer` overrides three private methods of the Trainer; it has canaries, too.
+What cannot be a function: `kdcache.train.trainer` overrides five private methods of the Trainer; it has canaries, too.
 """
 
 from __future__ import annotations

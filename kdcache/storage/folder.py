@@ -24,7 +24,7 @@ from typing import Any, Protocol, TypeVar
 
 import fsspec
 from fsspec.callbacks import Callback
-from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.local import LocalFileSystem, make_path_posix
 
 from kdcache.errors import CacheError, ConfigError, CorruptCacheError, KdcacheError
 from kdcache.schema import ObjectRecord
@@ -67,7 +67,7 @@ class Folder:
                 self._fs, root = fsspec.core.url_to_fs(self.url, **_client_options(self.url))
             else:  # fsspec takes a path with "::" for a chain of stores, and would write to another one
                 self._fs = fsspec.filesystem("file")
-                root = self._fs._strip_protocol(self.url)
+                root = make_path_posix(self.url)
         except (ImportError, ValueError) as error:
             raise CacheError(f"cannot open {self.url}: {error}") from None
         self.root = str(root).rstrip("/")

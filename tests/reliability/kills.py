@@ -50,9 +50,6 @@ class _Kills:
 
     def __init__(self, library: Library, seed: int, bucket: str | None = None) -> None:
         self._seed, self._bucket = seed, bucket
-        logging.disable(logging.CRITICAL)
-        assert CacheWriter.__init__.__kwdefaults__ is not None
-        CacheWriter.__init__.__kwdefaults__["watch_s"] = _WATCH_S
         self._works = works(library, bucket)
         self._references = [
             self._reference(work, library.root / "references" / str(n)) for n, work in enumerate(self._works)
@@ -180,6 +177,10 @@ def start(run: Callable[[], object], log: Path) -> int:
         return pid
     try:
         log.unlink(missing_ok=True)
+        # In this process alone: the caller may be one of tests.
+        logging.disable(logging.CRITICAL)
+        assert CacheWriter.__init__.__kwdefaults__ is not None
+        CacheWriter.__init__.__kwdefaults__["watch_s"] = _WATCH_S
         run()
     except BaseException:
         log.write_text(traceback.format_exc())
@@ -275,6 +276,7 @@ def _has_ended(pid: int) -> bool:
 
 
 def _enter(work: Path) -> Surroundings:
+    logging.disable(logging.CRITICAL)
     surroundings = Surroundings(work / "tree")
     surroundings.enter()
     tempfile.tempdir = None  # it was asked for before
