@@ -384,7 +384,7 @@ def open_cache(
 
     At most ``max_open_shards`` encoded shards stay in memory. Objects of a remote cache are read through
     ``local_store`` (see `kdcache.storage.local_store`), by default 50 GB in ``$KDCACHE_STORE`` or ``~/.cache/kdcache``.
-    ``check_crc=False`` skips the checksum of every chunk, and the hash of a local file when its shard is opened (half a
+    ``check_crc=False`` skips the checksum of every chunk, and the hash of a local file when it is first opened (half a
     millisecond per MB); this saves some percent of the time, but damage goes mostly unnoticed. An object that would
     take more than ``max_decoded_bytes`` in memory is refused (a number, or a size such as ``20GB``; by default what
     ``$KDCACHE_MAX_DECODED_BYTES`` says, else 8 GiB).

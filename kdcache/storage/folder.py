@@ -62,6 +62,8 @@ class Folder:
         self.url = os.fspath(url)
         self.store: ObjectStore | None = None
         """Local copies of the objects of a remote cache; set by the code that reads objects repeatedly."""
+        self.checked: set[str] = set()
+        """Objects whose hash was compared since this folder was opened: later readings rely on their checksums."""
         try:
             if "://" in self.url:
                 self._fs, root = fsspec.core.url_to_fs(self.url, **_client_options(self.url))
