@@ -27,6 +27,7 @@ TABLE = rows(SECTIONS["Tasks"])
 ROW, COLUMNS, STORED, MODEL, OBJECTIVE, SAYS = range(6)
 #: What `evaluate` says of every model, whatever the task.
 _FACTS = {"model", "num_parameters", "num_bytes", "tokens_per_s", "warnings", "entropy", "kept_mass", "metrics"}
+_FACTS |= {"num_trained_on"}
 
 each_task = pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
 
