@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from kdcache.config import build
-from kdcache.train import Distiller, TrainConfig, TrainResult, train_student
+from kdcache.train import Distiller, TrainConfig, TrainResult, leave_processes, train_student
 
 ROOT = Path(__file__).parent.parent
 
@@ -176,7 +176,7 @@ def _main(runs_file: str, recorded_file: str) -> None:
         recorded[name] = {"gradients": recorder.gradients, "weights": recorder.weights}
     if torch.distributed.get_rank() == 0:
         torch.save(recorded, recorded_file)
-    torch.distributed.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -284,9 +285,12 @@ def check_processes(num_ranks: int) -> None:
 def leave_processes() -> None:
     """Leave the process group at the end of a run.
 
-    Without this, communication threads may kill a process at exit, after its work is done.
+    Without this, communication threads may kill a process at exit, after its work is done, or keep it from ending.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # The Trainer's cycles hold the gradient reducer, and with it the store of the group. Freed by the interpreter
+        # at its very end, the store waits for its own thread for ever.
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 
