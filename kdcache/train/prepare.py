@@ -98,8 +98,8 @@ def prepare(config: TrainConfig, *, cache: Cache | None = None, student: Student
     check_machine(config)
     cache = open_training_cache(config) if cache is None else cache
     config = with_objective(config, cache)
+    check_local_store(config, cache, ())  # first: the objective and the student read files of the cache
     objective = training_objective(config, cache)
-    check_local_store(config, cache, ())  # before the student, whose loading reads files of the cache
     check_targets(config, cache)
     if student is None:
         student = load_student(config.student, cache.manifest, cache.tokenizer_dir(), longest=longest_input(cache))
